@@ -1,0 +1,282 @@
+"""Saves and loads through the whole engine against the link's ceilings, measured in the same run. Needs a GPU.
+
+    python benchmarks/transfer.py [--segment-bytes 65536,16384,8192,4096] [--block-bytes 2097152] [--json FILE]
+
+Every run is verified: what was loaded equals what was saved, byte for byte, and each pass moves fresh blocks.
+GB/s are 1e9 bytes a second of KV; `ratio` is against the ceiling of the same direction.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvortex import KVortexConfig, KVortexEngine, hash_blocks
+from kvortex.driver import Device
+from kvortex.memory import PinnedPool
+
+GB = 1e9
+BLOCK_SIZE = 16
+
+
+@dataclass
+class Row:
+    what: str
+    segment_bytes: int
+    block_bytes: int
+    direction: str
+    gb_per_s: float
+    ratio: float
+    host_ms_per_gib: float | None = None
+
+
+def median_s(run: Callable[[], None], repeats: int = 5) -> float:
+    """Median seconds of a run that ends synchronised; one run to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure_ceilings(nbytes: int, pool: PinnedPool, device: Device) -> dict[str, float]:
+    """Bytes a second of one large pinned copy: each way, and both ways at once together."""
+    gpu = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    streams = [device.create_stream(), device.create_stream()]
+
+    def save() -> None:
+        device.copy_async(pool.address, gpu[0].data_ptr(), nbytes, streams[0])
+
+    def load() -> None:
+        device.copy_async(gpu[1].data_ptr(), pool.address + nbytes, nbytes, streams[1])
+
+    def both() -> None:
+        save()
+        load()
+
+    return {
+        "save": nbytes / median_s(save),
+        "load": nbytes / median_s(load),
+        "both": 2 * nbytes / median_s(both),
+    }
+
+
+def measure_peers(
+    kv: dict[str, torch.Tensor], pool: PinnedPool, device: Device, segment: int, nbytes: int
+) -> dict[tuple[str, str], float]:
+    """Bytes a second of the usual ways on `nbytes` of scattered segments: a copy each, and `cudaMemcpyBatchAsync`."""
+    count = nbytes // segment
+    tensors = list(kv.values())
+    rng = np.random.default_rng(0)
+    blocks = rng.permutation(tensors[0].shape[0])
+    device_side = [
+        tensors[i % len(tensors)].data_ptr() + int(blocks[i // len(tensors) % len(blocks)]) * segment
+        for i in range(count)
+    ]
+    host_side = [pool.address + i * segment for i in range(count)]
+    sizes = [segment] * count
+    stream = device.create_stream()
+
+    def each(targets: list[int], sources: list[int]) -> Callable[[], None]:
+        def run() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                device.copy_async(target, source, segment, stream)
+
+        return run
+
+    def batched(targets: list[int], sources: list[int]) -> Callable[[], None]:
+        return lambda: device.copy_batch_async(targets, sources, sizes, stream)
+
+    ways = {"copy a segment": each, "cudaMemcpyBatchAsync": batched}
+    return {
+        (name, direction): count * segment / median_s(way(*sides), 3)
+        for name, way in ways.items()
+        for direction, sides in (("save", (host_side, device_side)), ("load", (device_side, host_side)))
+    }
+
+
+class EngineBench:
+    """One engine over a cache of twice the bytes that a pass moves: one half is saved, the other loaded into."""
+
+    def __init__(self, engine: KVortexEngine, kv: dict[str, torch.Tensor], requests: int) -> None:
+        self.engine = engine
+        self.kv = kv
+        num_blocks = next(iter(kv.values())).shape[0] // 2
+        self.num_blocks = num_blocks
+        order = np.random.default_rng(1).permutation(num_blocks)
+        self.saved_ids = np.array_split(order, requests)
+        self.loaded_ids = np.array_split(order[::-1] + num_blocks, requests)
+        self.host_s = 0.0
+
+    def fresh_hashes(self, number: int) -> list[list[Any]]:
+        tokens = np.arange(self.num_blocks * BLOCK_SIZE, dtype=np.int64) + 1
+        chain = hash_blocks(tokens, BLOCK_SIZE, extra_keys=(number,))
+        stops = np.cumsum([len(ids) for ids in self.saved_ids])
+        return [chain[stop - len(ids) : stop] for stop, ids in zip(stops, self.saved_ids, strict=True)]
+
+    async def save(self, hashes: list[list[Any]]) -> None:
+        results = await asyncio.gather(
+            *(self.engine.save_blocks(h, ids) for h, ids in zip(hashes, self.saved_ids, strict=True))
+        )
+        if sum(r.num_stored for r in results) != self.num_blocks:
+            raise RuntimeError(f"not every block was stored: {[r.counts() for r in results]}")
+
+    async def load(self, hashes: list[list[Any]]) -> None:
+        results = await asyncio.gather(
+            *(self.engine.load_blocks(h, ids) for h, ids in zip(hashes, self.loaded_ids, strict=True))
+        )
+        if not all(r.ok for r in results):
+            raise RuntimeError(f"not every block was loaded: {[r.miss_counts() for r in results]}")
+
+    def wipe(self) -> None:
+        for tensor in self.kv.values():
+            tensor[self.num_blocks :].fill_(0xA5)
+        torch.cuda.synchronize()
+
+    def verify(self) -> None:
+        saved = torch.from_numpy(np.concatenate(self.saved_ids)).cuda()
+        loaded = torch.from_numpy(np.concatenate(self.loaded_ids)).cuda()
+        for name, tensor in self.kv.items():
+            if not torch.equal(tensor[saved], tensor[loaded]):
+                raise RuntimeError(f"bytes differ in {name}")
+
+    async def timed(self, *passes: Any) -> float:
+        torch.cuda.synchronize()
+        cpu, started = time.thread_time(), time.perf_counter()
+        await asyncio.gather(*passes)
+        self.host_s = time.thread_time() - cpu
+        return time.perf_counter() - started
+
+
+def make_cache(total: int, block_bytes: int, segment: int) -> dict[str, torch.Tensor]:
+    """Layers of random bytes: `uint8 [2 * blocks, 16, segment / 16]`, one segment a layer and block."""
+    blocks = 2 * total // block_bytes
+    generator = torch.Generator(device="cuda").manual_seed(segment)
+    return {
+        f"layers.{i}": torch.randint(
+            0, 256, (blocks, BLOCK_SIZE, segment // BLOCK_SIZE), dtype=torch.uint8, device="cuda", generator=generator
+        )
+        for i in range(block_bytes // segment)
+    }
+
+
+async def bench_engine(
+    arguments: argparse.Namespace, segment: int, block_bytes: int, ceilings: dict[str, float]
+) -> list[Row]:
+    """Rows of one segment size."""
+    kv = make_cache(arguments.total_bytes, block_bytes, segment)
+    padded = -(-block_bytes // 128) * 128
+    blocks = arguments.total_bytes // block_bytes
+    config = KVortexConfig(
+        cpu_pool_bytes=4 * blocks * padded + arguments.batch_bytes,
+        max_batch_bytes=arguments.batch_bytes,
+        num_transfer_streams=arguments.streams,
+        kernel_thread_blocks=arguments.thread_blocks,
+        watermark=1.0,
+    )
+    times: dict[str, list[tuple[float, float]]] = {"save": [], "load": [], "both": []}
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(kv, BLOCK_SIZE)
+        bench = EngineBench(engine, kv, arguments.requests)
+        await bench.engine.drain()
+        for number in range(arguments.repeats + 1):
+            engine.clear()
+            hashes = bench.fresh_hashes(number)
+            seconds = await bench.timed(bench.save(hashes))
+            times["save"].append((seconds, bench.host_s))
+            bench.wipe()
+            seconds = await bench.timed(bench.load(hashes))
+            times["load"].append((seconds, bench.host_s))
+            bench.verify()
+            bench.wipe()
+            other = bench.fresh_hashes(number + 1000)
+            seconds = await bench.timed(bench.save(other), bench.load(hashes))
+            times["both"].append((seconds, bench.host_s))
+            bench.verify()
+        name = f"kvortex, digest on, {arguments.requests} requests"
+    rows = []
+    for direction, measured in times.items():
+        moved = blocks * block_bytes * (2 if direction == "both" else 1)
+        seconds, host_s = sorted(measured[1:])[len(measured[1:]) // 2]
+        rate = moved / seconds
+        host_ms = host_s * 1e3 / (moved / 2**30)
+        rows.append(Row(name, segment, block_bytes, direction, rate / GB, rate / ceilings[direction], host_ms))
+    return rows
+
+
+def print_rows(rows: list[Row]) -> None:
+    print(f"{'way':<32} {'segment':>8} {'block':>9} {'dir':>5} {'GB/s':>8} {'ratio':>7} {'host ms/GiB':>12}")
+    for row in rows:
+        host = f"{row.host_ms_per_gib:12.2f}" if row.host_ms_per_gib is not None else " " * 12
+        print(
+            f"{row.what:<32} {row.segment_bytes:>8} {row.block_bytes:>9} {row.direction:>5} "
+            f"{row.gb_per_s:>8.2f} {row.ratio:>7.3f} {host}"
+        )
+
+
+def environment() -> dict[str, str]:
+    """Card, driver and versions that the figures belong to."""
+    return {
+        "card": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numba", "numba-cuda", "numpy")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--segment-bytes", default="65536,16384,8192,4096")
+    parser.add_argument("--block-bytes", default="2097152", help="comma-separated; `32s` means 32 segments")
+    parser.add_argument("--total-bytes", type=int, default=2 << 30)
+    parser.add_argument("--batch-bytes", type=int, default=KVortexConfig().max_batch_bytes)
+    parser.add_argument("--streams", type=int, default=KVortexConfig().num_transfer_streams)
+    parser.add_argument("--thread-blocks", type=int, default=KVortexConfig().kernel_thread_blocks)
+    parser.add_argument("--requests", type=int, default=1, help="calls that share the bytes of a pass")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true", help="leave the other ways out")
+    parser.add_argument("--json", help="write the figures to this file too")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/transfer.py needs a CUDA device; none is visible")
+    torch.cuda.init()
+    device = Device(torch.cuda.current_device())
+    print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    with PinnedPool(2 * arguments.total_bytes, device=device) as pool:
+        pool.wait_ready(pool.capacity_bytes)
+        ceilings = measure_ceilings(arguments.total_bytes, pool, device)
+        rows = [
+            Row("ceiling: one large pinned copy", 0, 0, direction, rate / GB, 1.0)
+            for direction, rate in ceilings.items()
+        ]
+        segments = [int(text) for text in arguments.segment_bytes.split(",")]
+        for segment in [] if arguments.no_peers else segments:
+            kv = make_cache(256 << 20, 32 * segment, segment)
+            for (name, direction), rate in measure_peers(kv, pool, device, segment, 128 << 20).items():
+                rows.append(Row(name, segment, 32 * segment, direction, rate / GB, rate / ceilings[direction]))
+    for segment in segments:
+        for text in arguments.block_bytes.split(","):
+            block_bytes = int(text[:-1]) * segment if text.endswith("s") else int(text)
+            rows += asyncio.run(bench_engine(arguments, segment, block_bytes, ceilings))
+            torch.cuda.empty_cache()
+    print_rows(rows)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"environment": environment(), "rows": [asdict(row) for row in rows]}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

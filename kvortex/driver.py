@@ -1,0 +1,238 @@
+"""The CUDA driver calls that KVortex makes, on raw handles: one device, one primary context.
+
+Streams, events and pools are the driver's own handle objects; addresses are plain ints. The context is the
+device's primary one, which torch and numba share. Every call checks its result and raises `DeviceError`.
+`cuda.bindings` is imported when a `Device` is made, not before: a machine without a driver can import KVortex.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, SupportsInt, TypeAlias
+
+from kvortex.errors import DeviceError, DeviceUnavailableError
+
+Stream: TypeAlias = Any
+Event: TypeAlias = Any
+Kernel: TypeAlias = Any
+MemoryPool: TypeAlias = Any
+
+
+class HasCudaStream(Protocol):
+    """Anything that follows the `__cuda_stream__` protocol, such as a `cuda.core` stream."""
+
+    def __cuda_stream__(self) -> tuple[int, int]: ...
+
+
+def stream_handle(stream: object) -> int:
+    """The raw handle of a CUDA stream given as an int, a torch, numba, cupy or `cuda.core` stream."""
+    if isinstance(stream, int):
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int(protocol()[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):
+        handle = getattr(stream, attribute, None)
+        if handle is not None:
+            return int(getattr(handle, "value", handle) or 0)
+    raise TypeError(f"{type(stream).__name__} is no CUDA stream: pass a torch.cuda.Stream or a raw handle")
+
+
+class Device:
+    """One CUDA device through its primary context.
+
+    Args:
+        ordinal: CUDA's number of the device.
+
+    Raises:
+        DeviceUnavailableError: no driver, no such device, or `cuda-bindings` is missing.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise DeviceUnavailableError(
+                "cuda-bindings is not installed: pip install 'kvortex[cu13]' (or cu12)"
+            ) from error
+        self._driver: Any = driver
+        self.ordinal = ordinal
+        try:
+            self._call("cuInit", 0)
+            self._device = self._call("cuDeviceGet", ordinal)
+            self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        except (DeviceError, RuntimeError) as error:
+            raise DeviceUnavailableError(f"CUDA device {ordinal} cannot be used: {error}") from error
+        self.make_current()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        status, *values = getattr(self._driver, name)(*args)
+        if status:
+            _, text = self._driver.cuGetErrorName(status)
+            words = text.decode() if isinstance(text, bytes) else str(status)
+            raise DeviceError(f"{name} failed: {words}")
+        return values[0] if values else None
+
+    def make_current(self) -> None:
+        """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def close(self) -> None:
+        """Give the primary context back."""
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+    # -- what the device is ------------------------------------------------------------------------
+
+    def _attribute(self, name: str) -> int:
+        enum = self._driver.CUdevice_attribute
+        return int(self._call("cuDeviceGetAttribute", getattr(enum, f"CU_DEVICE_ATTRIBUTE_{name}"), self._device))
+
+    @property
+    def name(self) -> str:
+        return str(self._call("cuDeviceGetName", 128, self._device).split(b"\0")[0].decode())
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        return self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+
+    @property
+    def multiprocessors(self) -> int:
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    def numa_node(self) -> int | None:
+        """NUMA node of the device's PCI slot, or None where the machine does not say."""
+        domain, bus, slot = (self._attribute(f"PCI_{part}_ID") for part in ("DOMAIN", "BUS", "DEVICE"))
+        path = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0/numa_node")
+        with contextlib.suppress(OSError, ValueError):
+            node = int(path.read_text())
+            return node if node >= 0 else None
+        return None
+
+    # -- streams and events ------------------------------------------------------------------------
+
+    def create_stream(self, *, high_priority: bool = True) -> Stream:
+        """A non-blocking stream. High priority: its kernels go before a model's as thread blocks come free."""
+        least, greatest = self._stream_priorities()
+        flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return self._call("cuStreamCreateWithPriority", flags, greatest if high_priority else least)
+
+    def _stream_priorities(self) -> tuple[int, int]:
+        status, least, greatest = self._driver.cuCtxGetStreamPriorityRange()
+        if status:
+            raise DeviceError(f"cuCtxGetStreamPriorityRange failed: {status}")
+        return int(least), int(greatest)
+
+    def destroy_stream(self, stream: Stream) -> None:
+        self._call("cuStreamDestroy", stream)
+
+    def synchronize_stream(self, stream: Stream) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def create_event(self, *, timing: bool = False) -> Event:
+        """An event that a waiting thread sleeps on rather than spins."""
+        flags = self._driver.CUevent_flags
+        wanted = flags.CU_EVENT_BLOCKING_SYNC | (0 if timing else flags.CU_EVENT_DISABLE_TIMING)
+        return self._call("cuEventCreate", int(wanted))
+
+    def destroy_event(self, event: Event) -> None:
+        self._call("cuEventDestroy", event)
+
+    def record_event(self, event: Event, stream: Stream) -> None:
+        self._call("cuEventRecord", event, stream)
+
+    def wait_event(self, stream: Stream, event: Event) -> None:
+        """Make later work of `stream` wait for what `event` recorded last; nothing blocks on the host."""
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
+    def synchronize_event(self, event: Event) -> None:
+        """Block the calling thread, without the GIL, until the event has fired."""
+        self._call("cuEventSynchronize", event)
+
+    def elapsed_s(self, start: Event, end: Event) -> float:
+        """Seconds between two events made with `timing=True`."""
+        return float(self._call("cuEventElapsedTime", start, end)) * 1e-3
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def copy_async(self, destination: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
+        self._call("cuMemcpyAsync", destination, source, nbytes, stream)
+
+    def copy_batch_async(
+        self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: Stream
+    ) -> None:
+        """Many copies in one driver call (`cuMemcpyBatchAsync`, CUDA 12.8 and newer)."""
+        d = self._driver
+        attributes = d.CUmemcpyAttributes()
+        attributes.srcAccessOrder = d.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        pointers = [[d.CUdeviceptr(p) for p in side] for side in (destinations, sources)]
+        self._call("cuMemcpyBatchAsync", *pointers, list(sizes), len(sizes), [attributes], [0], 1, stream)
+
+    def fill_async(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
+        self._call("cuMemsetD8Async", address, value, nbytes, stream)
+
+    def register_host(self, address: int, nbytes: int) -> None:
+        """Pin a page-aligned host range for direct copies from every context."""
+        self._call("cuMemHostRegister", address, nbytes, self._driver.CU_MEMHOSTREGISTER_PORTABLE)
+
+    def unregister_host(self, address: int) -> None:
+        self._call("cuMemHostUnregister", address)
+
+    def allocate_host(self, nbytes: int) -> int:
+        """Pinned host memory, for small tables; its address serves host and device."""
+        return int(self._call("cuMemAllocHost", nbytes))
+
+    def free_host(self, address: int) -> None:
+        self._call("cuMemFreeHost", address)
+
+    def create_memory_pool(self, *, release_threshold_bytes: int) -> MemoryPool:
+        """A stream-ordered pool on this device that keeps up to the threshold for reuse."""
+        d = self._driver
+        properties = d.CUmemPoolProps()
+        properties.allocType = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = self.ordinal
+        pool = self._call("cuMemPoolCreate", properties)
+        threshold = d.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        self._call("cuMemPoolSetAttribute", pool, threshold, d.cuuint64_t(release_threshold_bytes))
+        return pool
+
+    def destroy_memory_pool(self, pool: MemoryPool) -> None:
+        self._call("cuMemPoolDestroy", pool)
+
+    def allocate_async(self, nbytes: int, pool: MemoryPool, stream: Stream) -> int:
+        """Device memory from `pool`, usable in `stream` order."""
+        return int(self._call("cuMemAllocFromPoolAsync", nbytes, pool, stream))
+
+    def free_async(self, address: int, stream: Stream) -> None:
+        self._call("cuMemFreeAsync", address, stream)
+
+    # -- kernels -----------------------------------------------------------------------------------
+
+    def load_kernel(self, ptx: str, name: str) -> Kernel:
+        """Compile PTX for this device and return one kernel of it."""
+        module = self._call("cuModuleLoadData", ptx.encode() + b"\0")
+        return self._call("cuModuleGetFunction", module, name.encode())
+
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: "KernelArguments", stream: Stream) -> None:
+        """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns."""
+        self._call("cuLaunchKernel", kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, 0)
+
+
+class KernelArguments:
+    """Eight-byte kernel arguments in one place, so that a launch changes values and builds nothing."""
+
+    def __init__(self, *values: SupportsInt) -> None:
+        self._slots = (ctypes.c_uint64 * len(values))(*(int(v) for v in values))
+        first = ctypes.addressof(self._slots)
+        self._pointers = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+        self.address = ctypes.addressof(self._pointers)
+
+    def __setitem__(self, position: int, value: int) -> None:
+        self._slots[position] = value
+
+
+def align_up(nbytes: int, alignment: int) -> int:
+    """The least multiple of `alignment` that is not below `nbytes`."""
+    return -(-nbytes // alignment) * alignment

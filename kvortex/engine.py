@@ -1,0 +1,390 @@
+"""The engine: control plane and data plane in one process, as an asyncio API and a blocking one."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvortex.config import KVortexConfig
+from kvortex.control import ControlPlane
+from kvortex.driver import Event
+from kvortex.errors import EngineStateError, InvalidHashError
+from kvortex.hashing import Namespace
+from kvortex.index import CacheIndex, EvictionPacer, make_policy
+from kvortex.kernels import validate_block_ids
+from kvortex.layout import KVLayout
+from kvortex.memory import ExtentAllocator
+from kvortex.sched import TransferExecutor, TransferRequest
+from kvortex.stats import EngineStats, StatsSnapshot
+from kvortex.sync import LoopThread, SyncEngine
+from kvortex.transfers import DataPlane
+from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
+
+logger = logging.getLogger(__name__)
+
+CPU_TIER = "cpu"
+PARTS_OF_A_BATCH = 4
+"""A long call is planned in parts of this fraction of a batch."""
+
+T = TypeVar("T")
+
+
+class KVortexEngine:
+    """Saves, checks and loads paged KV blocks. Made with `create`, bound to the event loop it was made on.
+
+        async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 << 30)) as engine:
+            engine.register_kv_caches({"layers.0": kv0, "layers.1": kv1}, block_size=16)
+            hashes = hash_blocks(token_ids, block_size=16)
+            await engine.save_blocks(hashes, block_ids)
+            loaded = await engine.load_blocks(hashes, block_ids)
+
+    A block is right or missed: its digest is computed as it leaves the cache and compared as it comes back.
+    Cancelling `save_blocks` or `load_blocks` returns only when no transfer touches the named blocks any more.
+    """
+
+    def __init__(self, config: KVortexConfig) -> None:
+        self.config = config
+        self.stats = EngineStats()
+        self._loop = asyncio.get_running_loop()
+        self._outstanding = asyncio.Semaphore(config.max_outstanding_requests)
+        self._callers = 0
+        self._no_callers = asyncio.Event()
+        self._no_callers.set()
+        self._control: ControlPlane | None = None
+        self._data: DataPlane | None = None
+        self._namespace: Namespace | None = None
+        self._shutdown: asyncio.Task[None] | None = None
+
+    @classmethod
+    def create(cls, config: KVortexConfig | None = None) -> "_Creation":
+        """`engine = await KVortexEngine.create(config)`, or `async with` it to have it shut down at the end."""
+        return _Creation(config or KVortexConfig())
+
+    @classmethod
+    def create_sync(cls, config: KVortexConfig | None = None) -> SyncEngine:
+        """An engine on a loop and thread of its own, behind its blocking face, for callers without a loop."""
+        thread = LoopThread()
+
+        async def create() -> KVortexEngine:
+            return await cls.create(config)
+
+        return SyncEngine(thread.run(create()), thread.loop, thread)
+
+    # -- caches ------------------------------------------------------------------------------------
+
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        block_dim: int | Mapping[str, int] | None = None,
+        executor: TransferExecutor | None = None,
+    ) -> KVLayout:
+        """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
+
+        Args:
+            kv_caches: layer name -> tensor, CUDA or CPU, all on one device; they must outlive the engine.
+            block_size: tokens a block.
+            num_blocks: blocks of the cache; needed where the shape does not tell.
+            block_dim: the dimension that counts blocks; likewise, one for all or by name.
+            executor: carries transfers out in place of the device's own; for tests.
+
+        Raises:
+            EngineStateError: registered before, or shut down.
+            LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` when what was
+                written did not come back.
+            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging is refused.
+        """
+        self._check_running()
+        if self._data is not None:
+            raise EngineStateError("caches are registered already; make another engine for another cache")
+        layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
+        self._data = DataPlane(self.config, kv_caches, layout, executor=executor)
+        self._control = self._make_control(self._data)
+        self._namespace = _namespace_of(self.config, layout)
+        logger.info("registered %s", layout.describe())
+        return layout
+
+    def _make_control(self, data: DataPlane) -> ControlPlane:
+        config = self.config
+        allocator = ExtentAllocator(data.pool.capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
+        index: CacheIndex[Any] = CacheIndex(make_policy(config.eviction_policy), config.ghost_entries)
+        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
+        return ControlPlane(index, allocator, pacer, data.block_nbytes)
+
+    @property
+    def namespace(self) -> Namespace:
+        """What else must agree for this engine's bytes to be reusable."""
+        if self._namespace is None:
+            raise EngineStateError("no caches are registered yet: call register_kv_caches first")
+        return self._namespace
+
+    def _planes(self) -> tuple[ControlPlane, DataPlane]:
+        self._check_running()
+        if self._control is None or self._data is None:
+            raise EngineStateError("no caches are registered yet: call register_kv_caches first")
+        return self._control, self._data
+
+    def _check_running(self) -> None:
+        if self._shutdown is not None:
+            raise EngineStateError("the engine has been shut down")
+
+    # -- save, check, load -------------------------------------------------------------------------
+
+    async def save_blocks(
+        self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
+    ) -> SaveResult:
+        """Copy blocks out of the paged cache; those stored can be loaded when this returns.
+
+        Args:
+            hashes: block hashes, a chain from its root or any part of one, in order.
+            block_ids: where each block lies; in range, each once.
+            stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); torch's
+                current stream by default. Blocks must not be overwritten before this returns.
+
+        Raises:
+            InvalidHashError, InvalidBlockIdError: before anything is started.
+            EngineStateError: nothing registered, or shut down.
+        """
+        control, data = self._planes()
+        ids = _check_call(data.layout, hashes, block_ids)
+        async with self._call(data, stream) as after:
+
+            async def save_part(part: slice) -> tuple[SaveOutcome, ...]:
+                plan = control.plan_save(hashes[part], ids[part], "save")
+                request = data.request(plan.transfer, after)
+                try:
+                    await self._carry_out(request, data)
+                finally:
+                    outcomes = control.finish_save(plan, request.digests, request.succeeded)
+                return outcomes
+
+            return SaveResult(await _run_parts(save_part, self._parts(len(ids), data)))
+
+    async def load_blocks(
+        self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
+    ) -> LoadResult:
+        """Copy cached blocks into the paged cache; whatever is not loaded says why.
+
+        Args:
+            hashes: block hashes, in order.
+            block_ids: where each block goes; in range, each once.
+            stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
+                Work queued on any stream after this returns sees the loaded bytes.
+
+        Raises:
+            InvalidHashError, InvalidBlockIdError: before anything is started; also when another load is
+                writing one of the blocks.
+            EngineStateError: nothing registered, or shut down.
+        """
+        control, data = self._planes()
+        ids = _check_call(data.layout, hashes, block_ids)
+        async with self._call(data, stream) as after:
+
+            async def load_part(part: slice) -> tuple[MissReason | None, ...]:
+                plan = control.plan_load(hashes[part], ids[part])
+                request = data.request(plan.transfer, after)
+                try:
+                    await self._carry_out(request, data)
+                finally:
+                    outcomes = control.finish_load(plan, request.digests, request.succeeded)
+                self.stats.record_outcomes(outcomes)
+                return outcomes
+
+            outcomes = await _run_parts(load_part, self._parts(len(ids), data))
+            return LoadResult(tuple(ids.tolist()), outcomes)
+
+    def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
+        """`bool [len(hashes)]`: what could be loaded now. No lock, no await, from any thread."""
+        control, _ = self._planes()
+        return control.index.contains_mask(hashes)
+
+    def match_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """Number of blocks that could be loaded before the first that could not. From any thread."""
+        control, _ = self._planes()
+        return control.index.prefix_length(hashes)
+
+    def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
+        """Why a block could not be loaded now; None when it could. From any thread."""
+        control, _ = self._planes()
+        if control.index.prefix_length([block_hash]):
+            return None
+        return control.index.miss_reason(block_hash)
+
+    @contextlib.asynccontextmanager
+    async def _call(self, data: DataPlane, stream: object) -> AsyncIterator[Event | None]:
+        """One save or load: its place among those in progress, and the event that orders it after `stream`."""
+        after = data.record_event(stream)
+        self._callers += 1
+        self._no_callers.clear()
+        try:
+            async with self._outstanding:
+                yield after
+        finally:
+            data.release_event(after)
+            self._callers -= 1
+            if not self._callers:
+                self._no_callers.set()
+
+    def _parts(self, num_blocks: int, data: DataPlane) -> list[slice]:
+        # A long call is planned piece by piece, so that the first blocks move while the last are looked up.
+        step = max(self.config.max_batch_bytes // PARTS_OF_A_BATCH // data.block_nbytes, 1)
+        return [slice(start, start + step) for start in range(0, num_blocks, step)]
+
+    async def _carry_out(self, request: TransferRequest, data: DataPlane) -> None:
+        started_s = time.perf_counter()
+        try:
+            await data.run(request)
+        finally:
+            moved = int(np.count_nonzero(request.succeeded))
+            if request.succeeded.size:
+                self.stats.record_transfer(
+                    request.direction,
+                    CPU_TIER,
+                    blocks=moved,
+                    nbytes=moved * data.layout.block_nbytes,
+                    seconds=time.perf_counter() - started_s,
+                    failures=request.succeeded.size - moved,
+                )
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget every cached block. Transfers under way end as usual; their saves stay invisible."""
+        control, _ = self._planes()
+        control.clear()
+
+    async def drain(self) -> None:
+        """Wait for every transfer that was started."""
+        _, data = self._planes()
+        await data.drain()
+
+    def get_stats(self) -> StatsSnapshot:
+        """Hit rate, bytes, latencies by direction and tier, miss reasons, pool figures; from any thread."""
+        pools = []
+        evicted = 0
+        if self._control is not None and self._data is not None:
+            pools = [
+                self._control.allocator.figures(pinned_bytes=self._data.pool.pinned_bytes),
+                *self._data.figures(),
+            ]
+            evicted = self._control.index.evicted_blocks
+        return self.stats.snapshot(pools, evicted_blocks=evicted)
+
+    def current_stream(self) -> int | None:
+        """Handle of torch's current stream in the calling thread; None for a cache in host memory."""
+        _, data = self._planes()
+        return data.current_stream()
+
+    @property
+    def sync(self) -> SyncEngine:
+        """The blocking face, for other threads than the loop's."""
+        return SyncEngine(self, self._loop)
+
+    async def shutdown(self) -> None:
+        """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel."""
+        if self._shutdown is None:
+            self._shutdown = asyncio.create_task(self._release(), name="kvortex-shutdown")
+        await asyncio.shield(self._shutdown)
+
+    async def _release(self) -> None:
+        if self._data is None or self._control is None:
+            return
+        await self._no_callers.wait()
+        self._control.clear()
+        leak = self._control.allocator.leak_report()
+        await self._data.aclose()
+        if leak:
+            logger.error("extents still held at shutdown: %s", leak)
+
+    def __del__(self) -> None:
+        if getattr(self, "_data", None) is not None and self._shutdown is None:
+            warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
+
+
+async def _run_parts(
+    run: Callable[[slice], Coroutine[Any, Any, tuple[T, ...]]], parts: Sequence[slice]
+) -> tuple[T, ...]:
+    """Start the parts in order, the loop having its turn between them; their outcomes in one tuple.
+
+    When one fails or the caller is cancelled, the others are cancelled and waited for.
+    """
+    if len(parts) == 1:
+        return await run(parts[0])
+    tasks: list[asyncio.Task[tuple[T, ...]]] = []
+    try:
+        for part in parts:
+            tasks.append(asyncio.create_task(run(part)))
+            await asyncio.sleep(0)
+        return tuple(itertools.chain.from_iterable([await task for task in tasks]))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await _wait_despite_cancellation(tasks)
+        raise
+
+
+async def _wait_despite_cancellation(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    # The tasks end within milliseconds; until then the device may still touch what the caller named.
+    while pending := [task for task in tasks if not task.done()]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(pending)
+
+
+class _Creation:
+    """What `KVortexEngine.create` gives: to be awaited, or entered with `async with`."""
+
+    def __init__(self, config: KVortexConfig) -> None:
+        self._config = config
+        self._engine: KVortexEngine | None = None
+
+    async def _create(self) -> KVortexEngine:
+        return KVortexEngine(self._config)
+
+    def __await__(self) -> Generator[Any, None, KVortexEngine]:
+        return self._create().__await__()
+
+    async def __aenter__(self) -> KVortexEngine:
+        self._engine = await self._create()
+        return self._engine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine is not None:
+            await self._engine.shutdown()
+
+
+def _check_call(
+    layout: KVLayout, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer]
+) -> NDArray[np.int32]:
+    if len(hashes) != len(block_ids):
+        raise InvalidHashError(f"{len(hashes)} hashes and {len(block_ids)} block ids do not pair up")
+    if set(map(type, hashes)) - {bytes} or set(map(len, hashes)) - {BLOCK_HASH_BYTES}:
+        raise InvalidHashError(f"every block hash is {BLOCK_HASH_BYTES} bytes; hash_blocks makes them")
+    return validate_block_ids(block_ids, layout.num_blocks)
+
+
+def _namespace_of(config: KVortexConfig, layout: KVLayout) -> Namespace:
+    identity = config.identity
+    return Namespace(
+        model=identity.model,
+        weights_revision=identity.weights_revision,
+        kv_dtype="/".join(layout.dtypes),
+        layout=layout.digest,
+        block_size=layout.block_size,
+        tp_rank=identity.tp_rank,
+        tp_size=identity.tp_size,
+        pp_rank=identity.pp_rank,
+        pp_size=identity.pp_size,
+    )

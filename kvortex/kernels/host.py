@@ -1,0 +1,107 @@
+"""Gather and scatter between a paged cache in host memory and extents: the CPU twins of the CUDA kernels."""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
+from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, segment_table, validate_block_ids
+from kvortex.layout import KVLayout
+
+# numba's fallback threading layer must not be entered from two threads at once.
+_one_parallel_region = threading.Lock()
+
+_POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))
+_ONE, _29, _32 = np.uint64(1), np.uint64(29), np.uint64(32)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _mix(word: Any, position: Any) -> Any:
+    x = word ^ (position * _POSITION)
+    x = (x ^ (x >> _32)) * _FIRST
+    x = (x ^ (x >> _29)) * _SECOND
+    return x ^ (x >> _32)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _copy_segment(source: Any, start: Any, target: Any, into: Any, position: Any, length: Any) -> Any:
+    total = np.uint64(0)
+    for i in range(length):
+        word = source[start + i]
+        target[into + i] = word
+        total += _mix(word, np.uint64(position + i) + _ONE)
+    return total
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _gather(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial: Any) -> None:
+    num_segments = segments.shape[0]
+    for item in prange(ids.shape[0] * num_segments):
+        b, s = item // num_segments, item % num_segments
+        source = segments[s, 0] + ids[b] * segments[s, 1]
+        partial[b, s] = _copy_segment(arena, source, pool, starts[b] + segments[s, 2], segments[s, 2], segments[s, 3])
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _scatter(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial: Any) -> None:
+    num_segments = segments.shape[0]
+    for item in prange(ids.shape[0] * num_segments):
+        b, s = item // num_segments, item % num_segments
+        target = segments[s, 0] + ids[b] * segments[s, 1]
+        partial[b, s] = _copy_segment(pool, starts[b] + segments[s, 2], arena, target, segments[s, 2], segments[s, 3])
+
+
+class HostKernels:
+    """Launcher of the twins for one layout in host memory.
+
+    Args:
+        layout: of tensors that stay alive as long as this object.
+        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+    """
+
+    def __init__(self, layout: KVLayout, pool: NDArray[np.uint8]) -> None:
+        self._num_blocks = layout.num_blocks
+        self._payload_words = layout.block_nbytes // 8
+        self._length_term = np.uint64(self._payload_words * LENGTH & MASK)
+        self._segments = segment_table(layout)
+        self._arena = array_at(arena_base(layout), arena_nbytes(layout))
+        self._pool = pool[: pool.size // 8 * 8].view(np.uint64)
+
+    def gather(self, block_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Copy blocks to the pool at byte `offsets` (`int64 [n]`, multiples of 8); returns digests `uint64 [n]`.
+
+        Raises:
+            InvalidBlockIdError: an id out of range (a block may be read twice).
+            ValueError: an offset not aligned or a block that would not fit behind it.
+        """
+        ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
+        return self._run(_gather, ids, offsets)
+
+    def scatter(self, block_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Copy blocks out of the pool; returns the digests of what was read, to be compared.
+
+        Raises as `gather`, and `InvalidBlockIdError` for an id named twice.
+        """
+        return self._run(_scatter, validate_block_ids(block_ids, self._num_blocks), offsets)
+
+    def _run(self, kernel: Any, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+        starts = self._starts(ids.size, offsets)
+        partial = np.empty((ids.size, self._segments.shape[0]), dtype=np.uint64)
+        if ids.size:
+            with _one_parallel_region:
+                kernel(self._arena, self._segments, ids.astype(np.int64), self._pool, starts, partial)
+        digests: NDArray[np.uint64] = partial.sum(axis=1, dtype=np.uint64) + self._length_term
+        return digests
+
+    def _starts(self, count: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        if offsets.shape != (count,):
+            raise ValueError(f"{count} blocks need {count} offsets, got shape {offsets.shape}")
+        starts: NDArray[np.int64] = offsets // 8
+        if count and ((offsets % 8).any() or starts.min() < 0):
+            raise ValueError("offsets are multiples of 8 and not negative")
+        if count and starts.max() + self._payload_words > self._pool.size:
+            raise ValueError(f"a block at offset {offsets.max()} does not fit a pool of {self._pool.nbytes} bytes")
+        return starts

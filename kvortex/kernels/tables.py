@@ -1,0 +1,85 @@
+"""What kernels need to know of a layout, as small integer tables; and the checks before a launch."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import InvalidBlockIdError
+from kvortex.layout import KVLayout
+
+LANE_BYTES = 16  # one access of one thread
+TILE_LANES = 256  # a warp's share: eight accesses a lane, all in flight together
+
+
+def arena_base(layout: KVLayout) -> int:
+    """Lowest address of the layout: segments are offsets from it, so that one pointer reaches all tensors."""
+    return min(segment.address for segment in layout.segments)
+
+
+def arena_nbytes(layout: KVLayout) -> int:
+    """Distance from the lowest address to the end of the highest segment of the last block."""
+    last = layout.num_blocks - 1
+    end = max(s.address + last * s.block_stride + s.nbytes for s in layout.segments)
+    return end - arena_base(layout)
+
+
+def segment_table(layout: KVLayout) -> NDArray[np.int64]:
+    """`[num_segments, 4]` in 8-byte words: offset in the arena, block stride, offset in the payload, length."""
+    base = arena_base(layout)
+    rows = [
+        (segment.address - base, segment.block_stride, offset, segment.nbytes)
+        for segment, offset in zip(layout.segments, layout.payload_offsets, strict=True)
+    ]
+    return np.array(rows, dtype=np.int64) // 8
+
+
+def tile_table(layout: KVLayout) -> NDArray[np.int64]:
+    """`[num_tiles, 4]` in 16-byte lanes, columns as `segment_table`: segments cut into even tiles of at most 4 KiB."""
+    rows: list[tuple[int, int, int, int]] = []
+    base = arena_base(layout)
+    for segment, offset in zip(layout.segments, layout.payload_offsets, strict=True):
+        lanes = segment.nbytes // LANE_BYTES
+        source, target = (segment.address - base) // LANE_BYTES, offset // LANE_BYTES
+        for start, stop in _even_cuts(lanes):
+            rows.append((source + start, segment.block_stride // LANE_BYTES, target + start, stop - start))
+    return np.array(rows, dtype=np.int64)
+
+
+def _even_cuts(lanes: int) -> list[tuple[int, int]]:
+    # Whole warps' worth a tile where possible: 576 lanes become 3 x 192, not 256 + 256 + 64.
+    tiles = -(-lanes // TILE_LANES)
+    step = -(-lanes // tiles)
+    step = min(TILE_LANES, -(-step // 32) * 32)
+    return [(start, min(start + step, lanes)) for start in range(0, lanes, step)]
+
+
+def validate_block_ids(
+    block_ids: Sequence[int] | NDArray[np.integer], num_blocks: int, *, allow_duplicates: bool = False
+) -> NDArray[np.int32]:
+    """Block ids as `int32 [n]`, in range and, unless allowed otherwise, each once.
+
+    Raises:
+        InvalidBlockIdError: an id outside `[0, num_blocks)` or named twice.
+    """
+    ids = np.asarray(block_ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise InvalidBlockIdError(f"block ids are a flat list of integers, not {ids.dtype} of shape {ids.shape}")
+    if not ids.size:
+        return np.empty(0, dtype=np.int32)
+    outside = (ids < 0) | (ids >= num_blocks)
+    if outside.any():
+        raise InvalidBlockIdError(f"block id {ids[outside][0]} is not in [0, {num_blocks})")
+    if ids.size > 1 and not allow_duplicates:
+        ordered = np.sort(ids)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if twice.size:
+            raise InvalidBlockIdError(f"block id {twice[0]} is named twice")
+    return ids.astype(np.int32, copy=False)
+
+
+def array_at(address: int, nbytes: int) -> NDArray[np.uint64]:
+    """`nbytes // 8` words of memory at `address`; the caller keeps the memory alive."""
+    words = (ctypes.c_uint64 * (nbytes // 8)).from_address(address)
+    return np.ctypeslib.as_array(words)

@@ -1,0 +1,7 @@
+"""Memory that blocks rest in and pass through: the extent allocator, the pinned host pool, device staging."""
+
+from kvortex.memory.allocator import ExtentAllocator
+from kvortex.memory.pinned import PinnedPool
+from kvortex.memory.staging import DeviceStagingPool
+
+__all__ = ["DeviceStagingPool", "ExtentAllocator", "PinnedPool"]

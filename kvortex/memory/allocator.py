@@ -1,0 +1,206 @@
+"""First-fit allocation of extents, pure: offsets in, offsets out, no memory behind them."""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable
+
+from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.driver import align_up
+from kvortex.errors import DoubleFreeError, ForeignExtentError, OutOfPoolMemoryError
+from kvortex.stats import PoolFigures
+from kvortex.types import Extent
+
+MAX_REMEMBERED_SIZES = 64
+
+
+class ExtentAllocator:
+    """Hands out extents of `[0, capacity_bytes)`, lowest address first, and merges what comes back.
+
+    The range is cut into pieces of `piece_bytes`; no extent crosses a piece border, because pieces are pinned
+    one by one and a copy must not span two registrations. Sizes are rounded up to 128 bytes, offsets are
+    multiples of 128. Not thread-safe: it belongs to the control plane's thread.
+
+    First fit is exact and yet cheap for the few distinct sizes that a cache asks for: for each size it
+    remembers an address below which no hole is large enough, and only a free below that address moves it back.
+
+    Args:
+        capacity_bytes: size of the whole range.
+        piece_bytes: size of a piece; the last one may be smaller.
+        name: of the pool, in messages and figures.
+    """
+
+    def __init__(self, capacity_bytes: int, piece_bytes: int | None = None, *, name: str = "cpu") -> None:
+        self.name = name
+        self.capacity_bytes = capacity_bytes - capacity_bytes % EXTENT_ALIGNMENT_BYTES
+        self.piece_bytes = piece_bytes or max(self.capacity_bytes, 1)
+        self.allocated_bytes = 0
+        self._allocated: dict[int, tuple[int, str]] = {}  # offset -> (size, owner)
+        self._hole_size: dict[int, int] = {}  # start -> size
+        self._hole_starting: list[int] = []  # sorted starts
+        self._hole_ending: dict[int, int] = {}  # end -> start
+        self._no_fit_below: dict[int, int] = {}  # size -> no hole of that size starts below
+        for start in range(0, self.capacity_bytes, self.piece_bytes):
+            self._insert_hole(start, min(self.piece_bytes, self.capacity_bytes - start))
+
+    # -- allocate ----------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, owner: str) -> Extent:
+        """One extent of at least `nbytes`.
+
+        Raises:
+            OutOfPoolMemoryError: no hole is large enough; the message tells full from fragmented.
+        """
+        extents = self.allocate_many(1, nbytes, owner)
+        if not extents:
+            raise OutOfPoolMemoryError(self._why_not(nbytes))
+        return extents[0]
+
+    def allocate_many(self, count: int, nbytes: int, owner: str) -> list[Extent]:
+        """Up to `count` extents of `nbytes` each, as few contiguous runs as first fit gives; fewer when full.
+
+        Extents of one run follow each other without a gap, so that one copy can move them.
+        """
+        if nbytes < 1 or count < 0:
+            raise ValueError(f"cannot allocate {count} extents of {nbytes} bytes")
+        size = align_up(nbytes, EXTENT_ALIGNMENT_BYTES)
+        extents: list[Extent] = []
+        if count > 1:
+            start = self._run_fit(size, size * count)
+            if start is not None:
+                self._take(start, size, count, owner, extents)
+        while len(extents) < count:
+            start = self._first_fit(size)
+            if start is None:
+                break
+            fitting = min(self._hole_size[start] // size, count - len(extents))
+            self._take(start, size, fitting, owner, extents)
+        return extents
+
+    def _first_fit(self, size: int) -> int | None:
+        start = self._run_fit(size, size)
+        if len(self._no_fit_below) >= MAX_REMEMBERED_SIZES:
+            self._no_fit_below.clear()
+        self._no_fit_below[size] = self.capacity_bytes if start is None else start
+        return start
+
+    def _run_fit(self, size: int, total: int) -> int | None:
+        # Runs come in many lengths, so no address is remembered for them: whatever holds a run holds one extent.
+        starts, sizes = self._hole_starting, self._hole_size
+        for position in range(bisect_left(starts, self._no_fit_below.get(size, 0)), len(starts)):
+            if sizes[starts[position]] >= total:
+                return starts[position]
+        return None
+
+    def _take(self, start: int, size: int, count: int, owner: str, into: list[Extent]) -> None:
+        rest = self._remove_hole(start) - size * count
+        for offset in range(start, start + size * count, size):
+            self._allocated[offset] = (size, owner)
+            into.append(Extent(offset, size))
+        self.allocated_bytes += size * count
+        if rest:
+            self._insert_hole(start + size * count, rest)
+
+    def _why_not(self, nbytes: int) -> str:
+        free = self.capacity_bytes - self.allocated_bytes
+        largest = self.largest_free_bytes
+        hint = "raise its size" if free < nbytes else f"the largest free run is {largest} bytes (fragmented)"
+        return f"pool {self.name!r} has no {nbytes} bytes: {free} of {self.capacity_bytes} are free; {hint}"
+
+    # -- free --------------------------------------------------------------------------------------
+
+    def free(self, extent: Extent) -> None:
+        """Give one extent back.
+
+        Raises:
+            DoubleFreeError: its bytes are free already.
+            ForeignExtentError: this allocator did not hand it out like this. The pool is unchanged.
+        """
+        self._check_owned(extent)
+        size, _ = self._allocated.pop(extent.offset)
+        self.allocated_bytes -= size
+        start, end = extent.offset, extent.offset + size
+        if end in self._hole_size and end % self.piece_bytes:
+            end += self._remove_hole(end)
+        if start in self._hole_ending and start % self.piece_bytes:
+            before = self._hole_ending[start]
+            self._remove_hole(before)
+            start = before
+        self._insert_hole(start, end - start)
+
+    def free_many(self, extents: Iterable[Extent]) -> None:
+        """Give several extents back; checked before the first is freed.
+
+        Raises:
+            DoubleFreeError, ForeignExtentError: as `free`; then none is freed.
+        """
+        extents = list(extents)
+        for extent in extents:
+            self._check_owned(extent)
+        if len({extent.offset for extent in extents}) != len(extents):
+            raise DoubleFreeError(f"pool {self.name!r}: an extent is named twice in one free")
+        for extent in extents:
+            self.free(extent)
+
+    def _check_owned(self, extent: Extent) -> None:
+        held = self._allocated.get(extent.offset)
+        if held is not None and held[0] == extent.nbytes:
+            return
+        inside = extent.offset >= 0 and extent.end <= self.capacity_bytes
+        if held is None and inside and self._is_free(extent):
+            raise DoubleFreeError(f"pool {self.name!r}: {extent} is free already")
+        raise ForeignExtentError(f"pool {self.name!r} never handed out {extent}")
+
+    def _is_free(self, extent: Extent) -> bool:
+        position = bisect_left(self._hole_starting, extent.offset + 1) - 1
+        if position < 0:
+            return False
+        start = self._hole_starting[position]
+        return start + self._hole_size[start] >= extent.end
+
+    # -- holes -------------------------------------------------------------------------------------
+
+    def _insert_hole(self, start: int, size: int) -> None:
+        self._hole_size[start] = size
+        self._hole_ending[start + size] = start
+        insort(self._hole_starting, start)
+        for wanted, below in self._no_fit_below.items():
+            if wanted <= size and start < below:
+                self._no_fit_below[wanted] = start
+
+    def _remove_hole(self, start: int) -> int:
+        size = self._hole_size.pop(start)
+        del self._hole_ending[start + size]
+        del self._hole_starting[bisect_left(self._hole_starting, start)]
+        return size
+
+    # -- figures -----------------------------------------------------------------------------------
+
+    @property
+    def largest_free_bytes(self) -> int:
+        return max(self._hole_size.values(), default=0)
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        """Owner -> bytes it holds; empty when everything came back."""
+        totals: Counter[str] = Counter()
+        for size, owner in self._allocated.values():
+            totals[owner] += size
+        return dict(totals)
+
+    def leak_report(self) -> str:
+        """What is still held, by owner, largest first; empty when nothing is."""
+        held = Counter(self.bytes_by_owner())
+        return ", ".join(f"{owner}: {nbytes} bytes" for owner, nbytes in held.most_common())
+
+    def figures(self, *, pinned_bytes: int = 0) -> PoolFigures:
+        """Occupancy and fragmentation now."""
+        free = self.capacity_bytes - self.allocated_bytes
+        largest = self.largest_free_bytes
+        return PoolFigures(
+            name=self.name,
+            capacity_bytes=self.capacity_bytes,
+            allocated_bytes=self.allocated_bytes,
+            largest_free_bytes=largest,
+            fragmentation=1 - largest / min(free, self.piece_bytes) if free else 0.0,
+            num_extents=len(self._allocated),
+            pinned_bytes=pinned_bytes,
+        )

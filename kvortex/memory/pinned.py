@@ -1,0 +1,163 @@
+"""The host memory that blocks rest in: one mapping of exactly the size asked for, pinned piece by piece."""
+
+import asyncio
+import logging
+import mmap
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.config import MIB
+from kvortex.driver import Device, align_up
+from kvortex.errors import ConfigError, DeviceError
+from kvortex.memory.numa import prefer_node
+from kvortex.types import Extent
+
+logger = logging.getLogger(__name__)
+
+
+class PinnedPool:
+    """`capacity_bytes` of host memory, pinned for a device in the background, lowest piece first.
+
+    Pinning costs about half a second a GiB, so start-up does not wait for it: `ready(nbytes)` waits until the
+    first `nbytes` are pinned. Without a device the memory is plain and ready at once. The mapping is kept out
+    of forked children: a copy-on-write page would move away under a transfer.
+
+    Args:
+        capacity_bytes: size, rounded up to whole pages.
+        device: whose transfers use the memory; None for plain host memory.
+        piece_bytes: pinned at a time, a multiple of the page size.
+        numa_aware: prefer pages of the device's NUMA node.
+
+    Raises:
+        ConfigError: the machine cannot map that much.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        device: Device | None = None,
+        piece_bytes: int = 256 * MIB,
+        numa_aware: bool = True,
+    ) -> None:
+        self.capacity_bytes = align_up(capacity_bytes, mmap.PAGESIZE)
+        self.piece_bytes = piece_bytes
+        self.pinned_bytes = 0
+        self.numa_node: int | None = None
+        self._device = device
+        try:
+            self._mapping = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"cannot map a pool of {capacity_bytes} bytes: {error}") from error
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
+        self.address: int = self.bytes.ctypes.data
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._error: DeviceError | None = None
+        self._registered: list[int] = []
+        self._thread: threading.Thread | None = None
+        if device is None:
+            self.pinned_bytes = self.capacity_bytes
+        else:
+            self._start_pinning(device, numa_aware)
+
+    def _start_pinning(self, device: Device, numa_aware: bool) -> None:
+        node = device.numa_node() if numa_aware else None
+        if prefer_node(self.address, self.capacity_bytes, node):
+            self.numa_node = node
+        self._thread = threading.Thread(target=self._pin_all, name="kvortex-pin", args=(device,), daemon=True)
+        self._thread.start()
+
+    def _pin_all(self, device: Device) -> None:
+        started = time.perf_counter()
+        try:
+            device.make_current()
+            for start in range(0, self.capacity_bytes, self.piece_bytes):
+                if self._stopping:
+                    return
+                nbytes = min(self.piece_bytes, self.capacity_bytes - start)
+                device.register_host(self.address + start, nbytes)
+                self._registered.append(self.address + start)
+                self._advance(start + nbytes)
+        except DeviceError as error:
+            logger.error("pinning stopped at %d of %d bytes: %s", self.pinned_bytes, self.capacity_bytes, error)
+            self._fail(error)
+        else:
+            elapsed_s = time.perf_counter() - started
+            logger.info("pinned %d bytes in %.2f s, NUMA node %s", self.capacity_bytes, elapsed_s, self.numa_node)
+
+    def _advance(self, pinned_bytes: int) -> None:
+        with self._condition:
+            self.pinned_bytes = pinned_bytes
+            self._condition.notify_all()
+
+    def _fail(self, error: DeviceError) -> None:
+        with self._condition:
+            self._error = error
+            self._condition.notify_all()
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    def is_ready(self, nbytes: int) -> bool:
+        """True when the first `nbytes` may take part in a transfer."""
+        return self.pinned_bytes >= nbytes
+
+    def wait_ready(self, nbytes: int) -> None:
+        """Block until the first `nbytes` are pinned.
+
+        Raises:
+            DeviceError: pinning failed before it got that far, or the pool was closed.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self.is_ready(nbytes) or self._error or self._stopping)
+            if not self.is_ready(nbytes):
+                raise self._error or DeviceError("the pool was closed while memory was being pinned")
+
+    async def ready(self, nbytes: int) -> None:
+        """Wait for the first `nbytes` without blocking the loop. Raises as `wait_ready`."""
+        if not self.is_ready(nbytes):
+            await asyncio.to_thread(self.wait_ready, nbytes)
+
+    def view(self, extent: Extent, nbytes: int | None = None) -> NDArray[np.uint8]:
+        """The extent's bytes, shared; `nbytes` leaves out the padding at its end."""
+        return self.bytes[extent.offset : extent.offset + (extent.nbytes if nbytes is None else nbytes)]
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Unpin and unmap; idempotent. No transfer may be under way."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._device is not None:
+            self._device.make_current()
+            while self._registered:
+                self._device.unregister_host(self._registered.pop())
+        self.pinned_bytes = 0
+        self.bytes = np.empty(0, dtype=np.uint8)
+        self._unmap()
+
+    def _unmap(self) -> None:
+        try:
+            self._mapping.close()
+        except BufferError:
+            # A caller still holds a view of the pool: the mapping goes with it, which beats a dangling pointer.
+            logger.warning("a view of the pool is still alive; its memory is released with it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,161 @@
+"""Which blocks go together, and when: a pure function of what waits, of the clock and of what is busy."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvortex.sched.request import TransferRequest
+from kvortex.types import Direction
+
+MIN_BATCH_BYTES = 4 << 20
+"""Ramps start here: smaller batches cost more launches than they save in waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Blocks `[start, stop)` of a request."""
+
+    request: TransferRequest
+    start: int
+    stop: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one gather or scatter moves."""
+
+    direction: Direction
+    slices: tuple[Slice, ...]
+    nbytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(part.num_blocks for part in self.slices)
+
+
+class Batcher:
+    """Queues of requests, a direction each, first in first out; cuts batches from their heads.
+
+    A batch holds blocks of at most `max_requests` requests and at most `max_bytes` and `max_blocks`. A request
+    larger than that is split. Loads go before saves, as somebody waits for them, but after
+    `max_consecutive_loads` load batches a waiting save is next.
+
+    A transfer is not all steady state: while the first save batch is gathered the link idles, and while the
+    last load batch is scattered too. So a save's batches start small and double, and a load's halve towards
+    the end of what waits.
+
+    Args:
+        max_requests: requests that one batch may serve.
+        max_bytes: bytes, padding included, that one batch may move.
+        max_blocks: blocks that one batch may move.
+        linger_s: how long a batch that is not full waits for more while its direction is busy.
+        max_consecutive_loads: load batches before a waiting save.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_requests: int = 32,
+        max_bytes: int = 128 << 20,
+        max_blocks: int = 4096,
+        linger_s: float = 0.0005,
+        max_consecutive_loads: int = 4,
+    ) -> None:
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._max_blocks = max_blocks
+        self._linger_s = linger_s
+        self._max_consecutive_loads = max_consecutive_loads
+        self._queues: dict[Direction, deque[TransferRequest]] = {d: deque() for d in Direction}
+        self._queued_bytes = dict.fromkeys(Direction, 0)
+        self._last_batch_bytes = dict.fromkeys(Direction, 0)
+        self._consecutive_loads = 0
+
+    def add(self, request: TransferRequest, now_s: float) -> None:
+        """Queue a request that has at least one block."""
+        request.queued_at_s = now_s
+        self._queues[request.direction].append(request)
+        self._queued_bytes[request.direction] += request.blocks_waiting * request.block_nbytes
+
+    def remove(self, request: TransferRequest) -> None:
+        """Forget what no batch has taken of a request; it may be queued no more."""
+        queue = self._queues[request.direction]
+        if request in queue:
+            queue.remove(request)
+            self._queued_bytes[request.direction] -= request.blocks_waiting * request.block_nbytes
+
+    def queued_bytes(self, direction: Direction) -> int:
+        """Bytes that wait in one direction."""
+        return self._queued_bytes[direction]
+
+    def next_batch(self, now_s: float, free: set[Direction], busy: set[Direction]) -> Batch | None:
+        """The next batch to issue, or None.
+
+        Args:
+            now_s: the clock that `add` was given.
+            free: directions that can take a batch now.
+            busy: directions that have batches in flight; only these let a batch wait for company.
+        """
+        for direction in self._in_order(free):
+            if direction not in busy:
+                self._last_batch_bytes[direction] = 0
+            if self._is_due(direction, now_s, direction in busy):
+                self._count(direction)
+                return self._cut(direction)
+        return None
+
+    def next_due_s(self, free: set[Direction]) -> float | None:
+        """When a batch that waits for company in a free direction goes anyway; None when none waits."""
+        heads = [queue[0].queued_at_s for d, queue in self._queues.items() if queue and d in free]
+        return min(heads) + self._linger_s if heads else None
+
+    def _in_order(self, free: set[Direction]) -> list[Direction]:
+        order = [Direction.LOAD, Direction.SAVE]
+        if self._consecutive_loads >= self._max_consecutive_loads:
+            order.reverse()
+        return [direction for direction in order if direction in free and self._queues[direction]]
+
+    def _count(self, direction: Direction) -> None:
+        saves_wait = bool(self._queues[Direction.SAVE])
+        self._consecutive_loads = self._consecutive_loads + 1 if direction is Direction.LOAD and saves_wait else 0
+
+    def _is_due(self, direction: Direction, now_s: float, busy: bool) -> bool:
+        queue = self._queues[direction]
+        return (
+            not busy
+            or self._queued_bytes[direction] >= self._max_bytes
+            or len(queue) >= self._max_requests
+            or now_s >= queue[0].queued_at_s + self._linger_s
+        )
+
+    def _byte_limit(self, direction: Direction) -> int:
+        queued, last = self._queued_bytes[direction], self._last_batch_bytes[direction]
+        ramp = 2 * last if direction is Direction.SAVE else queued // 2
+        return min(max(ramp, MIN_BATCH_BYTES), self._max_bytes)
+
+    def _cut(self, direction: Direction) -> Batch:
+        queue = self._queues[direction]
+        bytes_left, blocks_left = self._byte_limit(direction), self._max_blocks
+        slices: list[Slice] = []
+        nbytes = 0
+        while queue and blocks_left and len(slices) < self._max_requests:
+            request = queue[0]
+            fitting = min(bytes_left // request.block_nbytes, blocks_left, request.blocks_waiting)
+            if fitting == 0 and slices:
+                break
+            taken = max(fitting, 1)  # a block larger than the limit still goes, alone
+            slices.append(Slice(request, request.next_block, request.next_block + taken))
+            request.next_block += taken
+            request.blocks_in_flight += taken
+            moved = taken * request.block_nbytes
+            nbytes, bytes_left, blocks_left = nbytes + moved, bytes_left - moved, blocks_left - taken
+            if request.blocks_waiting == 0:
+                queue.popleft()
+            if bytes_left <= 0:
+                break
+        self._queued_bytes[direction] -= nbytes
+        self._last_batch_bytes[direction] = nbytes
+        return Batch(direction, tuple(slices), nbytes)

@@ -1,0 +1,86 @@
+"""One caller's transfer: which blocks, which bytes of the pool, and what came of it."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.driver import Event
+from kvortex.types import Direction
+
+
+@dataclass(slots=True, eq=False)
+class TransferRequest:
+    """Blocks to move between the paged cache and extents of the pool.
+
+    Args:
+        direction: SAVE reads the cache, LOAD writes it.
+        block_ids: `int32 [n]`.
+        offsets: `int64 [n]`, byte offsets of the blocks' extents in the pool.
+        block_nbytes: what a block takes in the pool, padding included.
+        after: CUDA event that must fire before the cache is touched; None when nothing is pending.
+        wants_source_released: report as soon as a save has read the cache; otherwise with its end.
+
+    `digests` (`uint64 [n]`) and `succeeded` (`bool [n]`) are filled as batches finish; `settled` is set when no
+    batch can touch the cache or the extents any more, however the transfer ended. `source_released` is set, for
+    a save, when the cache's blocks have been read and may be overwritten.
+    """
+
+    direction: Direction
+    block_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    block_nbytes: int
+    after: Event | None = None
+    wants_source_released: bool = False
+    digests: NDArray[np.uint64] = field(init=False)
+    succeeded: NDArray[np.bool_] = field(init=False)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    source_released: asyncio.Event = field(default_factory=asyncio.Event)
+    errors: list[Exception] = field(default_factory=list)
+    cancelled: bool = False
+    queued_at_s: float = 0.0
+    next_block: int = 0  # first block that is in no batch yet
+    blocks_in_flight: int = 0
+    blocks_unread: int = 0
+
+    def __post_init__(self) -> None:
+        self.digests = np.zeros(len(self.block_ids), dtype=np.uint64)
+        self.succeeded = np.zeros(len(self.block_ids), dtype=np.bool_)
+        self.blocks_unread = len(self.block_ids)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_ids)
+
+    @property
+    def blocks_waiting(self) -> int:
+        """Blocks that no batch has taken yet."""
+        return self.num_blocks - self.next_block
+
+    def drop_waiting(self) -> None:
+        """Give up the blocks that no batch has taken; they stay not succeeded."""
+        self.cancelled = True
+        self.blocks_unread -= self.blocks_waiting
+        self.block_ids = self.block_ids[: self.next_block]
+        self.settle_if_done()
+
+    def settle_if_done(self) -> None:
+        if self.blocks_unread == 0:
+            self.source_released.set()
+        if self.blocks_waiting == 0 and self.blocks_in_flight == 0:
+            self.source_released.set()
+            self.settled.set()
+
+
+def merge_runs(offsets: Sequence[int], block_nbytes: int, piece_bytes: int) -> list[tuple[int, int]]:
+    """Runs of extents that follow each other in one piece of the pool, as `(first block, number of blocks)`."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for i in range(1, len(offsets) + 1):
+        follows = i < len(offsets) and offsets[i] == offsets[i - 1] + block_nbytes
+        if not follows or offsets[i] % piece_bytes == 0:
+            runs.append((start, i - start))
+            start = i
+    return runs

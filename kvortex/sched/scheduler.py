@@ -1,0 +1,168 @@
+"""The pump between callers and the executor: runs on the event loop, keeps no task, blocks nobody."""
+
+import asyncio
+import logging
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import DeviceError, EngineStateError, KVortexError
+from kvortex.sched.batcher import Batch, Batcher
+from kvortex.sched.executor import TransferExecutor
+from kvortex.sched.request import TransferRequest
+from kvortex.types import Direction
+
+logger = logging.getLogger(__name__)
+
+
+class TransferScheduler:
+    """Takes requests, lets the batcher cut batches, and gives them to the executor as slots come free.
+
+    Requests that arrive in one turn of the loop are seen together. Cancelling `run` drops the blocks that no
+    batch has taken and then waits for those that are under way, so that the caller may reuse the cache's
+    blocks, and free the extents, as soon as it has control again.
+
+    Args:
+        batcher: decides.
+        executor: carries out; closed by `aclose`.
+    """
+
+    def __init__(self, batcher: Batcher, executor: TransferExecutor) -> None:
+        self._batcher = batcher
+        self._executor = executor
+        self._loop = asyncio.get_running_loop()
+        self._in_flight = dict.fromkeys(Direction, 0)
+        self._unsettled: set[TransferRequest] = set()
+        self._pump_handle: asyncio.Handle | None = None
+        self._linger_handle: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are queued or under way."""
+        return len(self._unsettled)
+
+    def submit(self, request: TransferRequest) -> None:
+        """Queue a request; its `settled` event tells the end.
+
+        Raises:
+            EngineStateError: the scheduler is closing.
+        """
+        if self._closing:
+            raise EngineStateError("the engine is shutting down and takes no more transfers")
+        if not request.num_blocks:
+            request.settle_if_done()
+            return
+        self._unsettled.add(request)
+        self._batcher.add(request, self._loop.time())
+        self._pump_soon()
+
+    async def run(self, request: TransferRequest) -> None:
+        """Submit a request and wait for its end.
+
+        Raises:
+            EngineStateError: the scheduler is closing.
+        """
+        self.submit(request)
+        await self.wait_settled(request)
+
+    async def wait_settled(self, request: TransferRequest) -> None:
+        """Wait for the end of a submitted request; cancellation as the class says."""
+        try:
+            await request.settled.wait()
+        except asyncio.CancelledError:
+            self.cancel(request)
+            await _wait_despite_cancellation(request.settled)
+            raise
+
+    def cancel(self, request: TransferRequest) -> None:
+        """Drop what no batch has taken of a request; what is under way ends by itself."""
+        self._batcher.remove(request)
+        request.drop_waiting()
+        self._forget_settled(request)
+
+    async def drain(self) -> None:
+        """Wait until every request submitted so far has settled."""
+        for request in list(self._unsettled):
+            await request.settled.wait()
+
+    async def aclose(self) -> None:
+        """Take no more, finish what is there, close the executor; idempotent."""
+        self._closing = True
+        await self.drain()
+        for handle in (self._pump_handle, self._linger_handle):
+            if handle is not None:
+                handle.cancel()
+        await asyncio.to_thread(self._executor.close)
+
+    # -- the pump ----------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        if self._pump_handle is None:
+            self._pump_handle = self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_handle = None
+        while True:
+            free = {d for d in Direction if self._executor.free_slots(d) > 0}
+            busy = {d for d in Direction if self._in_flight[d]}
+            batch = self._batcher.next_batch(self._loop.time(), free, busy)
+            if batch is None:
+                break
+            self._issue(batch)
+        self._set_linger(free)
+
+    def _set_linger(self, free: set[Direction]) -> None:
+        # Only a batch that could go now but waits for company needs the clock; a full executor wakes us itself.
+        due_s = self._batcher.next_due_s(free)
+        if self._linger_handle is not None:
+            self._linger_handle.cancel()
+            self._linger_handle = None
+        if due_s is not None:
+            self._linger_handle = self._loop.call_at(due_s, self._pump_soon)
+
+    def _issue(self, batch: Batch) -> None:
+        self._in_flight[batch.direction] += 1
+        try:
+            self._executor.issue(batch, partial(self._finish, batch), partial(self._source_read, batch))
+        except KVortexError as error:
+            self._finish(batch, error)
+
+    def _source_read(self, batch: Batch) -> None:
+        for part in batch.slices:
+            part.request.blocks_unread -= part.num_blocks
+            if part.request.blocks_unread == 0:
+                part.request.source_released.set()
+
+    def _finish(self, batch: Batch, outcome: NDArray[np.uint64] | Exception) -> None:
+        self._in_flight[batch.direction] -= 1
+        if isinstance(outcome, Exception):
+            level = logging.WARNING if isinstance(outcome, DeviceError) else logging.ERROR
+            logger.log(level, "a %s batch of %d blocks failed: %s", batch.direction.value, batch.num_blocks, outcome)
+        position = 0
+        for part in batch.slices:
+            request = part.request
+            if isinstance(outcome, Exception):
+                request.errors.append(outcome)
+            else:
+                request.digests[part.start : part.stop] = outcome[position : position + part.num_blocks]
+                request.succeeded[part.start : part.stop] = True
+            position += part.num_blocks
+            request.blocks_in_flight -= part.num_blocks
+            request.settle_if_done()
+            self._forget_settled(request)
+        self._pump_soon()
+
+    def _forget_settled(self, request: TransferRequest) -> None:
+        if request.settled.is_set():
+            self._unsettled.discard(request)
+
+
+async def _wait_despite_cancellation(event: asyncio.Event) -> None:
+    # A second cancellation must not free memory under a transfer either; transfers end within milliseconds.
+    while not event.is_set():
+        try:
+            await event.wait()
+        except asyncio.CancelledError:
+            continue

@@ -1,0 +1,117 @@
+"""Proof, at start-up, that the layout is understood: a pattern goes through the real path and comes back.
+
+The pattern is written and read with torch's own indexing, which knows nothing of segments; the transfers in
+between are those that serve later. What the blocks held before is put back.
+"""
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvortex.driver import Event
+from kvortex.errors import LayoutSelfTestError
+from kvortex.kernels import digest_reference
+from kvortex.layout import KVLayout
+from kvortex.sched import Batch, Slice, TransferExecutor, TransferRequest
+from kvortex.types import Direction
+
+BlockBytes = Callable[[str, int], torch.Tensor]
+"""`(tensor name, block id)` -> that block of the tensor, a view, any shape."""
+
+
+def run_self_test(
+    layout: KVLayout,
+    tensors: Mapping[str, torch.Tensor],
+    block_of: BlockBytes,
+    block_ids: Sequence[int],
+    executor: TransferExecutor,
+    offsets: NDArray[np.int64],
+    pool: NDArray[np.uint8],
+    after: Callable[[], Event | None],
+) -> None:
+    """Write a pattern into `block_ids`, save it, wipe the blocks, load it, compare; then restore the blocks.
+
+    Args:
+        layout: under test.
+        tensors: by name, as registered.
+        block_of: how torch reaches a block.
+        block_ids: blocks to use.
+        executor: idle; its `post` is used for the time of the test.
+        offsets: of as many extents of the pool.
+        pool: the pool's bytes.
+        after: gives an event for what torch has queued on the device so far, None on the host.
+
+    Raises:
+        LayoutSelfTestError: what came back differs; names the tensor.
+    """
+    blocks = {(name, b): block_of(name, b) for name in tensors for b in block_ids}
+    before = {place: block.clone() for place, block in blocks.items()}
+    patterns = {place: _pattern(block, seed) for seed, (place, block) in enumerate(blocks.items())}
+    try:
+        for place, block in blocks.items():
+            block.copy_(patterns[place])
+        ids = np.array(block_ids, dtype=np.int32)
+        saved = _transfer(executor, Direction.SAVE, layout, ids, offsets, after())
+        _compare_digests(layout, saved, offsets, pool)
+        for block in blocks.values():
+            block.copy_(_pattern(block, -1))
+        loaded = _transfer(executor, Direction.LOAD, layout, ids, offsets, after())
+        if not np.array_equal(saved, loaded):
+            raise LayoutSelfTestError("self-test: a block's digest changed between save and load")
+        for (name, block_id), block in blocks.items():
+            if not torch.equal(_as_bytes(block), _as_bytes(patterns[name, block_id])):
+                raise LayoutSelfTestError(
+                    f"self-test: {name!r}, block {block_id}, did not come back as written; "
+                    "pass block_dim= if the wrong dimension was taken for the blocks"
+                )
+    finally:
+        for place, block in blocks.items():
+            block.copy_(before[place])
+
+
+def _pattern(block: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = np.random.default_rng(seed + 1)
+    data = generator.integers(0, 256, block.numel() * block.element_size(), dtype=np.uint8)
+    return torch.from_numpy(data).view(block.dtype).reshape(block.shape).to(block.device)
+
+
+def _as_bytes(block: torch.Tensor) -> torch.Tensor:
+    return block.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _compare_digests(
+    layout: KVLayout, digests: NDArray[np.uint64], offsets: NDArray[np.int64], pool: NDArray[np.uint8]
+) -> None:
+    for digest, offset in zip(digests.tolist(), offsets.tolist(), strict=True):
+        if digest_reference(pool[offset : offset + layout.block_nbytes]) != digest:
+            raise LayoutSelfTestError("self-test: the kernel's digest differs from that of the bytes it wrote")
+
+
+def _transfer(
+    executor: TransferExecutor,
+    direction: Direction,
+    layout: KVLayout,
+    block_ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    after: Event | None,
+) -> NDArray[np.uint64]:
+    size = int(offsets[1] - offsets[0]) if len(offsets) > 1 else layout.block_nbytes
+    request = TransferRequest(direction, block_ids, offsets, size, after)
+    batch = Batch(direction, (Slice(request, 0, len(block_ids)),), len(block_ids) * size)
+    callbacks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+    outcomes: list[NDArray[np.uint64] | Exception] = []
+    usual = executor.post
+    executor.post = callbacks.put
+    try:
+        executor.issue(batch, outcomes.append, lambda: None)
+        while not outcomes:
+            callbacks.get()()
+    finally:
+        executor.post = usual
+    outcome = outcomes[0]
+    if isinstance(outcome, Exception):
+        raise LayoutSelfTestError(f"self-test: the transfer failed: {outcome}") from outcome
+    return outcome

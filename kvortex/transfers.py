@@ -1,0 +1,210 @@
+"""The data plane: pool, executor and scheduler behind one object that carries out transfer plans."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
+from kvortex.control import TransferPlan
+from kvortex.driver import Device, Event, align_up, stream_handle
+from kvortex.errors import InvalidBlockIdError, LayoutError
+from kvortex.kernels import HostKernels
+from kvortex.layout import KVLayout
+from kvortex.memory import PinnedPool
+from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
+from kvortex.self_test import run_self_test
+from kvortex.stats import PoolFigures
+from kvortex.types import Direction
+
+logger = logging.getLogger(__name__)
+
+SELF_TEST_BLOCKS = 2
+
+
+class DataPlane:
+    """Moves blocks between one registered paged cache and one pool. Lives on the event loop it was made on.
+
+    Args:
+        config: settings.
+        tensors: the paged cache by layer name, all on one device; kept alive until `aclose`.
+        layout: derived from them.
+        executor: takes the place of the device's own, for tests.
+
+    Raises:
+        LayoutError: the tensors lie on a device that is neither CUDA nor the host.
+        LayoutSelfTestError: what was written did not come back; everything is released again.
+        DeviceError, OutOfPoolMemoryError: the device refused; likewise.
+    """
+
+    def __init__(
+        self,
+        config: KVortexConfig,
+        tensors: Mapping[str, torch.Tensor],
+        layout: KVLayout,
+        *,
+        executor: TransferExecutor | None = None,
+    ) -> None:
+        self.layout = layout
+        self.block_nbytes = align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
+        if self.block_nbytes > config.pin_piece_bytes:
+            raise LayoutError(
+                f"a block of {self.block_nbytes} bytes does not fit a piece of the pool: "
+                f"raise pin_piece_bytes above {config.pin_piece_bytes}"
+            )
+        self.device = _device_of(layout)
+        self._tensors = dict(tensors)
+        self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
+        self._events: list[Event] = []
+        self._targets = np.zeros(layout.num_blocks, dtype=np.bool_)  # blocks that a load may be writing
+        self.pool = PinnedPool(
+            config.cpu_pool_bytes,
+            device=self.device,
+            piece_bytes=config.pin_piece_bytes,
+            numa_aware=config.numa_aware,
+        )
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.pool.close)
+            self._executor = executor or self._make_executor(config)
+            undo.callback(self._executor.close)
+            self._scheduler = TransferScheduler(_make_batcher(config), self._executor)
+            if config.self_test:
+                self._self_test()
+            undo.pop_all()
+
+    def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        if self.device is None:
+            return HostExecutor(HostKernels(self.layout, self.pool.bytes), post)
+        return CudaExecutor(
+            self.layout,
+            self.pool,
+            self.device,
+            num_streams=config.num_transfer_streams,
+            staging_nbytes=config.max_batch_bytes,
+            thread_blocks=config.kernel_thread_blocks,
+            post=post,
+        )
+
+    def _self_test(self) -> None:
+        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, self.pool.piece_bytes // self.block_nbytes)
+        self.pool.wait_ready(count * self.block_nbytes)
+        run_self_test(
+            self.layout,
+            self._tensors,
+            self._block_of,
+            [b * (self.layout.num_blocks - 1) for b in range(count)],  # the first and the last
+            self._executor,
+            np.arange(count, dtype=np.int64) * self.block_nbytes,
+            self.pool.bytes,
+            self.record_event,
+        )
+
+    def _block_of(self, name: str, block_id: int) -> torch.Tensor:
+        tensor, dim = self._tensors[name], self._block_dims[name]
+        ratio = tensor.shape[dim] // self.layout.num_blocks
+        return tensor.narrow(dim, block_id * ratio, ratio)
+
+    # -- transfers ---------------------------------------------------------------------------------
+
+    def current_stream(self) -> int | None:
+        """Handle of torch's current stream in the calling thread; None on the host."""
+        if self.device is None:
+            return None
+        return int(torch.cuda.current_stream(self.device.ordinal).cuda_stream)
+
+    def record_event(self, stream: object | None = None) -> Event | None:
+        """An event for everything queued so far on `stream`, or on torch's current one; None on the host.
+
+        Give it back with `release_event`.
+        """
+        if self.device is None:
+            return None
+        handle = self.current_stream() if stream is None else stream_handle(stream)
+        event = self._events.pop() if self._events else self.device.create_event()
+        self.device.record_event(event, handle)
+        return event
+
+    def release_event(self, event: Event | None) -> None:
+        """Take an event back for reuse; no transfer that waits for it may be left."""
+        if event is not None:
+            self._events.append(event)
+
+    def request(
+        self, plan: TransferPlan, after: Event | None, *, wants_source_released: bool = False
+    ) -> TransferRequest:
+        """The request that carries out a plan; nothing starts yet."""
+        return TransferRequest(
+            plan.direction, plan.block_ids, plan.offsets, self.block_nbytes, after, wants_source_released
+        )
+
+    async def run(self, request: TransferRequest) -> None:
+        """Carry out a request; its `succeeded` and `digests` tell the outcome.
+
+        Cancelled, it drops what has not started and waits for the rest, so that nothing touches the cache's
+        blocks or the extents once it is over.
+
+        Raises:
+            EngineStateError: shutting down.
+            InvalidBlockIdError: another load is writing one of the blocks.
+            DeviceError: the pool could not be pinned as far as needed.
+        """
+        if not request.num_blocks:
+            return
+        block_ids = request.block_ids
+        loads = request.direction is Direction.LOAD
+        if loads:
+            self._claim_targets(block_ids)
+        try:
+            await self.pool.ready(int(request.offsets.max()) + request.block_nbytes)
+            await self._scheduler.run(request)
+        finally:
+            if loads:
+                self._targets[block_ids] = False
+
+    def _claim_targets(self, block_ids: NDArray[np.int32]) -> None:
+        taken = block_ids[self._targets[block_ids]]
+        if taken.size:
+            raise InvalidBlockIdError(f"block id {taken[0]} is being written by another load")
+        self._targets[block_ids] = True
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def figures(self) -> list[PoolFigures]:
+        """Figures of the pools below the extents: device staging, where there is one."""
+        return [self._executor.staging.figures()] if isinstance(self._executor, CudaExecutor) else []
+
+    async def drain(self) -> None:
+        """Wait for every transfer that was submitted."""
+        await self._scheduler.drain()
+
+    async def aclose(self) -> None:
+        """Finish what is under way, then release everything; the object is of no use afterwards."""
+        await self._scheduler.aclose()
+        while self._events and self.device is not None:
+            self.device.destroy_event(self._events.pop())
+        del self._scheduler, self._executor  # they hold views of the pool
+        await asyncio.to_thread(self.pool.close)
+        self._tensors.clear()
+
+
+def _device_of(layout: KVLayout) -> Device | None:
+    kind, _, ordinal = layout.device.partition(":")
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        raise LayoutError(f"tensors on {layout.device!r}: KVortex serves CUDA devices and host memory")
+    return Device(int(ordinal or torch.cuda.current_device()))
+
+
+def _make_batcher(config: KVortexConfig) -> Batcher:
+    return Batcher(
+        max_requests=config.max_batch_requests,
+        max_bytes=config.max_batch_bytes,
+        linger_s=config.linger_s,
+        max_consecutive_loads=config.max_consecutive_loads,
+    )

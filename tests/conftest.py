@@ -1,0 +1,41 @@
+"""Fixtures for all tests: what needs a GPU says so, and no engine leaves memory behind."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvortex.memory import ExtentAllocator
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def allocators(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ExtentAllocator]]:
+    """Every allocator that the test made."""
+    made: list[ExtentAllocator] = []
+    original = ExtentAllocator.__init__
+
+    def remembering(self: ExtentAllocator, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+        made.append(self)
+
+    monkeypatch.setattr(ExtentAllocator, "__init__", remembering)
+    yield made
+
+
+@pytest.fixture(autouse=True)
+def pools_at_zero(request: pytest.FixtureRequest, allocators: list[ExtentAllocator]) -> Iterator[None]:
+    """After every test that ran an engine, its pool holds nothing; `@pytest.mark.leaves_extents` opts out."""
+    yield
+    if "leaves_extents" in request.keywords:
+        return
+    for allocator in allocators:
+        assert allocator.leak_report() == ""

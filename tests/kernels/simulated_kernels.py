@@ -1,0 +1,73 @@
+"""Run by test_simulated_kernels.py with NUMBA_ENABLE_CUDASIM=1."""
+
+import numpy as np
+import pytest
+
+from kvortex.errors import InvalidBlockIdError
+from kvortex.kernels._cuda import SIMULATED
+from kvortex.kernels.device import SimulatedKernels, staging_block_nbytes
+from kvortex.kernels.reference import gather_reference, scatter_reference
+from kvortex.layout import KVLayout
+
+# (shape of a layer, dimension of blocks): segments of a full tile, of several, of a rest, of less than a warp
+SHAPES = {
+    "full tile": ((2, 5, 16, 256), 1),
+    "tile and a quarter": ((5, 16, 320), 0),
+    "three even tiles": ((5, 16, 576), 0),
+    "less than a warp": ((5, 1, 48), 0),
+    "a rest of one lane": ((5, 1, 16 * 33), 0),
+}
+
+
+def make(name: str, layers: int = 2) -> tuple[KVLayout, dict[str, np.ndarray]]:
+    shape, dim = SHAPES[name]
+    rng = np.random.default_rng(7)
+    tensors = {f"layers.{i}": rng.integers(0, 256, shape, dtype=np.uint8) for i in range(layers)}
+    return KVLayout.from_tensors(tensors, 16, num_blocks=5, block_dim=dim), tensors
+
+
+def test_this_is_the_simulator() -> None:
+    assert SIMULATED
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("ids", [[3], [4, 0, 2]])
+def test_gather(name: str, ids: list[int]) -> None:
+    layout, _tensors = make(name)
+    size = staging_block_nbytes(layout)
+    staging = np.full((len(ids), size), 0xA5, dtype=np.uint8)
+    digests = SimulatedKernels(layout).gather(np.array(ids, dtype=np.int32), staging.reshape(-1))
+    payloads, expected = gather_reference(layout, ids)
+    assert (staging[:, : layout.block_nbytes] == payloads).all()
+    assert (staging[:, layout.block_nbytes :] == 0xA5).all()
+    assert (digests == expected).all()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scatter(name: str) -> None:
+    layout, tensors = make(name)
+    other, other_tensors = make(name)
+    ids = [1, 4, 2]
+    rng = np.random.default_rng(8)
+    staging = rng.integers(0, 256, (3, staging_block_nbytes(layout)), dtype=np.uint8)
+    digests = SimulatedKernels(layout).scatter(np.array(ids, dtype=np.int32), staging.reshape(-1))
+    expected = scatter_reference(other, ids, staging[:, : layout.block_nbytes])
+    assert (digests == expected).all()
+    for key, tensor in tensors.items():
+        assert (tensor == other_tensors[key]).all()
+
+
+def test_an_empty_batch_does_nothing() -> None:
+    layout, _tensors = make("full tile")
+    digests = SimulatedKernels(layout).gather(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8))
+    assert digests.shape == (0,)
+
+
+def test_bad_ids_are_refused() -> None:
+    layout, _tensors = make("full tile")
+    kernels = SimulatedKernels(layout)
+    staging = np.zeros(2 * staging_block_nbytes(layout), dtype=np.uint8)
+    with pytest.raises(InvalidBlockIdError, match="5 is not in"):
+        kernels.gather(np.array([5], dtype=np.int32), staging)
+    with pytest.raises(InvalidBlockIdError, match="twice"):
+        kernels.scatter(np.array([1, 1], dtype=np.int32), staging)

@@ -1,0 +1,335 @@
+"""The installed vLLM's real Scheduler, with a connector's scheduler half and no worker.
+
+A test plays the worker: it schedules a step, looks at the plan that the connector attached, and answers with
+sampled tokens and a `WorkerReport` of whatever transfers it wants to have ended. So each order of events that
+a real worker can produce, be it once in a month, is one line of a test:
+
+    harness = SchedulerHarness(model_dir, extra_config={...})
+    request = harness.add_request("a", prompt)
+    harness.step()                                            # asks for the load
+    harness.step(WorkerReport(finished_recving={"a"}))        # the load has ended
+    step = harness.schedule()                                 # or in two halves, with an abort between them
+    harness.abort("a")
+    harness.finish(step)
+
+Requests carry real block hashes, made the way the engine makes them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from vllm import SamplingParams
+from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+T = TypeVar("T")
+
+# The token that the played worker samples unless told otherwise.
+SAMPLED_TOKEN = 7
+# Those of the tiny models.
+NUM_KV_HEADS = 2
+HEAD_SIZE = 64
+LAYER_NAMES = tuple(f"model.layers.{index}.self_attn.attn" for index in range(4))
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What the workers have to say at the end of a step, already aggregated over them.
+
+    `worker_meta` and `failed_recving` exist in newer versions only; giving them to an older one raises.
+    `kv_cache_events` and `kv_connector_stats` are the connector's own objects.
+    """
+
+    finished_sending: frozenset[str] | set[str] = frozenset()
+    finished_recving: frozenset[str] | set[str] = frozenset()
+    failed_recving: frozenset[str] | set[str] = frozenset()
+    invalid_block_ids: frozenset[int] | set[int] = frozenset()
+    worker_meta: Any = None
+    kv_connector_stats: Any = None
+    kv_cache_events: Any = None
+
+    def to_vllm(self) -> KVConnectorOutput:
+        """vLLM's own object, with what this version has no field for refused instead of dropped."""
+        values: dict[str, Any] = {
+            "finished_sending": set(self.finished_sending),
+            "finished_recving": set(self.finished_recving),
+            "failed_recving": set(self.failed_recving),
+            "invalid_block_ids": set(self.invalid_block_ids),
+            "kv_connector_worker_meta": self.worker_meta,
+            "kv_connector_stats": self.kv_connector_stats,
+            "kv_cache_events": self.kv_cache_events,
+        }
+        known = inspect.signature(KVConnectorOutput).parameters
+        for name in [name for name in values if name not in known]:
+            if values.pop(name):
+                raise ValueError(f"this version of vLLM has no KVConnectorOutput.{name}")
+        return KVConnectorOutput(**values)
+
+
+@dataclass
+class Step:
+    """One scheduled step."""
+
+    output: SchedulerOutput
+    # Requests whose last known token is computed in this step: those that the worker samples for.
+    sampling_ids: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def metadata(self) -> Any:
+        """The plan that the connector attached for its worker half."""
+        return self.output.kv_connector_metadata
+
+    @property
+    def num_scheduled_tokens(self) -> Mapping[str, int]:
+        return self.output.num_scheduled_tokens
+
+
+class SchedulerHarness:
+    """A Scheduler of one attention group over `num_blocks` blocks of `block_size` tokens.
+
+    One of the blocks is vLLM's null block: `num_blocks` - 1 can be allocated.
+
+    `model_dir` is a tiny model's folder: only its config is read. `failure_policy` is vLLM's
+    ``kv_load_failure_policy``. With `async_scheduling`, vLLM's default on a GPU, the engine schedules the
+    next step before it has the last one's tokens: call `schedule` twice before the first `finish`. Close the
+    harness with `shutdown`.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        extra_config: Mapping[str, Any] | None = None,
+        connector: str = "KVortexConnector",
+        module_path: str = "kvortex.vllm",
+        block_size: int = 32,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 512,
+        enable_prefix_caching: bool = False,
+        async_scheduling: bool = False,
+        failure_policy: Literal["recompute", "fail"] = "recompute",
+        hash_algorithm: str = "sha256",
+    ) -> None:
+        self.block_size = block_size
+        self.vllm_config = _vllm_config(
+            model_dir,
+            KVTransferConfig(
+                kv_connector=connector,
+                kv_connector_module_path=module_path,
+                kv_role="kv_both",
+                kv_load_failure_policy=failure_policy,
+                kv_connector_extra_config=dict(extra_config or {}),
+            ),
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            async_scheduling=async_scheduling,
+            hash_algorithm=hash_algorithm,
+        )
+        self.scheduler: Scheduler = (AsyncScheduler if async_scheduling else Scheduler)(
+            vllm_config=self.vllm_config,
+            kv_cache_config=kv_cache_config(block_size, num_blocks),
+            structured_output_manager=StructuredOutputManager(self.vllm_config),
+            block_size=block_size,
+            log_stats=True,
+        )
+        hash_function = get_hash_fn_by_name(hash_algorithm)
+        init_none_hash(hash_function)
+        self._block_hasher = get_request_block_hasher(block_size, hash_function)
+        # Requests by id, finished ones too: the scheduler forgets those.
+        self.requests: dict[str, Request] = {}
+
+    @property
+    def connector(self) -> Any:
+        """The connector's scheduler half."""
+        return self.scheduler.get_kv_connector()
+
+    @property
+    def num_free_blocks(self) -> int:
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    @property
+    def held_request_ids(self) -> set[str]:
+        """Requests that the scheduler still knows: finished ones whose blocks are not freed are among them."""
+        return set(self.scheduler.requests)
+
+    def block_ids(self, request_id: str) -> list[int]:
+        (block_ids,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        return list(block_ids)
+
+    def add_request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int = 16,
+        cache_salt: str | None = None,
+    ) -> Request:
+        request = _call_with_known(
+            Request,
+            request_id=request_id,
+            prompt_token_ids=list(token_ids),
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False),
+            pooling_params=None,
+            eos_token_id=2,
+            cache_salt=cache_salt,
+            block_hasher=self._block_hasher,
+        )
+        self.requests[request_id] = request
+        self.scheduler.add_request(request)
+        return request
+
+    def schedule(self) -> Step:
+        """The first half of a step: everything up to the worker's start."""
+        output = self.scheduler.schedule()
+        requests = self.scheduler.requests
+        sampling = (
+            request_id
+            for request_id in output.num_scheduled_tokens
+            if requests[request_id].num_computed_tokens >= requests[request_id].num_tokens
+        )
+        return Step(output, frozenset(sampling))
+
+    def finish(self, step: Step, report: WorkerReport | None = None, *, tokens: Mapping[str, int] | None = None) -> Any:
+        """The second half: the worker's answer; a sampling request gets `tokens[id]` or `SAMPLED_TOKEN`.
+
+        Returns vLLM's outputs by client. Without a `report` the answer carries no connector output at all, as
+        after an empty step in which a worker had nothing to say.
+        """
+        ids = list(step.num_scheduled_tokens)
+        chosen = tokens or {}
+        model_output = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
+            sampled_token_ids=[
+                [chosen.get(request_id, SAMPLED_TOKEN)] if request_id in step.sampling_ids else [] for request_id in ids
+            ],
+            kv_connector_output=report.to_vllm() if report is not None else None,
+        )
+        return self.scheduler.update_from_output(step.output, model_output)
+
+    def step(self, report: WorkerReport | None = None, *, tokens: Mapping[str, int] | None = None) -> Step:
+        """One whole step; see `schedule` and `finish`."""
+        step = self.schedule()
+        self.finish(step, report, tokens=tokens)
+        return step
+
+    def run_until_finished(self, request_id: str, *, max_steps: int = 100) -> int:
+        """Step, reporting nothing, until the request has finished; returns the number of steps taken."""
+        for taken in range(max_steps):
+            if self.requests[request_id].is_finished():
+                return taken
+            self.step(WorkerReport())
+        raise TimeoutError(f"request {request_id} is {self.requests[request_id].status.name} after {max_steps} steps")
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """What the engine does when a client has gone."""
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    def preempt_all(self) -> None:
+        """Take the blocks of all running requests away, as a reset of the prefix cache does.
+
+        Preemption for want of blocks needs no help: give the harness few blocks and several long requests.
+        """
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    def shutdown(self) -> None:
+        self.scheduler.shutdown()
+
+
+def kv_cache_config(block_size: int, num_blocks: int) -> KVCacheConfig:
+    """One group of the tiny models' layers, in the layout that this version's CPU worker gives them."""
+    spec = _call_with_known(
+        FullAttentionSpec,
+        block_size=block_size,
+        num_kv_heads=NUM_KV_HEADS,
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+    )
+    layer_bytes = spec.page_size_bytes * num_blocks
+    one_per_layer = "shared_by" in inspect.signature(KVCacheTensor).parameters
+    tensors = [
+        # Newer versions place all layers in one allocation, older ones each in its own.
+        _call_with_known(
+            KVCacheTensor,
+            size=layer_bytes if one_per_layer else layer_bytes * len(LAYER_NAMES),
+            shared_by=list(names),
+            layers=list(names),
+            layer_stride=layer_bytes,
+            block_stride=spec.page_size_bytes,
+        )
+        for names in ([(name,) for name in LAYER_NAMES] if one_per_layer else [LAYER_NAMES])
+    ]
+    return _call_with_known(
+        KVCacheConfig,
+        num_blocks=num_blocks,
+        kv_cache_tensors=tensors,
+        kv_cache_groups=[KVCacheGroupSpec(list(LAYER_NAMES), spec)],
+        hash_block_size=block_size,
+    )
+
+
+def _vllm_config(
+    model_dir: Path,
+    kv_transfer_config: KVTransferConfig,
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    enable_prefix_caching: bool,
+    async_scheduling: bool,
+    hash_algorithm: str,
+) -> VllmConfig:
+    max_model_len = 512
+    cache_config = _call_with_known(
+        CacheConfig,
+        block_size=block_size,
+        cache_dtype="auto",
+        enable_prefix_caching=enable_prefix_caching,
+        prefix_caching_hash_algo=hash_algorithm,
+    )
+    config = VllmConfig(
+        model_config=ModelConfig(
+            model=str(model_dir), skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len
+        ),
+        scheduler_config=_call_with_known(
+            SchedulerConfig,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            watermark=0.0,
+        ),
+        cache_config=cache_config,
+        device_config=DeviceConfig("cpu"),
+        kv_transfer_config=kv_transfer_config,
+    )
+    # vLLM turns it off for its CPU backend; the scheduler alone does not care for the device.
+    config.scheduler_config.async_scheduling = async_scheduling
+    cache_config.num_gpu_blocks = num_blocks
+    return config
+
+
+def _call_with_known(target: Callable[..., T], /, **arguments: Any) -> T:
+    """Call `target` with those of `arguments` that this version of it has a parameter for."""
+    known = inspect.signature(target).parameters
+    return target(**{name: value for name, value in arguments.items() if name in known})

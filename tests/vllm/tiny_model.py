@@ -1,0 +1,117 @@
+"""Tiny llama and qwen3 models with random weights whose outputs depend on their whole context.
+
+vLLM's own ``load_format="dummy"`` fills weights with values so small that every prompt continues alike: two
+equal outputs would then prove nothing about the KV behind them. These weights are scaled so that attention
+is peaked and a wrong, stale or misplaced block changes the greedy continuation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+Architecture = Literal["llama", "qwen3"]
+
+VOCAB_SIZE = 1000
+HIDDEN_SIZE = 256
+INTERMEDIATE_SIZE = 512
+NUM_LAYERS = 4
+NUM_QUERY_HEADS = 4
+NUM_KV_HEADS = 2
+HEAD_DIM = 64
+
+
+def make_tiny_model(
+    directory: Path,
+    architecture: Architecture = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """Write ``config.json`` and ``model.safetensors`` into `directory` (made if absent) and return it.
+
+    Four layers, four query and two KV heads of 64: 2.9 million parameters, 4 KiB of float32 KV a token.
+    No tokenizer: use ``skip_tokenizer_init=True`` and prompts of token ids in ``range(3, VOCAB_SIZE)``
+    (1 and 2 are the begin and end tokens).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model_config(architecture, dtype), indent=1))
+    save_file(random_weights(architecture, dtype, seed), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def model_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    """A Hugging Face config, as both versions of transformers that are tested read it."""
+    config: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_QUERY_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if architecture == "llama":
+        return config | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10_000.0,
+        }
+    return config | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_window_layers": NUM_LAYERS,
+    }
+
+
+def random_weights(architecture: Architecture, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """Every tensor of the model by its name; the same `seed` gives the same weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, gain: float) -> torch.Tensor:
+        values: torch.Tensor = torch.randn(rows, columns, generator=generator) * (gain / columns**0.5)
+        return values.to(dtype)
+
+    def ones(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=dtype)
+
+    query_size, kv_size = NUM_QUERY_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM
+    # Unit variance an entry, so that tokens and logits are told apart.
+    unit_gain = HIDDEN_SIZE**0.5
+    weights = {
+        "model.embed_tokens.weight": matrix(VOCAB_SIZE, HIDDEN_SIZE, unit_gain),
+        "lm_head.weight": matrix(VOCAB_SIZE, HIDDEN_SIZE, unit_gain),
+        "model.norm.weight": ones(HIDDEN_SIZE),
+    }
+    for index in range(NUM_LAYERS):
+        layer = f"model.layers.{index}."
+        # A gain of two in attention makes the scores peaked; the MLP must not drown it.
+        weights |= {
+            f"{layer}self_attn.q_proj.weight": matrix(query_size, HIDDEN_SIZE, 2.0),
+            f"{layer}self_attn.k_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
+            f"{layer}self_attn.v_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
+            f"{layer}self_attn.o_proj.weight": matrix(HIDDEN_SIZE, query_size, 2.0),
+            f"{layer}mlp.gate_proj.weight": matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE, 1.0),
+            f"{layer}mlp.up_proj.weight": matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE, 1.0),
+            f"{layer}mlp.down_proj.weight": matrix(HIDDEN_SIZE, INTERMEDIATE_SIZE, 1.0),
+            f"{layer}input_layernorm.weight": ones(HIDDEN_SIZE),
+            f"{layer}post_attention_layernorm.weight": ones(HIDDEN_SIZE),
+        }
+        if architecture == "qwen3":
+            weights[f"{layer}self_attn.q_norm.weight"] = ones(HEAD_DIM)
+            weights[f"{layer}self_attn.k_norm.weight"] = ones(HEAD_DIM)
+    return weights
