@@ -255,7 +255,7 @@ def main() -> None:
     torch.cuda.init()
     device = Device(torch.cuda.current_device())
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
-    with PinnedPool(2 * arguments.total_bytes, device=device) as pool:
+    with PinnedPool(2 * arguments.total_bytes, device=device, piece_bytes=2 * arguments.total_bytes) as pool:
         pool.wait_ready(pool.capacity_bytes)
         ceilings = measure_ceilings(arguments.total_bytes, pool, device)
         rows = [

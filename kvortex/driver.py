@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, SupportsInt, TypeAlias
+from typing import Any, NoReturn, Protocol, SupportsInt, TypeAlias
 
 from kvortex.errors import DeviceError, DeviceUnavailableError
 
@@ -57,6 +57,9 @@ class Device:
                 "cuda-bindings is not installed: pip install 'kvortex[cu13]' (or cu12)"
             ) from error
         self._driver: Any = driver
+        # Called for every batch: bound once, checked without a detour.
+        self._record, self._wait = driver.cuEventRecord, driver.cuStreamWaitEvent
+        self._copy, self._launch = driver.cuMemcpyAsync, driver.cuLaunchKernel
         self.ordinal = ordinal
         try:
             self._call("cuInit", 0)
@@ -69,10 +72,13 @@ class Device:
     def _call(self, name: str, *args: Any) -> Any:
         status, *values = getattr(self._driver, name)(*args)
         if status:
-            _, text = self._driver.cuGetErrorName(status)
-            words = text.decode() if isinstance(text, bytes) else str(status)
-            raise DeviceError(f"{name} failed: {words}")
+            self._fail(name, status)
         return values[0] if values else None
+
+    def _fail(self, name: str, status: Any) -> NoReturn:
+        _, text = self._driver.cuGetErrorName(status)
+        words = text.decode() if isinstance(text, bytes) else str(status)
+        raise DeviceError(f"{name} failed: {words}")
 
     def make_current(self) -> None:
         """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
@@ -139,11 +145,15 @@ class Device:
         self._call("cuEventDestroy", event)
 
     def record_event(self, event: Event, stream: Stream) -> None:
-        self._call("cuEventRecord", event, stream)
+        status = self._record(event, stream)[0]
+        if status:
+            self._fail("cuEventRecord", status)
 
     def wait_event(self, stream: Stream, event: Event) -> None:
         """Make later work of `stream` wait for what `event` recorded last; nothing blocks on the host."""
-        self._call("cuStreamWaitEvent", stream, event, 0)
+        status = self._wait(stream, event, 0)[0]
+        if status:
+            self._fail("cuStreamWaitEvent", status)
 
     def synchronize_event(self, event: Event) -> None:
         """Block the calling thread, without the GIL, until the event has fired."""
@@ -157,7 +167,9 @@ class Device:
 
     def copy_async(self, destination: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
-        self._call("cuMemcpyAsync", destination, source, nbytes, stream)
+        status = self._copy(destination, source, nbytes, stream)[0]
+        if status:
+            self._fail("cuMemcpyAsync", status)
 
     def copy_batch_async(
         self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: Stream
@@ -217,7 +229,9 @@ class Device:
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: "KernelArguments", stream: Stream) -> None:
         """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns."""
-        self._call("cuLaunchKernel", kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, 0)
+        status = self._launch(kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, 0)[0]
+        if status:
+            self._fail("cuLaunchKernel", status)
 
 
 class KernelArguments:

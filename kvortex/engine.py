@@ -6,16 +6,17 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane
+from kvortex.control import ControlPlane, TransferPlan
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
@@ -27,13 +28,13 @@ from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
 from kvortex.transfers import DataPlane
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
+from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveResult
 
 logger = logging.getLogger(__name__)
 
 CPU_TIER = "cpu"
-PARTS_OF_A_BATCH = 4
-"""A long call is planned in parts of this fraction of a batch."""
+FIRST_PART_BYTES = 16 << 20
+"""A long call is planned in parts: this much first, then twice as much each time, up to a batch."""
 
 T = TypeVar("T")
 
@@ -158,18 +159,11 @@ class KVortexEngine:
         """
         control, data = self._planes()
         ids = _check_call(data.layout, hashes, block_ids)
-        async with self._call(data, stream) as after:
-
-            async def save_part(part: slice) -> tuple[SaveOutcome, ...]:
+        async with self._call(data, stream) as call:
+            for part in call.parts(len(ids)):
                 plan = control.plan_save(hashes[part], ids[part], "save")
-                request = data.request(plan.transfer, after)
-                try:
-                    await self._carry_out(request, data)
-                finally:
-                    outcomes = control.finish_save(plan, request.digests, request.succeeded)
-                return outcomes
-
-            return SaveResult(await _run_parts(save_part, self._parts(len(ids), data)))
+                await call.start(plan.transfer, partial(control.finish_save, plan))
+            return SaveResult(await call.outcomes())
 
     async def load_blocks(
         self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
@@ -189,20 +183,13 @@ class KVortexEngine:
         """
         control, data = self._planes()
         ids = _check_call(data.layout, hashes, block_ids)
-        async with self._call(data, stream) as after:
-
-            async def load_part(part: slice) -> tuple[MissReason | None, ...]:
+        async with self._call(data, stream) as call:
+            for part in call.parts(len(ids)):
                 plan = control.plan_load(hashes[part], ids[part])
-                request = data.request(plan.transfer, after)
-                try:
-                    await self._carry_out(request, data)
-                finally:
-                    outcomes = control.finish_load(plan, request.digests, request.succeeded)
-                self.stats.record_outcomes(outcomes)
-                return outcomes
-
-            outcomes = await _run_parts(load_part, self._parts(len(ids), data))
-            return LoadResult(tuple(ids.tolist()), outcomes)
+                await call.start(plan.transfer, partial(control.finish_load, plan))
+            outcomes = await call.outcomes()
+        self.stats.record_outcomes(outcomes)
+        return LoadResult(tuple(ids.tolist()), outcomes)
 
     def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
         """`bool [len(hashes)]`: what could be loaded now. No lock, no await, from any thread."""
@@ -222,40 +209,26 @@ class KVortexEngine:
         return control.index.miss_reason(block_hash)
 
     @contextlib.asynccontextmanager
-    async def _call(self, data: DataPlane, stream: object) -> AsyncIterator[Event | None]:
-        """One save or load: its place among those in progress, and the event that orders it after `stream`."""
+    async def _call(self, data: DataPlane, stream: object) -> "AsyncIterator[_Call[Any]]":
+        """One save or load: its place among those in progress, and what it has started ends with it."""
         after = data.record_event(stream)
         self._callers += 1
         self._no_callers.clear()
         try:
             async with self._outstanding:
-                yield after
+                call: _Call[Any] = _Call(data, after, self.stats, self.config.max_batch_bytes)
+                try:
+                    yield call
+                except BaseException:
+                    await data.cancel_and_wait(call.requests)
+                    raise
+                finally:
+                    call.record()
         finally:
             data.release_event(after)
             self._callers -= 1
             if not self._callers:
                 self._no_callers.set()
-
-    def _parts(self, num_blocks: int, data: DataPlane) -> list[slice]:
-        # A long call is planned piece by piece, so that the first blocks move while the last are looked up.
-        step = max(self.config.max_batch_bytes // PARTS_OF_A_BATCH // data.block_nbytes, 1)
-        return [slice(start, start + step) for start in range(0, num_blocks, step)]
-
-    async def _carry_out(self, request: TransferRequest, data: DataPlane) -> None:
-        started_s = time.perf_counter()
-        try:
-            await data.run(request)
-        finally:
-            moved = int(np.count_nonzero(request.succeeded))
-            if request.succeeded.size:
-                self.stats.record_transfer(
-                    request.direction,
-                    CPU_TIER,
-                    blocks=moved,
-                    nbytes=moved * data.layout.block_nbytes,
-                    seconds=time.perf_counter() - started_s,
-                    failures=request.succeeded.size - moved,
-                )
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -312,33 +285,57 @@ class KVortexEngine:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
-async def _run_parts(
-    run: Callable[[slice], Coroutine[Any, Any, tuple[T, ...]]], parts: Sequence[slice]
-) -> tuple[T, ...]:
-    """Start the parts in order, the loop having its turn between them; their outcomes in one tuple.
+class _Call(Generic[T]):
+    """The transfers that one `save_blocks` or `load_blocks` is made of."""
 
-    When one fails or the caller is cancelled, the others are cancelled and waited for.
-    """
-    if len(parts) == 1:
-        return await run(parts[0])
-    tasks: list[asyncio.Task[tuple[T, ...]]] = []
-    try:
-        for part in parts:
-            tasks.append(asyncio.create_task(run(part)))
-            await asyncio.sleep(0)
-        return tuple(itertools.chain.from_iterable([await task for task in tasks]))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await _wait_despite_cancellation(tasks)
-        raise
+    def __init__(self, data: DataPlane, after: Event | None, stats: EngineStats, max_batch_bytes: int) -> None:
+        self.requests: list[TransferRequest] = []
+        self._data = data
+        self._after = after
+        self._stats = stats
+        self._max_part = max(max_batch_bytes // data.block_nbytes, 1)
+        self._outcomes: list[Sequence[T]] = []
+        self._started_s = time.perf_counter()
 
+    def parts(self, num_blocks: int) -> Iterator[slice]:
+        """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
+        start, step = 0, max(FIRST_PART_BYTES // self._data.block_nbytes, 1)
+        while start < num_blocks:
+            yield slice(start, start + min(step, self._max_part))
+            start += min(step, self._max_part)
+            step *= 2
 
-async def _wait_despite_cancellation(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    # The tasks end within milliseconds; until then the device may still touch what the caller named.
-    while pending := [task for task in tasks if not task.done()]:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait(pending)
+    async def start(
+        self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]]
+    ) -> None:
+        """Begin a part; `finish` turns its digests and successes into outcomes, once, whatever happens."""
+        number = len(self._outcomes)
+        self._outcomes.append(())
+
+        def settled(request: TransferRequest) -> None:
+            self._outcomes[number] = finish(request.digests, request.succeeded)
+
+        self.requests.append(await self._data.start(plan, self._after, settled))
+        await asyncio.sleep(0)  # lets it begin before the next part is planned
+
+    async def outcomes(self) -> tuple[T, ...]:
+        """Those of all parts, in order, once everything has settled."""
+        await self._data.wait(self.requests)
+        return tuple(itertools.chain.from_iterable(self._outcomes))
+
+    def record(self) -> None:
+        """Count what moved; for the end, when everything has settled."""
+        wanted = sum(request.succeeded.size for request in self.requests)
+        if wanted:
+            moved = sum(int(np.count_nonzero(request.succeeded)) for request in self.requests)
+            self._stats.record_transfer(
+                self.requests[0].direction,
+                CPU_TIER,
+                blocks=moved,
+                nbytes=moved * self._data.layout.block_nbytes,
+                seconds=time.perf_counter() - self._started_s,
+                failures=wanted - moved,
+            )
 
 
 class _Creation:

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -134,43 +135,59 @@ class DataPlane:
         if event is not None:
             self._events.append(event)
 
-    def request(
-        self, plan: TransferPlan, after: Event | None, *, wants_source_released: bool = False
+    async def start(
+        self,
+        plan: TransferPlan,
+        after: Event | None,
+        on_settled: Callable[[TransferRequest], None],
+        *,
+        wants_source_released: bool = False,
     ) -> TransferRequest:
-        """The request that carries out a plan; nothing starts yet."""
-        return TransferRequest(
-            plan.direction, plan.block_ids, plan.offsets, self.block_nbytes, after, wants_source_released
-        )
-
-    async def run(self, request: TransferRequest) -> None:
-        """Carry out a request; its `succeeded` and `digests` tell the outcome.
-
-        Cancelled, it drops what has not started and waits for the rest, so that nothing touches the cache's
-        blocks or the extents once it is over.
+        """Begin to carry out a plan. `on_settled` is called exactly once, with what succeeded, whatever happens.
 
         Raises:
             EngineStateError: shutting down.
             InvalidBlockIdError: another load is writing one of the blocks.
             DeviceError: the pool could not be pinned as far as needed.
         """
-        if not request.num_blocks:
-            return
-        block_ids = request.block_ids
-        loads = request.direction is Direction.LOAD
-        if loads:
-            self._claim_targets(block_ids)
+        request = TransferRequest(
+            plan.direction, plan.block_ids, plan.offsets, self.block_nbytes, after, on_settled, wants_source_released
+        )
         try:
-            await self.pool.ready(int(request.offsets.max()) + request.block_nbytes)
-            await self._scheduler.run(request)
-        finally:
-            if loads:
-                self._targets[block_ids] = False
+            if request.num_blocks:
+                await self.pool.ready(int(plan.offsets.max()) + self.block_nbytes)
+            if plan.direction is Direction.LOAD:
+                self._claim_targets(plan.block_ids)
+                request.on_settled = partial(self._release_targets, plan.block_ids, on_settled)
+            self._scheduler.submit(request)
+        except BaseException:
+            request.drop_waiting()
+            raise
+        return request
+
+    async def wait(self, requests: Sequence[TransferRequest]) -> None:
+        """Wait until requests have settled.
+
+        Cancelled, it drops what has not started and waits for the rest, so that nothing touches the cache's
+        blocks or the extents once it is over.
+        """
+        await self._scheduler.wait(requests)
+
+    async def cancel_and_wait(self, requests: Sequence[TransferRequest]) -> None:
+        """Give requests up and wait for what is under way; not cut short by a cancellation."""
+        await self._scheduler.cancel_and_wait(requests)
 
     def _claim_targets(self, block_ids: NDArray[np.int32]) -> None:
         taken = block_ids[self._targets[block_ids]]
         if taken.size:
             raise InvalidBlockIdError(f"block id {taken[0]} is being written by another load")
         self._targets[block_ids] = True
+
+    def _release_targets(
+        self, block_ids: NDArray[np.int32], then: Callable[[TransferRequest], None], request: TransferRequest
+    ) -> None:
+        self._targets[block_ids] = False
+        then(request)
 
     # -- the rest ----------------------------------------------------------------------------------
 

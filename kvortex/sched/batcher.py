@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from kvortex.sched.request import TransferRequest
 from kvortex.types import Direction
 
-MIN_BATCH_BYTES = 4 << 20
-"""Ramps start here: smaller batches cost more launches than they save in waiting."""
+MIN_BATCH_BYTES = 16 << 20
+"""Ramps start and end here: 0.3 ms of the link, more than it takes to prepare the next batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvortex.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
@@ -34,7 +37,7 @@ Fired: TypeAlias = Callable[[DeviceError | None], object]
 class _StagingBuffer:
     address: int
     filled: Event
-    emptied: Event
+    emptied: Event | None = None  # the end of the last batch that used it
 
 
 @dataclass(slots=True)
@@ -141,7 +144,7 @@ class CudaExecutor(TransferExecutor):
             for direction, lane in self._lanes.items():
                 for _ in range(STAGING_BUFFERS):
                     address = self._allocate(staging_nbytes, f"{direction.value} staging", setup, undo)
-                    lane.buffers.append(_StagingBuffer(address, self._event(undo), self._event(undo)))
+                    lane.buffers.append(_StagingBuffer(address, self._event(undo)))
                 for _ in range(STAGING_BUFFERS * SLOTS_PER_BUFFER):
                     scratch = self._allocate(scratch_nbytes, f"{direction.value} scratch", setup, undo)
                     slot = BatchSlot(device, max_blocks, scratch, setup)
@@ -205,36 +208,38 @@ class CudaExecutor(TransferExecutor):
         buffer, copies = lane.next_buffer()
         block_ids, offsets = batch_arrays(batch)
         self._wait_for_callers(batch, kernels)
-        device.wait_event(kernels, buffer.emptied)
+        if buffer.emptied is not None:
+            device.wait_event(kernels, buffer.emptied)
         self._kernels.gather(block_ids, buffer.address, flight.slot, stream=kernels)
         device.record_event(buffer.filled, kernels)
         device.wait_event(copies, buffer.filled)
-        for pool_address, staging_address, nbytes in self._runs(offsets.tolist(), buffer.address):
+        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address):
             device.copy_async(pool_address, staging_address, nbytes, copies)
-        device.record_event(buffer.emptied, copies)
         device.record_event(flight.done, copies)
+        buffer.emptied = flight.done
         return buffer.filled
 
     def _issue_load(self, batch: Batch, lane: _Lane, flight: _InFlight) -> None:
         device, kernels = self._device, lane.kernel_stream
         buffer, copies = lane.next_buffer()
         block_ids, offsets = batch_arrays(batch)
-        device.wait_event(copies, buffer.emptied)
-        for pool_address, staging_address, nbytes in self._runs(offsets.tolist(), buffer.address):
+        if buffer.emptied is not None:
+            device.wait_event(copies, buffer.emptied)
+        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address):
             device.copy_async(staging_address, pool_address, nbytes, copies)
         device.record_event(buffer.filled, copies)
         self._wait_for_callers(batch, kernels)
         device.wait_event(kernels, buffer.filled)
         self._kernels.scatter(block_ids, buffer.address, flight.slot, stream=kernels)
-        device.record_event(buffer.emptied, kernels)
         device.record_event(flight.done, kernels)
+        buffer.emptied = flight.done
 
     def _wait_for_callers(self, batch: Batch, stream: Stream) -> None:
         for part in batch.slices:
             if part.request.after is not None:
                 self._device.wait_event(stream, part.request.after)
 
-    def _runs(self, offsets: list[int], staging: int) -> list[tuple[int, int, int]]:
+    def _runs(self, offsets: NDArray[np.int64], staging: int) -> list[tuple[int, int, int]]:
         """Copies of a batch as `(pool address, staging address, bytes)`; none crosses a piece of the pool."""
         size, base = self._block_nbytes, self._pool.address
         return [

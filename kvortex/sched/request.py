@@ -1,7 +1,7 @@
 """One caller's transfer: which blocks, which bytes of the pool, and what came of it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +21,12 @@ class TransferRequest:
         offsets: `int64 [n]`, byte offsets of the blocks' extents in the pool.
         block_nbytes: what a block takes in the pool, padding included.
         after: CUDA event that must fire before the cache is touched; None when nothing is pending.
+        on_settled: called once, on the loop, when it is settled.
         wants_source_released: report as soon as a save has read the cache; otherwise with its end.
 
-    `digests` (`uint64 [n]`) and `succeeded` (`bool [n]`) are filled as batches finish; `settled` is set when no
-    batch can touch the cache or the extents any more, however the transfer ended. `source_released` is set, for
-    a save, when the cache's blocks have been read and may be overwritten.
+    `digests` (`uint64 [n]`) and `succeeded` (`bool [n]`) are filled as batches finish. A request is *settled*
+    when no batch can touch the cache or the extents any more, however the transfer ended. `source_released` is
+    set, for a save, when the cache's blocks have been read and may be overwritten.
     """
 
     direction: Direction
@@ -33,6 +34,7 @@ class TransferRequest:
     offsets: NDArray[np.int64]
     block_nbytes: int
     after: Event | None = None
+    on_settled: Callable[["TransferRequest"], None] | None = None
     wants_source_released: bool = False
     digests: NDArray[np.uint64] = field(init=False)
     succeeded: NDArray[np.bool_] = field(init=False)
@@ -67,20 +69,19 @@ class TransferRequest:
         self.settle_if_done()
 
     def settle_if_done(self) -> None:
+        """Settle once nothing waits and nothing is under way."""
         if self.blocks_unread == 0:
             self.source_released.set()
-        if self.blocks_waiting == 0 and self.blocks_in_flight == 0:
+        if self.blocks_waiting == 0 and self.blocks_in_flight == 0 and not self.settled.is_set():
             self.source_released.set()
             self.settled.set()
+            if self.on_settled is not None:
+                self.on_settled(self)
 
 
-def merge_runs(offsets: Sequence[int], block_nbytes: int, piece_bytes: int) -> list[tuple[int, int]]:
+def merge_runs(offsets: NDArray[np.int64], block_nbytes: int, piece_bytes: int) -> list[tuple[int, int]]:
     """Runs of extents that follow each other in one piece of the pool, as `(first block, number of blocks)`."""
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for i in range(1, len(offsets) + 1):
-        follows = i < len(offsets) and offsets[i] == offsets[i - 1] + block_nbytes
-        if not follows or offsets[i] % piece_bytes == 0:
-            runs.append((start, i - start))
-            start = i
-    return runs
+    breaks = (offsets[1:] - offsets[:-1] != block_nbytes) | (offsets[1:] % piece_bytes == 0)
+    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+    stops = [*starts[1:], len(offsets)]
+    return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]

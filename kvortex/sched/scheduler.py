@@ -1,7 +1,9 @@
 """The pump between callers and the executor: runs on the event loop, keeps no task, blocks nobody."""
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 class TransferScheduler:
     """Takes requests, lets the batcher cut batches, and gives them to the executor as slots come free.
 
-    Requests that arrive in one turn of the loop are seen together. Cancelling `run` drops the blocks that no
+    Requests that arrive in one turn of the loop are seen together. Cancelling `wait` drops the blocks that no
     batch has taken and then waits for those that are under way, so that the caller may reuse the cache's
     blocks, and free the extents, as soon as it has control again.
 
@@ -58,23 +60,23 @@ class TransferScheduler:
         self._batcher.add(request, self._loop.time())
         self._pump_soon()
 
-    async def run(self, request: TransferRequest) -> None:
-        """Submit a request and wait for its end.
-
-        Raises:
-            EngineStateError: the scheduler is closing.
-        """
-        self.submit(request)
-        await self.wait_settled(request)
-
-    async def wait_settled(self, request: TransferRequest) -> None:
-        """Wait for the end of a submitted request; cancellation as the class says."""
+    async def wait(self, requests: Sequence[TransferRequest]) -> None:
+        """Wait until submitted requests have settled; cancellation as the class says."""
         try:
-            await request.settled.wait()
+            for request in requests:
+                await request.settled.wait()
         except asyncio.CancelledError:
-            self.cancel(request)
-            await _wait_despite_cancellation(request.settled)
+            await self.cancel_and_wait(requests)
             raise
+
+    async def cancel_and_wait(self, requests: Sequence[TransferRequest]) -> None:
+        """Cancel requests and return when all have settled, cancelled or not meanwhile."""
+        for request in requests:
+            self.cancel(request)
+        # A second cancellation must not free memory under a transfer either; transfers end within milliseconds.
+        while unsettled := [request for request in requests if not request.settled.is_set()]:
+            with contextlib.suppress(asyncio.CancelledError):
+                await unsettled[0].settled.wait()
 
     def cancel(self, request: TransferRequest) -> None:
         """Drop what no batch has taken of a request; what is under way ends by itself."""
@@ -157,12 +159,3 @@ class TransferScheduler:
     def _forget_settled(self, request: TransferRequest) -> None:
         if request.settled.is_set():
             self._unsettled.discard(request)
-
-
-async def _wait_despite_cancellation(event: asyncio.Event) -> None:
-    # A second cancellation must not free memory under a transfer either; transfers end within milliseconds.
-    while not event.is_set():
-        try:
-            await event.wait()
-        except asyncio.CancelledError:
-            continue

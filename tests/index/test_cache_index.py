@@ -290,6 +290,7 @@ class TestEvict:
         index.reserve(keys(1))
         index.evict(1)
         assert index.unpin([old]) == [1]
+        assert list(index._policy.victims()) == [], "still reserved: the old pin says nothing about it"
         index.commit(keys(1), ["new"], [10], [0])
         assert index.evict(1000) == ["new"]
 
@@ -348,9 +349,7 @@ def test_readers_never_raise_and_never_see_uncommitted_blocks():
     rounds = 0
     while (time.monotonic() < deadline or not all(reads)) and not failures:
         index.evict(1 << 40) if rounds % 2 else index.evict(100)
-        owned = [
-            k for k, outcome in zip(moving[:40], index.reserve(moving[:40]), strict=True) if outcome is None
-        ]
+        owned = [k for k, outcome in zip(moving[:40], index.reserve(moving[:40]), strict=True) if outcome is None]
         index.commit(owned, owned, [10] * len(owned), [0] * len(owned))
         rounds += 1
     stop.set()

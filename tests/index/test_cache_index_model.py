@@ -202,6 +202,12 @@ class AgainstNaiveModel(RuleBasedStateMachine):
         assert idle <= set(self.index._policy.victims())
         assert not self.index._parked & set(self.index._policy.victims())
 
+    @invariant()
+    def only_busy_keys_are_out_of_the_order(self):
+        pinned = {k for k, block in self.blocks.items() if block[2]}
+        assert self.index._parked <= pinned | set(self.pending)
+        assert set(self.index._policy.victims()) <= set(self.blocks) | set(self.pending)
+
 
 TestAgainstNaiveModel = AgainstNaiveModel.TestCase
 TestAgainstNaiveModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

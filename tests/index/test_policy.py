@@ -63,9 +63,7 @@ def test_remove(policy):
 
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(["insert", "access", "remove"]), st.lists(st.sampled_from("abcdef"), max_size=4)
-        )
+        st.tuples(st.sampled_from(["insert", "access", "remove"]), st.lists(st.sampled_from("abcdef"), max_size=4))
     )
 )
 def test_lru_agrees_with_a_list(steps):
