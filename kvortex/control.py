@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.index import CacheIndex, Entry, EvictionPacer
+from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, EvictionPacer, pack_keys
 from kvortex.memory import ExtentAllocator
-from kvortex.types import BlockHash, Direction, Extent, MissReason, SaveOutcome
+from kvortex.types import BlockHash, Direction, MissReason, SaveOutcome
+
+# What becomes of a block of a save that does not move; a reservation without room is given up.
+_NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +34,26 @@ class TransferPlan:
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
-    """A save between reservation and commit. `positions` are those of the call's blocks that move."""
+    """A save between reservation and commit.
+
+    `states` are the reservation's, `uint8 [call]`; `positions` those of the call's blocks that move, `slots`
+    their places in the index.
+    """
 
     transfer: TransferPlan
-    outcomes: list[SaveOutcome]
-    positions: tuple[int, ...]
-    keys: tuple[BlockHash, ...]
-    extents: tuple[Extent, ...]
+    states: NDArray[np.uint8]
+    positions: NDArray[np.intp]
+    slots: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A load between pin and unpin. `positions` are those of the call's blocks that move."""
+    """A load between pin and unpin; `reasons` are the pins', the rest as in a `SavePlan`."""
 
     transfer: TransferPlan
-    outcomes: list[MissReason | None]
-    positions: tuple[int, ...]
-    entries: tuple[Entry[Extent], ...]
+    reasons: NDArray[np.uint8]
+    positions: NDArray[np.intp]
+    slots: NDArray[np.int32]
 
 
 class ControlPlane:
@@ -60,9 +66,7 @@ class ControlPlane:
         block_nbytes: of a block's payload, as stored.
     """
 
-    def __init__(
-        self, index: CacheIndex[Extent], allocator: ExtentAllocator, pacer: EvictionPacer, block_nbytes: int
-    ) -> None:
+    def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, block_nbytes: int) -> None:
         self.index = index
         self.allocator = allocator
         self._pacer = pacer
@@ -76,107 +80,97 @@ class ControlPlane:
         Args:
             hashes: a prefix chain, root first.
             block_ids: `int32 [len(hashes)]`.
-            owner: who is accounted for the extents until they are committed.
+            owner: who is accounted for the extents.
+
+        Raises:
+            InvalidHashError: a hash is not 32 bytes.
         """
-        reserved = self.index.reserve(hashes)
-        wanted = [i for i, outcome in enumerate(reserved) if outcome is None]
-        extents = self._make_room(len(wanted), owner)
-        positions = wanted[: len(extents)]
-        self.index.abort([hashes[i] for i in wanted[len(extents) :]], None)
-        outcomes = [outcome or SaveOutcome.NO_SPACE for outcome in reserved]
-        for i in positions:
-            outcomes[i] = SaveOutcome.FAILED  # until its bytes have arrived
-        return SavePlan(
-            transfer=_transfer(Direction.SAVE, block_ids, positions, extents),
-            outcomes=outcomes,
-            positions=tuple(positions),
-            keys=tuple(hashes[i] for i in positions),
-            extents=tuple(extents),
-        )
+        reservation = self.index.reserve(pack_keys(hashes))
+        wanted = np.flatnonzero(reservation.states == RESERVED)
+        offsets = self._make_room(wanted.size, owner)
+        positions = wanted[: offsets.size]
+        self.index.abort(reservation.slots[wanted[offsets.size :]], None)
+        transfer = TransferPlan(Direction.SAVE, block_ids[positions], offsets)
+        return SavePlan(transfer, reservation.states, positions, reservation.slots[positions])
 
     def finish_save(
         self, plan: SavePlan, digests: NDArray[np.uint64], succeeded: NDArray[np.bool_]
-    ) -> tuple[SaveOutcome, ...]:
+    ) -> list[SaveOutcome]:
         """Commit what arrived (`succeeded`, `bool [n]`), give back the rest; returns the call's outcomes."""
-        arrived = np.flatnonzero(succeeded).tolist()
-        lost = np.flatnonzero(~succeeded).tolist()
-        unseen = self.index.commit(
-            [plan.keys[i] for i in arrived],
-            [plan.extents[i] for i in arrived],
-            [plan.extents[i].nbytes for i in arrived],
-            digests[succeeded].tolist(),
-        )
-        self.index.abort([plan.keys[i] for i in lost], MissReason.TRANSFER_FAILED)
-        self.allocator.free_many([*unseen, *(plan.extents[i] for i in lost)])
-        for i in arrived:
-            plan.outcomes[plan.positions[i]] = SaveOutcome.STORED
-        return tuple(plan.outcomes)
+        offsets = plan.transfer.offsets
+        unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], self._block_nbytes, digests[succeeded])
+        self.index.abort(plan.slots[~succeeded], MissReason.TRANSFER_FAILED)
+        self.allocator.free_many(unseen)
+        self.allocator.free_many(offsets[~succeeded])
+        outcomes = [_NOT_MOVED[state] for state in plan.states.tolist()]
+        for position, stored in zip(plan.positions.tolist(), succeeded.tolist(), strict=True):
+            outcomes[position] = SaveOutcome.STORED if stored else SaveOutcome.FAILED
+        return outcomes
 
-    def _make_room(self, count: int, owner: str) -> list[Extent]:
+    def _make_room(self, count: int, owner: str) -> NDArray[np.int64]:
         allocator, nbytes = self.allocator, self._block_nbytes
         self._evict(self._pacer.step(allocator.allocated_bytes, count * nbytes))
-        extents = allocator.allocate_many(count, nbytes, owner)
-        while len(extents) < count and self._evict((count - len(extents)) * nbytes):
-            extents += allocator.allocate_many(count - len(extents), nbytes, owner)
-        return extents
+        offsets = allocator.allocate_many(count, nbytes, owner)
+        while offsets.size < count and self._evict((count - offsets.size) * nbytes):
+            more = allocator.allocate_many(count - offsets.size, nbytes, owner)
+            offsets = np.concatenate([offsets, more])
+        return offsets
 
     def _evict(self, nbytes: int) -> int:
-        freed = self.index.evict(nbytes) if nbytes > 0 else []
+        if nbytes <= 0:
+            return 0
+        freed = self.index.evict(nbytes)
         self.allocator.free_many(freed)
-        return len(freed)
+        return freed.size
 
     # -- load --------------------------------------------------------------------------------------
 
     def plan_load(self, hashes: Sequence[BlockHash], block_ids: NDArray[np.int32]) -> LoadPlan:
-        """Pin what is there; blocks that are not get their reason at once.
+        """Pin what is there.
 
         Args:
             hashes: a prefix chain, root first.
             block_ids: `int32 [len(hashes)]`.
+
+        Raises:
+            InvalidHashError: a hash is not 32 bytes.
         """
-        outcomes: list[MissReason | None] = []
-        positions: list[int] = []
-        entries: list[Entry[Extent]] = []
-        for i, found in enumerate(self.index.pin(hashes)):
-            if isinstance(found, Entry):
-                positions.append(i)
-                entries.append(found)
-                outcomes.append(MissReason.TRANSFER_FAILED)  # until its bytes have arrived
-            else:
-                outcomes.append(found)
-        extents = [entry.location for entry in entries]
-        return LoadPlan(
-            transfer=_transfer(Direction.LOAD, block_ids, positions, extents),
-            outcomes=outcomes,
-            positions=tuple(positions),
-            entries=tuple(entries),
-        )
+        pins = self.index.pin(pack_keys(hashes))
+        positions = np.flatnonzero(pins.slots >= 0)
+        slots = pins.slots[positions]
+        transfer = TransferPlan(Direction.LOAD, block_ids[positions], self.index.offsets_of(slots))
+        return LoadPlan(transfer, pins.reasons, positions, slots)
+
+    def expected_digests(self, plan: LoadPlan) -> NDArray[np.uint64]:
+        """Digests `uint64 [n]` of the blocks that a load moves, as they were saved."""
+        return self.index.digests_of(plan.slots)
 
     def finish_load(
-        self, plan: LoadPlan, digests: NDArray[np.uint64], succeeded: NDArray[np.bool_]
-    ) -> tuple[MissReason | None, ...]:
-        """Compare digests, drop what is corrupt, unpin; returns the call's outcomes, `None` for a hit."""
-        expected = np.fromiter((entry.digest for entry in plan.entries), dtype=np.uint64, count=len(plan.entries))
-        intact = digests == expected
-        for i in np.flatnonzero(succeeded & intact).tolist():
-            plan.outcomes[plan.positions[i]] = None
-        for i in np.flatnonzero(succeeded & ~intact).tolist():
-            entry = plan.entries[i]
-            self.index.drop(entry.key, MissReason.CORRUPT, expected=entry)
-            plan.outcomes[plan.positions[i]] = MissReason.CORRUPT
-        self.allocator.free_many(self.index.unpin(plan.entries))
-        return tuple(plan.outcomes)
+        self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]
+    ) -> list[MissReason | None]:
+        """Drop what arrived but is not `intact` (`bool [n]`), unpin; the call's outcomes, `None` for a hit."""
+        corrupt = succeeded & ~intact
+        if corrupt.any():
+            self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
+        self.allocator.free_many(self.index.unpin(plan.slots))
+        outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in plan.reasons.tolist()]
+        good = (succeeded & intact).tolist()
+        for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
+            failure = MissReason.CORRUPT if damaged else MissReason.TRANSFER_FAILED
+            outcomes[position] = None if hit else failure
+        return outcomes
 
     # -- all ---------------------------------------------------------------------------------------
+
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """Count a whole chain as used now, so that its tail goes before its head.
+
+        For chains that were planned in parts, or grew: each part by itself is in order, but later parts are
+        more recent than earlier ones.
+        """
+        pins = self.index.pin(pack_keys(hashes))
+        self.allocator.free_many(self.index.unpin(pins.slots[pins.slots >= 0]))
 
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""
         self.allocator.free_many(self.index.clear())
-
-
-def _transfer(
-    direction: Direction, block_ids: NDArray[np.int32], positions: Sequence[int], extents: Sequence[Extent]
-) -> TransferPlan:
-    moved = block_ids if len(positions) == len(block_ids) else block_ids[np.array(positions, dtype=np.intp)]
-    offsets = np.fromiter((extent.offset for extent in extents), dtype=np.int64, count=len(extents))
-    return TransferPlan(direction, moved, offsets)

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane, TransferPlan
+from kvortex.control import ControlPlane, LoadPlan, TransferPlan
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
-from kvortex.index import CacheIndex, EvictionPacer, make_policy
+from kvortex.index import CacheIndex, EvictionPacer, make_policy, warm_up
 from kvortex.kernels import validate_block_ids
 from kvortex.layout import KVLayout
 from kvortex.memory import ExtentAllocator
@@ -33,7 +33,7 @@ from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, S
 logger = logging.getLogger(__name__)
 
 CPU_TIER = "cpu"
-FIRST_PART_BYTES = 16 << 20
+FIRST_PART_BYTES = 32 << 20
 """A long call is planned in parts: this much first, then twice as much each time, up to a batch."""
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class KVortexEngine:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
-        executor: TransferExecutor | None = None,
+        wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
     ) -> KVLayout:
         """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
 
@@ -98,7 +98,7 @@ class KVortexEngine:
             block_size: tokens a block.
             num_blocks: blocks of the cache; needed where the shape does not tell.
             block_dim: the dimension that counts blocks; likewise, one for all or by name.
-            executor: carries transfers out in place of the device's own; for tests.
+            wrap_executor: puts another executor around the device's own; for tests, see `kvortex.testing`.
 
         Raises:
             EngineStateError: registered before, or shut down.
@@ -110,16 +110,21 @@ class KVortexEngine:
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
-        self._data = DataPlane(self.config, kv_caches, layout, executor=executor)
+        self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
         self._control = self._make_control(self._data)
         self._namespace = _namespace_of(self.config, layout)
         logger.info("registered %s", layout.describe())
         return layout
 
     def _make_control(self, data: DataPlane) -> ControlPlane:
+        warm_up()
         config = self.config
         allocator = ExtentAllocator(data.pool.capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
-        index: CacheIndex[Any] = CacheIndex(make_policy(config.eviction_policy), config.ghost_entries)
+        index = CacheIndex(
+            make_policy(config.eviction_policy),
+            ghost_entries=config.ghost_entries,
+            expected_entries=allocator.capacity_bytes // data.block_nbytes + config.ghost_entries,
+        )
         pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
         return ControlPlane(index, allocator, pacer, data.block_nbytes)
 
@@ -163,7 +168,10 @@ class KVortexEngine:
             for part in call.parts(len(ids)):
                 plan = control.plan_save(hashes[part], ids[part], "save")
                 await call.start(plan.transfer, partial(control.finish_save, plan))
-            return SaveResult(await call.outcomes())
+            outcomes = await call.outcomes()
+            if call.num_parts > 1:
+                control.touch(hashes)
+            return SaveResult(outcomes)
 
     async def load_blocks(
         self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
@@ -186,8 +194,10 @@ class KVortexEngine:
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
                 plan = control.plan_load(hashes[part], ids[part])
-                await call.start(plan.transfer, partial(control.finish_load, plan))
+                await call.start(plan.transfer, partial(_finish_load, control, plan))
             outcomes = await call.outcomes()
+            if call.num_parts > 1:
+                control.touch(hashes)
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 
@@ -297,6 +307,10 @@ class _Call(Generic[T]):
         self._outcomes: list[Sequence[T]] = []
         self._started_s = time.perf_counter()
 
+    @property
+    def num_parts(self) -> int:
+        return len(self.requests)
+
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
         start, step = 0, max(FIRST_PART_BYTES // self._data.block_nbytes, 1)
@@ -336,6 +350,12 @@ class _Call(Generic[T]):
                 seconds=time.perf_counter() - self._started_s,
                 failures=wanted - moved,
             )
+
+
+def _finish_load(
+    control: ControlPlane, plan: LoadPlan, digests: NDArray[np.uint64], succeeded: NDArray[np.bool_]
+) -> list[MissReason | None]:
+    return control.finish_load(plan, digests == control.expected_digests(plan), succeeded)
 
 
 class _Creation:

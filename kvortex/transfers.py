@@ -34,7 +34,7 @@ class DataPlane:
         config: settings.
         tensors: the paged cache by layer name, all on one device; kept alive until `aclose`.
         layout: derived from them.
-        executor: takes the place of the device's own, for tests.
+        wrap_executor: puts another executor around the device's own, for tests.
 
     Raises:
         LayoutError: the tensors lie on a device that is neither CUDA nor the host.
@@ -48,7 +48,7 @@ class DataPlane:
         tensors: Mapping[str, torch.Tensor],
         layout: KVLayout,
         *,
-        executor: TransferExecutor | None = None,
+        wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
     ) -> None:
         self.layout = layout
         self.block_nbytes = align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
@@ -70,9 +70,11 @@ class DataPlane:
         )
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
-            self._executor = executor or self._make_executor(config)
+            self._executor = self._make_executor(config)
             undo.callback(self._executor.close)
-            self._scheduler = TransferScheduler(_make_batcher(config), self._executor)
+            self._scheduler = TransferScheduler(
+                _make_batcher(config), wrap_executor(self._executor) if wrap_executor else self._executor
+            )
             if config.self_test:
                 self._self_test()
             undo.pop_all()

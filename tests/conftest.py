@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def allocators(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ExtentAllocator]]:
+def allocators(monkeypatch: pytest.MonkeyPatch) -> list[ExtentAllocator]:
     """Every allocator that the test made."""
     made: list[ExtentAllocator] = []
     original = ExtentAllocator.__init__
@@ -28,7 +28,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ExtentAllocator
         made.append(self)
 
     monkeypatch.setattr(ExtentAllocator, "__init__", remembering)
-    yield made
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -54,9 +54,7 @@ def assert_serves(layout, tensor, block_dim):
 
 
 def intervals(layout):
-    return sorted(
-        (s.address + b * s.block_stride, s.nbytes) for s in layout.segments for b in range(layout.num_blocks)
-    )
+    return sorted((s.address + b * s.block_stride, s.nbytes) for s in layout.segments for b in range(layout.num_blocks))
 
 
 def assert_partitions(layout, address, nbytes):
@@ -291,9 +289,7 @@ def test_segment_table_is_the_same_in_another_process():
         "a, b = np.zeros((2, 9, 16, 3, 8), 'f4'), np.zeros((9, 16, 36), 'f4');"
         "print(KVLayout.from_tensors({'a': a, 'é': b}, 16).segment_table().decode())"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     tensors = {"a": np.zeros((2, 5, 16, 3, 8), "f4"), "é": np.zeros((5, 16, 36), "f4")}
     table = KVLayout.from_tensors(tensors, 16).segment_table()
     assert there.stdout.strip().encode() == table
@@ -303,9 +299,7 @@ def test_segment_table_is_the_same_in_another_process():
 @st.composite
 def paged_tensors(draw):
     """A dense tensor with any memory order, block dimension anywhere but innermost, and that dimension."""
-    itemsize, dtype = draw(
-        st.sampled_from([(1, torch.uint8), (2, torch.int16), (4, torch.int32), (8, torch.int64)])
-    )
+    itemsize, dtype = draw(st.sampled_from([(1, torch.uint8), (2, torch.int16), (4, torch.int32), (8, torch.int64)]))
     shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5))
     order = draw(st.permutations(range(len(shape))))
     shape[order[-1]] = draw(st.integers(1, 3)) * 16 // itemsize
@@ -351,9 +345,7 @@ def test_overlap_check_is_quick(stride_of_last):
     """64 interleaved layers of 10,000 blocks; the last case has no common stride and takes the long way."""
     num_blocks, page = 10_000, 4096
     views = {
-        str(i): TensorView(
-            str(i), (1 << 30) + i * page, (num_blocks, page), (64 * page, 1), 1, "cuda:0", "uint8"
-        )
+        str(i): TensorView(str(i), (1 << 30) + i * page, (num_blocks, page), (64 * page, 1), 1, "cuda:0", "uint8")
         for i in range(64)
     }
     views["63"] = replace(views["63"], strides=(stride_of_last, 1))
@@ -380,9 +372,7 @@ REFUSED = [
     pytest.param({"kv": good()}, {"num_blocks": 0}, "num_blocks is 0", id="num-blocks-0"),
     pytest.param({"kv": torch.zeros(0, BS, 36)}, {}, "'kv'.*empty", id="no-blocks"),
     pytest.param({"kv": good()}, {"num_blocks": 5}, "'kv'.*num_blocks = 5", id="num-blocks-fits-nothing"),
-    pytest.param(
-        {"kv": good()}, {"num_blocks": 4, "block_dim": 0}, "'kv'.*no\\s+multiple", id="not-a-multiple"
-    ),
+    pytest.param({"kv": good()}, {"num_blocks": 4, "block_dim": 0}, "'kv'.*no\\s+multiple", id="not-a-multiple"),
     pytest.param({"kv": good()}, {"block_dim": 3}, "'kv'.*block_dim 3", id="block-dim-range"),
     pytest.param({"kv": good()}, {"block_dim": {"x": 0}}, "'x'", id="block-dim-unknown-name"),
     pytest.param({"kv": unique(2, 2, BS, H, D)}, {}, "'kv'.*block_dim=", id="both-two"),
@@ -399,15 +389,9 @@ REFUSED = [
     pytest.param({"kv": padded_head(4)[..., :3]}, {}, "'kv'.*not dense", id="short-runs"),
     pytest.param({"kv": unique(2, NB, BS, H, D)}, {"block_dim": 4}, "'kv'.*not dense", id="wrong-block-dim"),
     pytest.param({"kv": padded_head(4)[..., :5]}, {}, "'kv'.*nbytes is 20", id="odd-length"),
-    pytest.param(
-        {"kv": torch.zeros(NB, BS, 5)[..., :4]}, {}, "'kv'.*segment's address", id="odd-inner-stride"
-    ),
-    pytest.param(
-        {"kv": unique(NB, 577)[:, : BS * 36]}, {"block_dim": 0}, "'kv'.*block_stride", id="odd-stride"
-    ),
-    pytest.param(
-        {"kv": unique(NB * BS * 36 + 4)[1:-3].view(NB, BS, 36)}, {}, "'kv'.*address", id="odd-address"
-    ),
+    pytest.param({"kv": torch.zeros(NB, BS, 5)[..., :4]}, {}, "'kv'.*segment's address", id="odd-inner-stride"),
+    pytest.param({"kv": unique(NB, 577)[:, : BS * 36]}, {"block_dim": 0}, "'kv'.*block_stride", id="odd-stride"),
+    pytest.param({"kv": unique(NB * BS * 36 + 4)[1:-3].view(NB, BS, 36)}, {}, "'kv'.*address", id="odd-address"),
     pytest.param(
         {"kv": torch.as_strided(good(), (NB, BS, 36), (BS * 18, 36, 1))},
         {},
@@ -422,9 +406,7 @@ REFUSED = [
     ),
     pytest.param({"kv": torch.zeros(NB, BS, 36, device="meta")}, {}, "'kv'.*no memory", id="meta"),
     pytest.param({"kv": torch.zeros(NB, BS, 36).to_sparse()}, {}, "'kv'.*strided", id="sparse"),
-    pytest.param(
-        {"kv": np.broadcast_to(np.zeros((1, BS, 36)), (NB, BS, 36))}, {}, "'kv'.*read-only", id="ro"
-    ),
+    pytest.param({"kv": np.broadcast_to(np.zeros((1, BS, 36)), (NB, BS, 36))}, {}, "'kv'.*read-only", id="ro"),
     pytest.param({"kv": [1, 2, 3]}, {}, "'kv' is a list", id="no-tensor"),
 ]
 

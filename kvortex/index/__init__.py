@@ -1,8 +1,24 @@
 """Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU."""
 
-from kvortex.index.cache_index import CacheIndex
-from kvortex.index.entry import Entry
+from kvortex.index.cache_index import CacheIndex, Pins, Reservation
+from kvortex.index.keys import pack_keys
 from kvortex.index.pacing import EvictionPacer
 from kvortex.index.policy import EvictionPolicy, LRUPolicy, make_policy
+from kvortex.index.table import BUSY, MISS_REASONS, RESERVED, STORED
+from kvortex.index.warm import warm_up
 
-__all__ = ["CacheIndex", "Entry", "EvictionPacer", "EvictionPolicy", "LRUPolicy", "make_policy"]
+__all__ = [
+    "BUSY",
+    "MISS_REASONS",
+    "RESERVED",
+    "STORED",
+    "CacheIndex",
+    "EvictionPacer",
+    "EvictionPolicy",
+    "LRUPolicy",
+    "Pins",
+    "Reservation",
+    "make_policy",
+    "pack_keys",
+    "warm_up",
+]

@@ -94,7 +94,7 @@ def _device_ops() -> DeviceOps:
     def lane_pointer(builder: Any, pointer: Any, lane: Any) -> Any:
         return builder.gep(builder.bitcast(pointer, lane_type.as_pointer()), [lane])
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def load(typing_context: Any, words: Any, lane: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             value = builder.load(lane_pointer(builder, *arguments), align=16)
@@ -103,7 +103,7 @@ def _device_ops() -> DeviceOps:
 
         return pair(words_pointer, i64), codegen
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def store(typing_context: Any, words: Any, lane: Any, low: Any, high: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer, lane, *parts = arguments
@@ -115,7 +115,7 @@ def _device_ops() -> DeviceOps:
 
         return types.void(words_pointer, i64, u64, u64), codegen
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def fetch_add(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer, index, value = arguments
@@ -123,18 +123,18 @@ def _device_ops() -> DeviceOps:
 
         return u64(words_pointer, i64, u64), codegen
 
-    @cuda.jit(device=True)  # type: ignore[untyped-decorator]
+    @cuda.jit(device=True)
     def key(position: Any) -> Any:
         return (types.uint64(position) + one) * position_
 
-    @cuda.jit(device=True)  # type: ignore[untyped-decorator]
+    @cuda.jit(device=True)
     def mix(word: Any, key: Any) -> Any:
         x = word ^ key
         x = (x ^ (x >> b32)) * first
         x = (x ^ (x >> b29)) * second
         return x ^ (x >> b32)
 
-    @cuda.jit(device=True)  # type: ignore[untyped-decorator]
+    @cuda.jit(device=True)
     def warp_sum(value: Any) -> Any:
         total = types.int64(value)
         for step in (16, 8, 4, 2, 1):

@@ -18,7 +18,7 @@ _POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))
 _ONE, _29, _32 = np.uint64(1), np.uint64(29), np.uint64(32)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _mix(word: Any, position: Any) -> Any:
     x = word ^ (position * _POSITION)
     x = (x ^ (x >> _32)) * _FIRST
@@ -26,7 +26,7 @@ def _mix(word: Any, position: Any) -> Any:
     return x ^ (x >> _32)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _copy_segment(source: Any, start: Any, target: Any, into: Any, position: Any, length: Any) -> Any:
     total = np.uint64(0)
     for i in range(length):
@@ -36,7 +36,7 @@ def _copy_segment(source: Any, start: Any, target: Any, into: Any, position: Any
     return total
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True)
 def _gather(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial: Any) -> None:
     num_segments = segments.shape[0]
     for item in prange(ids.shape[0] * num_segments):
@@ -45,7 +45,7 @@ def _gather(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial
         partial[b, s] = _copy_segment(arena, source, pool, starts[b] + segments[s, 2], segments[s, 2], segments[s, 3])
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True)
 def _scatter(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial: Any) -> None:
     num_segments = segments.shape[0]
     for item in prange(ids.shape[0] * num_segments):

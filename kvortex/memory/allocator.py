@@ -2,7 +2,12 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.driver import align_up
@@ -50,31 +55,33 @@ class ExtentAllocator:
         Raises:
             OutOfPoolMemoryError: no hole is large enough; the message tells full from fragmented.
         """
-        extents = self.allocate_many(1, nbytes, owner)
-        if not extents:
+        offsets = self.allocate_many(1, nbytes, owner)
+        if not offsets.size:
             raise OutOfPoolMemoryError(self._why_not(nbytes))
-        return extents[0]
+        return Extent(int(offsets[0]), align_up(nbytes, EXTENT_ALIGNMENT_BYTES))
 
-    def allocate_many(self, count: int, nbytes: int, owner: str) -> list[Extent]:
-        """Up to `count` extents of `nbytes` each, as few contiguous runs as first fit gives; fewer when full.
+    def allocate_many(self, count: int, nbytes: int, owner: str) -> NDArray[np.int64]:
+        """Offsets of up to `count` extents of `nbytes` each, as few contiguous runs as first fit gives.
 
-        Extents of one run follow each other without a gap, so that one copy can move them.
+        Fewer when the pool is full. Extents of one run follow each other without a gap, so that one copy can
+        move them.
         """
         if nbytes < 1 or count < 0:
             raise ValueError(f"cannot allocate {count} extents of {nbytes} bytes")
         size = align_up(nbytes, EXTENT_ALIGNMENT_BYTES)
-        extents: list[Extent] = []
-        if count > 1:
-            start = self._run_fit(size, size * count)
-            if start is not None:
-                self._take(start, size, count, owner, extents)
-        while len(extents) < count:
-            start = self._first_fit(size)
+        runs: list[range] = []
+        missing = count
+        while missing:
+            start = self._run_fit(size, size * missing) if not runs else None
+            if start is None:
+                start = self._first_fit(size)
             if start is None:
                 break
-            fitting = min(self._hole_size[start] // size, count - len(extents))
-            self._take(start, size, fitting, owner, extents)
-        return extents
+            runs.append(self._take(start, size, min(self._hole_size[start] // size, missing), owner))
+            missing -= len(runs[-1])
+        if not runs:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate([np.arange(run.start, run.stop, run.step, dtype=np.int64) for run in runs])
 
     def _first_fit(self, size: int) -> int | None:
         start = self._run_fit(size, size)
@@ -91,14 +98,14 @@ class ExtentAllocator:
                 return starts[position]
         return None
 
-    def _take(self, start: int, size: int, count: int, owner: str, into: list[Extent]) -> None:
+    def _take(self, start: int, size: int, count: int, owner: str) -> range:
         rest = self._remove_hole(start) - size * count
-        for offset in range(start, start + size * count, size):
-            self._allocated[offset] = (size, owner)
-            into.append(Extent(offset, size))
+        run = range(start, start + size * count, size)
+        self._allocated.update(dict.fromkeys(run, (size, owner)))
         self.allocated_bytes += size * count
         if rest:
-            self._insert_hole(start + size * count, rest)
+            self._insert_hole(run.stop, rest)
+        return run
 
     def _why_not(self, nbytes: int) -> str:
         free = self.capacity_bytes - self.allocated_bytes
@@ -115,10 +122,40 @@ class ExtentAllocator:
             DoubleFreeError: its bytes are free already.
             ForeignExtentError: this allocator did not hand it out like this. The pool is unchanged.
         """
-        self._check_owned(extent)
-        size, _ = self._allocated.pop(extent.offset)
-        self.allocated_bytes -= size
-        start, end = extent.offset, extent.offset + size
+        held = self._allocated.get(extent.offset)
+        if held is not None and held[0] != extent.nbytes:
+            raise ForeignExtentError(f"pool {self.name!r} handed out {held[0]} bytes at {extent.offset}, not {extent}")
+        self.free_many([extent.offset])
+
+    def free_many(self, offsets: Sequence[int] | NDArray[np.int64]) -> None:
+        """Give the extents at these offsets back; all are checked before the first is freed.
+
+        Raises:
+            DoubleFreeError, ForeignExtentError: as `free`; then none is freed.
+        """
+        ordered = np.sort(np.asarray(offsets, dtype=np.int64)).tolist()
+        if not ordered:
+            return
+        if not self._allocated.keys() >= set(ordered) or len(set(ordered)) != len(ordered):
+            self._refuse(ordered)
+        start = end = ordered[0]
+        for offset in ordered:
+            size = self._allocated.pop(offset)[0]
+            if offset != end:
+                self._give_back(start, end)
+                start = offset
+            end = offset + size
+        self._give_back(start, end)
+
+    def _give_back(self, start: int, end: int) -> None:
+        # A run of extents may span pieces; its holes may not.
+        self.allocated_bytes -= end - start
+        while start < end:
+            border = min(end, start - start % self.piece_bytes + self.piece_bytes)
+            self._merge_hole(start, border)
+            start = border
+
+    def _merge_hole(self, start: int, end: int) -> None:
         if end in self._hole_size and end % self.piece_bytes:
             end += self._remove_hole(end)
         if start in self._hole_ending and start % self.piece_bytes:
@@ -127,35 +164,21 @@ class ExtentAllocator:
             start = before
         self._insert_hole(start, end - start)
 
-    def free_many(self, extents: Iterable[Extent]) -> None:
-        """Give several extents back; checked before the first is freed.
+    def _refuse(self, ordered: list[int]) -> NoReturn:
+        for first, second in pairwise(ordered):
+            if first == second:
+                raise DoubleFreeError(f"pool {self.name!r}: the extent at {first} is named twice")
+        offset = next(offset for offset in ordered if offset not in self._allocated)
+        if 0 <= offset < self.capacity_bytes and self._is_free(offset):
+            raise DoubleFreeError(f"pool {self.name!r}: the extent at {offset} is free already")
+        raise ForeignExtentError(f"pool {self.name!r} never handed out an extent at {offset}")
 
-        Raises:
-            DoubleFreeError, ForeignExtentError: as `free`; then none is freed.
-        """
-        extents = list(extents)
-        for extent in extents:
-            self._check_owned(extent)
-        if len({extent.offset for extent in extents}) != len(extents):
-            raise DoubleFreeError(f"pool {self.name!r}: an extent is named twice in one free")
-        for extent in extents:
-            self.free(extent)
-
-    def _check_owned(self, extent: Extent) -> None:
-        held = self._allocated.get(extent.offset)
-        if held is not None and held[0] == extent.nbytes:
-            return
-        inside = extent.offset >= 0 and extent.end <= self.capacity_bytes
-        if held is None and inside and self._is_free(extent):
-            raise DoubleFreeError(f"pool {self.name!r}: {extent} is free already")
-        raise ForeignExtentError(f"pool {self.name!r} never handed out {extent}")
-
-    def _is_free(self, extent: Extent) -> bool:
-        position = bisect_left(self._hole_starting, extent.offset + 1) - 1
+    def _is_free(self, offset: int) -> bool:
+        position = bisect_left(self._hole_starting, offset + 1) - 1
         if position < 0:
             return False
         start = self._hole_starting[position]
-        return start + self._hole_size[start] >= extent.end
+        return offset < start + self._hole_size[start]
 
     # -- holes -------------------------------------------------------------------------------------
 

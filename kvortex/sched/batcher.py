@@ -87,6 +87,10 @@ class Batcher:
             queue.remove(request)
             self._queued_bytes[request.direction] -= request.blocks_waiting * request.block_nbytes
 
+    def restart_ramp(self, direction: Direction) -> None:
+        """The direction has come to rest: its next batch is the first of a transfer."""
+        self._last_batch_bytes[direction] = 0
+
     def queued_bytes(self, direction: Direction) -> int:
         """Bytes that wait in one direction."""
         return self._queued_bytes[direction]
@@ -97,11 +101,10 @@ class Batcher:
         Args:
             now_s: the clock that `add` was given.
             free: directions that can take a batch now.
-            busy: directions that have batches in flight; only these let a batch wait for company.
+            busy: directions with enough batches in flight to keep the link going; only these let a batch
+                that is not full wait for company.
         """
         for direction in self._in_order(free):
-            if direction not in busy:
-                self._last_batch_bytes[direction] = 0
             if self._is_due(direction, now_s, direction in busy):
                 self._count(direction)
                 return self._cut(direction)

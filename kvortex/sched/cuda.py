@@ -27,7 +27,7 @@ from kvortex.types import Direction
 logger = logging.getLogger(__name__)
 
 STAGING_BUFFERS = 2  # a direction: one is filled while the other is emptied
-SLOTS_PER_BUFFER = 2  # batches queued on the GPU for one buffer, so that the link never waits for the host
+SLOTS_PER_BUFFER = 8  # batches queued on the GPU for one buffer, so that the link never waits for the host
 
 
 Fired: TypeAlias = Callable[[DeviceError | None], object]

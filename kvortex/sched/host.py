@@ -50,3 +50,4 @@ class HostExecutor(TransferExecutor):
 
     def close(self) -> None:
         self._worker.shutdown()
+        self.__dict__.pop("_kernels", None)  # they hold a view of the pool

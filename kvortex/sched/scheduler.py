@@ -17,11 +17,15 @@ from kvortex.types import Direction
 
 logger = logging.getLogger(__name__)
 
+KEEPS_LINK_BUSY = 2
+"""Batches in flight in a direction that hide what preparing the next one costs: one moves, one is ready."""
+
 
 class TransferScheduler:
     """Takes requests, lets the batcher cut batches, and gives them to the executor as slots come free.
 
-    Requests that arrive in one turn of the loop are seen together. Cancelling `wait` drops the blocks that no
+    While a direction has little under way, a request goes at once; otherwise those that arrive in one turn of
+    the loop are seen together. Cancelling `wait` drops the blocks that no
     batch has taken and then waits for those that are under way, so that the caller may reuse the cache's
     blocks, and free the extents, as soon as it has control again.
 
@@ -58,7 +62,10 @@ class TransferScheduler:
             return
         self._unsettled.add(request)
         self._batcher.add(request, self._loop.time())
-        self._pump_soon()
+        if self._in_flight[request.direction] < KEEPS_LINK_BUSY:
+            self._pump()  # the link would idle until the loop's next turn
+        else:
+            self._pump_soon()
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
         """Wait until submitted requests have settled; cancellation as the class says."""
@@ -105,10 +112,12 @@ class TransferScheduler:
             self._pump_handle = self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pump_handle = None
+        if self._pump_handle is not None:
+            self._pump_handle.cancel()
+            self._pump_handle = None
         while True:
             free = {d for d in Direction if self._executor.free_slots(d) > 0}
-            busy = {d for d in Direction if self._in_flight[d]}
+            busy = {d for d in Direction if self._in_flight[d] >= KEEPS_LINK_BUSY}
             batch = self._batcher.next_batch(self._loop.time(), free, busy)
             if batch is None:
                 break
@@ -139,6 +148,8 @@ class TransferScheduler:
 
     def _finish(self, batch: Batch, outcome: NDArray[np.uint64] | Exception) -> None:
         self._in_flight[batch.direction] -= 1
+        if not self._in_flight[batch.direction]:
+            self._batcher.restart_ramp(batch.direction)
         if isinstance(outcome, Exception):
             level = logging.WARNING if isinstance(outcome, DeviceError) else logging.ERROR
             logger.log(level, "a %s batch of %d blocks failed: %s", batch.direction.value, batch.num_blocks, outcome)

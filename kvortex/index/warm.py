@@ -1,0 +1,27 @@
+"""Compiling the index before somebody waits for it."""
+
+import numpy as np
+
+from kvortex.index.cache_index import CacheIndex
+from kvortex.index.keys import pack_keys
+from kvortex.index.policy import LRUPolicy
+from kvortex.types import BLOCK_HASH_BYTES, MissReason
+
+
+def warm_up() -> None:
+    """Compile the index's functions, or load them from numba's cache: seconds the first time on a machine."""
+    index = CacheIndex(LRUPolicy(), ghost_entries=1, expected_entries=16)
+    keys = pack_keys([bytes(BLOCK_HASH_BYTES - 1) + bytes([i]) for i in range(40)])
+    slots = index.reserve(keys).slots
+    index.commit(slots[:30], np.arange(30, dtype=np.int64), 1, np.zeros(30, dtype=np.uint64))
+    index.abort(slots[30:], None)
+    index.contains_mask(keys)
+    index.prefix_length(keys)
+    index.miss_reason(bytes(BLOCK_HASH_BYTES))
+    pinned = index.pin(keys[:1]).slots
+    index.offsets_of(pinned)
+    index.digests_of(pinned)
+    index.drop(pinned, MissReason.CORRUPT)
+    index.unpin(pinned)
+    index.evict(1)
+    index.clear()

@@ -1,0 +1,74 @@
+"""An executor that misbehaves on command, around one that works."""
+
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import DeviceError
+from kvortex.sched.batcher import Batch
+from kvortex.sched.executor import Completion, SourceRead, TransferExecutor
+from kvortex.types import Direction
+
+
+class Fault(Enum):
+    """What happens to one batch."""
+
+    REFUSE = auto()  # it cannot be started
+    FAIL = auto()  # it moves, and then ends in a device error
+    CORRUPT = auto()  # one bit of its first block's digest is wrong, as if the bytes were
+    HOLD = auto()  # its end is not reported before `release`
+
+
+class FaultInjectingExecutor(TransferExecutor):
+    """Passes batches on to `inner` and asks `fault_of(number, batch)`, counting from 0, what goes wrong."""
+
+    def __init__(self, inner: TransferExecutor, fault_of: Callable[[int, Batch], Fault | None]) -> None:
+        self._inner = inner
+        self._fault_of = fault_of
+        self._held: list[Callable[[], None]] = []
+        self.batches: list[Batch] = []
+        self.post = inner.post
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "post":
+            self._inner.post = self.post
+
+    @property
+    def num_held(self) -> int:
+        """Batches whose end waits for `release`."""
+        return len(self._held)
+
+    def release(self) -> None:
+        """Report the end of every held batch."""
+        held, self._held = self._held, []
+        for report in held:
+            report()
+
+    def free_slots(self, direction: Direction) -> int:
+        return self._inner.free_slots(direction)
+
+    def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
+        fault = self._fault_of(len(self.batches), batch)
+        self.batches.append(batch)
+        if fault is Fault.REFUSE:
+            raise DeviceError("injected: the batch cannot be started")
+        self._inner.issue(batch, partial(self._finish, fault, on_done), on_source_read)
+
+    def _finish(self, fault: Fault | None, on_done: Completion, outcome: NDArray[np.uint64] | Exception) -> None:
+        if fault is Fault.FAIL:
+            outcome = DeviceError("injected: the batch failed on the device")
+        elif fault is Fault.CORRUPT and not isinstance(outcome, Exception):
+            outcome = outcome.copy()
+            outcome[0] ^= np.uint64(1)
+        if fault is Fault.HOLD:
+            self._held.append(partial(on_done, outcome))
+        else:
+            on_done(outcome)
+
+    def close(self) -> None:
+        self.release()
+        self._inner.close()

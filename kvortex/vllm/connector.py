@@ -1,0 +1,157 @@
+"""The class that vLLM loads: a facade over the half that its role asks for."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from kvortex.errors import EngineStateError
+from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
+from kvortex.vllm.options import ConnectorOptions
+from kvortex.vllm.plans import ConnectorPlan, WorkerHandshake
+from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.versions import IS_NEWER, OutcomeMessage
+from kvortex.vllm.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """KVortex as vLLM's KV connector; see `ConnectorOptions` for what `kv_connector_extra_config` takes.
+
+    Loads are asynchronous: a request waits outside of the batch until its blocks are in place, so there is
+    nothing left to wait for layer by layer, and no forward that runs as a CUDA graph can miss it. Saves leave
+    after the forward, all layers in one gather. `wait_for_layer_load` and `save_kv_layer` therefore do nothing.
+    """
+
+    def __init__(
+        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig | None" = None
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if kv_cache_config is None:
+            raise EngineStateError("this vLLM gives a connector no kv_cache_config; KVortex needs 0.15 or newer")
+        transfer = vllm_config.kv_transfer_config
+        options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config if transfer else {})
+        self._scheduler_half: SchedulerHalf | None = None
+        self._worker_half: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler_half = SchedulerHalf(vllm_config, kv_cache_config, options)
+        else:
+            self._worker_half = WorkerHalf(kv_cache_config, options)
+
+    @property
+    def _scheduler(self) -> SchedulerHalf:
+        if self._scheduler_half is None:
+            raise EngineStateError("this is the worker half")
+        return self._scheduler_half
+
+    @property
+    def _worker(self) -> WorkerHalf:
+        if self._worker_half is None:
+            raise EngineStateError("this is the scheduler half")
+        return self._worker_half
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache may lose what it holds: nothing has to wait for its saves."""
+        return False
+
+    # -- worker ------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker.register_kv_caches(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._worker.handshake()
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if not isinstance(connector_metadata, ConnectorPlan):
+            raise EngineStateError(f"a plan of another connector: {type(connector_metadata).__name__}")
+        self._worker.begin_step(connector_metadata)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        self._worker.start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request is scheduled when all its layers are in place."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing yet: `wait_for_save` sends all layers at once."""
+
+    def wait_for_save(self) -> None:
+        self._worker.start_saves()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._worker.take_finished() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_block_ids()
+
+    def build_connector_worker_meta(self) -> OutcomeMessage | None:
+        return self._worker.take_outcomes()
+
+    def get_kv_connector_kv_cache_events(self) -> OutcomeMessage | None:
+        return None if IS_NEWER else self._worker.take_outcomes()
+
+    # -- scheduler ---------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: Mapping[int, WorkerHandshake]) -> None:
+        self._scheduler.accept_handshake(list(metadata.values()))
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], WorkerHandshake]) -> None:
+        self._scheduler.accept_handshake(list(metadata.values()))
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ConnectorPlan:
+        return self._scheduler.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        self._scheduler.update_connector_output(connector_output)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request), None
+
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset_cache()
+
+    # -- both --------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        if self._scheduler_half is not None:
+            return self._scheduler_half.take_stats()
+        return None if IS_NEWER else ConnectorStats()  # older: without a worker's, the scheduler's are not asked for
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        return ConnectorStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> ConnectorPromMetrics:
+        return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        if self._worker_half is not None:
+            self._worker_half.shutdown()
+        if self._scheduler_half is not None:
+            self._scheduler_half.shutdown()

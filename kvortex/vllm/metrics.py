@@ -1,0 +1,108 @@
+"""The connector's figures in vLLM's own statistics: a dict of counters that adds up over steps and workers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvortex.types import MissReason
+
+COUNTERS = {
+    "saved_blocks": "Blocks saved",
+    "saved_bytes": "Bytes saved, per worker",
+    "failed_saves": "Blocks whose save failed",
+    "loaded_blocks": "Blocks loaded",
+    "loaded_bytes": "Bytes loaded, per worker",
+    "load_seconds": "Seconds from the plan of a load to its end, summed over loads",
+    "loads": "Loads",
+}
+MISS_PREFIX = "missed_blocks_"
+
+
+class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
+    """Counters since they were last taken."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data=dict(data or {}))
+
+    def add(self, name: str, value: float) -> None:
+        """Add to one counter."""
+        self.data[name] = self.data.get(name, 0) + value
+
+    def count_misses(self, reason: MissReason, blocks: int) -> None:
+        """Blocks that a request has to compute, with the reason of the first of them."""
+        self.add(MISS_PREFIX + reason.value, blocks)
+
+    def count_save(self, failed: int, blocks: int, block_nbytes: int) -> None:
+        """One save job."""
+        self.add("saved_blocks", blocks - failed)
+        self.add("saved_bytes", (blocks - failed) * block_nbytes)
+        self.add("failed_saves", failed)
+
+    def count_load(self, outcomes: Sequence[MissReason | None], block_nbytes: int, seconds: float) -> None:
+        """One load job; its misses are those that were promised and did not arrive."""
+        loaded = sum(outcome is None for outcome in outcomes)
+        self.add("loads", 1)
+        self.add("load_seconds", seconds)
+        self.add("loaded_blocks", loaded)
+        self.add("loaded_bytes", loaded * block_nbytes)
+        for reason, blocks in Counter(outcome for outcome in outcomes if outcome is not None).items():
+            self.count_misses(reason, blocks)
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> "ConnectorStats":
+        """Both together."""
+        for name, value in other.data.items():
+            self.add(name, value)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For the log line."""
+        figures = {name: round(value, 3) for name, value in sorted(self.data.items())}
+        missed = sum(value for name, value in self.data.items() if name.startswith(MISS_PREFIX))
+        asked = self.data.get("loaded_blocks", 0) + missed
+        return {"hit_rate": round(self.data.get("loaded_blocks", 0) / asked, 3) if asked else 0.0, **figures}
+
+    def is_empty(self) -> bool:
+        """True if nothing was counted."""
+        return not self.data
+
+
+class ConnectorPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """`vllm:kvortex_*` counters, one child an engine; misses by reason."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[Any]]
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: self._children(f"vllm:kvortex_{name}", text, labelnames, per_engine_labelvalues, ())
+            for name, text in COUNTERS.items()
+        }
+        for reason in MissReason:
+            self._counters[MISS_PREFIX + reason.value] = {}
+        missed = self._counter_cls(
+            name="vllm:kvortex_missed_blocks",
+            documentation="Blocks that had to be computed, by the reason of the miss",
+            labelnames=[*labelnames, "reason"],
+        )
+        for engine, values in per_engine_labelvalues.items():
+            for reason in MissReason:
+                child = missed.labels(*values, reason.value)
+                self._counters[MISS_PREFIX + reason.value][engine] = child
+
+    def _children(
+        self, name: str, text: str, labelnames: list[str], values: dict[int, list[Any]], extra: tuple[str, ...]
+    ) -> dict[int, Any]:
+        counter = self._counter_cls(name=name, documentation=text, labelnames=[*labelnames, *extra])
+        return {engine: counter.labels(*labels, *extra) for engine, labels in values.items()}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one interval's counters."""
+        for name, value in transfer_stats_data.items():
+            if name in self._counters and value:
+                self._counters[name][engine_idx].inc(value)

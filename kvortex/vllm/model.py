@@ -1,0 +1,63 @@
+"""What the connector needs to know of a vLLM configuration, and what it refuses."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvortex.config import ModelIdentity
+from kvortex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def only_group(kv_cache_config: "KVCacheConfig") -> Any:
+    """The one group of full-attention layers that KVortex serves.
+
+    Raises:
+        ConfigError: the model mixes attention kinds, or has sliding-window, state-space or cross-attention
+            layers: a block is then not the KV of its tokens alone, and a hit could be silently wrong.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        raise ConfigError(
+            f"KVortex serves models whose layers all keep full attention; this one has {len(groups)} group(s) of "
+            f"{', '.join(kinds)}. Run it without the connector"
+        )
+    return groups[0]
+
+
+def payload_nbytes(kv_cache_config: "KVCacheConfig") -> int:
+    """Bytes of one block over all layers of one worker, as the scheduler knows them."""
+    group = only_group(kv_cache_config)
+    return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
+
+
+def identity_of(vllm_config: "VllmConfig") -> ModelIdentity:
+    """What names the bytes beside the block hash, as far as the scheduler knows it."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return ModelIdentity(
+        model=model.model,
+        weights_revision=model.revision or "",
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+    )
+
+
+def block_dims(kv_caches: dict[str, Any], num_blocks: int) -> dict[str, int]:
+    """For each tensor the dimension that counts blocks: the first that is a multiple of their number.
+
+    vLLM puts it first, or second behind K and V.
+
+    Raises:
+        ConfigError: neither is.
+    """
+    dims = {}
+    for name, tensor in kv_caches.items():
+        candidates = [dim for dim in (0, 1) if dim < tensor.dim() and tensor.shape[dim] % num_blocks == 0]
+        if not candidates:
+            raise ConfigError(f"{name}: no dimension of {tuple(tensor.shape)} counts {num_blocks} blocks")
+        dims[name] = candidates[0]
+    return dims

@@ -1,0 +1,61 @@
+"""What travels between the scheduler half and the worker half: jobs one way, outcomes the other. Plain data."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+from kvortex.control import TransferPlan
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """Blocks to save once this step's forward has written them."""
+
+    job_id: int
+    transfer: TransferPlan
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """Blocks to load for a request that waits for them.
+
+    `missing_block_ids` were promised by the look-up and lost before the load was planned: they are reported as
+    failed together with those whose transfer fails.
+    """
+
+    job_id: int
+    request_id: str
+    transfer: TransferPlan
+    missing_block_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's jobs.
+
+    `fresh_block_ids` were allocated for this step: the forward or a load will write them, so a save that still
+    reads one of them for its last owner must have read it before.
+    """
+
+    saves: list[SaveJob] = field(default_factory=list)
+    loads: list[LoadJob] = field(default_factory=list)
+    fresh_block_ids: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """What one worker says of one job: positions of the transfer that failed or whose bytes were wrong."""
+
+    job_id: int
+    failed: tuple[int, ...] = ()
+    corrupt: tuple[int, ...] = ()
+
+
+@dataclass
+class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker found when it registered its caches."""
+
+    layout_digest: bytes
+    block_nbytes: int
+    num_blocks: int
+    pool_bytes: int

@@ -1,0 +1,304 @@
+"""The scheduler half: knows what is cached and plans every save and load. Synchronous, microseconds a call."""
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.control import ControlPlane, LoadPlan, SavePlan
+from kvortex.driver import align_up
+from kvortex.errors import ConfigError
+from kvortex.index import CacheIndex, EvictionPacer, make_policy, warm_up
+from kvortex.memory import ExtentAllocator
+from kvortex.stats import EngineStats
+from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
+from kvortex.vllm.metrics import ConnectorStats
+from kvortex.vllm.model import only_group, payload_nbytes
+from kvortex.vllm.options import ConnectorOptions
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.versions import HOLD_ABORTED_LOADS, hash_root_is_random, message_in, report_aborted_loads
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+CPU_TIER = "cpu"
+
+
+@dataclass
+class _Tracked:
+    """One request, from its first allocation to its end."""
+
+    request: "Request"
+    block_ids: list[int] = field(default_factory=list)
+    num_planned: int = 0  # leading blocks that were saved, or found saved
+    loading: int | None = None  # its load job
+    computes: bool = False  # a load failed: it is not offered again
+
+
+@dataclass
+class _Job:
+    """A job that is under way in the workers."""
+
+    plan: SavePlan | LoadPlan
+    started_s: float
+    request_id: str = ""
+    reports: int = 0
+    failed: set[int] = field(default_factory=set)
+    corrupt: set[int] = field(default_factory=set)
+
+    def add(self, outcome: JobOutcome) -> None:
+        self.reports += 1
+        self.failed.update(outcome.failed)
+        self.corrupt.update(outcome.corrupt)
+
+
+class SchedulerHalf:
+    """Plans over vLLM's own block hashes.
+
+    Args:
+        vllm_config: the engine's configuration. Its `kv_load_failure_policy` is set to "recompute": a failed
+            load costs time, never an answer.
+        kv_cache_config: groups and sizes of the paged cache.
+        options: the connector's.
+
+    Raises:
+        ConfigError: a model that cannot be served, see `only_group`.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: ConnectorOptions) -> None:
+        warm_up()
+        self._options = options
+        self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
+        self._num_workers = int(vllm_config.parallel_config.world_size)
+        self._block_nbytes = align_up(payload_nbytes(kv_cache_config), EXTENT_ALIGNMENT_BYTES)
+        self._control = self._make_control()
+        self._tracked: dict[str, _Tracked] = {}
+        self._waiting_since_s: dict[str, float] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._aborted: set[str] = set()
+        self._job_ids = itertools.count()
+        self._plan = ConnectorPlan()
+        self._stats = ConnectorStats()
+        self.stats = EngineStats()
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_load_failure_policy != "recompute":
+            logger.info("kv_load_failure_policy is set to 'recompute': blocks that cannot be loaded are computed")
+            transfer.kv_load_failure_policy = "recompute"
+        if hash_root_is_random(vllm_config.cache_config.prefix_caching_hash_algo):
+            logger.warning(
+                "vLLM's block hashes start from a random root: they serve this process only. "
+                "Set PYTHONHASHSEED to share a cache between processes or restarts"
+            )
+
+    def _make_control(self) -> ControlPlane:
+        config = self._options.engine
+        allocator = ExtentAllocator(config.cpu_pool_bytes, config.pin_piece_bytes, name=CPU_TIER)
+        if self._block_nbytes > min(config.pin_piece_bytes, allocator.capacity_bytes):
+            raise ConfigError(
+                f"a block takes {self._block_nbytes} bytes: more than the pool ({config.cpu_pool_bytes}) or "
+                f"a piece of it ({config.pin_piece_bytes}); raise cpu_pool_bytes or pin_piece_bytes"
+            )
+        index = CacheIndex(
+            make_policy(config.eviction_policy),
+            ghost_entries=config.ghost_entries,
+            expected_entries=allocator.capacity_bytes // self._block_nbytes + config.ghost_entries,
+        )
+        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
+        return ControlPlane(index, allocator, pacer, self._block_nbytes)
+
+    def accept_handshake(self, handshakes: Sequence[WorkerHandshake]) -> None:
+        """Compare what the workers registered with what was assumed of them.
+
+        Raises:
+            ConfigError: workers disagree, or a block is larger than the scheduler can know.
+        """
+        sizes = {handshake.block_nbytes for handshake in handshakes}
+        if sizes - {self._block_nbytes}:
+            raise ConfigError(
+                f"workers registered blocks of {sorted(sizes)} bytes, the scheduler counts {self._block_nbytes}"
+            )
+
+    # -- look-up and load --------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
+        tracked = self._tracked.get(request.request_id)
+        if request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
+            return 0, False
+        first = num_computed_tokens // self._block_size
+        keys = _keys(request.block_hashes[first:])
+        found = self._control.index.prefix_length(keys)
+        if found < len(keys) and self._is_worth_waiting(request.request_id, keys[found]):
+            return None, False
+        if found < self._options.min_hit_blocks:
+            return 0, False
+        return found * self._block_size, True
+
+    def _is_worth_waiting(self, request_id: str, key: BlockHash) -> bool:
+        # Its save is under way: some milliseconds now spare computing it. Bounded, as a save may fail.
+        if self._control.index.miss_reason(key) is not MissReason.PENDING:
+            self._waiting_since_s.pop(request_id, None)
+            return False
+        now_s = time.monotonic()
+        since_s = self._waiting_since_s.setdefault(request_id, now_s)
+        return now_s - since_s < self._options.pending_wait_s
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """Pin what was promised and plan its load into the blocks just allocated."""
+        tracked = self._tracked.setdefault(request.request_id, _Tracked(request))
+        tracked.request = request
+        self._waiting_since_s.pop(request.request_id, None)
+        tracked.block_ids = list(blocks.get_block_ids()[0])
+        if num_external_tokens:
+            self._plan_load(tracked, num_external_tokens // self._block_size)
+        elif tracked.loading is None:
+            self._count_misses(request)
+
+    def _plan_load(self, tracked: _Tracked, count: int) -> None:
+        # The blocks allocated beyond the local hit are exactly those to be loaded.
+        block_ids = np.array(tracked.block_ids[-count:], dtype=np.int32)
+        first = len(tracked.block_ids) - count
+        keys = _keys(tracked.request.block_hashes[first : first + count])
+        plan = self._control.plan_load(keys, block_ids)
+        job_id = next(self._job_ids)
+        missing = np.delete(block_ids, plan.positions)
+        request_id = tracked.request.request_id
+        self._plan.loads.append(LoadJob(job_id, request_id, plan.transfer, tuple(missing.tolist())))
+        self._plan.fresh_block_ids.update(block_ids.tolist())
+        self._jobs[job_id] = _Job(plan, time.perf_counter(), request_id)
+        tracked.loading = job_id
+
+    def _count_misses(self, request: "Request") -> None:
+        first = request.num_computed_tokens // self._block_size
+        keys = _keys(request.block_hashes[first:])
+        found = self._control.index.prefix_length(keys)
+        if found < len(keys):
+            self._stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
+
+    # -- save --------------------------------------------------------------------------------------
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ConnectorPlan:
+        """This step's jobs: loads planned since the last one, and saves of the blocks that it completes."""
+        self._follow_tables(scheduler_output)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                self._plan_save(tracked, num_tokens - len(drafts.get(request_id, ())))
+        plan, self._plan = self._plan, ConnectorPlan()
+        return plan
+
+    def _follow_tables(self, scheduler_output: "SchedulerOutput") -> None:
+        fresh = self._plan.fresh_block_ids
+        for new in scheduler_output.scheduled_new_reqs:
+            if (tracked := self._tracked.get(new.req_id)) is not None:
+                tracked.block_ids = list(new.block_ids[0])
+            fresh.update(new.block_ids[0][new.num_computed_tokens // self._block_size :])
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, block_ids, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if block_ids is None:
+                continue
+            resumed = request_id in cached.resumed_req_ids
+            fresh.update(block_ids[0][num_computed // self._block_size :] if resumed else block_ids[0])
+            if (tracked := self._tracked.get(request_id)) is not None:
+                tracked.block_ids = list(block_ids[0]) if resumed else tracked.block_ids + list(block_ids[0])
+
+    def _plan_save(self, tracked: _Tracked, num_tokens: int) -> None:
+        request = tracked.request
+        computed = request.num_computed_tokens + num_tokens
+        if not self._options.save_decoded:
+            computed = min(computed, request.num_prompt_tokens)
+        full = min(computed // self._block_size, len(request.block_hashes), len(tracked.block_ids))
+        if full <= tracked.num_planned:
+            return
+        part = slice(tracked.num_planned, full)
+        tracked.num_planned = full
+        block_ids = np.array(tracked.block_ids[part], dtype=np.int32)
+        plan = self._control.plan_save(_keys(request.block_hashes[part]), block_ids, "save")
+        if plan.transfer.num_blocks:
+            job_id = next(self._job_ids)
+            self._plan.saves.append(SaveJob(job_id, plan.transfer))
+            self._jobs[job_id] = _Job(plan, time.perf_counter())
+
+    # -- outcomes ----------------------------------------------------------------------------------
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
+        message = message_in(connector_output)
+        for outcome in message.outcomes if message is not None else ():
+            job = self._jobs[outcome.job_id]
+            job.add(outcome)
+            if job.reports == self._num_workers:
+                del self._jobs[outcome.job_id]
+                self._finish(job)
+        report_aborted_loads(connector_output, self._aborted)
+
+    def _finish(self, job: _Job) -> None:
+        count = job.plan.transfer.num_blocks
+        succeeded = np.ones(count, dtype=np.bool_)
+        succeeded[list(job.failed)] = False
+        if isinstance(job.plan, SavePlan):
+            self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded)
+            self._stats.count_save(len(job.failed), count, self._block_nbytes)
+        else:
+            intact = np.ones(count, dtype=np.bool_)
+            intact[list(job.corrupt)] = False
+            self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
+
+    def _finish_load(self, job: _Job, outcomes: Sequence[MissReason | None]) -> None:
+        tracked = self._tracked.get(job.request_id)
+        if tracked is not None:
+            tracked.loading = None
+            tracked.computes = any(outcome is not None for outcome in outcomes)
+        self.stats.record_outcomes(outcomes)
+        self._stats.count_load(outcomes, self._block_nbytes, time.perf_counter() - job.started_s)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def request_finished(self, request: "Request") -> bool:
+        """Forget a request; True if its blocks must be held because a load is still writing them."""
+        self._waiting_since_s.pop(request.request_id, None)
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        self._control.touch(_keys(request.block_hashes[: tracked.num_planned]))
+        if tracked.loading is None:
+            return False
+        self._aborted.add(request.request_id)
+        return HOLD_ABORTED_LOADS
+
+    def reset_cache(self) -> bool:
+        """Forget every cached block; jobs under way end as usual."""
+        self._control.clear()
+        return True
+
+    def take_stats(self) -> ConnectorStats | None:
+        """Figures since the last call, None if there are none."""
+        if self._stats.is_empty():
+            return None
+        taken, self._stats = self._stats, ConnectorStats()
+        return taken
+
+    def shutdown(self) -> None:
+        """Forget everything."""
+        self._control.clear()
+
+
+def _keys(hashes: Sequence[bytes]) -> list[BlockHash]:
+    """vLLM's hashes as keys: SHA-256 as it is, shorter ones hashed to full width."""
+    return [BlockHash(h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest()) for h in hashes]

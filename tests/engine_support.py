@@ -1,0 +1,70 @@
+"""What the engine's tests share: a small cache, its content, engines with faults."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import torch
+
+from kvortex import BlockHash, KVortexConfig, KVortexEngine, hash_blocks
+from kvortex.config import KIB, MIB
+from kvortex.layout import KVLayout
+from kvortex.sched.batcher import Batch
+from kvortex.testing import Fault, FaultInjectingExecutor
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 64
+BLOCK_NBYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, tokens, heads, head size, float32
+
+
+def make_cache(num_blocks: int = NUM_BLOCKS, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layers.{i}": torch.randn(2, num_blocks, BLOCK_SIZE, 2, 16, generator=generator) for i in range(2)}
+
+
+def chain(num_blocks: int, salt: int = 0) -> list[BlockHash]:
+    return hash_blocks(np.arange(num_blocks * BLOCK_SIZE), BLOCK_SIZE, extra_keys=(salt,))
+
+
+def contents(cache: dict[str, torch.Tensor], block_ids: Sequence[int]) -> list[bytes]:
+    """Each block's bytes, by torch's indexing."""
+    return [b"".join(layer[:, b].contiguous().numpy().tobytes() for layer in cache.values()) for b in block_ids]
+
+
+def wipe(cache: dict[str, torch.Tensor], block_ids: Sequence[int]) -> None:
+    for layer in cache.values():
+        layer[:, list(block_ids)] = float("nan")
+
+
+def small_config(**changes: object) -> KVortexConfig:
+    """A pool of many blocks in several pieces, batches of four blocks."""
+    settings: dict[str, object] = {
+        "cpu_pool_bytes": 4 * MIB,
+        "pin_piece_bytes": 256 * KIB,
+        "max_batch_bytes": 4 * BLOCK_NBYTES,
+        "linger_s": 0.0,
+        "self_test": False,
+    }
+    return KVortexConfig(**{**settings, **changes})
+
+
+@asynccontextmanager
+async def running_engine(
+    cache: dict[str, torch.Tensor],
+    config: KVortexConfig | None = None,
+    fault_of: Callable[[int, Batch], Fault | None] | None = None,
+) -> AsyncIterator[tuple[KVortexEngine, FaultInjectingExecutor]]:
+    """An engine over `cache` whose batches go wrong as `fault_of` says."""
+    async with KVortexEngine.create(config or small_config()) as engine:
+        faulty: list[FaultInjectingExecutor] = []
+
+        def wrap(inner: object) -> FaultInjectingExecutor:
+            faulty.append(FaultInjectingExecutor(inner, fault_of or (lambda number, batch: None)))
+            return faulty[0]
+
+        engine.register_kv_caches(cache, BLOCK_SIZE, wrap_executor=wrap)
+        yield engine, faulty[0]
+
+
+def layout_of(cache: dict[str, torch.Tensor]) -> KVLayout:
+    return KVLayout.from_tensors(cache, BLOCK_SIZE)

@@ -1,0 +1,32 @@
+"""Every example runs, as printed, and says what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROMISES = {
+    "async_api.py": ["loaded: 8 of 8", "bytes intact: True"],
+    "shared_prefix.py": ["request 3: 4 blocks loaded, 2 new ones stored", "hit rate of what was asked for: 100%"],
+    "sync_threads.py": ["thread 0: 4 stored, 4 loaded", "thread 1: 4 stored, 4 loaded"],
+}
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_example(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for promise in PROMISES[name]:
+        assert promise in done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PROMISES)

@@ -1,0 +1,40 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "kvortex"
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_importing(prefix: str) -> set[str]:
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name == prefix or name.startswith(prefix + ".") for name in imports_of(path))
+    }
+
+
+def test_numba_cuda_is_imported_in_one_module() -> None:
+    assert modules_importing("numba.cuda") == {"kernels/_cuda.py"}
+
+
+def test_the_driver_is_reached_through_one_module() -> None:
+    assert modules_importing("cuda.bindings") == {"driver.py"}
+
+
+def test_vllm_stays_in_its_folder() -> None:
+    assert all(name.startswith("vllm/") for name in modules_importing("vllm"))
+
+
+def test_no_pickle_in_a_data_path() -> None:
+    assert modules_importing("pickle") == set()

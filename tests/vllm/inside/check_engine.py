@@ -1,0 +1,203 @@
+"""Outputs with hits equal outputs without, token for token, and the hits really happened."""
+
+from collections.abc import Iterator
+
+import pytest
+from engine_support import BLOCK_SIZE, Engine, flip_a_bit, make_model, prompt, running
+
+from kvortex.errors import DeviceError
+from kvortex.types import MissReason
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+PROMPTS = {
+    "whole blocks": prompt(4 * BLOCK_SIZE, 1),
+    "ends inside a block": prompt(4 * BLOCK_SIZE + 11, 2),
+    "one token over": prompt(3 * BLOCK_SIZE + 1, 3),
+    "less than a block": prompt(BLOCK_SIZE - 5, 4),
+    "long": prompt(11 * BLOCK_SIZE + 7, 5),
+}
+SHARED = prompt(5 * BLOCK_SIZE + 9, 6)
+TAILS = [prompt(40, 100 + i) for i in range(4)]
+CROWD = [prompt(3 * BLOCK_SIZE + 5 * i, 200 + i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> dict[str, list[list[int]]]:
+    """What an engine without a connector says."""
+    with running(model, connector=False) as engine:
+        answers = {name: engine.generate([tokens]) for name, tokens in PROMPTS.items()}
+        answers["shared"] = engine.generate([SHARED + tail for tail in TAILS])
+        first = engine.generate([SHARED], max_tokens=70)[0]
+        answers["turn 1"] = [first]
+        answers["turn 2"] = engine.generate([SHARED + first + TAILS[0]], max_tokens=20)
+        answers["crowd"] = engine.generate(CROWD, max_tokens=40)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engine(model: str, expected: object) -> Iterator[Engine]:
+    with running(model) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def check_a_repeated_prompt(engine: Engine, expected: dict[str, list[list[int]]], name: str) -> None:
+    tokens = PROMPTS[name]
+    assert engine.generate([tokens]) == expected[name]
+    engine.settle()
+    before = engine.loaded_blocks
+    for _ in range(2):
+        assert engine.generate([tokens]) == expected[name]
+    engine.settle()
+    assert engine.loaded_blocks - before == 2 * (len(tokens) // BLOCK_SIZE)
+
+
+def check_a_shared_prefix(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+    prompts = [SHARED + tail for tail in TAILS]
+    assert engine.generate(prompts[:1]) == expected["shared"][:1]
+    engine.settle()
+    before = engine.loaded_blocks
+    assert engine.generate(prompts[1:]) == expected["shared"][1:]
+    engine.settle()
+    assert engine.loaded_blocks - before == 3 * (len(SHARED) // BLOCK_SIZE)
+
+
+def check_a_conversation(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+    """The answer of the first turn, saved while it was decoded, is a prefix of the second turn's prompt."""
+    assert engine.generate([SHARED], max_tokens=70) == expected["turn 1"]
+    engine.settle()
+    before = engine.loaded_blocks
+    second = SHARED + expected["turn 1"][0] + TAILS[0]
+    assert engine.generate([second], max_tokens=20) == expected["turn 2"]
+    engine.settle()
+    known = (len(SHARED) + 70 - 1) // BLOCK_SIZE
+    assert engine.loaded_blocks - before >= known
+    assert known > len(SHARED) // BLOCK_SIZE
+
+
+def check_concurrent_requests_with_preemption(model: str, expected: dict[str, list[list[int]]]) -> None:
+    with running(model, num_gpu_blocks_override=20) as engine:
+        assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
+        engine.settle()
+        before = engine.loaded_blocks
+        assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
+        engine.settle()
+        assert engine.loaded_blocks > before
+
+
+def check_eviction_under_load(model: str, expected: dict[str, list[list[int]]]) -> None:
+    block_nbytes = BLOCK_SIZE * 4096
+    options = {"cpu_pool_bytes": 16 * block_nbytes, "pin_piece_bytes": 4 * block_nbytes}
+    with running(model, options=options) as engine:
+        for _ in range(2):
+            assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
+        for name, tokens in PROMPTS.items():
+            assert engine.generate([tokens]) == expected[name]
+            assert engine.generate([tokens]) == expected[name]
+        engine.settle()
+        assert engine.control.index.evicted_blocks > 16
+        assert engine.loaded_blocks > 0
+
+
+def check_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+    tokens = PROMPTS["long"]
+    engine.generate([tokens])
+    engine.settle()
+    for position in (0, 5, 10):
+        request_keys = keys_of(engine, tokens)
+        flip_a_bit(engine, request_keys[position])
+        before = engine.misses(MissReason.CORRUPT)
+        assert engine.generate([tokens]) == expected["long"]
+        engine.settle()
+        assert engine.misses(MissReason.CORRUPT) == before + 1
+        # It was computed and saved again.
+        loaded = engine.loaded_blocks
+        assert engine.generate([tokens]) == expected["long"]
+        engine.settle()
+        assert engine.loaded_blocks - loaded == len(tokens) // BLOCK_SIZE
+
+
+def keys_of(engine: Engine, tokens: list[int]) -> list[bytes]:
+    """The block hashes that vLLM gives a prompt, seen on its way through the connector."""
+    seen: list[bytes] = []
+    half = engine.scheduler_half
+    original = half.get_num_new_matched_tokens
+
+    def spy(request: object, num_computed: int) -> object:
+        seen[:] = [bytes(h) for h in request.block_hashes]
+        return original(request, num_computed)
+
+    half.get_num_new_matched_tokens = spy
+    try:
+        engine.generate([tokens], max_tokens=1)
+    finally:
+        del half.get_num_new_matched_tokens
+    engine.settle()
+    return seen
+
+
+@pytest.mark.parametrize("which", ["first", "later"])
+def check_a_failed_load(engine: Engine, expected: dict[str, list[list[int]]], which: str) -> None:
+    tokens = PROMPTS["whole blocks"]
+    engine.generate([tokens])
+    engine.settle()
+    data = engine.worker_half._data
+    assert data is not None
+    executor = data._executor
+    original = executor._kernels.scatter
+    calls = []
+
+    def failing(block_ids: object, offsets: object) -> object:
+        calls.append(len(block_ids))
+        raise DeviceError("injected")
+
+    executor._kernels.scatter = failing
+    before = engine.misses(MissReason.TRANSFER_FAILED)
+    try:
+        assert engine.generate([tokens]) == expected["whole blocks"]
+    finally:
+        executor._kernels.scatter = original
+    engine.settle()
+    assert calls
+    assert engine.misses(MissReason.TRANSFER_FAILED) - before == len(tokens) // BLOCK_SIZE
+    assert engine.generate([tokens]) == expected["whole blocks"]
+
+
+def check_reset(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+    tokens = PROMPTS["long"]
+    engine.generate([tokens])
+    engine.settle()
+    assert engine.llm.reset_prefix_cache(reset_connector=True)
+    assert len(engine.control.index) == 0
+    before = engine.loaded_blocks
+    assert engine.generate([tokens]) == expected["long"]
+    assert engine.loaded_blocks == before
+
+
+def check_prompt_logprobs_are_complete(engine: Engine) -> None:
+    """A hit would leave prompt tokens without logits: such requests compute everything."""
+    import vllm
+
+    tokens = PROMPTS["long"]
+    engine.generate([tokens])
+    engine.settle()
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1, detokenize=False)
+    (output,) = engine.llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+    assert sum(entry is not None for entry in output.prompt_logprobs) == len(tokens) - 1
+
+
+def check_salts_keep_apart(engine: Engine) -> None:
+    import vllm
+
+    tokens = prompt(4 * BLOCK_SIZE, 77)
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    for salt, hits in (("a", 0), ("b", 0), ("a", 4)):
+        before = engine.loaded_blocks
+        engine.llm.generate([{"prompt_token_ids": tokens, "cache_salt": salt}], parameters, use_tqdm=False)
+        engine.settle()
+        assert engine.loaded_blocks - before == hits

@@ -1,0 +1,74 @@
+"""The installed vLLM's connector interface against what KVortex overrides: drift has a name before it has a victim."""
+
+import inspect
+
+import pytest
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+from kvortex.vllm import KVortexConnector
+
+# Overrides that only some versions have; each must exist in at least one supported version.
+ONLY_NEWER = {"build_connector_worker_meta", "requires_kv_delivery", "set_xfer_handshake_metadata_pp_aware"}
+# Base methods that KVortex leaves alone on purpose.
+LEFT_ALONE = {
+    "bind_gpu_block_pool",  # vLLM's own block pool is not KVortex's business
+    "bind_kv_cache_manager",
+    "clear_connector_metadata",
+    "finish_forward",
+    "get_external_cache_hit_sources",
+    "get_finished_count",  # None: every worker reports
+    "get_loaded_kv_cache_group_ids",
+    "get_mem_pool_context",
+    "get_required_kvcache_layout",  # any layout is served
+    "get_transfer_results",  # the default wraps get_finished
+    "handle_preemptions",  # begin_step waits for what is overwritten
+    "has_connector_metadata",
+    "has_pending_block_frees",
+    "has_pending_push_work",
+    "on_new_request",
+    "prefer_cross_layer_blocks",
+    "register_cross_layers_kv_cache",
+    "register_finished_partial_tail",
+    "request_finished_all_groups",
+    "requires_piecewise_for_cudagraph",
+    "reset_capture_state",
+    "restore_kv_caches",
+    "role",
+    "set_host_xfer_buffer_ops",  # KVortex copies by itself
+    "supports_divergent_local_hybrid_hits",
+    "supports_sleep_mode",
+    "take_events",
+    "unregister_kv_caches",
+}
+
+
+def public(cls: type) -> set[str]:
+    return {name for name in vars(cls) if not name.startswith("_")}
+
+
+def check_nothing_abstract_is_left() -> None:
+    assert not KVortexConnector.__abstractmethods__, (
+        f"vLLM {vllm.__version__} wants {KVortexConnector.__abstractmethods__}"
+    )
+
+
+def check_every_override_overrides_something() -> None:
+    stray = public(KVortexConnector) - public(KVConnectorBase_V1) - ONLY_NEWER
+    assert not stray, f"vLLM {vllm.__version__} has no {sorted(stray)} any more"
+
+
+def check_every_new_method_was_looked_at() -> None:
+    unknown = public(KVConnectorBase_V1) - public(KVortexConnector) - LEFT_ALONE
+    assert not unknown, f"vLLM {vllm.__version__} has new methods: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("name", sorted(public(KVortexConnector) & public(KVConnectorBase_V1)))
+def check_an_override_takes_what_the_base_takes(name: str) -> None:
+    base, ours = getattr(KVConnectorBase_V1, name), getattr(KVortexConnector, name)
+    if isinstance(base, property):
+        assert isinstance(ours, property)
+        return
+    wanted = [p.name for p in inspect.signature(base).parameters.values()]
+    offered = [p.name for p in inspect.signature(ours).parameters.values()]
+    assert offered[: len(wanted)] == wanted

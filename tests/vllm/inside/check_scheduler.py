@@ -1,0 +1,298 @@
+"""The scheduler half in the real Scheduler, the workers played by hand: every order of events in a line each."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduler_harness import SchedulerHarness, Step, WorkerReport
+from tiny_model import make_tiny_model
+
+from kvortex.types import MissReason
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome
+from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, OutcomeMessage
+
+BLOCK_SIZE = 32
+BLOCK_NBYTES = BLOCK_SIZE * 4096
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+class Played:
+    """A harness and a worker that does what it is told."""
+
+    def __init__(self, harness: SchedulerHarness) -> None:
+        self.harness = harness
+        self.open_loads: dict[str, int] = {}
+        self.open_saves: list[int] = []
+
+    @property
+    def half(self) -> SchedulerHalf:
+        return self.harness.connector._scheduler
+
+    def schedule(self) -> Step:
+        step = self.harness.schedule()
+        plan: ConnectorPlan = step.metadata
+        self.open_saves += [job.job_id for job in plan.saves]
+        self.open_loads |= {job.request_id: job.job_id for job in plan.loads}
+        return step
+
+    def report(self, *, saves: bool = True, loads: bool = True, **faults: Any) -> WorkerReport:
+        """Everything open has ended; `failed` and `corrupt` are positions, `invalid_block_ids` as vLLM has it."""
+        outcomes: list[JobOutcome] = []
+        received: set[str] = set()
+        if saves:
+            outcomes += [JobOutcome(job) for job in self.open_saves]
+            self.open_saves = []
+        if loads:
+            failed, corrupt = faults.get("failed", ()), faults.get("corrupt", ())
+            outcomes += [JobOutcome(job, failed, corrupt) for job in self.open_loads.values()]
+            received = set(self.open_loads)
+            self.open_loads = {}
+        message = OutcomeMessage(outcomes) if outcomes else None
+        channel = {"worker_meta": message} if IS_NEWER else {"kv_cache_events": message}
+        return WorkerReport(
+            finished_recving=received, invalid_block_ids=faults.get("invalid_block_ids", frozenset()), **channel
+        )
+
+    def step(self, **options: Any) -> Step:
+        step = self.schedule()
+        self.harness.finish(step, self.report(**options))
+        return step
+
+    def run(self, request_id: str) -> None:
+        for _ in range(100):
+            if self.harness.requests[request_id].is_finished():
+                self.step()  # delivers the last outcomes
+                return
+            self.step()
+        raise TimeoutError(request_id)
+
+
+@pytest.fixture
+def played(model: Path) -> Iterator[Callable[..., Played]]:
+    harnesses: list[SchedulerHarness] = []
+
+    def make(**options: Any) -> Played:
+        extra = {"cpu_pool_bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES, **options.pop("extra", {})}
+        harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
+        return Played(harnesses[-1])
+
+    yield make
+    for harness in harnesses:
+        half = harness.connector._scheduler
+        control = half._control
+        assert control.allocator.allocated_bytes == control.index.committed_bytes + sum(
+            job.plan.transfer.num_blocks * BLOCK_NBYTES for job in half._jobs.values() if hasattr(job.plan, "states")
+        )
+        harness.shutdown()
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 1000, count).tolist()
+
+
+def check_a_prompt_is_saved_and_then_loaded(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    assert len(p.half._control.index) == 3
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    step = p.schedule()
+    (job,) = step.metadata.loads
+    assert job.request_id == "b"
+    assert job.transfer.block_ids.tolist() == p.harness.block_ids("b")[:3]
+    assert not step.num_scheduled_tokens
+    p.harness.finish(step, p.report())
+    step = p.step()
+    assert step.num_scheduled_tokens["b"] == 100 - 96
+    p.run("b")
+    assert p.half.stats.snapshot().hits == 3
+
+
+def check_decoded_blocks_are_saved(played: Callable[..., Played]) -> None:
+    for save_decoded, blocks in ((True, 3), (False, 1)):
+        p = played(extra={"save_decoded": save_decoded})
+        p.harness.add_request("a", tokens(40), max_tokens=70)
+        p.run("a")
+        assert len(p.half._control.index) == blocks
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def check_a_step_ahead(played: Callable[..., Played], async_scheduling: bool) -> None:
+    p = played(async_scheduling=async_scheduling)
+    p.harness.add_request("a", tokens(70), max_tokens=60)
+    p.run("a")
+    assert len(p.half._control.index) == (70 + 60 - 1) // BLOCK_SIZE
+
+
+def check_a_chunked_prompt_is_saved_once(played: Callable[..., Played]) -> None:
+    p = played(max_num_batched_tokens=64)
+    p.harness.add_request("a", tokens(300), max_tokens=2)
+    saved: list[int] = []
+    while not p.harness.requests["a"].is_finished():
+        step = p.step()
+        saved += [b for job in step.metadata.saves for b in job.transfer.block_ids.tolist()]
+    assert len(saved) == len(set(saved)) == 9
+
+
+def check_a_request_waits_for_blocks_being_saved(played: Callable[..., Played]) -> None:
+    p = played(extra={"pending_wait_s": 60})
+    p.harness.add_request("a", tokens(100), max_tokens=4)
+    step = p.schedule()
+    p.harness.finish(step, p.report(saves=False))
+    p.harness.add_request("b", tokens(100), max_tokens=4)
+    step = p.schedule()
+    assert "b" not in step.num_scheduled_tokens
+    assert not step.metadata.loads
+    p.harness.finish(step, p.report())
+    step = p.schedule()
+    assert [job.request_id for job in step.metadata.loads] == ["b"]
+    p.harness.finish(step, p.report())
+
+
+def check_waiting_has_an_end(played: Callable[..., Played]) -> None:
+    p = played(extra={"pending_wait_s": 0.0})
+    p.harness.add_request("a", tokens(100), max_tokens=4)
+    p.harness.finish(p.schedule(), p.report(saves=False))
+    p.harness.add_request("b", tokens(100), max_tokens=4)
+    step = p.schedule()
+    assert step.num_scheduled_tokens["b"] == 100
+    p.harness.finish(step, p.report())
+
+
+@pytest.mark.parametrize("fault", ["failed", "corrupt"])
+@pytest.mark.parametrize("position", [0, 1])
+def check_a_failed_load_is_computed(played: Callable[..., Played], fault: str, position: int) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    step = p.schedule()
+    bad = p.harness.block_ids("b")[position]
+    p.harness.finish(step, p.report(invalid_block_ids={bad}, **{fault: (position,)}))
+    step = p.step()
+    assert not step.metadata.loads, "a failed load is not offered again"
+    assert step.num_scheduled_tokens["b"] == 100 - position * BLOCK_SIZE
+    p.run("b")
+    stats = p.half.stats.snapshot()
+    assert stats.misses[MissReason.CORRUPT if fault == "corrupt" else MissReason.TRANSFER_FAILED] == 1
+    assert len(p.half._control.index) == 3
+
+
+def check_abort_during_a_load(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    free = p.harness.num_free_blocks
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    p.harness.finish(p.schedule(), p.report(loads=False))
+    p.harness.abort("b")
+    p.harness.finish(p.schedule(), p.report(loads=False))
+    assert p.harness.num_free_blocks < free, "the load still writes these blocks"
+    p.step()
+    p.step()
+    assert p.harness.num_free_blocks == free
+    assert "b" not in p.harness.held_request_ids
+    assert not p.half._aborted
+
+
+def check_abort_between_the_report_and_its_arrival(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    free = p.harness.num_free_blocks
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    step = p.schedule()
+    p.harness.abort("b")
+    p.harness.finish(step, p.report())
+    p.step()
+    p.step()
+    assert p.harness.num_free_blocks == free
+    assert not p.half._aborted
+
+
+def check_abort_after_the_load(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    free = p.harness.num_free_blocks
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    p.step()
+    p.harness.abort("b")
+    p.step()
+    p.step()
+    assert p.harness.num_free_blocks == free
+    assert not p.half._aborted
+    p.harness.add_request("b", tokens(100), max_tokens=2)
+    p.run("b")
+    assert p.half.stats.snapshot().hits == 6
+
+
+def check_preemption_resumes_from_the_cache(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=40)
+    for _ in range(5):
+        p.step()
+    p.harness.preempt_all()
+    step = p.schedule()
+    assert [job.request_id for job in step.metadata.loads] == ["a"]
+    p.harness.finish(step, p.report())
+    p.run("a")
+    assert p.half.stats.snapshot().hits == 3
+    assert len(p.half._control.index) == (100 + 40 - 1) // BLOCK_SIZE
+
+
+def check_preemption_for_want_of_blocks(played: Callable[..., Played]) -> None:
+    p = played(num_blocks=10)
+    for name in "ab":
+        p.harness.add_request(name, tokens(100, ord(name)), max_tokens=80)
+    p.run("a")
+    p.run("b")
+    assert p.harness.num_free_blocks == 9
+
+
+def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
+    """Whatever a forward or a load of a step writes for the first time stands in that step's plan."""
+    p = played(num_blocks=16)
+    known: dict[str, set[int]] = {}
+    for name in "abc":
+        p.harness.add_request(name, tokens(70, ord(name)), max_tokens=40)
+    for _ in range(120):
+        step = p.schedule()
+        for name in list(p.harness.held_request_ids):
+            now = set(p.harness.block_ids(name))
+            new = now - known.get(name, set())
+            if step.num_scheduled_tokens.get(name) or name in p.open_loads:
+                assert new <= step.metadata.fresh_block_ids
+                known[name] = now
+        p.harness.finish(step, p.report())
+        for name, request in p.harness.requests.items():
+            if request.is_finished() or request.num_computed_tokens == 0:
+                known.pop(name, None)
+    assert all(request.is_finished() for request in p.harness.requests.values())
+
+
+def check_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match="raise cpu_pool_bytes"):
+        SchedulerHarness(model, extra_config={"cpu_pool_bytes": 4096, "pin_piece_bytes": 4096})
+
+
+def check_an_unknown_option_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match="unknown option 'cpu_pool'"):
+        SchedulerHarness(model, extra_config={"cpu_pool": 1 << 30})
+
+
+def check_the_failure_policy_is_recompute(played: Callable[..., Played]) -> None:
+    p = played(failure_policy="fail")
+    assert p.harness.scheduler.recompute_kv_load_failures
+    assert p.harness.vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
+
+
+def check_blocks_held_while_a_load_writes() -> None:
+    assert HOLD_ABORTED_LOADS is not IS_NEWER

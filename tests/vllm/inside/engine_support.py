@@ -1,0 +1,134 @@
+"""Real engines over a tiny model, in this process, and what their connector did."""
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cpu_ops_0151
+import numpy as np
+import torch
+import vllm
+from tiny_model import VOCAB_SIZE, make_tiny_model
+
+from kvortex.control import ControlPlane
+from kvortex.types import MissReason
+from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.worker import WorkerHalf
+
+cpu_ops_0151.install()
+BLOCK_SIZE = 32
+
+
+def make_model(directory: Path) -> str:
+    return str(make_tiny_model(directory, "qwen3"))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
+
+
+class Engine:
+    """An LLM and its connector's halves."""
+
+    def __init__(self, llm: vllm.LLM) -> None:
+        self.llm = llm
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler_half(self) -> SchedulerHalf:
+        return self.core.scheduler.connector._scheduler
+
+    @property
+    def control(self) -> ControlPlane:
+        return self.scheduler_half._control
+
+    @property
+    def worker_half(self) -> WorkerHalf:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **options: Any) -> list[list[int]]:
+        parameters = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+        inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    @property
+    def loaded_blocks(self) -> int:
+        return self.scheduler_half.stats.snapshot().hits
+
+    def misses(self, reason: MissReason) -> int:
+        return self.scheduler_half.stats.snapshot().misses[reason]
+
+    def settle(self) -> None:
+        """Let the last outcomes come in: vLLM stops stepping when the answers are out."""
+        self.generate([prompt(3, seed=999)], max_tokens=2)
+
+
+@contextlib.contextmanager
+def running(
+    model: str, *, connector: bool = True, options: dict[str, Any] | None = None, **extra: Any
+) -> Iterator[Engine]:
+    """An engine; shut down at the end, its pool checked to hold what its index says and nothing else."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "block_size": BLOCK_SIZE,
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 8,
+        "seed": 0,
+        **extra,
+    }
+    if connector:
+        arguments["kv_transfer_config"] = {
+            "kv_connector": "KVortexConnector",
+            "kv_connector_module_path": "kvortex.vllm",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_pool_bytes": "256MiB", "pin_piece_bytes": 16 << 20, **(options or {})},
+        }
+        arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**arguments["kv_transfer_config"])
+    llm = vllm.LLM(**arguments)
+    engine = Engine(llm)
+    try:
+        yield engine
+        if connector:
+            engine.settle()
+            control = engine.control
+            assert not engine.scheduler_half._jobs
+            assert control.index.num_pending == 0
+            assert control.allocator.allocated_bytes == control.index.committed_bytes
+    finally:
+        engine.core.shutdown()
+        del llm, engine
+        gc.collect()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def flip_a_bit(engine: Engine, key: bytes) -> None:
+    """Damage one cached block in the pool."""
+    from kvortex.index import pack_keys
+
+    pins = engine.control.index.pin(pack_keys([key]))
+    offset = int(engine.control.index.offsets_of(pins.slots)[0])
+    engine.control.allocator.free_many(engine.control.index.unpin(pins.slots))
+    data = engine.worker_half._data
+    assert data is not None
+    data.pool.bytes[offset + 1234] ^= 16
+
+
+def drop_torch_threads() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,44 @@
+"""The connector inside the real vLLM, on the CPU: each supported version in an environment of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+INSIDE = Path(__file__).parent / "inside"
+VERSIONS = ("0.32.0", "0.15.1")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONHASHSEED": "0",
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def vllm_python(request: pytest.FixtureRequest) -> str:
+    """Python of an environment with that version; made once, kept in a cache folder."""
+    script = REPOSITORY / "scripts" / "vllm_cpu_env.py"
+    done = subprocess.run([sys.executable, str(script), request.param], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"no environment for vLLM {request.param}"
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in INSIDE.glob("check_*.py")))
+def test_inside(vllm_python: str, name: str) -> None:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{INSIDE}"}
+    command = [vllm_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(INSIDE / "pytest.ini")]
+    done = subprocess.run(
+        [*command, str(INSIDE / name)], env=environment, capture_output=True, text=True, timeout=900, cwd=INSIDE
+    )
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert " passed" in summary
