@@ -1,13 +1,17 @@
 """KVortex keeps the KV blocks of an LLM server in host memory and below, and brings them back fast and right."""
 
-from kvortex.config import KVortexConfig, ModelIdentity
-from kvortex.engine import KVortexEngine
-from kvortex.errors import KVortexError
-from kvortex.hashing import Namespace, cache_key, hash_blocks
-from kvortex.layout import KVLayout
-from kvortex.stats import StatsSnapshot
-from kvortex.sync import SyncEngine
-from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvortex.config import KVortexConfig, ModelIdentity
+    from kvortex.engine import KVortexEngine
+    from kvortex.errors import KVortexError
+    from kvortex.hashing import Namespace, cache_key, hash_blocks
+    from kvortex.layout import KVLayout
+    from kvortex.stats import StatsSnapshot
+    from kvortex.sync import SyncEngine
+    from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
 __version__ = "0.1.0"
 
@@ -28,3 +32,32 @@ __all__ = [
     "cache_key",
     "hash_blocks",
 ]
+
+# Loaded when asked for: the engine brings numba and torch, and whoever wants a hash or an error should not wait.
+_HOME = {
+    "BlockHash": "types",
+    "KVLayout": "layout",
+    "KVortexConfig": "config",
+    "KVortexEngine": "engine",
+    "KVortexError": "errors",
+    "LoadResult": "types",
+    "MissReason": "types",
+    "ModelIdentity": "config",
+    "Namespace": "hashing",
+    "SaveOutcome": "types",
+    "SaveResult": "types",
+    "StatsSnapshot": "stats",
+    "SyncEngine": "sync",
+    "cache_key": "hashing",
+    "hash_blocks": "hashing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvortex.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

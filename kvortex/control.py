@@ -13,23 +13,10 @@ from numpy.typing import NDArray
 
 from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, EvictionPacer, pack_keys
 from kvortex.memory import ExtentAllocator
-from kvortex.types import BlockHash, Direction, MissReason, SaveOutcome
+from kvortex.types import BlockHash, Direction, MissReason, SaveOutcome, TransferPlan
 
 # What becomes of a block of a save that does not move; a reservation without room is given up.
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
-
-
-@dataclass(frozen=True, slots=True)
-class TransferPlan:
-    """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""
-
-    direction: Direction
-    block_ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.block_ids)
 
 
 @dataclass(frozen=True, slots=True)

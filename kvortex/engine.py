@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane, LoadPlan, TransferPlan
+from kvortex.control import ControlPlane, LoadPlan
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
@@ -28,7 +28,7 @@ from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
 from kvortex.transfers import DataPlane
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveResult
+from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveResult, TransferPlan
 
 logger = logging.getLogger(__name__)
 

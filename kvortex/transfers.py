@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
-from kvortex.control import TransferPlan
 from kvortex.driver import Device, Event, align_up, stream_handle
 from kvortex.errors import InvalidBlockIdError, LayoutError
 from kvortex.kernels import HostKernels
@@ -20,7 +19,7 @@ from kvortex.memory import PinnedPool
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.self_test import run_self_test
 from kvortex.stats import PoolFigures
-from kvortex.types import Direction
+from kvortex.types import Direction, TransferPlan
 
 logger = logging.getLogger(__name__)
 

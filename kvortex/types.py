@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NewType
 
+import numpy as np
+from numpy.typing import NDArray
+
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes of SHA-256, chained over the parent's hash, the token ids and the extra keys."""
 
@@ -56,6 +59,19 @@ class Extent:
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransferPlan:
+    """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""
+
+    direction: Direction
+    block_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ a new one; a reader that still holds the old one sees the moment of the change.
 All in one file, constants included: numba's cache notices changes only in the file that it compiles from.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -87,7 +87,7 @@ def new_table(capacity: int, ghost_entries: int) -> Table:
     capacity = 1 << max(capacity - 1, 1).bit_length()
     uint8, int32, int64, uint64 = np.uint8, np.int32, np.int64, np.uint64
     columns = (np.zeros(capacity, kind) for kind in (uint8, int32, int64, int64, uint64, uint8, uint8, int32, int32))
-    buckets, keys = np.zeros(2 * capacity, uint64), np.zeros((capacity, 4), uint64)
+    buckets, keys = np.full(2 * capacity, 0, uint64), np.zeros((capacity, 4), uint64)
     return Table(buckets, keys, *columns, ring=np.full(ghost_entries, -1, int32), totals=np.zeros(7, int64))
 
 
@@ -114,24 +114,28 @@ def _rehash(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
             new[at] = bucket
 
 
-@njit(cache=True)
-def _find(table: Table, keys: Keys, i: int) -> int:
+@njit(cache=True, forceinline=True)
+def _find(buckets: NDArray[np.uint64], own: Keys, keys: Keys, i: int) -> Any:
     """Slot of `keys[i]`, or -1."""
-    mask = np.uint64(len(table.buckets) - 1)
+    mask = np.uint64(len(buckets) - 1)
     tag = keys[i, 0] & _LOW
     at = tag & mask
-    while table.buckets[at]:
-        bucket = table.buckets[at]
+    while buckets[at]:
+        bucket = buckets[at]
         if bucket >> _HALF == tag:
             slot = np.int64(bucket & _LOW) - 1
-            own = table.keys[slot]
-            if own[0] == keys[i, 0] and own[1] == keys[i, 1] and own[2] == keys[i, 2] and own[3] == keys[i, 3]:
+            if (
+                own[slot, 0] == keys[i, 0]
+                and own[slot, 1] == keys[i, 1]
+                and own[slot, 2] == keys[i, 2]
+                and own[slot, 3] == keys[i, 3]
+            ):
                 return slot
         at = (at + _ONE) & mask
-    return -1
+    return np.int64(-1)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _enter(table: Table, slot: int) -> None:
     mask = np.uint64(len(table.buckets) - 1)
     tag = table.keys[slot, 0] & _LOW
@@ -141,7 +145,7 @@ def _enter(table: Table, slot: int) -> None:
     table.buckets[at] = tag << _HALF | np.uint64(slot + 1)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _leave(table: Table, slot: int) -> None:
     buckets = table.buckets
     mask = np.uint64(len(buckets) - 1)
@@ -159,7 +163,7 @@ def _leave(table: Table, slot: int) -> None:
     buckets[hole] = 0
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _add(table: Table, keys: Keys, i: int) -> int:
     """A slot for `keys[i]`, which has none; there must be room."""
     if table.totals[SLOTS_FREED]:
@@ -174,7 +178,7 @@ def _add(table: Table, keys: Keys, i: int) -> int:
     return slot
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _release(table: Table, slot: int) -> None:
     """Give a slot back that no bucket names."""
     table.state[slot] = FREE
@@ -182,13 +186,13 @@ def _release(table: Table, slot: int) -> None:
     table.totals[SLOTS_FREED] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _remove(table: Table, slot: int) -> None:
     _leave(table, slot)
     _release(table, slot)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _remember(table: Table, slot: int, reason: int) -> None:
     """Make a slot without pins a ghost; the ring's oldest makes way."""
     if len(table.ring) == 0:
@@ -207,7 +211,7 @@ def _remember(table: Table, slot: int, reason: int) -> None:
     table.totals[_RING_NEXT] = (at + 1) % len(table.ring)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _retire(table: Table, slot: int, reason: int) -> None:
     """A committed block is gone; what pins hold stays in its slot, and the key's ghost gets another one."""
     table.totals[COMMITTED_BLOCKS] -= 1
@@ -222,7 +226,7 @@ def _retire(table: Table, slot: int, reason: int) -> None:
         _remember(table, _add(table, table.keys, slot), reason)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _take_pins(table: Table, slots: Slots, reserved: bool) -> int:
     """Take a pin each time a slot is named, from reservations or from stored blocks, all or none.
 
@@ -244,7 +248,7 @@ def _take_pins(table: Table, slots: Slots, reserved: bool) -> int:
 @njit(cache=True)
 def prefix_length(table: Table, keys: Keys) -> int:
     for i in range(len(keys)):
-        slot = _find(table, keys, i)
+        slot = _find(table.buckets, table.keys, keys, i)
         if slot < 0 or table.state[slot] != COMMITTED:
             return i
     return len(keys)
@@ -254,14 +258,14 @@ def prefix_length(table: Table, keys: Keys) -> int:
 def contains_mask(table: Table, keys: Keys) -> NDArray[np.bool_]:
     mask = np.empty(len(keys), np.bool_)
     for i in range(len(keys)):
-        slot = _find(table, keys, i)
+        slot = _find(table.buckets, table.keys, keys, i)
         mask[i] = slot >= 0 and table.state[slot] == COMMITTED
     return mask
 
 
 @njit(cache=True)
 def miss_reason(table: Table, keys: Keys, i: int) -> int:
-    slot = _find(table, keys, i)
+    slot = _find(table.buckets, table.keys, keys, i)
     if slot < 0:
         return _NEVER_STORED
     return np.int64(table.reason[slot]) if table.state[slot] == GHOST else _PENDING
@@ -270,7 +274,7 @@ def miss_reason(table: Table, keys: Keys, i: int) -> int:
 @njit(cache=True)
 def committed_slot(table: Table, keys: Keys) -> int:
     """Slot of the one key, or -1."""
-    slot = _find(table, keys, 0)
+    slot = _find(table.buckets, table.keys, keys, 0)
     return slot if slot >= 0 and table.state[slot] == COMMITTED else -1
 
 
@@ -280,11 +284,16 @@ def committed_slot(table: Table, keys: Keys) -> int:
 @njit(cache=True)
 def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
     """Slots that the call owns or -1, states, and the chain to put into the eviction order."""
-    slots, chain = np.full(len(keys), -1, np.int32), np.empty(len(keys), np.int32)
+    slots, chain = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
     states = np.empty(len(keys), np.uint8)
     length = 0
+    for i in range(len(keys)):  # alone in its loop, so that the memory accesses of many keys overlap
+        slots[i] = _find(table.buckets, table.keys, keys, i)
     for i in range(len(keys)):
-        slot = _find(table, keys, i)
+        slot = np.int64(slots[i])
+        slots[i] = -1
+        if slot < 0:
+            slot = _find(table.buckets, table.keys, keys, i)  # again: an earlier position may name it too
         if slot < 0:
             slot = _add(table, keys, i)
         state = table.state[slot]
@@ -352,7 +361,7 @@ def pin(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
     reasons = np.zeros(len(keys), np.uint8)
     num_hits = 0
     for i in range(len(keys)):
-        slot = _find(table, keys, i)
+        slot = _find(table.buckets, table.keys, keys, i)
         if slot >= 0 and table.state[slot] == COMMITTED:
             table.pins[slot] += 1
             slots[i] = hits[num_hits] = slot

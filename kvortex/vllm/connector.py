@@ -1,5 +1,6 @@
 """The class that vLLM loads: a facade over the half that its role asks for."""
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,7 @@ from kvortex.errors import EngineStateError
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, WorkerHandshake
-from kvortex.vllm.scheduler import SchedulerHalf
 from kvortex.vllm.versions import IS_NEWER, OutcomeMessage
-from kvortex.vllm.worker import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from kvortex.vllm.scheduler import SchedulerHalf
+    from kvortex.vllm.worker import WorkerHalf
 
 
 class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -45,21 +47,24 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise EngineStateError("this vLLM gives a connector no kv_cache_config; KVortex needs 0.15 or newer")
         transfer = vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config if transfer else {})
+        # The halves bring numba with them, which vLLM's CPU worker must not find loaded before it has started.
         self._scheduler_half: SchedulerHalf | None = None
         self._worker_half: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler_half = SchedulerHalf(vllm_config, kv_cache_config, options)
+            scheduler = importlib.import_module("kvortex.vllm.scheduler")
+            self._scheduler_half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options)
         else:
-            self._worker_half = WorkerHalf(kv_cache_config, options)
+            worker = importlib.import_module("kvortex.vllm.worker")
+            self._worker_half = worker.WorkerHalf(kv_cache_config, options)
 
     @property
-    def _scheduler(self) -> SchedulerHalf:
+    def _scheduler(self) -> "SchedulerHalf":
         if self._scheduler_half is None:
             raise EngineStateError("this is the worker half")
         return self._scheduler_half
 
     @property
-    def _worker(self) -> WorkerHalf:
+    def _worker(self) -> "WorkerHalf":
         if self._worker_half is None:
             raise EngineStateError("this is the scheduler half")
         return self._worker_half

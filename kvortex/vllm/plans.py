@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from kvortex.control import TransferPlan
+from kvortex.types import TransferPlan
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layers: int) -> dict[str, t
 def payload_of(layout: KVLayout, tensors: dict[str, torch.Tensor], block_id: int) -> bytes:
     """A block's payload by torch's own indexing; these layouts are dense, so logical order is payload order."""
     parts = []
-    for (name, tensor), dim in zip(tensors.items(), layout.block_dims, strict=True):
+    for tensor, dim in zip(tensors.values(), layout.block_dims, strict=True):
         block = tensor.select(dim, block_id).contiguous().view(torch.uint8)
         parts.append(block.cpu().numpy().tobytes())
     return b"".join(parts)

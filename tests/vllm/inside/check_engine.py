@@ -3,40 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from engine_support import BLOCK_SIZE, Engine, flip_a_bit, make_model, prompt, running
+from conftest import PROMPTS, SHARED, TAILS
+from engine_support import BLOCK_SIZE, Engine, flip_a_bit, prompt, running
 
 from kvortex.errors import DeviceError
 from kvortex.types import MissReason
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-PROMPTS = {
-    "whole blocks": prompt(4 * BLOCK_SIZE, 1),
-    "ends inside a block": prompt(4 * BLOCK_SIZE + 11, 2),
-    "one token over": prompt(3 * BLOCK_SIZE + 1, 3),
-    "less than a block": prompt(BLOCK_SIZE - 5, 4),
-    "long": prompt(11 * BLOCK_SIZE + 7, 5),
-}
-SHARED = prompt(5 * BLOCK_SIZE + 9, 6)
-TAILS = [prompt(40, 100 + i) for i in range(4)]
-CROWD = [prompt(3 * BLOCK_SIZE + 5 * i, 200 + i) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def expected(model: str) -> dict[str, list[list[int]]]:
-    """What an engine without a connector says."""
-    with running(model, connector=False) as engine:
-        answers = {name: engine.generate([tokens]) for name, tokens in PROMPTS.items()}
-        answers["shared"] = engine.generate([SHARED + tail for tail in TAILS])
-        first = engine.generate([SHARED], max_tokens=70)[0]
-        answers["turn 1"] = [first]
-        answers["turn 2"] = engine.generate([SHARED + first + TAILS[0]], max_tokens=20)
-        answers["crowd"] = engine.generate(CROWD, max_tokens=40)
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +49,6 @@ def check_a_conversation(engine: Engine, expected: dict[str, list[list[int]]]) -
     known = (len(SHARED) + 70 - 1) // BLOCK_SIZE
     assert engine.loaded_blocks - before >= known
     assert known > len(SHARED) // BLOCK_SIZE
-
-
-def check_concurrent_requests_with_preemption(model: str, expected: dict[str, list[list[int]]]) -> None:
-    with running(model, num_gpu_blocks_override=20) as engine:
-        assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
-        engine.settle()
-        before = engine.loaded_blocks
-        assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
-        engine.settle()
-        assert engine.loaded_blocks > before
-
-
-def check_eviction_under_load(model: str, expected: dict[str, list[list[int]]]) -> None:
-    block_nbytes = BLOCK_SIZE * 4096
-    options = {"cpu_pool_bytes": 16 * block_nbytes, "pin_piece_bytes": 4 * block_nbytes}
-    with running(model, options=options) as engine:
-        for _ in range(2):
-            assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]
-        for name, tokens in PROMPTS.items():
-            assert engine.generate([tokens]) == expected[name]
-            assert engine.generate([tokens]) == expected[name]
-        engine.settle()
-        assert engine.control.index.evicted_blocks > 16
-        assert engine.loaded_blocks > 0
 
 
 def check_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) -> None:

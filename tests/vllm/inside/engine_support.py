@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,33 @@ from kvortex.vllm.scheduler import SchedulerHalf
 from kvortex.vllm.worker import WorkerHalf
 
 cpu_ops_0151.install()
+
+
+def _let_engines_follow_each_other() -> None:
+    """vLLM's CPU worker looks through all loaded modules when it starts and trips over one of llvmlite's objects.
+
+    A server's worker starts before numba is loaded; here one engine follows another in one process.
+    """
+    try:
+        from vllm.triton_utils import dispatcher
+    except ImportError:
+        return
+    original = getattr(dispatcher, "_rebind_kernels", None)
+    if original is None:
+        return
+
+    def rebind(overrides: Any) -> None:
+        hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+        try:
+            original(overrides)
+        finally:
+            if hidden is not None:
+                sys.modules["llvmlite.binding.ffi"] = hidden
+
+    dispatcher._rebind_kernels = rebind
+
+
+_let_engines_follow_each_other()
 BLOCK_SIZE = 32
 
 

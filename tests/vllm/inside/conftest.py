@@ -1,0 +1,34 @@
+"""Prompts, and what an engine without a connector makes of them."""
+
+import pytest
+from engine_support import BLOCK_SIZE, make_model, prompt, running
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+PROMPTS = {
+    "whole blocks": prompt(4 * BLOCK_SIZE, 1),
+    "ends inside a block": prompt(4 * BLOCK_SIZE + 11, 2),
+    "one token over": prompt(3 * BLOCK_SIZE + 1, 3),
+    "less than a block": prompt(BLOCK_SIZE - 5, 4),
+    "long": prompt(11 * BLOCK_SIZE + 7, 5),
+}
+SHARED = prompt(5 * BLOCK_SIZE + 9, 6)
+TAILS = [prompt(40, 100 + i) for i in range(4)]
+CROWD = [prompt(3 * BLOCK_SIZE + 5 * i, 200 + i) for i in range(12)]
+
+
+@pytest.fixture(scope="session")
+def expected(model: str) -> dict[str, list[list[int]]]:
+    """What an engine without a connector says."""
+    with running(model, connector=False) as engine:
+        answers = {name: engine.generate([tokens]) for name, tokens in PROMPTS.items()}
+        answers["shared"] = engine.generate([SHARED + tail for tail in TAILS])
+        first = engine.generate([SHARED], max_tokens=70)[0]
+        answers["turn 1"] = [first]
+        answers["turn 2"] = engine.generate([SHARED + first + TAILS[0]], max_tokens=20)
+        answers["crowd"] = engine.generate(CROWD, max_tokens=40)
+    return answers
