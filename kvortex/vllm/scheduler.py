@@ -22,7 +22,13 @@ from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import only_group, payload_nbytes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
-from kvortex.vllm.versions import HOLD_ABORTED_LOADS, hash_root_is_random, message_in, report_aborted_loads
+from kvortex.vllm.versions import (
+    HOLD_ABORTED_LOADS,
+    RESERVES_FOR_LOADS,
+    hash_root_is_random,
+    message_in,
+    report_aborted_loads,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,6 +52,11 @@ class _Tracked:
     num_planned: int = 0  # leading blocks that were saved, or found saved
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
+    scheduled: bool = False  # since its blocks were allocated
+
+    def blocks_to_go_on(self, block_size: int) -> int:
+        """Blocks that it must have to compute its known tokens and one more."""
+        return max(int(self.request.num_tokens) // block_size + 1, len(self.block_ids))
 
 
 @dataclass
@@ -82,6 +93,7 @@ class SchedulerHalf:
         warm_up()
         self._options = options
         self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
+        self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._block_nbytes = align_up(payload_nbytes(kv_cache_config), EXTENT_ALIGNMENT_BYTES)
         self._control = self._make_control()
@@ -145,7 +157,15 @@ class SchedulerHalf:
             return None, False
         if found < self._options.min_hit_blocks:
             return 0, False
+        if not RESERVES_FOR_LOADS and not self._may_load(request):
+            return None, False
         return found * self._block_size, True
+
+    def _may_load(self, request: "Request") -> bool:
+        # Whoever waits with loaded blocks must be able to go on once those who run have given theirs back.
+        others = [t for t in self._tracked.values() if t.block_ids and t.request is not request]
+        held = sum(len(t.block_ids) if t.scheduled else t.blocks_to_go_on(self._block_size) for t in others)
+        return not others or held + request.num_tokens // self._block_size + 1 <= self._num_blocks
 
     def _is_worth_waiting(self, request_id: str, key: BlockHash) -> bool:
         # Its save is under way: some milliseconds now spare computing it. Bounded, as a save may fail.
@@ -162,6 +182,7 @@ class SchedulerHalf:
         tracked.request = request
         self._waiting_since_s.pop(request.request_id, None)
         tracked.block_ids = list(blocks.get_block_ids()[0])
+        tracked.scheduled = False
         if num_external_tokens:
             self._plan_load(tracked, num_external_tokens // self._block_size)
         elif tracked.loading is None:
@@ -197,12 +218,16 @@ class SchedulerHalf:
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
+                tracked.scheduled = True
                 self._plan_save(tracked, num_tokens - len(drafts.get(request_id, ())))
         plan, self._plan = self._plan, ConnectorPlan()
         return plan
 
     def _follow_tables(self, scheduler_output: "SchedulerOutput") -> None:
         fresh = self._plan.fresh_block_ids
+        for request_id in scheduler_output.preempted_req_ids or ():
+            if (tracked := self._tracked.get(request_id)) is not None:
+                tracked.block_ids = []
         for new in scheduler_output.scheduled_new_reqs:
             if (tracked := self._tracked.get(new.req_id)) is not None:
                 tracked.block_ids = list(new.block_ids[0])

@@ -70,6 +70,12 @@ once unless told to hold, and then until the request is reported as *sent*.
 """
 
 
+RESERVES_FOR_LOADS: Final = IS_NEWER
+"""Newer versions admit a load only if the request can go on afterwards. In older ones requests that were loaded for
+can come to hold all blocks while none of them has room for its next token, and nothing moves any more.
+"""
+
+
 def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
     """Rewrite a step's output so that blocks of requests aborted while loading are freed; forgets those ids."""
     received = connector_output.finished_recving

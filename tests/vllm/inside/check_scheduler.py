@@ -66,7 +66,7 @@ class Played:
         return step
 
     def run(self, request_id: str) -> None:
-        for _ in range(100):
+        for _ in range(400):
             if self.harness.requests[request_id].is_finished():
                 self.step()  # delivers the last outcomes
                 return
