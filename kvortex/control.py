@@ -5,15 +5,14 @@ that a data plane carries out, here or in another process; its outcome comes bac
 `finish_load`. Not thread-safe except for the index's own reads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, EvictionPacer, pack_keys
+from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, EvictionPacer
 from kvortex.memory import ExtentAllocator
-from kvortex.types import BlockHash, Direction, MissReason, SaveOutcome, TransferPlan
+from kvortex.types import Direction, MissReason, SaveOutcome, TransferPlan
 
 # What becomes of a block of a save that does not move; a reservation without room is given up.
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
@@ -61,22 +60,20 @@ class ControlPlane:
 
     # -- save --------------------------------------------------------------------------------------
 
-    def plan_save(self, hashes: Sequence[BlockHash], block_ids: NDArray[np.int32], owner: str) -> SavePlan:
+    def plan_save(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32], owner: str) -> SavePlan:
         """Reserve what is not there yet and find room for it, the chain's head first.
 
         Args:
-            hashes: a prefix chain, root first.
-            block_ids: `int32 [len(hashes)]`.
+            keys: a prefix chain, root first, `uint64 [n, 4]` from `pack_keys`.
+            block_ids: `int32 [n]`.
             owner: who is accounted for the extents.
-
-        Raises:
-            InvalidHashError: a hash is not 32 bytes.
         """
-        reservation = self.index.reserve(pack_keys(hashes))
+        reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
         offsets = self._make_room(wanted.size, owner)
         positions = wanted[: offsets.size]
-        self.index.abort(reservation.slots[wanted[offsets.size :]], None)
+        if offsets.size < wanted.size:
+            self.index.abort(reservation.slots[wanted[offsets.size :]], None)
         transfer = TransferPlan(Direction.SAVE, block_ids[positions], offsets)
         return SavePlan(transfer, reservation.states, positions, reservation.slots[positions])
 
@@ -85,14 +82,16 @@ class ControlPlane:
     ) -> list[SaveOutcome]:
         """Commit what arrived (`succeeded`, `bool [n]`), give back the rest; returns the call's outcomes."""
         offsets = plan.transfer.offsets
+        if succeeded.all():
+            self.allocator.free_many(self.index.commit(plan.slots, offsets, self._block_nbytes, digests))
+            if len(plan.positions) == len(plan.states):
+                return [SaveOutcome.STORED] * len(plan.states)
+            return _save_outcomes(plan, succeeded)
         unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], self._block_nbytes, digests[succeeded])
         self.index.abort(plan.slots[~succeeded], MissReason.TRANSFER_FAILED)
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
-        outcomes = [_NOT_MOVED[state] for state in plan.states.tolist()]
-        for position, stored in zip(plan.positions.tolist(), succeeded.tolist(), strict=True):
-            outcomes[position] = SaveOutcome.STORED if stored else SaveOutcome.FAILED
-        return outcomes
+        return _save_outcomes(plan, succeeded)
 
     def _make_room(self, count: int, owner: str) -> NDArray[np.int64]:
         allocator, nbytes = self.allocator, self._block_nbytes
@@ -112,17 +111,14 @@ class ControlPlane:
 
     # -- load --------------------------------------------------------------------------------------
 
-    def plan_load(self, hashes: Sequence[BlockHash], block_ids: NDArray[np.int32]) -> LoadPlan:
+    def plan_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> LoadPlan:
         """Pin what is there.
 
         Args:
-            hashes: a prefix chain, root first.
-            block_ids: `int32 [len(hashes)]`.
-
-        Raises:
-            InvalidHashError: a hash is not 32 bytes.
+            keys: a prefix chain, root first, `uint64 [n, 4]` from `pack_keys`.
+            block_ids: `int32 [n]`.
         """
-        pins = self.index.pin(pack_keys(hashes))
+        pins = self.index.pin(keys)
         positions = np.flatnonzero(pins.slots >= 0)
         slots = pins.slots[positions]
         transfer = TransferPlan(Direction.LOAD, block_ids[positions], self.index.offsets_of(slots))
@@ -140,6 +136,8 @@ class ControlPlane:
         if corrupt.any():
             self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
         self.allocator.free_many(self.index.unpin(plan.slots))
+        if len(plan.positions) == len(plan.reasons) and succeeded.all() and intact.all():
+            return [None] * len(plan.reasons)
         outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in plan.reasons.tolist()]
         good = (succeeded & intact).tolist()
         for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
@@ -149,15 +147,22 @@ class ControlPlane:
 
     # -- all ---------------------------------------------------------------------------------------
 
-    def touch(self, hashes: Sequence[BlockHash]) -> None:
+    def touch(self, keys: NDArray[np.uint64]) -> None:
         """Count a whole chain as used now, so that its tail goes before its head.
 
         For chains that were planned in parts, or grew: each part by itself is in order, but later parts are
         more recent than earlier ones.
         """
-        pins = self.index.pin(pack_keys(hashes))
+        pins = self.index.pin(keys)
         self.allocator.free_many(self.index.unpin(pins.slots[pins.slots >= 0]))
 
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""
         self.allocator.free_many(self.index.clear())
+
+
+def _save_outcomes(plan: SavePlan, succeeded: NDArray[np.bool_]) -> list[SaveOutcome]:
+    outcomes = [_NOT_MOVED[state] for state in plan.states.tolist()]
+    for position, stored in zip(plan.positions.tolist(), succeeded.tolist(), strict=True):
+        outcomes[position] = SaveOutcome.STORED if stored else SaveOutcome.FAILED
+    return outcomes

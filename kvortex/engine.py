@@ -20,7 +20,7 @@ from kvortex.control import ControlPlane, LoadPlan
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
-from kvortex.index import CacheIndex, EvictionPacer, make_policy, warm_up
+from kvortex.index import CacheIndex, EvictionPacer, make_policy, pack_keys, warm_up
 from kvortex.kernels import validate_block_ids
 from kvortex.layout import KVLayout
 from kvortex.memory import ExtentAllocator
@@ -28,13 +28,13 @@ from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
 from kvortex.transfers import DataPlane
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash, LoadResult, MissReason, SaveResult, TransferPlan
+from kvortex.types import BlockHash, LoadResult, MissReason, SaveResult, TransferPlan
 
 logger = logging.getLogger(__name__)
 
 CPU_TIER = "cpu"
 FIRST_PART_BYTES = 32 << 20
-"""A long call is planned in parts: this much first, then twice as much each time, up to a batch."""
+"""A long call is planned in parts: this much first, at most a batch, then twice as much each time."""
 
 T = TypeVar("T")
 
@@ -163,14 +163,14 @@ class KVortexEngine:
             EngineStateError: nothing registered, or shut down.
         """
         control, data = self._planes()
-        ids = _check_call(data.layout, hashes, block_ids)
+        keys, ids = _check_call(data.layout, hashes, block_ids)
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
-                plan = control.plan_save(hashes[part], ids[part], "save")
+                plan = control.plan_save(keys[part], ids[part], "save")
                 await call.start(plan.transfer, partial(control.finish_save, plan))
             outcomes = await call.outcomes()
             if call.num_parts > 1:
-                control.touch(hashes)
+                control.touch(keys)
             return SaveResult(outcomes)
 
     async def load_blocks(
@@ -190,14 +190,14 @@ class KVortexEngine:
             EngineStateError: nothing registered, or shut down.
         """
         control, data = self._planes()
-        ids = _check_call(data.layout, hashes, block_ids)
+        keys, ids = _check_call(data.layout, hashes, block_ids)
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
-                plan = control.plan_load(hashes[part], ids[part])
+                plan = control.plan_load(keys[part], ids[part])
                 await call.start(plan.transfer, partial(_finish_load, control, plan))
             outcomes = await call.outcomes()
             if call.num_parts > 1:
-                control.touch(hashes)
+                control.touch(keys)
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 
@@ -303,7 +303,7 @@ class _Call(Generic[T]):
         self._data = data
         self._after = after
         self._stats = stats
-        self._max_part = max(max_batch_bytes // data.block_nbytes, 1)
+        self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
         self._outcomes: list[Sequence[T]] = []
         self._started_s = time.perf_counter()
 
@@ -313,10 +313,10 @@ class _Call(Generic[T]):
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
-        start, step = 0, max(FIRST_PART_BYTES // self._data.block_nbytes, 1)
+        start, step = 0, max(self._first_part_bytes // self._data.block_nbytes, 1)
         while start < num_blocks:
-            yield slice(start, start + min(step, self._max_part))
-            start += min(step, self._max_part)
+            yield slice(start, start + step)
+            start += step
             step *= 2
 
     async def start(
@@ -384,12 +384,10 @@ class _Creation:
 
 def _check_call(
     layout: KVLayout, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer]
-) -> NDArray[np.int32]:
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
     if len(hashes) != len(block_ids):
         raise InvalidHashError(f"{len(hashes)} hashes and {len(block_ids)} block ids do not pair up")
-    if set(map(type, hashes)) - {bytes} or set(map(len, hashes)) - {BLOCK_HASH_BYTES}:
-        raise InvalidHashError(f"every block hash is {BLOCK_HASH_BYTES} bytes; hash_blocks makes them")
-    return validate_block_ids(block_ids, layout.num_blocks)
+    return pack_keys(hashes), validate_block_ids(block_ids, layout.num_blocks)
 
 
 def _namespace_of(config: KVortexConfig, layout: KVLayout) -> Namespace:

@@ -9,6 +9,7 @@ import math
 import re
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -127,11 +128,12 @@ class MissCounters:
 
     def record(self, outcomes: Iterable[MissReason | None]) -> None:
         """Adds one outcome a block; `None` is a hit, as in `LoadResult.outcomes`."""
-        for reason in outcomes:
-            if reason is None:
-                self.hits += 1
-            else:
-                self.by_reason[reason] += 1
+        outcomes = tuple(outcomes)
+        hits = outcomes.count(None)
+        self.hits += hits
+        if hits < len(outcomes):
+            for reason, count in Counter(reason for reason in outcomes if reason is not None).items():
+                self.by_reason[reason] += count
 
 
 @dataclass(frozen=True, slots=True)

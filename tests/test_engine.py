@@ -21,6 +21,7 @@ from engine_support import (
 from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
 from kvortex.config import MIB
 from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
+from kvortex.index import pack_keys
 from kvortex.testing import Fault
 from kvortex.types import Direction
 
@@ -229,7 +230,7 @@ async def test_a_flipped_bit_in_the_pool_is_found() -> None:
         control, data = engine._planes()
         rng = np.random.default_rng(5)
         for bit in rng.integers(0, BLOCK_NBYTES * 8, 20).tolist():
-            pins = control.index.pin(_packed(hashes[2:3]))
+            pins = control.index.pin(pack_keys(hashes[2:3]))
             offset = int(control.index.offsets_of(pins.slots)[0])
             control.allocator.free_many(control.index.unpin(pins.slots))
             data.pool.bytes[offset + bit // 8] ^= 1 << (bit % 8)
@@ -238,12 +239,6 @@ async def test_a_flipped_bit_in_the_pool_is_found() -> None:
             assert result.num_loaded == 7
             assert engine.miss_reason(hashes[2]) is MissReason.CORRUPT
             assert (await engine.save_blocks(hashes, range(8))).num_stored == 1
-
-
-def _packed(hashes: list[bytes]) -> np.ndarray:
-    from kvortex.index import pack_keys
-
-    return pack_keys(hashes)
 
 
 async def test_clear_forgets_everything_and_frees_it() -> None:

@@ -68,8 +68,8 @@ def validate_block_ids(
         raise InvalidBlockIdError(f"block ids are a flat list of integers, not {ids.dtype} of shape {ids.shape}")
     if not ids.size:
         return np.empty(0, dtype=np.int32)
-    outside = (ids < 0) | (ids >= num_blocks)
-    if outside.any():
+    if ids.min() < 0 or ids.max() >= num_blocks:
+        outside = (ids < 0) | (ids >= num_blocks)
         raise InvalidBlockIdError(f"block id {ids[outside][0]} is not in [0, {num_blocks})")
     if ids.size > 1 and not allow_duplicates:
         ordered = np.sort(ids)

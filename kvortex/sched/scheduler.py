@@ -17,6 +17,8 @@ from kvortex.types import Direction
 
 logger = logging.getLogger(__name__)
 
+_DIRECTIONS = tuple(Direction)
+
 KEEPS_LINK_BUSY = 2
 """Batches in flight in a direction that hide what preparing the next one costs: one moves, one is ready."""
 
@@ -24,8 +26,8 @@ KEEPS_LINK_BUSY = 2
 class TransferScheduler:
     """Takes requests, lets the batcher cut batches, and gives them to the executor as slots come free.
 
-    While a direction has little under way, a request goes at once; otherwise those that arrive in one turn of
-    the loop are seen together. Cancelling `wait` drops the blocks that no
+    A request goes at once while little is under way in its direction; otherwise it waits for company, up to
+    the batcher's linger time. Cancelling `wait` drops the blocks that no
     batch has taken and then waits for those that are under way, so that the caller may reuse the cache's
     blocks, and free the extents, as soon as it has control again.
 
@@ -62,10 +64,7 @@ class TransferScheduler:
             return
         self._unsettled.add(request)
         self._batcher.add(request, self._loop.time())
-        if self._in_flight[request.direction] < KEEPS_LINK_BUSY:
-            self._pump()  # the link would idle until the loop's next turn
-        else:
-            self._pump_soon()
+        self._pump()  # at once: many callers may come before the loop's next turn, and the link would idle
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
         """Wait until submitted requests have settled; cancellation as the class says."""
@@ -116,8 +115,8 @@ class TransferScheduler:
             self._pump_handle.cancel()
             self._pump_handle = None
         while True:
-            free = {d for d in Direction if self._executor.free_slots(d) > 0}
-            busy = {d for d in Direction if self._in_flight[d] >= KEEPS_LINK_BUSY}
+            free = {d for d in _DIRECTIONS if self._executor.free_slots(d) > 0}
+            busy = {d for d in _DIRECTIONS if self._in_flight[d] >= KEEPS_LINK_BUSY}
             batch = self._batcher.next_batch(self._loop.time(), free, busy)
             if batch is None:
                 break

@@ -14,7 +14,7 @@ from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.driver import align_up
 from kvortex.errors import ConfigError
-from kvortex.index import CacheIndex, EvictionPacer, make_policy, warm_up
+from kvortex.index import CacheIndex, EvictionPacer, make_policy, pack_keys, warm_up
 from kvortex.memory import ExtentAllocator
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
@@ -193,7 +193,7 @@ class SchedulerHalf:
         block_ids = np.array(tracked.block_ids[-count:], dtype=np.int32)
         first = len(tracked.block_ids) - count
         keys = _keys(tracked.request.block_hashes[first : first + count])
-        plan = self._control.plan_load(keys, block_ids)
+        plan = self._control.plan_load(pack_keys(keys), block_ids)
         job_id = next(self._job_ids)
         missing = np.delete(block_ids, plan.positions)
         request_id = tracked.request.request_id
@@ -254,7 +254,7 @@ class SchedulerHalf:
         part = slice(tracked.num_planned, full)
         tracked.num_planned = full
         block_ids = np.array(tracked.block_ids[part], dtype=np.int32)
-        plan = self._control.plan_save(_keys(request.block_hashes[part]), block_ids, "save")
+        plan = self._control.plan_save(pack_keys(_keys(request.block_hashes[part])), block_ids, "save")
         if plan.transfer.num_blocks:
             job_id = next(self._job_ids)
             self._plan.saves.append(SaveJob(job_id, plan.transfer))
@@ -301,7 +301,7 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._control.touch(_keys(request.block_hashes[: tracked.num_planned]))
+        self._control.touch(pack_keys(_keys(request.block_hashes[: tracked.num_planned])))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)

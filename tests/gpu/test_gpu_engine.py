@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason, hash_blocks
+from kvortex.index import pack_keys
 
 pytestmark = pytest.mark.gpu
 
@@ -105,9 +106,10 @@ async def test_corrupt_host_bytes_are_a_miss() -> None:
         hashes = hash_blocks(np.arange(16 * 8))
         await engine.save_blocks(hashes, range(8))
         control, data = engine._planes()
-        entry = control.index.pin([hashes[5]])[0]
-        control.index.unpin([entry])
-        data.pool.view(entry.location)[1000] ^= 4
+        pins = control.index.pin(pack_keys(hashes[5:6]))
+        offset = int(control.index.offsets_of(pins.slots)[0])
+        control.allocator.free_many(control.index.unpin(pins.slots))
+        data.pool.bytes[offset + 1000] ^= 4
         loaded = await engine.load_blocks(hashes, range(8))
         assert loaded.missed_block_ids == (5,)
         assert loaded.outcomes[5] is MissReason.CORRUPT
