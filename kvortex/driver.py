@@ -1,8 +1,11 @@
 """The CUDA driver calls that KVortex makes, on raw handles: one device, one primary context.
 
-Streams, events and pools are the driver's own handle objects; addresses are plain ints. The context is the
-device's primary one, which torch and numba share. Every call checks its result and raises `DeviceError`.
-`cuda.bindings` is imported when a `Device` is made, not before: a machine without a driver can import KVortex.
+Handles and addresses are plain ints. The context is the device's primary one, which torch and numba share. Every
+call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
+machine without a driver can import KVortex.
+
+The four calls that every batch makes a dozen times go to the driver through ctypes and keep the GIL: they take a
+microsecond each, and giving the GIL up in each would let every other thread cut in a dozen times a batch.
 """
 
 import contextlib
@@ -13,10 +16,10 @@ from typing import Any, NoReturn, Protocol, SupportsInt, TypeAlias
 
 from kvortex.errors import DeviceError, DeviceUnavailableError
 
-Stream: TypeAlias = Any
-Event: TypeAlias = Any
-Kernel: TypeAlias = Any
-MemoryPool: TypeAlias = Any
+Stream: TypeAlias = int
+Event: TypeAlias = int
+Kernel: TypeAlias = int
+MemoryPool: TypeAlias = int
 
 
 class HasCudaStream(Protocol):
@@ -57,9 +60,6 @@ class Device:
                 "cuda-bindings is not installed: pip install 'kvortex[cu13]' (or cu12)"
             ) from error
         self._driver: Any = driver
-        # Called for every batch: bound once, checked without a detour.
-        self._record, self._wait = driver.cuEventRecord, driver.cuStreamWaitEvent
-        self._copy, self._launch = driver.cuMemcpyAsync, driver.cuLaunchKernel
         self.ordinal = ordinal
         try:
             self._call("cuInit", 0)
@@ -67,7 +67,18 @@ class Device:
             self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         except (DeviceError, RuntimeError) as error:
             raise DeviceUnavailableError(f"CUDA device {ordinal} cannot be used: {error}") from error
+        self._bind_hot_calls()
         self.make_current()
+
+    def _bind_hot_calls(self) -> None:
+        pointer, word = ctypes.c_void_p, ctypes.c_uint
+        library = ctypes.PyDLL("libcuda.so.1")
+        self._record, self._wait = library.cuEventRecord, library.cuStreamWaitEvent
+        self._copy, self._launch = library.cuMemcpyAsync, library.cuLaunchKernel
+        self._record.argtypes = (pointer, pointer)
+        self._wait.argtypes = (pointer, pointer, word)
+        self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer)
+        self._launch.argtypes = (pointer, *[word] * 7, pointer, pointer, pointer)
 
     def _call(self, name: str, *args: Any) -> Any:
         status, *values = getattr(self._driver, name)(*args)
@@ -76,7 +87,7 @@ class Device:
         return values[0] if values else None
 
     def _fail(self, name: str, status: Any) -> NoReturn:
-        _, text = self._driver.cuGetErrorName(status)
+        _, text = self._driver.cuGetErrorName(self._driver.CUresult(int(status)))
         words = text.decode() if isinstance(text, bytes) else str(status)
         raise DeviceError(f"{name} failed: {words}")
 
@@ -121,7 +132,7 @@ class Device:
         """A non-blocking stream. High priority: its kernels go before a model's as thread blocks come free."""
         least, greatest = self._stream_priorities()
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return self._call("cuStreamCreateWithPriority", flags, greatest if high_priority else least)
+        return int(self._call("cuStreamCreateWithPriority", flags, greatest if high_priority else least))
 
     def _stream_priorities(self) -> tuple[int, int]:
         status, least, greatest = self._driver.cuCtxGetStreamPriorityRange()
@@ -139,19 +150,19 @@ class Device:
         """An event that a waiting thread sleeps on rather than spins."""
         flags = self._driver.CUevent_flags
         wanted = flags.CU_EVENT_BLOCKING_SYNC | (0 if timing else flags.CU_EVENT_DISABLE_TIMING)
-        return self._call("cuEventCreate", int(wanted))
+        return int(self._call("cuEventCreate", int(wanted)))
 
     def destroy_event(self, event: Event) -> None:
         self._call("cuEventDestroy", event)
 
     def record_event(self, event: Event, stream: Stream) -> None:
-        status = self._record(event, stream)[0]
+        status = self._record(event, stream)
         if status:
             self._fail("cuEventRecord", status)
 
     def wait_event(self, stream: Stream, event: Event) -> None:
         """Make later work of `stream` wait for what `event` recorded last; nothing blocks on the host."""
-        status = self._wait(stream, event, 0)[0]
+        status = self._wait(stream, event, 0)
         if status:
             self._fail("cuStreamWaitEvent", status)
 
@@ -167,7 +178,7 @@ class Device:
 
     def copy_async(self, destination: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
-        status = self._copy(destination, source, nbytes, stream)[0]
+        status = self._copy(destination, source, nbytes, stream)
         if status:
             self._fail("cuMemcpyAsync", status)
 
@@ -208,7 +219,7 @@ class Device:
         pool = self._call("cuMemPoolCreate", properties)
         threshold = d.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         self._call("cuMemPoolSetAttribute", pool, threshold, d.cuuint64_t(release_threshold_bytes))
-        return pool
+        return int(pool)
 
     def destroy_memory_pool(self, pool: MemoryPool) -> None:
         self._call("cuMemPoolDestroy", pool)
@@ -225,11 +236,11 @@ class Device:
     def load_kernel(self, ptx: str, name: str) -> Kernel:
         """Compile PTX for this device and return one kernel of it."""
         module = self._call("cuModuleLoadData", ptx.encode() + b"\0")
-        return self._call("cuModuleGetFunction", module, name.encode())
+        return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: "KernelArguments", stream: Stream) -> None:
         """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns."""
-        status = self._launch(kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, 0)[0]
+        status = self._launch(kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, None)
         if status:
             self._fail("cuLaunchKernel", status)
 

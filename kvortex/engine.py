@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 CPU_TIER = "cpu"
 FIRST_PART_BYTES = 32 << 20
-"""A long call is planned in parts: this much first, at most a batch, then twice as much each time."""
+BATCHES_OF_A_PART = 2
+"""A long call is planned in parts: a little first, then twice as much each time, up to two batches. The first makes
+the link wait for its plan, the last makes the caller wait for its commit; what is between costs nobody anything."""
 
 T = TypeVar("T")
 
@@ -242,6 +244,15 @@ class KVortexEngine:
 
     # -- the rest ----------------------------------------------------------------------------------
 
+    async def wait_pinned(self) -> None:
+        """Wait until the whole pool is pinned. Not needed: transfers wait for what they touch.
+
+        Raises:
+            DeviceError: pinning failed.
+        """
+        _, data = self._planes()
+        await data.pool.ready(data.pool.capacity_bytes)
+
     def clear(self) -> None:
         """Forget every cached block. Transfers under way end as usual; their saves stay invisible."""
         control, _ = self._planes()
@@ -304,6 +315,7 @@ class _Call(Generic[T]):
         self._after = after
         self._stats = stats
         self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
+        self._max_part = max(BATCHES_OF_A_PART * max_batch_bytes // data.block_nbytes, 1)
         self._outcomes: list[Sequence[T]] = []
         self._started_s = time.perf_counter()
 
@@ -317,7 +329,7 @@ class _Call(Generic[T]):
         while start < num_blocks:
             yield slice(start, start + step)
             start += step
-            step *= 2
+            step = min(2 * step, self._max_part)
 
     async def start(
         self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]]

@@ -126,9 +126,9 @@ class DataPlane:
         """
         if self.device is None:
             return None
-        handle = self.current_stream() if stream is None else stream_handle(stream)
+        handle = torch.cuda.current_stream(self.device.ordinal) if stream is None else stream
         event = self._events.pop() if self._events else self.device.create_event()
-        self.device.record_event(event, handle)
+        self.device.record_event(event, stream_handle(handle))
         return event
 
     def release_event(self, event: Event | None) -> None:

@@ -15,11 +15,15 @@ def pack_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     """Block hashes as `uint64 [len(keys), 4]`, read-only.
 
     Raises:
-        InvalidHashError: a key is not `bytes` of 32.
+        InvalidHashError: a key is not 32 bytes.
     """
-    if set(map(type, keys)) - {bytes} or set(map(len, keys)) - {BLOCK_HASH_BYTES}:
+    try:
+        joined = b"".join(keys)
+    except TypeError:
+        raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes") from None
+    if set(map(len, keys)) - {BLOCK_HASH_BYTES}:
         raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes")
-    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(len(keys), WORDS)
+    return np.frombuffer(joined, dtype=np.uint64).reshape(len(keys), WORDS)
 
 
 def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:

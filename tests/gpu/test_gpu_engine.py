@@ -1,6 +1,7 @@
 """The engine on a real device: bytes, order against streams, cancellation, failure."""
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -85,18 +86,20 @@ async def test_cancelling_leaves_no_transfer_behind() -> None:
         engine.register_kv_caches(kv, 16)
         hashes = hash_blocks(np.arange(16 * 512))
         await engine.save_blocks(hashes[:256], range(256))
+        cancelled = 0
         for turns in range(12):
             task = asyncio.create_task(engine.load_blocks(hashes[:256], range(256, 512)))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
+            cancelled += task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
                 await task
             for tensor in kv.values():
                 tensor[:, 256:] = 3.0
             torch.cuda.synchronize()
             await asyncio.sleep(0.005)
             assert all(bool((tensor[:, 256:] == 3.0).all()) for tensor in kv.values())
+        assert cancelled > 2
 
 
 async def test_corrupt_host_bytes_are_a_miss() -> None:
