@@ -186,7 +186,7 @@ async def bench_engine(arguments: argparse.Namespace, segment: int, block_bytes:
     padded = -(-block_bytes // 128) * 128
     blocks = arguments.total_bytes // block_bytes
     config = KVortexConfig(
-        cpu_pool_bytes=4 * blocks * padded + KVortexConfig().pin_piece_bytes,
+        cpu_pool_bytes=2 * blocks * padded + 2 * KVortexConfig().pin_piece_bytes,
         max_batch_bytes=arguments.batch_bytes,
         num_transfer_streams=arguments.streams,
         kernel_thread_blocks=arguments.thread_blocks,
@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segment-bytes", default="65536,16384,8192,4096")
     parser.add_argument("--block-bytes", default="2097152", help="comma-separated; `32s` means 32 segments")
-    parser.add_argument("--total-bytes", type=int, default=2 << 30)
+    parser.add_argument("--total-bytes", type=int, default=4 << 30, help="moved in one pass")
     parser.add_argument("--batch-bytes", type=int, default=KVortexConfig().max_batch_bytes)
     parser.add_argument("--streams", type=int, default=KVortexConfig().num_transfer_streams)
     parser.add_argument("--thread-blocks", type=int, default=KVortexConfig().kernel_thread_blocks)

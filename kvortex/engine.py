@@ -169,7 +169,7 @@ class KVortexEngine:
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
                 plan = control.plan_save(keys[part], ids[part], "save")
-                await call.start(plan.transfer, partial(control.finish_save, plan))
+                await call.start(plan.transfer, partial(control.finish_save, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if call.num_parts > 1:
                 control.touch(keys)
@@ -196,7 +196,7 @@ class KVortexEngine:
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
                 plan = control.plan_load(keys[part], ids[part])
-                await call.start(plan.transfer, partial(_finish_load, control, plan))
+                await call.start(plan.transfer, partial(_finish_load, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if call.num_parts > 1:
                 control.touch(keys)
@@ -332,17 +332,21 @@ class _Call(Generic[T]):
             step = min(2 * step, self._max_part)
 
     async def start(
-        self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]]
+        self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]], *, more: bool
     ) -> None:
-        """Begin a part; `finish` turns its digests and successes into outcomes, once, whatever happens."""
+        """Begin a part; `finish` turns its digests and successes into outcomes, once, whatever happens.
+
+        `more` says that another part follows: the loop then has its turn first, for what has ended meanwhile.
+        """
         number = len(self._outcomes)
         self._outcomes.append(())
 
         def settled(request: TransferRequest) -> None:
             self._outcomes[number] = finish(request.digests, request.succeeded)
 
-        self.requests.append(await self._data.start(plan, self._after, settled))
-        await asyncio.sleep(0)  # lets it begin before the next part is planned
+        self.requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
+        if more:
+            await asyncio.sleep(0)
 
     async def outcomes(self) -> tuple[T, ...]:
         """Those of all parts, in order, once everything has settled."""

@@ -142,6 +142,7 @@ class DataPlane:
         after: Event | None,
         on_settled: Callable[[TransferRequest], None],
         *,
+        more_follows: bool = False,
         wants_source_released: bool = False,
     ) -> TransferRequest:
         """Begin to carry out a plan. `on_settled` is called exactly once, with what succeeded, whatever happens.
@@ -152,7 +153,14 @@ class DataPlane:
             DeviceError: the pool could not be pinned as far as needed.
         """
         request = TransferRequest(
-            plan.direction, plan.block_ids, plan.offsets, self.block_nbytes, after, on_settled, wants_source_released
+            plan.direction,
+            plan.block_ids,
+            plan.offsets,
+            self.block_nbytes,
+            after,
+            on_settled,
+            more_follows=more_follows,
+            wants_source_released=wants_source_released,
         )
         try:
             if request.num_blocks:

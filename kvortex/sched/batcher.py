@@ -136,6 +136,8 @@ class Batcher:
 
     def _byte_limit(self, direction: Direction) -> int:
         queued, last = self._queued_bytes[direction], self._last_batch_bytes[direction]
+        if direction is Direction.LOAD and self._queues[direction][-1].more_follows:
+            return self._max_bytes
         ramp = 2 * last if direction is Direction.SAVE else queued // 2
         return min(max(ramp, MIN_BATCH_BYTES), self._max_bytes)
 

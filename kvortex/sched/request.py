@@ -22,6 +22,7 @@ class TransferRequest:
         block_nbytes: what a block takes in the pool, padding included.
         after: CUDA event that must fire before the cache is touched; None when nothing is pending.
         on_settled: called once, on the loop, when it is settled.
+        more_follows: another request of the same call comes right behind: this is not the end of a transfer.
         wants_source_released: report as soon as a save has read the cache; otherwise with its end.
 
     `digests` (`uint64 [n]`) and `succeeded` (`bool [n]`) are filled as batches finish. A request is *settled*
@@ -35,6 +36,7 @@ class TransferRequest:
     block_nbytes: int
     after: Event | None = None
     on_settled: Callable[["TransferRequest"], None] | None = None
+    more_follows: bool = False
     wants_source_released: bool = False
     digests: NDArray[np.uint64] = field(init=False)
     succeeded: NDArray[np.bool_] = field(init=False)
