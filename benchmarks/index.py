@@ -1,152 +1,113 @@
 """What the cache index costs with a million entries.
 
-    python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--json]
-
-Look-ups use fresh `bytes` objects (no cached hash, no identity shortcut), as keys from a request are. `stored`
-prompts lie in the index as a chain; `scattered` keys come from everywhere in it, the worst case for the CPU's
-caches; `absent` keys are not in it. Each look-up is timed once on keys not asked for before; the median counts.
+python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--json]
 """
 
 import argparse
 import json
 import platform
-import random
 import statistics
 import time
-import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvortex.index import CacheIndex, make_policy
-from kvortex.types import Extent
+from kvortex.index import CacheIndex, LRUPolicy, pack_keys, warm_up
+from kvortex.types import BLOCK_HASH_BYTES
 
-NBYTES = 1 << 20
-ROUNDS = 15
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown CPU"
+NBYTES = 2 << 20
+PROMPTS = 50
 
 
-def new_index() -> CacheIndex[Extent]:
-    return CacheIndex(make_policy("lru"))
+def random_keys(count: int, seed: int) -> list[bytes]:
+    data = np.random.default_rng(seed).bytes(count * BLOCK_HASH_BYTES)
+    return [data[i : i + BLOCK_HASH_BYTES] for i in range(0, len(data), BLOCK_HASH_BYTES)]
 
 
-def random_keys(count: int, generator: random.Random) -> list[bytes]:
-    raw = generator.randbytes(32 * count)
-    return [raw[start : start + 32] for start in range(0, 32 * count, 32)]
-
-
-def fill(index: CacheIndex[Extent], keys: Sequence[bytes], chunk: int) -> float:
-    """Reserve and commit all keys, `chunk` a call; seconds taken by the index."""
-    total = 0.0
-    for first in range(0, len(keys), chunk):
-        chain = keys[first : first + chunk]
-        extents = [Extent((first + position) * NBYTES, NBYTES) for position in range(len(chain))]
-        sizes, digests = [NBYTES] * len(chain), [hash(key) for key in chain]
-        start = time.perf_counter()
-        index.reserve(chain)
-        index.commit(chain, extents, sizes, digests)
-        total += time.perf_counter() - start
-    return total
-
-
-def median_ms(run: Callable[[list[bytes]], object], prompts: Sequence[Sequence[bytes]]) -> float:
-    """Median over the prompts, each seen once as fresh objects."""
+def median_ms(run: Callable[[int], object]) -> float:
+    """Median over prompts, each at other keys: nothing is in a processor cache from the last time."""
     times = []
-    for prompt in prompts:
-        fresh = [bytes(bytearray(key)) for key in prompt]
-        start = time.perf_counter()
-        run(fresh)
-        times.append(time.perf_counter() - start)
+    for number in range(PROMPTS):
+        started = time.perf_counter()
+        run(number)
+        times.append(time.perf_counter() - started)
     return statistics.median(times) * 1e3
 
 
-def bytes_per_entry(entries: int, generator: random.Random) -> tuple[float, float]:
-    """Traced bytes per entry of a filled index: the index with its keys, and the locations beside it."""
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    extents = [Extent(position * NBYTES, NBYTES) for position in range(entries)]
-    locations = tracemalloc.get_traced_memory()[0] - before
-    index = new_index()
-    keys = [generator.randbytes(32) for _ in range(entries)]
-    index.reserve(keys)
-    index.commit(keys, extents, [NBYTES] * entries, [generator.getrandbits(64) for _ in range(entries)])
-    del keys, extents
-    total = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    return (total - locations) / entries, locations / entries
+def array_bytes(index: CacheIndex) -> int:
+    """Bytes of everything the index and its policy hold, by looking at their arrays."""
+    table = sum(column.nbytes for column in index._table)
+    return int(table + index._policy._links.nbytes)
 
 
-def measure(entries: int, prompt_blocks: int) -> list[dict[str, Any]]:
-    """Rows of name, value, unit."""
-    generator = random.Random(0)
-    in_index, in_locations = bytes_per_entry(min(entries, 200_000), generator)
-    keys = random_keys(entries, generator)
-    index = new_index()
-    fill_s = fill(index, keys, prompt_blocks)
-
-    starts = [generator.randrange(max(1, entries - prompt_blocks)) for _ in range(ROUNDS)]
-    stored = [keys[start : start + prompt_blocks] for start in starts]
-    scattered = [generator.sample(keys, min(prompt_blocks, entries)) for _ in range(ROUNDS)]
-    absent = [random_keys(prompt_blocks, generator) for _ in range(ROUNDS)]
-
-    def row(name: str, value: float, unit: str) -> dict[str, Any]:
-        return {"name": name, "value": value, "unit": unit}
-
-    rows = [
-        row("prefix_length, stored", median_ms(index.prefix_length, stored), "ms"),
-        row("prefix_length, scattered", median_ms(index.prefix_length, scattered), "ms"),
-        row("prefix_length, absent", median_ms(index.prefix_length, absent), "ms"),
-        row("contains_mask, stored", median_ms(index.contains_mask, stored), "ms"),
-        row("contains_mask, scattered", median_ms(index.contains_mask, scattered), "ms"),
-        row("contains_mask, absent", median_ms(index.contains_mask, absent), "ms"),
+def measure(entries: int, prompt_blocks: int) -> dict[str, Any]:
+    """Figures of one index."""
+    warm_up()
+    index = CacheIndex(LRUPolicy(), ghost_entries=65536, expected_entries=entries)
+    keys = random_keys(entries, 1)
+    offsets, digests = np.arange(entries, dtype=np.int64) * NBYTES, np.arange(entries, dtype=np.uint64)
+    started = time.perf_counter()
+    for start in range(0, entries, prompt_blocks):
+        part = slice(start, start + prompt_blocks)
+        slots = index.reserve(pack_keys(keys[part])).slots
+        index.commit(slots, offsets[part], NBYTES, digests[part])
+    store_s = time.perf_counter() - started
+    order = np.random.default_rng(2).permutation(entries)
+    prompts = [
+        [bytes(bytearray(keys[i])) for i in np.roll(order, -n * prompt_blocks)[:prompt_blocks]] for n in range(PROMPTS)
     ]
-    pinned: list[Any] = []
-    rows.append(row("pin, stored", median_ms(lambda chain: pinned.append(index.pin(chain)), stored), "ms"))
-    start = time.perf_counter()
-    for found in pinned:
-        index.unpin(found)
-    rows.append(row("unpin", (time.perf_counter() - start) * 1e3 / len(pinned), "ms"))
-    rows.append(row("reserve + commit", entries / fill_s / 1e6, "M blocks/s"))
+    chains = [[bytes(bytearray(k)) for k in keys[n * prompt_blocks :][:prompt_blocks]] for n in range(PROMPTS)]
+    absent = random_keys(prompt_blocks, 3)
+    pins: list[Any] = []
+    figures: dict[str, Any] = {
+        "prefix_length_chain_ms": median_ms(lambda n: index.prefix_length(chains[n])),
+        "prefix_length_scattered_ms": median_ms(lambda n: index.prefix_length(prompts[n])),
+        "contains_mask_scattered_ms": median_ms(lambda n: index.contains_mask(prompts[n])),
+        "contains_mask_absent_ms": median_ms(lambda n: index.contains_mask(absent)),
+        "pin_ms": median_ms(lambda n: pins.append(index.pin(pack_keys(chains[n])).slots)),
+        "unpin_ms": median_ms(lambda n: index.unpin(pins[n])),
+        "reserve_and_commit_blocks_per_s": entries / store_s,
+    }
+    started = time.perf_counter()
+    evicted = sum(index.evict(64 * NBYTES).size for _ in range(min(2000, entries // 64)))
+    figures["evict_blocks_per_s"] = evicted / (time.perf_counter() - started)
+    figures["bytes_per_entry"] = array_bytes(index) / index._table.capacity
+    return {"entries": entries, "prompt_blocks": prompt_blocks, **figures}
 
-    start = time.perf_counter()
-    evicted = len(index.evict(entries // 2 * NBYTES))
-    rows.append(row("evict", evicted / (time.perf_counter() - start) / 1e6, "M blocks/s"))
-    rows.append(row("memory, index with keys", in_index, "bytes/entry"))
-    rows.append(row("memory, locations beside it", in_locations, "bytes/entry"))
-    return rows
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--prompt-blocks", type=int, default=8192)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    options = parser.parse_args()
-
-    rows = measure(options.entries, options.prompt_blocks)
-    report = {
-        "cpu": cpu_model(),
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    figures = {
+        "processor": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "entries": options.entries,
-        "prompt_blocks": options.prompt_blocks,
-        "rows": rows,
+        **measure(arguments.entries, arguments.prompt_blocks),
     }
-    if options.json:
-        print(json.dumps(report))
+    if arguments.json:
+        print(json.dumps(figures))
         return
-    print(f"{report['cpu']} | Python {report['python']} | NumPy {report['numpy']}")
-    print(f"{options.entries:,} entries, prompts of {options.prompt_blocks:,} blocks\n")
-    for entry in rows:
-        print(f"{entry['name']:<30}{entry['value']:>10.3f}  {entry['unit']}")
+    for name, value in figures.items():
+        text = (
+            f"{value:,.3f}"
+            if isinstance(value, float) and value < 1000
+            else f"{value:,.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        print(f"{name:<34} {text:>20}")
 
 
 if __name__ == "__main__":

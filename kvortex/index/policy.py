@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -88,7 +89,7 @@ _COLDER, _HOTTER = 0, 1
 
 
 @njit(cache=True)
-def _held(links: NDArray[np.int32], row: int) -> bool:
+def _held(links: NDArray[np.int32], row: int) -> Any:
     # The coldest has the closing row 0 below it; it is held if that row says so.
     return links[row, _COLDER] != 0 or links[0, _HOTTER] == row
 

@@ -85,10 +85,21 @@ class Table(NamedTuple):
 def new_table(capacity: int, ghost_entries: int) -> Table:
     """An empty table; `capacity` is rounded up to a power of two."""
     capacity = 1 << max(capacity - 1, 1).bit_length()
-    uint8, int32, int64, uint64 = np.uint8, np.int32, np.int64, np.uint64
-    columns = (np.zeros(capacity, kind) for kind in (uint8, int32, int64, int64, uint64, uint8, uint8, int32, int32))
-    buckets, keys = np.full(2 * capacity, 0, uint64), np.zeros((capacity, 4), uint64)
-    return Table(buckets, keys, *columns, ring=np.full(ghost_entries, -1, int32), totals=np.zeros(7, int64))
+    return Table(
+        buckets=np.full(2 * capacity, 0, np.uint64),
+        keys=np.zeros((capacity, 4), np.uint64),
+        state=np.zeros(capacity, np.uint8),
+        pins=np.zeros(capacity, np.int32),
+        offset=np.zeros(capacity, np.int64),
+        nbytes=np.zeros(capacity, np.int64),
+        digest=np.zeros(capacity, np.uint64),
+        parked=np.zeros(capacity, np.uint8),
+        reason=np.zeros(capacity, np.uint8),
+        ring_at=np.zeros(capacity, np.int32),
+        freed=np.zeros(capacity, np.int32),
+        ring=np.full(ghost_entries, -1, np.int32),
+        totals=np.zeros(7, np.int64),
+    )
 
 
 def grown(table: Table, capacity: int) -> Table:
@@ -164,7 +175,7 @@ def _leave(table: Table, slot: int) -> None:
 
 
 @njit(cache=True, forceinline=True)
-def _add(table: Table, keys: Keys, i: int) -> int:
+def _add(table: Table, keys: Keys, i: int) -> Any:
     """A slot for `keys[i]`, which has none; there must be room."""
     if table.totals[SLOTS_FREED]:
         table.totals[SLOTS_FREED] -= 1
@@ -234,7 +245,7 @@ def _take_pins(table: Table, slots: Slots, reserved: bool) -> int:
     """
     for i in range(len(slots)):
         state = table.state[slots[i]]
-        if not table.pins[slots[i]] or (state == PENDING or state == ORPHANED) != reserved:
+        if not table.pins[slots[i]] or (state in (PENDING, ORPHANED)) != reserved:
             for taken in slots[:i]:
                 table.pins[taken] += 1
             return i
@@ -264,7 +275,7 @@ def contains_mask(table: Table, keys: Keys) -> NDArray[np.bool_]:
 
 
 @njit(cache=True)
-def miss_reason(table: Table, keys: Keys, i: int) -> int:
+def miss_reason(table: Table, keys: Keys, i: int) -> Any:
     slot = _find(table.buckets, table.keys, keys, i)
     if slot < 0:
         return _NEVER_STORED
@@ -299,7 +310,7 @@ def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
         state = table.state[slot]
         if state == COMMITTED:
             states[i] = STORED
-        elif state == PENDING or state == ORPHANED:
+        elif state in (PENDING, ORPHANED):
             states[i] = BUSY
         else:
             states[i], slots[i] = RESERVED, slot
@@ -339,7 +350,7 @@ def commit(
 
 
 @njit(cache=True)
-def abort(table: Table, slots: Slots, reason: int) -> int:
+def abort(table: Table, slots: Slots, reason: int) -> Any:
     """Position of a slot that is not reserved or -1. `reason` -1 leaves the older one."""
     failed = _take_pins(table, slots, True)
     for slot in slots if failed < 0 else slots[:0]:
@@ -435,12 +446,12 @@ def clear(table: Table) -> Offsets:
         state = table.state[slot]
         table.ring_at[slot] = -1
         table.parked[slot] = 0
-        if state == PENDING or state == ORPHANED:
+        if state in (PENDING, ORPHANED):
             table.state[slot] = ORPHANED
             _enter(table, slot)
         elif state == COMMITTED and table.pins[slot]:
             table.state[slot] = DROPPED
-        elif state == COMMITTED or state == GHOST:
+        elif state in (COMMITTED, GHOST):
             if state == COMMITTED:
                 offsets[num_offsets] = table.offset[slot]
                 num_offsets += 1

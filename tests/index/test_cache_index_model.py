@@ -1,213 +1,223 @@
-"""Random histories of the index against a slow, obvious model of it."""
+"""The index against a model that keeps everything in plain dicts and lists."""
 
-import pytest
+import hashlib
+from typing import Any
+
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvortex.errors import EngineStateError
-from kvortex.index import CacheIndex, LRUPolicy
-from kvortex.types import MissReason, SaveOutcome
+from kvortex.index import MISS_REASONS, RESERVED, STORED, CacheIndex, LRUPolicy, pack_keys
+from kvortex.types import MissReason
 
-KEYS = [bytes([n]) * 32 for n in range(8)]
-chains = st.lists(st.sampled_from(KEYS), max_size=5)
+# A third of the keys share their first word: same bucket, same tag.
+KEYS = [(bytes(8) if n % 3 == 0 else b"") + hashlib.sha256(bytes([n])).digest() for n in range(14)]
+KEYS = [k[:32] for k in KEYS]
+GHOSTS = 4
+chains = st.lists(st.sampled_from(range(len(KEYS))), min_size=1, max_size=6)
 reasons = st.sampled_from([MissReason.CORRUPT, MissReason.TRANSFER_FAILED])
 
 
 class AgainstNaiveModel(RuleBasedStateMachine):
-    """The index and a slow, obvious model take the same steps."""
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.index = CacheIndex(LRUPolicy(), ghost_entries=3)
-        self.blocks = {}  # key -> [location, nbytes, pins]
-        self.pending = {}  # key -> orphaned
-        self.order = []  # coldest first
-        self.parked = set()
-        self.reasons = []  # (key, reason), oldest first
-        self.pins = []  # (entry, block)
-        self.dropped = []  # blocks dropped while pinned
-        self.evicted = 0
-        self.out, self.back = [], []  # locations given to the index and got from it
+        self.index = CacheIndex(LRUPolicy(), ghost_entries=GHOSTS, expected_entries=2)
+        self.committed: dict[int, list[Any]] = {}  # key -> [offset, nbytes, pins]
+        self.reserved: dict[int, tuple[int, bool]] = {}  # slot -> (key, orphaned)
+        self.order: list[int] = []  # keys, coldest first, reserved ones too
+        self.parked: set[int] = set()
+        self.ghosts: dict[int, MissReason] = {}
+        self.ring: list[int] = []  # keys as they became ghosts; only a key's last entry counts
+        self.pins: list[tuple[int, list[Any], int]] = []  # (slot, entry, key)
+        self.dropped: list[list[Any]] = []
+        self.next_offset = 0
 
-    def touch(self, chain, new=True):
+    # -- the model's own moves
+
+    def _pending(self) -> dict[int, bool]:
+        return dict(self.reserved.values())
+
+    def _use(self, chain: list[int], new_too: bool) -> None:
         for k in reversed(chain):
+            if k in self.parked or (k not in self.order and not new_too):
+                continue
             if k in self.order:
                 self.order.remove(k)
-            elif not new or k in self.parked or self.pending.get(k):
-                continue
             self.order.append(k)
 
-    def remember(self, k, reason):
-        self.reasons = [(other, why) for other, why in self.reasons if other != k]
-        if reason is not None:
-            self.reasons = [*self.reasons, (k, reason)][-3:]
+    def _remember(self, k: int, reason: MissReason) -> None:
+        self.ghosts[k] = reason
+        self.ring.append(k)
+        if len(self.ring) > GHOSTS:
+            oldest = self.ring.pop(0)
+            if oldest not in self.ring:
+                self.ghosts.pop(oldest, None)
 
-    def leave(self, k):
-        self.order = [other for other in self.order if other != k]
+    def _forget_order(self, k: int) -> None:
+        if k in self.order:
+            self.order.remove(k)
         self.parked.discard(k)
 
-    def idle(self, chain):
-        chain = [k for k in chain if k in self.parked]
-        self.parked -= set(chain)
-        self.touch(chain)
-
-    def gone(self, k, reason):
-        block = self.blocks.pop(k)
-        self.remember(k, reason)
-        self.leave(k)
-        if block[2]:
-            self.dropped.append(block)
-            return []
-        return [block[0]]
+    # -- rules
 
     @rule(chain=chains)
-    def reserve(self, chain):
-        expected = []
-        for k in chain:
-            if k in self.blocks:
-                expected.append(SaveOutcome.ALREADY_STORED)
-            elif k in self.pending:
-                expected.append(SaveOutcome.PENDING)
+    def reserve(self, chain: list[int]) -> None:
+        slots, states = self.index.reserve(pack_keys([KEYS[k] for k in chain]))
+        pending = self._pending()
+        seen = set(pending)
+        for k, slot, state in zip(chain, slots.tolist(), states.tolist(), strict=True):
+            if k in self.committed:
+                assert state == STORED
+            elif k in seen:
+                assert state != RESERVED
+                assert state != STORED
             else:
-                self.pending[k] = False
-                expected.append(None)
-        assert self.index.reserve(chain) == expected
-        self.touch(chain)
+                assert state == RESERVED
+                self.reserved[slot] = (k, False)
+                seen.add(k)
+        self._use([k for k in chain if not pending.get(k, False)], True)
 
-    @precondition(lambda self: self.pending)
+    @precondition(lambda self: self.reserved)
     @rule(data=st.data(), nbytes=st.integers(1, 5))
-    def commit(self, data, nbytes):
-        chain = data.draw(st.lists(st.sampled_from(sorted(self.pending)), unique=True))
-        locations = [len(self.out) + i for i in range(len(chain))]
-        arguments = (chain, locations, [nbytes] * len(chain), [0] * len(chain))
-        unused = [location for k, location in zip(chain, locations, strict=True) if self.pending[k]]
-        assert self.index.commit(*arguments) == unused
-        self.out += locations
-        self.back += unused
-        for k, location in zip(chain, locations, strict=True):
-            if not self.pending.pop(k):
-                self.blocks[k] = [location, nbytes, 0]
-                self.remember(k, None)
-        self.idle(chain)
-
-    @rule(chain=chains)
-    def settle_what_is_not_reserved(self, chain):
-        if set(chain) <= set(self.pending) and len(set(chain)) == len(chain):
-            return
-        zeros = [0] * len(chain)
-        with pytest.raises(EngineStateError):
-            self.index.commit(chain, zeros, zeros, zeros)
-        with pytest.raises(EngineStateError):
-            self.index.abort(chain, MissReason.CORRUPT)
-
-    @precondition(lambda self: self.pending)
-    @rule(data=st.data(), reason=st.none() | reasons)
-    def abort(self, data, reason):
-        chain = data.draw(st.lists(st.sampled_from(sorted(self.pending)), unique=True, max_size=2))
-        self.index.abort(chain, reason)
-        for k in chain:
-            if not self.pending.pop(k) and reason is not None:
-                self.remember(k, reason)
-            self.leave(k)
-
-    @rule(chain=chains)
-    def pin(self, chain):
-        for k, found in zip(chain, self.index.pin(chain), strict=True):
-            if k in self.blocks:
-                assert found.location == self.blocks[k][0]
-                self.blocks[k][2] += 1
-                self.pins.append((found, self.blocks[k]))
+    def commit(self, data: st.DataObject, nbytes: int) -> None:
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.reserved)), min_size=1, unique=True))
+        offsets = [self.next_offset + i for i in range(len(slots))]
+        self.next_offset += len(slots)
+        unseen = self.index.commit(np.array(slots), np.array(offsets), nbytes, np.array(offsets) + 7)
+        expected = []
+        idle = []
+        for slot, offset in zip(slots, offsets, strict=True):
+            k, orphaned = self.reserved.pop(slot)
+            if orphaned:
+                expected.append(offset)
             else:
-                assert found == self.expected_reason(k)
-        self.touch([k for k in chain if k in self.blocks], new=False)
+                self.committed[k] = [offset, nbytes, 0]
+                self.ghosts.pop(k, None)
+                self.ring = [-1 if name == k else name for name in self.ring]
+                if k in self.parked:
+                    idle.append(k)
+        self.parked.difference_update(idle)
+        self._use(idle, True)
+        assert unseen.tolist() == expected
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data(), reason=st.none() | reasons)
+    def abort(self, data: st.DataObject, reason: MissReason | None) -> None:
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.reserved)), min_size=1, unique=True))
+        self.index.abort(np.array(slots), reason)
+        for slot in slots:
+            k, orphaned = self.reserved.pop(slot)
+            self._forget_order(k)
+            if reason is not None and not orphaned:
+                self._remember(k, reason)
+
+    @rule(chain=chains)
+    def pin(self, chain: list[int]) -> None:
+        slots, codes = self.index.pin(pack_keys([KEYS[k] for k in chain]))
+        pending = self._pending()
+        for k, slot, code in zip(chain, slots.tolist(), codes.tolist(), strict=True):
+            if k in self.committed:
+                entry = self.committed[k]
+                entry[2] += 1
+                self.pins.append((slot, entry, k))
+                assert self.index.offsets_of(np.array([slot]))[0] == entry[0]
+                assert self.index.digests_of(np.array([slot]))[0] == entry[0] + 7
+            else:
+                assert slot == -1
+                expected = MissReason.PENDING if k in pending else self.ghosts.get(k, MissReason.NEVER_STORED)
+                assert MISS_REASONS[code] is expected
+        self._use([k for k in chain if k in self.committed], False)
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
-    def unpin(self, data):
-        chosen = data.draw(st.lists(st.sampled_from(range(len(self.pins))), unique=True, max_size=4))
-        taken = [self.pins[i] for i in chosen]
-        self.pins = [pin for i, pin in enumerate(self.pins) if i not in chosen]
-        free, idle = [], []
-        for entry, block in taken:
-            block[2] -= 1
-            if not block[2]:
-                if any(block is dropped for dropped in self.dropped):
-                    free.append(block[0])
-                else:
-                    idle.append(entry.key)
-        assert self.index.unpin([entry for entry, _ in taken]) == free
-        self.back += free
-        self.idle(idle)
+    def unpin(self, data: st.DataObject) -> None:
+        picked = data.draw(st.lists(st.sampled_from(range(len(self.pins))), min_size=1, unique=True))
+        taken = [self.pins[i] for i in picked]
+        freed = self.index.unpin(np.array([slot for slot, _, _ in taken]))
+        for i in sorted(picked, reverse=True):
+            del self.pins[i]
+        expected, woken = [], []
+        for _, entry, _ in taken:
+            entry[2] -= 1
+        for _, entry, k in taken:
+            if entry[2] == 0 and any(entry is d for d in self.dropped):
+                self.dropped = [d for d in self.dropped if d is not entry]
+                expected.append(entry[0])
+            elif entry[2] == 0 and k in self.parked and self.committed.get(k) is entry:
+                self.parked.discard(k)
+                woken.append(k)
+        self._use(woken, True)
+        assert sorted(freed.tolist()) == sorted(expected)
 
-    @rule(k=st.sampled_from(KEYS), reason=reasons, data=st.data())
-    def drop(self, k, reason, data):
-        expected = data.draw(st.sampled_from([None, *(entry for entry, _ in self.pins)]))
-        location = self.index.drop(k, reason, expected)
-        if k in self.blocks and (expected is None or expected.location == self.blocks[k][0]):
-            freed = self.gone(k, reason)
-        else:
-            freed = []
-        assert location == (freed[0] if freed else None)
-        self.back += freed
+    @rule(k=st.sampled_from(range(len(KEYS))), reason=reasons)
+    def drop(self, k: int, reason: MissReason) -> None:
+        freed = self.index.drop_key(KEYS[k], reason)
+        entry = self.committed.pop(k, None)
+        expected = []
+        if entry is not None:
+            self._remember(k, reason)
+            self._forget_order(k)
+            if entry[2]:
+                self.dropped.append(entry)
+            else:
+                expected.append(entry[0])
+        assert freed.tolist() == expected
 
     @rule(nbytes=st.integers(0, 12))
-    def evict(self, nbytes):
-        expected, freed = [], 0
-        for k in list(self.order):
-            if freed >= nbytes:
-                break
-            if k not in self.blocks or self.blocks[k][2]:
-                self.leave(k)
+    def evict(self, nbytes: int) -> None:
+        freed = self.index.evict(nbytes)
+        expected, total = [], 0
+        while total < nbytes and self.order:
+            k = self.order.pop(0)
+            entry = self.committed.get(k)
+            if entry is None or entry[2]:
                 self.parked.add(k)
-            else:
-                freed += self.blocks[k][1]
-                expected += self.gone(k, MissReason.EVICTED)
-        assert self.index.evict(nbytes) == expected
-        self.evicted += len(expected)
-        self.back += expected
+                continue
+            expected.append(entry[0])
+            total += entry[1]
+            del self.committed[k]
+            self._remember(k, MissReason.EVICTED)
+        assert freed.tolist() == expected
 
     @rule()
-    def clear(self):
-        expected = [location for k in list(self.blocks) for location in self.gone(k, None)]
-        assert self.index.clear() == expected
-        self.back += expected
-        self.pending = dict.fromkeys(self.pending, True)
-        self.order, self.parked, self.reasons = [], set(), []
+    def clear(self) -> None:
+        freed = self.index.clear()
+        expected = []
+        for entry in self.committed.values():
+            if entry[2]:
+                self.dropped.append(entry)
+            else:
+                expected.append(entry[0])
+        self.committed.clear()
+        self.order.clear()
+        self.parked.clear()
+        self.ghosts.clear()
+        self.ring.clear()
+        self.reserved = {slot: (k, True) for slot, (k, _) in self.reserved.items()}
+        assert sorted(freed.tolist()) == sorted(expected)
 
-    def expected_reason(self, k):
-        if k in self.pending or k in self.blocks:
-            return MissReason.PENDING
-        return dict(self.reasons).get(k, MissReason.NEVER_STORED)
-
-    @invariant()
-    def agree(self):
-        index = self.index
-        assert index.contains_mask(KEYS).tolist() == [k in self.blocks for k in KEYS]
-        assert index.prefix_length(KEYS) == [*(k in self.blocks for k in KEYS), False].index(False)
-        assert [index.miss_reason(k) for k in KEYS] == [self.expected_reason(k) for k in KEYS]
-        assert (len(index), index.num_pending) == (len(self.blocks), len(self.pending))
-        assert index.committed_bytes == sum(nbytes for _, nbytes, _ in self.blocks.values())
-        assert index.evicted_blocks == self.evicted
+    # -- what holds at any time
 
     @invariant()
-    def every_location_is_back_once_or_held(self):
-        held = [block[0] for block in self.blocks.values()]
-        held += [block[0] for block in self.dropped if block[2]]
-        assert sorted(self.back + held) == list(range(len(self.out)))
+    def the_same_is_visible(self) -> None:
+        assert self.index.contains_mask(KEYS).tolist() == [k in self.committed for k in range(len(KEYS))]
+        assert len(self.index) == len(self.committed)
 
     @invariant()
-    def every_idle_block_can_be_evicted(self):
-        idle = {k for k, block in self.blocks.items() if not block[2]}
-        assert idle <= set(self.index._policy.victims())
-        assert not self.index._parked & set(self.index._policy.victims())
+    def figures_agree(self) -> None:
+        assert self.index.committed_bytes == sum(entry[1] for entry in self.committed.values())
+        assert self.index.num_pending == len(self.reserved)
 
     @invariant()
-    def only_busy_keys_are_out_of_the_order(self):
-        pinned = {k for k, block in self.blocks.items() if block[2]}
-        assert self.index._parked <= pinned | set(self.pending)
-        assert set(self.index._policy.victims()) <= set(self.blocks) | set(self.pending)
+    def reasons_agree(self) -> None:
+        pending = self._pending()
+        for k, name in enumerate(KEYS):
+            if k in pending or k in self.committed:
+                assert self.index.miss_reason(name) is MissReason.PENDING
+            else:
+                assert self.index.miss_reason(name) is self.ghosts.get(k, MissReason.NEVER_STORED)
 
 
 TestAgainstNaiveModel = AgainstNaiveModel.TestCase
-TestAgainstNaiveModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestAgainstNaiveModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

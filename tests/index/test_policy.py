@@ -1,97 +1,77 @@
-"""Eviction order over prefix chains."""
+"""Eviction order over slots."""
 
-import pytest
-from hypothesis import given
+import numpy as np
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvortex.errors import ConfigError
-from kvortex.index import LRUPolicy, make_policy
+from kvortex.index import LRUPolicy
 
-A, B, C, D = (letter * 32 for letter in (b"a", b"b", b"c", b"d"))
-
-
-@pytest.fixture
-def policy():
-    return make_policy("lru")
+CAPACITY = 16
+slots = st.lists(st.integers(0, CAPACITY - 1), max_size=6)
 
 
-def test_the_tail_of_a_chain_goes_first(policy):
-    policy.insert([A, B, C])
-    assert list(policy.victims()) == [C, B, A]
+def array(*numbers: int) -> np.ndarray:
+    return np.array(numbers, dtype=np.int32)
 
 
-def test_an_older_chain_goes_before_a_newer_one(policy):
-    policy.insert([A, B])
-    policy.insert([C, D])
-    assert list(policy.victims()) == [B, A, D, C]
+def make(capacity: int = CAPACITY) -> LRUPolicy:
+    policy = LRUPolicy()
+    policy.resize(capacity)
+    return policy
 
 
-def test_access_makes_a_chain_recent_and_keeps_its_root_last(policy):
-    policy.insert([A, B])
-    policy.insert([C, D])
-    policy.access([A, B])
-    assert list(policy.victims()) == [D, C, B, A]
+def pop(policy: LRUPolicy, target: int, *, busy: tuple[int, ...] = ()) -> list[int]:
+    nbytes, pins = np.ones(CAPACITY, dtype=np.int64), np.zeros(CAPACITY, dtype=np.int32)
+    pins[list(busy)] = 1
+    return policy.pop_coldest(target, nbytes, pins).tolist()
 
 
-def test_a_shared_head_is_warmer_than_both_tails(policy):
-    policy.insert([A, B])
-    policy.insert([A, C])
-    assert list(policy.victims()) == [B, C, A]
+def test_a_chain_loses_its_tail_first() -> None:
+    policy = make()
+    policy.insert(array(1, 2, 3))
+    policy.insert(array(4, 5))
+    assert pop(policy, 4) == [3, 2, 1, 5]
+    assert len(policy) == 1
 
 
-def test_inserting_a_held_key_counts_as_access(policy):
-    policy.insert([A])
-    policy.insert([B])
-    policy.insert([A])
-    assert list(policy.victims()) == [B, A]
+def test_access_moves_what_is_in_the_order_only() -> None:
+    policy = make()
+    policy.insert(array(1, 2))
+    policy.access(array(2, 9))
     assert len(policy) == 2
+    assert pop(policy, 9) == [1, 2]
 
 
-def test_keys_not_held_are_ignored(policy):
-    policy.access([A])
-    policy.remove(A)
-    assert list(policy.victims()) == []
-    assert len(policy) == 0
+def test_busy_slots_are_taken_out_but_do_not_count() -> None:
+    policy = make()
+    policy.insert(array(1, 2, 3))
+    assert pop(policy, 1, busy=(3,)) == [3, 2]
+    assert pop(policy, 0) == []
 
 
-def test_remove(policy):
-    policy.insert([A, B, C])
-    policy.remove(B)
-    assert list(policy.victims()) == [C, A]
-    assert len(policy) == 2
+def test_growth_keeps_the_order() -> None:
+    policy = make(4)
+    policy.insert(array(1, 2, 3))
+    policy.resize(CAPACITY)
+    policy.insert(array(12))
+    assert pop(policy, 9) == [3, 2, 1, 12]
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["insert", "access", "remove"]), st.lists(st.sampled_from("abcdef"), max_size=4))
-    )
-)
-def test_lru_agrees_with_a_list(steps):
-    policy, coldest_first = LRUPolicy(), []
-    for step, letters in steps:
-        keys = [letter.encode() for letter in letters]
-        if step == "remove":
-            for key in keys:
-                policy.remove(key)
-            coldest_first = [key for key in coldest_first if key not in keys]
-        else:
-            getattr(policy, step)(keys)
-            for key in reversed(keys):
-                if key in coldest_first:
-                    coldest_first.remove(key)
-                elif step == "access":
-                    continue
-                coldest_first.append(key)
-        assert list(policy.victims()) == coldest_first
-        assert len(policy) == len(coldest_first)
-
-
-def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'mru'.*lru"):
-        make_policy("mru")
-
-
-def test_each_policy_is_new():
-    first = make_policy("lru")
-    first.insert([A])
-    assert len(make_policy("lru")) == 0
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["insert", "access", "remove", "pop"]), slots, st.integers(0, 3)), max_size=30))
+def test_it_agrees_with_a_list(steps: list[tuple[str, list[int], int]]) -> None:
+    policy, model = make(), []
+    for verb, chain, target in steps:
+        if verb == "pop":
+            popped = pop(policy, target)
+            assert popped == model[:target]
+            del model[:target]
+            continue
+        getattr(policy, verb)(array(*chain))
+        for slot in reversed(chain):
+            known = slot in model
+            if known:
+                model.remove(slot)
+            if verb == "insert" or (verb == "access" and known):
+                model.append(slot)
+        assert len(policy) == len(model)
