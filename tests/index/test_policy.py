@@ -58,7 +58,9 @@ def test_growth_keeps_the_order() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["insert", "access", "remove", "pop"]), slots, st.integers(0, 3)), max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from(["insert", "access", "remove", "pop"]), slots, st.integers(0, 3)), max_size=30)
+)
 def test_it_agrees_with_a_list(steps: list[tuple[str, list[int], int]]) -> None:
     policy, model = make(), []
     for verb, chain, target in steps:
