@@ -30,7 +30,7 @@ def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
     """`keys` as `pack_keys` gives them, whichever form they come in.
 
     Raises:
-        InvalidHashError: a key is not `bytes` of 32, or the array is not `uint64 [n, 4]`.
+        InvalidHashError: a key is not 32 bytes, or the array is not `uint64 [n, 4]`.
     """
     if not isinstance(keys, np.ndarray):
         return pack_keys(keys)

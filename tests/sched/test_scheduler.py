@@ -1,0 +1,224 @@
+"""The pump, with an executor that is worked by hand."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvortex.errors import DeviceError, EngineStateError
+from kvortex.kernels import HostKernels
+from kvortex.layout import KVLayout
+from kvortex.sched import Batch, Batcher, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
+from kvortex.types import Direction
+
+SIZE = 1 << 20
+
+
+class ManualExecutor(TransferExecutor):
+    """Batches end when the test says so."""
+
+    def __init__(self, slots: int = 2) -> None:
+        self.post = lambda call: call()
+        self.slots = slots
+        self.open: list[tuple[Batch, Callable, Callable]] = []
+        self.issued = 0
+        self.asked = 0
+        self.refuse = False
+        self.closed = False
+
+    def free_slots(self, direction: Direction) -> int:
+        self.asked += 1
+        return self.slots - sum(batch.direction is direction for batch, _, _ in self.open)
+
+    def issue(self, batch: Batch, on_done: Callable, on_source_read: Callable) -> None:
+        if self.refuse:
+            raise DeviceError("refused")
+        self.issued += 1
+        self.open.append((batch, on_done, on_source_read))
+
+    def end(self, position: int = 0, error: Exception | None = None) -> None:
+        batch, on_done, _ = self.open.pop(position)
+        on_done(error or np.arange(batch.num_blocks, dtype=np.uint64) + 1)
+
+    def close(self) -> None:
+        assert not self.open
+        self.closed = True
+
+
+def request(blocks: int, direction: Direction = Direction.SAVE) -> TransferRequest:
+    ids = np.arange(blocks, dtype=np.int32)
+    return TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, SIZE)
+
+
+def make(slots: int = 2, **options: object) -> tuple[TransferScheduler, ManualExecutor]:
+    executor = ManualExecutor(slots)
+    settings = {"max_bytes": 16 * SIZE, "linger_s": 0.0, **options}
+    return TransferScheduler(Batcher(**settings), executor), executor
+
+
+async def test_a_long_request_goes_through_the_slots_there_are() -> None:
+    scheduler, executor = make()
+    r = request(64)
+    scheduler.submit(r)
+    assert len(executor.open) == 2
+    while executor.open:
+        executor.end()
+        await asyncio.sleep(0)
+    assert r.settled.is_set()
+    assert r.succeeded.all()
+    assert r.digests.tolist() == list(range(1, 17)) * 4
+    await scheduler.aclose()
+    assert executor.closed
+
+
+async def test_requests_share_a_batch_while_the_link_is_busy() -> None:
+    scheduler, executor = make(slots=3, linger_s=10.0)
+    requests = [request(1) for _ in range(6)]
+    for r in requests:
+        scheduler.submit(r)
+    assert [batch.num_blocks for batch, _, _ in executor.open] == [1, 1]
+    executor.end()
+    await asyncio.sleep(0)
+    assert [batch.num_blocks for batch, _, _ in executor.open] == [1, 4]
+    executor.end()
+    executor.end()
+    assert all(r.succeeded.all() for r in requests)
+    await scheduler.aclose()
+
+
+async def test_lingering_ends_by_the_clock() -> None:
+    scheduler, executor = make(slots=5, linger_s=0.02)
+    for _ in range(4):
+        scheduler.submit(request(1))
+    assert executor.issued == 2
+    await asyncio.sleep(0.05)
+    assert executor.issued == 3
+    while executor.open:
+        executor.end()
+    await scheduler.aclose()
+
+
+async def test_a_failed_batch_fails_its_blocks_alone() -> None:
+    scheduler, executor = make()
+    r = request(48)
+    scheduler.submit(r)
+    executor.end(error=DeviceError("gone"))
+    await asyncio.sleep(0)
+    while executor.open:
+        executor.end()
+        await asyncio.sleep(0)
+    assert r.settled.is_set()
+    assert r.succeeded.tolist() == [False] * 16 + [True] * 32
+    assert [str(error) for error in r.errors] == ["gone"]
+    await scheduler.aclose()
+
+
+async def test_a_refused_batch_ends_at_once() -> None:
+    scheduler, executor = make()
+    executor.refuse = True
+    r = request(8)
+    scheduler.submit(r)
+    assert r.settled.is_set()
+    assert not r.succeeded.any()
+    executor.refuse = False
+    again = request(8)
+    scheduler.submit(again)
+    executor.end()
+    assert again.succeeded.all()
+    await scheduler.aclose()
+
+
+async def test_cancelling_drops_what_waits_and_waits_for_what_runs() -> None:
+    scheduler, executor = make()
+    r = request(64)
+    scheduler.submit(r)
+    task = asyncio.create_task(scheduler.wait([r]))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.001)
+        assert not task.done()
+    executor.end()
+    await asyncio.sleep(0)
+    assert executor.issued == 2, "nothing of a cancelled request starts any more"
+    assert not task.done()
+    executor.end()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert r.succeeded.tolist() == [True] * 32 + [False] * 32
+    await scheduler.aclose()
+
+
+async def test_nobody_polls_while_a_batch_runs() -> None:
+    scheduler, executor = make(slots=1)
+    scheduler.submit(request(64))
+    await asyncio.sleep(0.005)
+    asked = executor.asked
+    await asyncio.sleep(0.05)
+    assert executor.asked == asked
+    while executor.open:
+        executor.end()
+        await asyncio.sleep(0)
+    await scheduler.aclose()
+
+
+async def test_closing_refuses_new_work_and_finishes_the_old() -> None:
+    scheduler, executor = make()
+    r = request(4)
+    scheduler.submit(r)
+    closing = asyncio.create_task(scheduler.aclose())
+    await asyncio.sleep(0.005)
+    assert not closing.done()
+    with pytest.raises(EngineStateError, match="shutting down"):
+        scheduler.submit(request(1))
+    executor.end()
+    await closing
+    assert r.succeeded.all()
+    assert scheduler.num_requests == 0
+
+
+async def test_an_empty_request_settles_at_once() -> None:
+    scheduler, executor = make()
+    r = request(0)
+    scheduler.submit(r)
+    assert r.settled.is_set()
+    assert executor.issued == 0
+    await scheduler.drain()
+    await scheduler.aclose()
+
+
+async def test_source_is_released_before_the_end() -> None:
+    scheduler, executor = make()
+    r = request(20)
+    scheduler.submit(r)
+    for _, _, on_source_read in executor.open:
+        on_source_read()
+    assert r.source_released.is_set()
+    assert not r.settled.is_set()
+    executor.end()
+    executor.end()
+    await scheduler.aclose()
+
+
+async def test_the_host_executor_moves_and_reports() -> None:
+    tensors = {"layers.0": np.random.default_rng(0).integers(0, 256, (8, 16, 64), dtype=np.uint8)}
+    layout = KVLayout.from_tensors(tensors, 16)
+    pool = np.zeros(8 * layout.block_nbytes, dtype=np.uint8)
+    kernels = HostKernels(layout, pool)
+    executor = HostExecutor(kernels, asyncio.get_running_loop().call_soon_threadsafe)
+    scheduler = TransferScheduler(Batcher(linger_s=0.0), executor)
+    ids = np.array([3, 1], dtype=np.int32)
+    offsets = np.array([0, layout.block_nbytes], dtype=np.int64)
+    save = TransferRequest(Direction.SAVE, ids, offsets, layout.block_nbytes)
+    scheduler.submit(save)
+    await scheduler.wait([save])
+    assert save.succeeded.all()
+    assert (pool[: layout.block_nbytes] == tensors["layers.0"][3].reshape(-1)).all()
+    bad = TransferRequest(Direction.SAVE, ids, offsets + 4, layout.block_nbytes)
+    scheduler.submit(bad)
+    await scheduler.wait([bad])
+    assert not bad.succeeded.any()
+    assert isinstance(bad.errors[0], ValueError)
+    await scheduler.aclose()
+    executor.close()
