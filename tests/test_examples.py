@@ -29,4 +29,7 @@ def test_example(name: str) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PROMISES)
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert {name for name in names if not name.startswith("vllm_")} == set(PROMISES)
+    inside = (Path(__file__).parent / "vllm" / "inside" / "check_examples.py").read_text()
+    assert all(name in inside for name in names if name.startswith("vllm_"))

@@ -1,0 +1,51 @@
+"""The vLLM examples, each in a process of its own, with the engine in another as in production where the version allows."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import make_tiny_model
+
+from kvortex.vllm.versions import IS_NEWER
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+def run(name: str, *arguments: str) -> str:
+    # With the older version operators have stand-ins, which live in this process: its engine has to as well.
+    processes = "1" if IS_NEWER else "0"
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "VLLM_LOGGING_LEVEL": "ERROR"}
+    program = f"import cpu_ops_0151, runpy, sys; cpu_ops_0151.install(); sys.argv = {[name, *arguments]!r}; "
+    program += f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
+    script = Path(arguments[0]) / f"run_{name}"
+    script.write_text(f"if __name__ == '__main__':\n    {program}\n")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def check_offline(model: str) -> None:
+    out = run("vllm_offline.py", model)
+    assert "first answer: 0 of 300" in out
+    cached = re.search(r"second answer: (\d+) of 300", out)
+    assert cached is not None
+    assert int(cached[1]) >= 256
+    assert "same tokens: True" in out
+
+
+def check_multi_turn(model: str) -> None:
+    out = run("vllm_multi_turn.py", model)
+    turns = [(int(a), int(b)) for a, b in re.findall(r"turn \d: (\d+) of (\d+)", out)]
+    assert len(turns) == 4
+    assert turns[0][0] == 0
+    for (_, before), (cached, _) in itertools.pairwise(turns):
+        assert cached > before - 128, "the answer's blocks are hits too"
