@@ -1,4 +1,4 @@
-"""The vLLM examples, each in a process of its own, with the engine in another as in production where the version allows."""
+"""The vLLM examples, each in a process of its own, the engine in another as in production where that is possible."""
 
 import itertools
 import os
