@@ -117,8 +117,8 @@ class KVortexConfig:
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """Settings from a TOML file."""
         try:
-            return cls.from_mapping(tomllib.loads(Path(path).read_text()))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+            return cls.from_mapping(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error
 
     @classmethod
@@ -149,7 +149,7 @@ def parse_bytes(text: str) -> int:
         if unit is None:
             raise ValueError
         return int(float(digits) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
 
 

@@ -6,13 +6,27 @@ that a data plane carries out, here or in another process; its outcome comes bac
 """
 
 from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, EvictionPacer
+from kvortex.config import KVortexConfig
+from kvortex.errors import ConfigError
+from kvortex.index import (
+    BUSY,
+    MISS_REASONS,
+    RESERVED,
+    STORED,
+    CacheIndex,
+    EvictionPacer,
+    make_policy,
+    warm_up,
+)
 from kvortex.memory import ExtentAllocator
 from kvortex.types import Direction, MissReason, SaveOutcome, TransferPlan
+
+CPU_TIER: Final = "cpu"
 
 # What becomes of a block of a save that does not move; a reservation without room is given up.
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
@@ -57,6 +71,28 @@ class ControlPlane:
         self.allocator = allocator
         self._pacer = pacer
         self._block_nbytes = block_nbytes
+
+    @classmethod
+    def from_config(cls, config: KVortexConfig, capacity_bytes: int, block_nbytes: int) -> Self:
+        """A control plane over an empty pool of `capacity_bytes`, with blocks of `block_nbytes`, padding included.
+
+        Raises:
+            ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
+        """
+        warm_up()
+        allocator = ExtentAllocator(capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
+        if block_nbytes > min(config.pin_piece_bytes, allocator.capacity_bytes):
+            raise ConfigError(
+                f"a block takes {block_nbytes} bytes: more than the pool ({capacity_bytes}) or a piece of it "
+                f"({config.pin_piece_bytes}); raise cpu_pool_bytes or pin_piece_bytes"
+            )
+        index = CacheIndex(
+            make_policy(config.eviction_policy),
+            ghost_entries=config.ghost_entries,
+            expected_entries=allocator.capacity_bytes // block_nbytes + config.ghost_entries,
+        )
+        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
+        return cls(index, allocator, pacer, block_nbytes)
 
     # -- save --------------------------------------------------------------------------------------
 

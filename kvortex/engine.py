@@ -2,43 +2,33 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvortex.calls import Call
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane, LoadPlan
-from kvortex.driver import Event
+from kvortex.control import CPU_TIER, ControlPlane, LoadPlan
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
-from kvortex.index import CacheIndex, EvictionPacer, make_policy, pack_keys, warm_up
+from kvortex.index import pack_keys
 from kvortex.kernels import validate_block_ids
 from kvortex.layout import KVLayout
-from kvortex.memory import ExtentAllocator
-from kvortex.sched import TransferExecutor, TransferRequest
+from kvortex.sched import TransferExecutor
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
 from kvortex.transfers import DataPlane
-from kvortex.types import BlockHash, LoadResult, MissReason, SaveResult, TransferPlan
+from kvortex.types import BlockHash, LoadResult, MissReason, SaveResult
 
 logger = logging.getLogger(__name__)
-
-CPU_TIER = "cpu"
-FIRST_PART_BYTES = 32 << 20
-BATCHES_OF_A_PART = 2
-"""A long call is planned in parts: a little first, then twice as much each time, up to two batches. The first makes
-the link wait for its plan, the last makes the caller wait for its commit; what is between costs nobody anything."""
-
-T = TypeVar("T")
 
 
 class KVortexEngine:
@@ -113,22 +103,10 @@ class KVortexEngine:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
         self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
-        self._control = self._make_control(self._data)
+        self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.block_nbytes)
         self._namespace = _namespace_of(self.config, layout)
         logger.info("registered %s", layout.describe())
         return layout
-
-    def _make_control(self, data: DataPlane) -> ControlPlane:
-        warm_up()
-        config = self.config
-        allocator = ExtentAllocator(data.pool.capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
-        index = CacheIndex(
-            make_policy(config.eviction_policy),
-            ghost_entries=config.ghost_entries,
-            expected_entries=allocator.capacity_bytes // data.block_nbytes + config.ghost_entries,
-        )
-        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
-        return ControlPlane(index, allocator, pacer, data.block_nbytes)
 
     @property
     def namespace(self) -> Namespace:
@@ -221,26 +199,40 @@ class KVortexEngine:
         return control.index.miss_reason(block_hash)
 
     @contextlib.asynccontextmanager
-    async def _call(self, data: DataPlane, stream: object) -> "AsyncIterator[_Call[Any]]":
+    async def _call(self, data: DataPlane, stream: object) -> AsyncIterator[Call[Any]]:
         """One save or load: its place among those in progress, and what it has started ends with it."""
         after = data.record_event(stream)
         self._callers += 1
         self._no_callers.clear()
         try:
             async with self._outstanding:
-                call: _Call[Any] = _Call(data, after, self.stats, self.config.max_batch_bytes)
+                call: Call[Any] = Call(data, after, self.config.max_batch_bytes)
                 try:
                     yield call
                 except BaseException:
                     await data.cancel_and_wait(call.requests)
                     raise
                 finally:
-                    call.record()
+                    self._record(call)
         finally:
             data.release_event(after)
             self._callers -= 1
             if not self._callers:
                 self._no_callers.set()
+
+    def _record(self, call: Call[Any]) -> None:
+        """Count what a call moved, when everything of it has settled."""
+        wanted = sum(request.succeeded.size for request in call.requests)
+        if wanted and self._data is not None:
+            moved = sum(int(np.count_nonzero(request.succeeded)) for request in call.requests)
+            self.stats.record_transfer(
+                call.requests[0].direction,
+                CPU_TIER,
+                blocks=moved,
+                nbytes=moved * self._data.layout.block_nbytes,
+                seconds=time.perf_counter() - call.started_s,
+                failures=wanted - moved,
+            )
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -304,68 +296,6 @@ class KVortexEngine:
     def __del__(self) -> None:
         if getattr(self, "_data", None) is not None and self._shutdown is None:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
-
-
-class _Call(Generic[T]):
-    """The transfers that one `save_blocks` or `load_blocks` is made of."""
-
-    def __init__(self, data: DataPlane, after: Event | None, stats: EngineStats, max_batch_bytes: int) -> None:
-        self.requests: list[TransferRequest] = []
-        self._data = data
-        self._after = after
-        self._stats = stats
-        self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
-        self._max_part = max(BATCHES_OF_A_PART * max_batch_bytes // data.block_nbytes, 1)
-        self._outcomes: list[Sequence[T]] = []
-        self._started_s = time.perf_counter()
-
-    @property
-    def num_parts(self) -> int:
-        return len(self.requests)
-
-    def parts(self, num_blocks: int) -> Iterator[slice]:
-        """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
-        start, step = 0, max(self._first_part_bytes // self._data.block_nbytes, 1)
-        while start < num_blocks:
-            yield slice(start, start + step)
-            start += step
-            step = min(2 * step, self._max_part)
-
-    async def start(
-        self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]], *, more: bool
-    ) -> None:
-        """Begin a part; `finish` turns its digests and successes into outcomes, once, whatever happens.
-
-        `more` says that another part follows: the loop then has its turn first, for what has ended meanwhile.
-        """
-        number = len(self._outcomes)
-        self._outcomes.append(())
-
-        def settled(request: TransferRequest) -> None:
-            self._outcomes[number] = finish(request.digests, request.succeeded)
-
-        self.requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
-        if more:
-            await asyncio.sleep(0)
-
-    async def outcomes(self) -> tuple[T, ...]:
-        """Those of all parts, in order, once everything has settled."""
-        await self._data.wait(self.requests)
-        return tuple(itertools.chain.from_iterable(self._outcomes))
-
-    def record(self) -> None:
-        """Count what moved; for the end, when everything has settled."""
-        wanted = sum(request.succeeded.size for request in self.requests)
-        if wanted:
-            moved = sum(int(np.count_nonzero(request.succeeded)) for request in self.requests)
-            self._stats.record_transfer(
-                self.requests[0].direction,
-                CPU_TIER,
-                blocks=moved,
-                nbytes=moved * self._data.layout.block_nbytes,
-                seconds=time.perf_counter() - self._started_s,
-                failures=wanted - moved,
-            )
 
 
 def _finish_load(

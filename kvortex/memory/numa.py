@@ -17,12 +17,12 @@ def online_nodes() -> list[int]:
     try:
         text = Path("/sys/devices/system/node/online").read_text().strip()
     except OSError:
-        return [0]
+        text = ""
     nodes: list[int] = []
-    for part in text.split(","):
+    for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         nodes.extend(range(int(first), int(last or first) + 1))
-    return nodes
+    return nodes or [0]
 
 
 def prefer_node(address: int, nbytes: int, node: int | None) -> bool:

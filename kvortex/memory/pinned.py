@@ -1,6 +1,7 @@
 """The host memory that blocks rest in: one mapping of exactly the size asked for, pinned piece by piece."""
 
 import asyncio
+import contextlib
 import logging
 import mmap
 import threading
@@ -55,7 +56,8 @@ class PinnedPool:
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot map a pool of {capacity_bytes} bytes: {error}") from error
         self._mapping.madvise(mmap.MADV_DONTFORK)
-        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
         self.address: int = self.bytes.ctypes.data
         self._condition = threading.Condition()
@@ -139,7 +141,7 @@ class PinnedPool:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._device is not None:
+        if self._device is not None and self._registered:
             self._device.make_current()
             while self._registered:
                 self._device.unregister_host(self._registered.pop())

@@ -14,8 +14,7 @@ from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.driver import align_up
 from kvortex.errors import ConfigError
-from kvortex.index import CacheIndex, EvictionPacer, make_policy, pack_keys, warm_up
-from kvortex.memory import ExtentAllocator
+from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
 from kvortex.vllm.metrics import ConnectorStats
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
-
-CPU_TIER = "cpu"
 
 
 @dataclass
@@ -90,13 +87,12 @@ class SchedulerHalf:
     """
 
     def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: ConnectorOptions) -> None:
-        warm_up()
         self._options = options
         self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
         self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._block_nbytes = align_up(payload_nbytes(kv_cache_config), EXTENT_ALIGNMENT_BYTES)
-        self._control = self._make_control()
+        self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._block_nbytes)
         self._tracked: dict[str, _Tracked] = {}
         self._waiting_since_s: dict[str, float] = {}
         self._jobs: dict[int, _Job] = {}
@@ -114,22 +110,6 @@ class SchedulerHalf:
                 "vLLM's block hashes start from a random root: they serve this process only. "
                 "Set PYTHONHASHSEED to share a cache between processes or restarts"
             )
-
-    def _make_control(self) -> ControlPlane:
-        config = self._options.engine
-        allocator = ExtentAllocator(config.cpu_pool_bytes, config.pin_piece_bytes, name=CPU_TIER)
-        if self._block_nbytes > min(config.pin_piece_bytes, allocator.capacity_bytes):
-            raise ConfigError(
-                f"a block takes {self._block_nbytes} bytes: more than the pool ({config.cpu_pool_bytes}) or "
-                f"a piece of it ({config.pin_piece_bytes}); raise cpu_pool_bytes or pin_piece_bytes"
-            )
-        index = CacheIndex(
-            make_policy(config.eviction_policy),
-            ghost_entries=config.ghost_entries,
-            expected_entries=allocator.capacity_bytes // self._block_nbytes + config.ghost_entries,
-        )
-        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
-        return ControlPlane(index, allocator, pacer, self._block_nbytes)
 
     def accept_handshake(self, handshakes: Sequence[WorkerHandshake]) -> None:
         """Compare what the workers registered with what was assumed of them.

@@ -95,12 +95,88 @@ def test_owners_are_accounted() -> None:
     assert allocator.leak_report() == ""
 
 
-def test_many_sizes_do_not_confuse_it() -> None:
-    allocator = ExtentAllocator(1 << 20)
-    for size in range(1, 3 * MAX_REMEMBERED_SIZES):
-        allocator.allocate(size * UNIT, "a") if size * UNIT < 4096 else None
-        allocator.allocate_many(1, size * UNIT, "b")
-    assert allocator.allocate_many(1, UNIT, "c").size == 1
+def test_more_sizes_than_it_remembers_are_still_first_fit() -> None:
+    allocator = ExtentAllocator(6000 * UNIT)
+    used = np.zeros(6000, dtype=bool)
+    held: dict[int, int] = {}
+    rng = np.random.default_rng(3)
+    for _ in range(800):
+        size = int(rng.integers(1, 3 * MAX_REMEMBERED_SIZES))
+        expected = next((start for start in range(6001 - size) if not used[start : start + size].any()), None)
+        got = allocator.allocate_many(1, size * UNIT, "a").tolist()
+        assert got == ([] if expected is None else [expected * UNIT])
+        assert len(allocator._no_fit_below) <= MAX_REMEMBERED_SIZES
+        if expected is not None:
+            used[expected : expected + size] = True
+            held[expected] = size
+        if expected is None or rng.random() < 0.3:
+            start = sorted(held)[int(rng.integers(len(held)))]
+            allocator.free_many([start * UNIT])
+            used[start : start + held.pop(start)] = False
+
+
+def test_holes_that_are_too_small_are_looked_at_once() -> None:
+    """What makes exact first fit cheap: 500 allocations above 2,000 holes do not read a million of them."""
+
+    class Counted(dict[int, int]):
+        reads = 0
+
+        def __getitem__(self, key: int) -> int:
+            Counted.reads += 1
+            return super().__getitem__(key)
+
+    allocator = ExtentAllocator(8000 * UNIT)
+    small = allocator.allocate_many(4000, UNIT, "a")
+    allocator.free_many(small[::2])
+    allocator._hole_size = Counted(allocator._hole_size)
+    for i in range(500):
+        assert allocator.allocate(2 * UNIT, "b").offset == (4000 + 2 * i) * UNIT
+    assert Counted.reads < 20_000
+
+
+def test_a_free_below_makes_it_look_again() -> None:
+    allocator = ExtentAllocator(8 * UNIT)
+    allocator.allocate_many(8, UNIT, "a")
+    assert allocator.allocate_many(1, 2 * UNIT, "b").size == 0
+    allocator.free_many([5 * UNIT])
+    assert allocator.allocate_many(1, 2 * UNIT, "b").size == 0
+    allocator.free_many([6 * UNIT])
+    assert allocator.allocate_many(1, 2 * UNIT, "b").tolist() == [5 * UNIT]
+    allocator.free_many([2 * UNIT, 1 * UNIT])
+    assert allocator.allocate_many(1, 2 * UNIT, "b").tolist() == [UNIT]
+
+
+def test_a_run_over_a_border_comes_back_as_a_hole_a_piece() -> None:
+    allocator = ExtentAllocator(12 * UNIT, 4 * UNIT)
+    offsets = allocator.allocate_many(12, UNIT, "a")
+    allocator.free_many(offsets[2:10])
+    assert allocator.largest_free_bytes == 4 * UNIT
+    assert allocator.allocate_many(2, 3 * UNIT, "b").tolist() == [4 * UNIT]
+    assert allocator.allocate_many(5, UNIT, "c").tolist() == [2 * UNIT, 3 * UNIT, 7 * UNIT, 8 * UNIT, 9 * UNIT]
+
+
+def test_a_rest_of_less_than_a_unit_is_not_handed_out() -> None:
+    allocator = ExtentAllocator(2 * UNIT + 127)
+    assert allocator.capacity_bytes == 2 * UNIT
+    assert allocator.allocate_many(3, 1, "a").tolist() == [0, UNIT]
+    assert ExtentAllocator(127).allocate_many(1, 1, "a").size == 0
+
+
+def test_freeing_nothing_is_nothing() -> None:
+    allocator = ExtentAllocator(4 * UNIT)
+    allocator.free_many([])
+    assert allocator.allocate_many(0, UNIT, "a").size == 0
+    assert allocator.largest_free_bytes == 4 * UNIT
+
+
+def test_figures_of_an_empty_and_of_a_full_pool() -> None:
+    allocator = ExtentAllocator(8 * UNIT, 4 * UNIT, name="small")
+    figures = allocator.figures(pinned_bytes=UNIT)
+    assert (figures.name, figures.capacity_bytes, figures.pinned_bytes) == ("small", 8 * UNIT, UNIT)
+    assert (figures.fragmentation, figures.largest_free_bytes) == (0.0, 4 * UNIT)
+    allocator.allocate_many(8, UNIT, "a")
+    figures = allocator.figures()
+    assert (figures.fragmentation, figures.largest_free_bytes, figures.num_extents) == (0.0, 0, 8)
 
 
 @pytest.mark.parametrize(("count", "nbytes"), [(1, 0), (-1, 128)])
@@ -118,6 +194,7 @@ class AgainstByteMap(RuleBasedStateMachine):
         self.allocator = ExtentAllocator(units * UNIT, piece * UNIT)
         self.used = np.zeros(units, dtype=bool)
         self.held: dict[int, int] = {}
+        self.owner: dict[int, str] = {}
 
     def _fits(self, start: int, size: int) -> bool:
         end = start + size
@@ -133,21 +210,21 @@ class AgainstByteMap(RuleBasedStateMachine):
             end += 1
         return end - start
 
-    @rule(count=st.integers(1, 5), size=st.integers(1, 4))
-    def allocate(self, count: int, size: int) -> None:
+    @rule(count=st.integers(0, 5), size=st.integers(1, 4), owner=st.sampled_from("xyz"))
+    def allocate(self, count: int, size: int, owner: str) -> None:
         expected: list[int] = []
         start = self._first(size * count)
-        if start is None:
+        if start is None or not count:
             start = self._first(size)
         while start is not None and len(expected) < count:
             fitting = min(self._hole_units(start) // size, count - len(expected))
             for i in range(fitting):
                 at = start + i * size
                 self.used[at : at + size] = True
-                self.held[at] = size
+                self.held[at], self.owner[at] = size, owner
                 expected.append(at * UNIT)
             start = self._first(size)
-        assert self.allocator.allocate_many(count, size * UNIT, "x").tolist() == expected
+        assert self.allocator.allocate_many(count, size * UNIT, owner).tolist() == expected
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -157,6 +234,16 @@ class AgainstByteMap(RuleBasedStateMachine):
         for start in starts:
             self.used[start : start + self.held.pop(start)] = False
 
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def free_wrongly(self, data: st.DataObject) -> None:
+        """Good extents with one bad among them: nothing is freed, and the error says what was bad."""
+        good = data.draw(st.lists(st.sampled_from(sorted(self.held)), min_size=1, unique=True))
+        bad = data.draw(st.integers(-1, self.units).filter(lambda unit: unit not in self.held or unit in good))
+        is_free = 0 <= bad < self.units and not self.used[bad]
+        with pytest.raises(DoubleFreeError if is_free or bad in good else ForeignExtentError):
+            self.allocator.free_many([unit * UNIT for unit in data.draw(st.permutations([*good, bad]))])
+
     @invariant()
     def figures_agree(self) -> None:
         if not hasattr(self, "used"):
@@ -164,7 +251,13 @@ class AgainstByteMap(RuleBasedStateMachine):
         assert self.allocator.allocated_bytes == int(self.used.sum()) * UNIT
         holes = [self._hole_units(start) for start in range(self.units) if not self.used[start]]
         assert self.allocator.largest_free_bytes == max(holes, default=0) * UNIT
-        assert self.allocator.figures().num_extents == len(self.held)
+        figures = self.allocator.figures()
+        assert figures.num_extents == len(self.held)
+        free = self.units - int(self.used.sum())
+        usable = min(free, self.piece)
+        assert figures.fragmentation == pytest.approx(1 - max(holes, default=0) / usable if usable else 0.0)
+        by_owner = {o: sum(n for at, n in self.held.items() if self.owner[at] == o) * UNIT for o in "xyz"}
+        assert self.allocator.bytes_by_owner() == {o: nbytes for o, nbytes in by_owner.items() if nbytes}
 
 
 TestAgainstByteMap = AgainstByteMap.TestCase
