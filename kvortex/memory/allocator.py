@@ -72,7 +72,7 @@ class ExtentAllocator:
         runs: list[range] = []
         missing = count
         while missing:
-            start = self._run_fit(size, size * missing) if not runs else None
+            start = self._run_fit(size, size * missing) if not runs and missing > 1 else None
             if start is None:
                 start = self._first_fit(size)
             if start is None:

@@ -102,7 +102,9 @@ def test_more_sizes_than_it_remembers_are_still_first_fit() -> None:
     rng = np.random.default_rng(3)
     for _ in range(800):
         size = int(rng.integers(1, 3 * MAX_REMEMBERED_SIZES))
-        expected = next((start for start in range(6001 - size) if not used[start : start + size].any()), None)
+        taken = np.concatenate([[0], np.cumsum(used)])
+        fits = np.flatnonzero(taken[size:] == taken[:-size])
+        expected = int(fits[0]) if fits.size else None
         got = allocator.allocate_many(1, size * UNIT, "a").tolist()
         assert got == ([] if expected is None else [expected * UNIT])
         assert len(allocator._no_fit_below) <= MAX_REMEMBERED_SIZES
@@ -261,4 +263,4 @@ class AgainstByteMap(RuleBasedStateMachine):
 
 
 TestAgainstByteMap = AgainstByteMap.TestCase
-TestAgainstByteMap.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestAgainstByteMap.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

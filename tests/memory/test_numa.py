@@ -15,7 +15,9 @@ class Libc:
         self.result = result
         self.calls: list[tuple[object, ...]] = []
 
-    def syscall(self, number: object, address: object, nbytes: object, mode: object, mask: object, *rest: object) -> int:
+    def syscall(
+        self, number: object, address: object, nbytes: object, mode: object, mask: object, *rest: object
+    ) -> int:
         word = ctypes.cast(mask, ctypes.POINTER(ctypes.c_ulong)).contents.value
         self.calls.append((number.value, address.value, nbytes.value, mode.value, word, *(r.value for r in rest)))
         return self.result
@@ -50,7 +52,9 @@ def test_the_call_names_the_range_and_the_node(two_nodes: pytest.MonkeyPatch, re
     assert libc.calls == [(237, 1 << 20, 4096, 1, 0b10, 64, 0)]
 
 
-@pytest.mark.parametrize(("machine", "node", "nodes"), [("x86_64", None, [0, 1]), ("x86_64", 0, [0]), ("vax", 0, [0, 1])])
+@pytest.mark.parametrize(
+    ("machine", "node", "nodes"), [("x86_64", None, [0, 1]), ("x86_64", 0, [0]), ("vax", 0, [0, 1])]
+)
 def test_nothing_is_asked_where_nothing_can_be_placed(
     two_nodes: pytest.MonkeyPatch, machine: str, node: int | None, nodes: list[int]
 ) -> None:

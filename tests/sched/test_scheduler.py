@@ -2,14 +2,18 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvortex.errors import DeviceError, EngineStateError
 from kvortex.kernels import HostKernels
 from kvortex.layout import KVLayout
 from kvortex.sched import Batch, Batcher, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
+from kvortex.sched.executor import batch_arrays
 from kvortex.types import Direction
 
 SIZE = 1 << 20
@@ -222,3 +226,193 @@ async def test_the_host_executor_moves_and_reports() -> None:
     assert isinstance(bad.errors[0], ValueError)
     await scheduler.aclose()
     executor.close()
+
+
+class Play:
+    """A scheduler under a random script, and what must hold after every step of it."""
+
+    def __init__(self, slots: int, linger_s: float) -> None:
+        self.executor = ManualExecutor(slots)
+        self.batcher = Batcher(max_requests=3, max_bytes=8 * SIZE, max_blocks=8, linger_s=linger_s)
+        self.scheduler = TransferScheduler(self.batcher, self.executor)
+        self.requests: list[TransferRequest] = []
+        self.waits: list[asyncio.Task[None]] = []
+        self.begun: set[TransferRequest] = set()
+        self.settled: list[TransferRequest] = []
+        self.good: dict[TransferRequest, list[bool]] = {}
+
+    def submit(self, direction: Direction, blocks: int) -> None:
+        ids = np.arange(blocks, dtype=np.int32) + 1000 * len(self.requests)
+        r = TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, SIZE, on_settled=self.settled.append)
+        self.requests.append(r)
+        self.good[r] = [False] * blocks
+        self.scheduler.submit(r)
+        self.waits.append(asyncio.create_task(self._wait(r)))
+
+    async def _wait(self, r: TransferRequest) -> None:
+        self.begun.add(r)
+        await self.scheduler.wait([r])
+
+    def end(self, position: int, ok: bool) -> None:
+        if not self.executor.open:
+            return
+        position %= len(self.executor.open)
+        batch, on_done, on_source_read = self.executor.open.pop(position)
+        on_source_read()
+        if ok:
+            for part in batch.slices:
+                self.good[part.request][part.start : part.stop] = [True] * part.num_blocks
+        on_done(batch_arrays(batch)[0].astype(np.uint64) if ok else DeviceError("injected"))
+
+    def cancel(self, number: int) -> None:
+        number %= max(len(self.waits), 1)
+        if self.waits and self.requests[number] in self.begun:  # before that there is no caller to cancel
+            self.waits[number].cancel()
+
+    def check(self) -> None:
+        under_way = [part.request for batch, _, _ in self.executor.open for part in batch.slices]
+        for r, wait in zip(self.requests, self.waits, strict=True):
+            assert r.settled.is_set() == (r.blocks_waiting == 0 and r not in under_way)
+            assert r.settled.is_set() or not wait.done(), "control came back under a transfer"
+        for direction in Direction:
+            waiting = sum(r.blocks_waiting for r in self.requests if r.direction is direction)
+            assert self.batcher.queued_bytes(direction) == waiting * SIZE
+        assert self.scheduler.num_requests == sum(not r.settled.is_set() for r in self.requests)
+
+    async def finish(self) -> None:
+        while any(not r.settled.is_set() for r in self.requests):
+            self.end(0, True)
+            await asyncio.sleep(0)
+            self.check()
+        await asyncio.gather(*self.waits, return_exceptions=True)
+        await self.scheduler.aclose()
+        assert self.executor.closed
+        assert sorted(map(id, self.settled)) == sorted(map(id, self.requests)), "each settles exactly once"
+        for number, r in enumerate(self.requests):
+            assert r.succeeded.tolist() == self.good[r]
+            assert r.source_released.is_set()
+            digests = [1000 * number + i if good else 0 for i, good in enumerate(self.good[r])]
+            assert r.digests.tolist() == digests
+            assert r.cancelled or all(self.good[r]) or r.errors
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("submit"), st.sampled_from(list(Direction)), st.integers(1, 30)),
+    st.tuples(st.just("end"), st.integers(0, 5), st.booleans()),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("refuse"), st.booleans()),
+    st.tuples(st.just("turn")),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=st.lists(STEPS, max_size=40), slots=st.integers(1, 4), linger_s=st.sampled_from([0.0, 0.001]))
+def test_any_order_of_arrivals_ends_faults_and_cancellations(
+    steps: list[tuple[Any, ...]], slots: int, linger_s: float
+) -> None:
+    async def play() -> None:
+        scene = Play(slots, linger_s)
+        for name, *arguments in steps:
+            if name == "turn":
+                await asyncio.sleep(0)
+            elif name == "refuse":
+                scene.executor.refuse = arguments[0]
+            else:
+                getattr(scene, name)(*arguments)
+            scene.check()
+        scene.executor.refuse = False
+        await scene.finish()
+
+    asyncio.run(play())
+
+
+async def test_cancelling_one_of_two_in_a_batch_leaves_the_other() -> None:
+    scheduler, executor = make(slots=3, linger_s=10.0)
+    for _ in range(2):
+        scheduler.submit(request(1))
+    first, second = request(2), request(2)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    executor.end()
+    await asyncio.sleep(0)
+    assert [part.request for part in executor.open[-1][0].slices] == [first, second]
+    task = asyncio.create_task(scheduler.wait([first]))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    executor.end(1)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert second.succeeded.all()
+    assert not second.cancelled
+    executor.end()
+    await scheduler.aclose()
+
+
+async def test_cancelling_what_no_batch_has_taken_returns_at_once() -> None:
+    scheduler, executor = make(slots=1)
+    scheduler.submit(request(1))
+    queued = request(5)
+    scheduler.submit(queued)
+    task = asyncio.create_task(scheduler.wait([queued]))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 1)
+    assert queued.settled.is_set()
+    assert queued.source_released.is_set()
+    executor.end()
+    await scheduler.drain()
+    assert executor.issued == 1
+    await scheduler.aclose()
+
+
+async def test_cancelling_after_the_end_changes_nothing() -> None:
+    scheduler, executor = make()
+    r = request(3)
+    scheduler.submit(r)
+    executor.end()
+    scheduler.cancel(r)
+    await scheduler.cancel_and_wait([r])
+    assert r.succeeded.all()
+    await scheduler.aclose()
+
+
+async def test_the_loop_sleeps_while_a_batch_is_held() -> None:
+    """No timer, no callback: a loop that runs nothing but this test wakes for its two sleeps alone."""
+    scheduler, executor = make(slots=2, linger_s=0.001)
+    for _ in range(4):
+        scheduler.submit(request(8))
+    await asyncio.sleep(0.01)  # lingering has ended, all slots are taken
+    loop = asyncio.get_running_loop()
+    turns = 0
+    run_once = loop._run_once
+
+    def counted() -> None:
+        nonlocal turns
+        turns += 1
+        run_once()
+
+    loop._run_once = counted
+    await asyncio.sleep(0.05)
+    assert turns <= 4
+    while executor.open:
+        executor.end()
+        await asyncio.sleep(0.002)
+    await scheduler.aclose()
+
+
+async def test_closing_leaves_no_timer() -> None:
+    scheduler, executor = make(slots=3, linger_s=30.0)
+    requests = [request(1) for _ in range(3)]
+    for r in requests:
+        scheduler.submit(r)
+    assert scheduler._linger_handle is not None
+    scheduler.cancel(requests[2])
+    executor.end()
+    executor.end()
+    await scheduler.aclose()
+    await scheduler.aclose()
+    assert scheduler._linger_handle is None or scheduler._linger_handle.cancelled()
+    assert scheduler._pump_handle is None or scheduler._pump_handle.cancelled()

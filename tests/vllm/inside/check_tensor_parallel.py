@@ -1,0 +1,61 @@
+"""Two ranks, each with its shard: a hit needs both, outcomes are counted over both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import make_tiny_model
+
+from kvortex.vllm.versions import IS_NEWER
+
+PROGRAM = """
+import json, sys
+import vllm
+from vllm.config import KVTransferConfig
+
+def main():
+    connector = KVTransferConfig(
+        kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
+        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
+    )
+    llm = vllm.LLM(
+        model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=512,
+        block_size=32, tensor_parallel_size=2, kv_transfer_config=connector, disable_log_stats=False,
+    )
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    answers, cached = [], []
+    for _ in range(4):
+        (out,) = llm.generate([{"prompt_token_ids": [3 + 7 * i % 900 for i in range(200)]}], parameters, use_tqdm=False)
+        answers.append(list(out.outputs[0].token_ids))
+        cached.append(out.num_cached_tokens or 0)
+        llm.reset_prefix_cache()
+    print("RESULT " + json.dumps({"answers": answers, "cached": cached}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
+def check_two_ranks(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "qwen3")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(PROGRAM)
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(model)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(line.removeprefix("RESULT "))
+    assert result["cached"][0] == 0
+    assert result["cached"][-1] == 192
+    assert all(answer == result["answers"][0] for answer in result["answers"])
