@@ -4,8 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from kvortex.memory import ExtentAllocator
+
+# Machines that run tests are shared: an example that takes long says nothing.
+settings.register_profile("kvortex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvortex")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

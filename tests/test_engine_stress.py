@@ -104,6 +104,6 @@ async def test_storm(seed: int) -> None:
         assert stats.evicted_blocks > 0
         engine.clear()
         assert engine.get_stats().pools[0].allocated_bytes == 0
-    assert storm.loaded > 100
-    assert storm.missed > 4
-    assert storm.cancelled > 10
+    assert storm.loaded > 20
+    assert storm.missed > 0
+    assert storm.cancelled > 5
