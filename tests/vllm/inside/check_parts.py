@@ -1,0 +1,125 @@
+"""The connector's smaller parts against the installed vLLM's classes."""
+
+import inspect
+import pickle
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+
+from kvortex.errors import ConfigError
+from kvortex.types import Direction, MissReason, TransferPlan
+from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
+from kvortex.vllm.model import block_dims, only_group
+from kvortex.vllm.options import ConnectorOptions
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
+from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, message_in, report_aborted_loads
+
+
+def spec(kind: type, **extra: Any) -> Any:
+    arguments = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32, **extra}
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in arguments.items() if name in known})
+
+
+def config(*specs: Any) -> Any:
+    return SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], s) for i, s in enumerate(specs)])
+
+
+def check_models_that_cannot_be_served_are_refused() -> None:
+    full, sliding = spec(FullAttentionSpec), spec(SlidingWindowSpec, sliding_window=64)
+    assert only_group(config(full)).kv_cache_spec is full
+    for groups in ([sliding], [full, sliding], [full, full], []):
+        with pytest.raises(ConfigError, match="full attention"):
+            only_group(config(*groups))
+    with pytest.raises(ConfigError, match="SlidingWindowSpec"):
+        only_group(config(sliding))
+
+
+def check_the_dimension_of_blocks() -> None:
+    caches = {"a": torch.empty(2, 40, 16, 4, 8), "b": torch.empty(40, 2, 16, 4, 8), "c": torch.empty(80, 8, 576)}
+    assert block_dims(caches, 40) == {"a": 1, "b": 0, "c": 0}
+    with pytest.raises(ConfigError, match="a: no dimension"):
+        block_dims({"a": torch.empty(3, 41, 5)}, 40)
+
+
+def check_options() -> None:
+    options = ConnectorOptions.from_extra_config({"cpu_pool_bytes": "1GiB", "min_hit_blocks": 4, "watermark": 0.9})
+    assert (options.engine.cpu_pool_bytes, options.min_hit_blocks, options.engine.watermark) == (1 << 30, 4, 0.9)
+    assert options.engine.max_batch_bytes == 32 << 20
+    for bad in (
+        {"min_hit_blocks": 0},
+        {"pending_wait_s": "long"},
+        {"save_decoded": 1},
+        {"cpu_pool_bytes": -1},
+        {"x": 1},
+    ):
+        with pytest.raises(ConfigError):
+            ConnectorOptions.from_extra_config(bad)
+
+
+def check_plans_and_outcomes_cross_a_process_border() -> None:
+    transfer = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int64) * 128)
+    plan = ConnectorPlan([SaveJob(1, transfer)], [LoadJob(2, "r", transfer, (9,))], {4, 5})
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy.fresh_block_ids == {4, 5}
+    assert copy.loads[0].missing_block_ids == (9,)
+    assert (copy.saves[0].transfer.offsets == transfer.offsets).all()
+    message = pickle.loads(pickle.dumps(OutcomeMessage([JobOutcome(1), JobOutcome(2, (0,), (1,))])))
+    assert message.outcomes[1] == JobOutcome(2, (0,), (1,))
+
+
+def check_outcomes_of_several_workers_add_up() -> None:
+    one, two = OutcomeMessage([JobOutcome(1)]), OutcomeMessage([JobOutcome(1, (3,))])
+    if IS_NEWER:
+        both = one.aggregate(two)
+        output = SimpleNamespace(kv_connector_worker_meta=both)
+    else:
+        one.add_events(two.get_all_events())
+        one.increment_workers(1)
+        output = SimpleNamespace(kv_cache_events=one)
+    found = message_in(output)
+    assert found is not None
+    assert found.outcomes == [JobOutcome(1), JobOutcome(1, (3,))]
+    assert message_in(SimpleNamespace(kv_cache_events=None, kv_connector_worker_meta=None)) is None
+
+
+def check_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:
+    output = SimpleNamespace(finished_recving={"a", "b"}, finished_sending=None)
+    aborted = {"b", "c"}
+    report_aborted_loads(output, aborted)
+    assert aborted == {"c"}
+    assert output.finished_recving == ({"a", "b"} if IS_NEWER else {"a"})
+    assert (output.finished_sending or set()) == (set() if IS_NEWER else {"b"})
+    report_aborted_loads(SimpleNamespace(finished_recving=None, finished_sending=None), aborted)
+    assert aborted == {"c"}
+
+
+def check_figures_add_up_and_reach_prometheus() -> None:
+    stats = ConnectorStats()
+    assert stats.is_empty()
+    stats.count_save(1, 4, 100)
+    stats.count_load([None, None, MissReason.CORRUPT], 100, 0.5)
+    stats.count_misses(MissReason.EVICTED, 7)
+    total = ConnectorStats(dict(stats.data)).aggregate(stats)
+    assert total.data["saved_blocks"] == 6
+    assert total.data["loaded_bytes"] == 400
+    assert total.reduce()["hit_rate"] == round(4 / 20, 3)
+    registry = CollectorRegistry()
+
+    config = SimpleNamespace(kv_transfer_config=None)
+    types = {Counter: partial(Counter, registry=registry), Gauge: Gauge, Histogram: Histogram}
+    metrics = ConnectorPromMetrics(config, types, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
+    metrics.observe(total.data, 1)
+    labels = {"model_name": "m", "engine": "1"}
+    assert registry.get_sample_value("vllm:kvortex_saved_bytes_total", labels) == 600
+    missed = {**labels, "reason": "evicted"}
+    assert registry.get_sample_value("vllm:kvortex_missed_blocks_total", missed) == 14
+    assert registry.get_sample_value("vllm:kvortex_saved_bytes_total", {**labels, "engine": "0"}) == 0
+    stats.reset()
+    assert stats.is_empty()
