@@ -5,6 +5,7 @@ that a data plane carries out, here or in another process; its outcome comes bac
 `finish_load`. Not thread-safe except for the index's own reads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -64,11 +65,14 @@ class ControlPlane:
         allocator: of the pool that extents lie in.
         pacer: how much to evict as the pool fills.
         block_nbytes: of a block's payload, as stored.
+
+    `on_removed` is told the offsets of blocks that were visible and have left the pool.
     """
 
     def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, block_nbytes: int) -> None:
         self.index = index
         self.allocator = allocator
+        self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
         self._pacer = pacer
         self._block_nbytes = block_nbytes
 
@@ -142,7 +146,7 @@ class ControlPlane:
         if nbytes <= 0:
             return 0
         freed = self.index.evict(nbytes)
-        self.allocator.free_many(freed)
+        self._remove(freed)
         return freed.size
 
     # -- load --------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ class ControlPlane:
         corrupt = succeeded & ~intact
         if corrupt.any():
             self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
-        self.allocator.free_many(self.index.unpin(plan.slots))
+        self._remove(self.index.unpin(plan.slots))
         if len(plan.positions) == len(plan.reasons) and succeeded.all() and intact.all():
             return [None] * len(plan.reasons)
         outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in plan.reasons.tolist()]
@@ -190,11 +194,16 @@ class ControlPlane:
         more recent than earlier ones.
         """
         pins = self.index.pin(keys)
-        self.allocator.free_many(self.index.unpin(pins.slots[pins.slots >= 0]))
+        self._remove(self.index.unpin(pins.slots[pins.slots >= 0]))
 
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""
-        self.allocator.free_many(self.index.clear())
+        self._remove(self.index.clear())
+
+    def _remove(self, offsets: NDArray[np.int64]) -> None:
+        self.allocator.free_many(offsets)
+        if self.on_removed is not None and offsets.size:
+            self.on_removed(offsets)
 
 
 def _save_outcomes(plan: SavePlan, succeeded: NDArray[np.bool_]) -> list[SaveOutcome]:

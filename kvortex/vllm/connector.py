@@ -1,7 +1,7 @@
 """The class that vLLM loads: a facade over the half that its role asks for."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from kvortex.vllm.versions import IS_NEWER, OutcomeMessage
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -134,6 +135,9 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.request_finished(request), None
+
+    def take_events(self) -> Iterable["KVCacheEvent"]:
+        return self._scheduler.take_events()
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset_cache()

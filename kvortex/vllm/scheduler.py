@@ -4,11 +4,12 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
@@ -17,6 +18,7 @@ from kvortex.errors import ConfigError
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
+from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import only_group, payload_nbytes
 from kvortex.vllm.options import ConnectorOptions
@@ -31,6 +33,7 @@ from kvortex.vllm.versions import (
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -66,6 +69,7 @@ class _Job:
     reports: int = 0
     failed: set[int] = field(default_factory=set)
     corrupt: set[int] = field(default_factory=set)
+    blocks: PlannedBlocks | None = None  # of a save, for its event
 
     def add(self, outcome: JobOutcome) -> None:
         self.reports += 1
@@ -101,6 +105,10 @@ class SchedulerHalf:
         self._plan = ConnectorPlan()
         self._stats = ConnectorStats()
         self.stats = EngineStats()
+        events = vllm_config.kv_events_config
+        self._events = EventLog(self._block_size) if events is not None and events.enable_kv_cache_events else None
+        if self._events is not None:
+            self._control.on_removed = self._events.removed
         transfer = vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_load_failure_policy != "recompute":
             logger.info("kv_load_failure_policy is set to 'recompute': blocks that cannot be loaded are computed")
@@ -238,7 +246,9 @@ class SchedulerHalf:
         if plan.transfer.num_blocks:
             job_id = next(self._job_ids)
             self._plan.saves.append(SaveJob(job_id, plan.transfer))
-            self._jobs[job_id] = _Job(plan, time.perf_counter())
+            job = self._jobs[job_id] = _Job(plan, time.perf_counter())
+            if self._events is not None:
+                job.blocks = PlannedBlocks.of(request, part, self._block_size)
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -259,11 +269,22 @@ class SchedulerHalf:
         succeeded[list(job.failed)] = False
         if isinstance(job.plan, SavePlan):
             self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded)
+            self._publish(job.plan, job.blocks, succeeded)
             self._stats.count_save(len(job.failed), count, self._block_nbytes)
         else:
             intact = np.ones(count, dtype=np.bool_)
             intact[list(job.corrupt)] = False
             self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
+
+    def _publish(self, plan: SavePlan, blocks: PlannedBlocks | None, succeeded: NDArray[np.bool_]) -> None:
+        if self._events is not None and blocks is not None:
+            # A block that was orphaned by a reset has come and gone: it is not at its offset.
+            seen = succeeded & self._control.index.contains_mask(_keys(blocks.hashes))[plan.positions]
+            self._events.stored(blocks, plan.positions[seen].tolist(), plan.transfer.offsets[seen].tolist())
+
+    def take_events(self) -> Iterable["KVCacheEvent"]:
+        """KV events since the last call; none unless vLLM publishes them."""
+        return self._events.take() if self._events is not None else ()
 
     def _finish_load(self, job: _Job, outcomes: Sequence[MissReason | None]) -> None:
         tracked = self._tracked.get(job.request_id)

@@ -38,7 +38,6 @@ LEFT_ALONE = {
     "set_host_xfer_buffer_ops",  # KVortex copies by itself
     "supports_divergent_local_hybrid_hits",
     "supports_sleep_mode",
-    "take_events",
     "unregister_kv_caches",
 }
 

@@ -278,6 +278,47 @@ def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
     assert all(request.is_finished() for request in p.harness.requests.values())
 
 
+def check_events_tell_what_the_cache_holds(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = {"cpu_pool_bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}
+    p = played(kv_events=True, extra=extra)
+    events: list[Any] = []
+    original = p.half.take_events
+
+    def spy() -> list[Any]:
+        taken = list(original())
+        events.extend(taken)
+        return taken
+
+    monkeypatch.setattr(p.half, "take_events", spy)
+    for number in range(8):
+        p.harness.add_request(f"r{number}", tokens(100, number), max_tokens=40)
+        p.run(f"r{number}")
+    held: set[Any] = set()
+    for event in events:
+        assert event.medium == "CPU"
+        if hasattr(event, "token_ids"):
+            assert len(event.token_ids) == BLOCK_SIZE * len(event.block_hashes)
+            assert event.parent_block_hash is None or event.parent_block_hash in held
+            assert not held.intersection(event.block_hashes)
+            held.update(event.block_hashes)
+        else:
+            assert held.issuperset(event.block_hashes)
+            held.difference_update(event.block_hashes)
+    assert len(held) == len(p.half._control.index)
+    assert p.half._control.index.evicted_blocks > 0
+    first = next(event for event in events if hasattr(event, "token_ids"))
+    assert list(first.token_ids) == tokens(100, 0)[: len(first.token_ids)]
+    p.half.reset_cache()
+    assert {h for event in p.half.take_events() for h in event.block_hashes} == held
+
+
+def check_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
+    p = played()
+    p.harness.add_request("a", tokens(100), max_tokens=2)
+    p.run("a")
+    assert list(p.half.take_events()) == []
+
+
 def check_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
     with pytest.raises(ValueError, match="raise cpu_pool_bytes"):
         SchedulerHarness(model, extra_config={"cpu_pool_bytes": 4096, "pin_piece_bytes": 4096})

@@ -25,7 +25,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from vllm import SamplingParams
-from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVEventsConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -124,6 +132,7 @@ class SchedulerHarness:
         async_scheduling: bool = False,
         failure_policy: Literal["recompute", "fail"] = "recompute",
         hash_algorithm: str = "sha256",
+        kv_events: bool = False,
     ) -> None:
         self.block_size = block_size
         self.vllm_config = _vllm_config(
@@ -143,6 +152,8 @@ class SchedulerHarness:
             async_scheduling=async_scheduling,
             hash_algorithm=hash_algorithm,
         )
+        if kv_events:
+            self.vllm_config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         self.scheduler: Scheduler = (AsyncScheduler if async_scheduling else Scheduler)(
             vllm_config=self.vllm_config,
             kv_cache_config=kv_cache_config(block_size, num_blocks),
