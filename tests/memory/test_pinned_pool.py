@@ -20,6 +20,7 @@ class RecordingDevice:
         self.node = node
         self.gate = gate
         self.closed = False
+        self.fails = False
         self.calls: list[tuple[str, int]] = []
         self.threads: dict[str, set[int]] = {}
 
@@ -42,6 +43,8 @@ class RecordingDevice:
     def register_host(self, address: int, nbytes: int) -> None:
         if self.gate is not None:
             assert self.gate.acquire(timeout=10)
+        if self.fails:
+            raise DeviceError("injected: no more memory can be pinned")
         self._note("register_host", address)
 
     def unregister_host(self, address: int) -> None:
@@ -113,6 +116,43 @@ async def test_many_wait_for_one_piece_and_all_are_woken() -> None:
     gate.release()
     await asyncio.wait_for(asyncio.gather(*late), 5)
     pool.close()
+
+
+async def test_a_failure_wakes_who_waits_already() -> None:
+    gate = threading.Semaphore(0)
+    device = RecordingDevice(gate=gate)
+    device.fails = True
+    pool = PinnedPool(PAGE, device=device)
+    waiting = [asyncio.create_task(pool.ready(PAGE)) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    gate.release()
+    for task in waiting:
+        with pytest.raises(DeviceError, match="no more memory"):
+            await asyncio.wait_for(task, 5)
+    pool.close()
+    assert device.named("unregister_host") == []
+
+
+async def test_closing_wakes_who_waits_though_the_driver_does_not_answer() -> None:
+    gate = threading.Semaphore(0)
+    pool = PinnedPool(PAGE, device=RecordingDevice(gate=gate))
+    waiting = asyncio.create_task(pool.ready(PAGE))
+    await asyncio.sleep(0.02)
+    closing = asyncio.create_task(asyncio.to_thread(pool.close))
+    with pytest.raises(DeviceError, match="closed"):
+        await asyncio.wait_for(waiting, 5)
+    assert not closing.done()
+    gate.release()
+    await closing
+
+
+async def test_what_is_ready_costs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise AssertionError("a thread for nothing")
+
+    monkeypatch.setattr(asyncio, "to_thread", refused)
+    with PinnedPool(PAGE) as pool:
+        await pool.ready(PAGE)
 
 
 @pytest.mark.parametrize("device", [None, RecordingDevice()])
