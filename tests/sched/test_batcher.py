@@ -1,10 +1,14 @@
 """The batcher, on its own: a function of what waits, the clock, and what is busy."""
 
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvortex.config import KVortexConfig
+from kvortex.kernels.device import MAX_BATCH_BLOCKS
 from kvortex.sched import Batcher, TransferRequest
 from kvortex.sched.batcher import MIN_BATCH_BYTES
 from kvortex.sched.request import merge_runs
@@ -71,6 +75,32 @@ def test_a_batch_that_is_not_full_lingers_only_while_its_direction_is_busy() -> 
     assert batcher.next_due_s(BOTH) is None
     batcher.add(request(SAVE, 1), 20.0)
     assert batcher.next_batch(20.0, BOTH, set()) is not None
+
+
+def test_a_batch_is_due_at_the_very_time_that_was_named() -> None:
+    batcher = Batcher(linger_s=0.3)
+    batcher.add(request(SAVE, 1), 0.1)
+    batcher.add(request(LOAD, 1), 0.2)
+    due_s = batcher.next_due_s(BOTH)
+    assert due_s == 0.1 + 0.3
+    assert batcher.next_batch(np.nextafter(due_s, 0), BOTH, BOTH) is None
+    first = batcher.next_batch(due_s, BOTH, BOTH)
+    assert first is not None
+    assert first.direction is SAVE
+    assert batcher.next_due_s(BOTH) == 0.2 + 0.3
+    assert batcher.next_batch(due_s, BOTH, BOTH) is None
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    config = KVortexConfig()
+    defaults = {p.name: p.default for p in inspect.signature(Batcher).parameters.values()}
+    assert defaults == {
+        "max_requests": config.max_batch_requests,
+        "max_bytes": config.max_batch_bytes,
+        "max_blocks": MAX_BATCH_BLOCKS,
+        "linger_s": config.linger_s,
+        "max_consecutive_loads": config.max_consecutive_loads,
+    }
 
 
 def test_a_full_batch_does_not_linger() -> None:
