@@ -1,0 +1,85 @@
+"""A request's accounts: what waits, what is under way, when it is over and when its source may be overwritten."""
+
+import numpy as np
+import pytest
+
+from kvortex.sched import TransferRequest
+from kvortex.sched.request import merge_runs
+from kvortex.types import Direction
+
+
+def request(blocks: int, settled: list[TransferRequest]) -> TransferRequest:
+    ids = np.arange(blocks, dtype=np.int32)
+    return TransferRequest(Direction.SAVE, ids, ids.astype(np.int64) * 128, 128, on_settled=settled.append)
+
+
+def test_a_new_request_waits_with_all_its_blocks() -> None:
+    settled: list[TransferRequest] = []
+    r = request(5, settled)
+    r.settle_if_done()
+    assert (r.num_blocks, r.blocks_waiting, r.blocks_in_flight, r.blocks_unread) == (5, 5, 0, 5)
+    assert not r.settled.is_set()
+    assert not r.source_released.is_set()
+    assert (r.digests.dtype, r.succeeded.dtype) == (np.uint64, np.bool_)
+    assert settled == []
+
+
+@pytest.mark.parametrize(("waiting", "in_flight", "done"), [(0, 0, True), (0, 1, False), (1, 0, False), (2, 3, False)])
+def test_it_settles_when_nothing_waits_and_nothing_is_under_way(waiting: int, in_flight: int, done: bool) -> None:
+    settled: list[TransferRequest] = []
+    r = request(5, settled)
+    r.next_block, r.blocks_in_flight = 5 - waiting, in_flight
+    r.settle_if_done()
+    assert r.settled.is_set() == r.source_released.is_set() == done
+    assert settled == [r] * done
+
+
+def test_the_source_is_free_once_all_of_it_is_read() -> None:
+    settled: list[TransferRequest] = []
+    r = request(5, settled)
+    r.next_block, r.blocks_in_flight, r.blocks_unread = 5, 2, 0
+    r.settle_if_done()
+    assert r.source_released.is_set()
+    assert not r.settled.is_set()
+
+
+def test_dropping_what_waits_keeps_what_is_under_way() -> None:
+    settled: list[TransferRequest] = []
+    r = request(5, settled)
+    r.next_block, r.blocks_in_flight, r.blocks_unread = 3, 1, 1 + 2  # two blocks are done, one runs, two wait
+    for _ in range(2):
+        r.drop_waiting()
+        assert r.cancelled
+        assert (r.num_blocks, r.blocks_waiting, r.blocks_unread) == (3, 0, 1)
+        assert not r.source_released.is_set()
+        assert settled == []
+    r.blocks_unread = 0
+    r.drop_waiting()
+    assert r.source_released.is_set()
+    assert not r.settled.is_set()
+
+
+def test_dropping_all_of_it_settles_at_once() -> None:
+    settled: list[TransferRequest] = []
+    r = request(5, settled)
+    r.drop_waiting()
+    r.drop_waiting()
+    assert settled == [r]
+    assert r.source_released.is_set()
+    assert len(r.succeeded) == len(r.digests) == 5
+    assert not r.succeeded.any()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "runs"),
+    [
+        ([0], [(0, 1)]),
+        ([0, 128, 256], [(0, 3)]),
+        ([256, 128, 0], [(0, 1), (1, 1), (2, 1)]),
+        ([0, 256], [(0, 1), (1, 1)]),
+        ([768, 896, 1024, 1152], [(0, 2), (2, 2)]),
+        ([1024, 1152, 0, 128], [(0, 2), (2, 2)]),
+    ],
+)
+def test_runs_end_at_gaps_and_at_the_borders_of_pieces(offsets: list[int], runs: list[tuple[int, int]]) -> None:
+    assert merge_runs(np.array(offsets, dtype=np.int64), 128, 1024) == runs
