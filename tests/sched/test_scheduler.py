@@ -416,3 +416,55 @@ async def test_closing_leaves_no_timer() -> None:
     await scheduler.aclose()
     assert scheduler._linger_handle is None or scheduler._linger_handle.cancelled()
     assert scheduler._pump_handle is None or scheduler._pump_handle.cancelled()
+
+
+async def test_a_ramp_starts_again_when_its_direction_has_come_to_rest() -> None:
+    scheduler, executor = make(slots=2, max_bytes=64 * SIZE)
+    sizes: list[int] = []
+
+    async def end_one() -> None:
+        sizes.append(executor.open[0][0].num_blocks)
+        executor.end()
+        await asyncio.sleep(0)
+
+    scheduler.submit(request(16 + 32 + 64))
+    await end_one()
+    scheduler.submit(request(64))  # before the rest: the ramp goes on
+    while executor.open:
+        await end_one()
+    scheduler.submit(request(48))  # after it: from the start
+    while executor.open:
+        await end_one()
+    assert sizes == [16, 32, 64, 64, 16, 32]
+    await scheduler.aclose()
+
+
+async def test_one_timer_at_a_time() -> None:
+    scheduler, executor = make(slots=3, linger_s=30.0)
+    loop = asyncio.get_running_loop()
+    made: list[asyncio.TimerHandle] = []
+    call_at = loop.call_at
+    loop.call_at = lambda *args, **kwargs: made.append(call_at(*args, **kwargs)) or made[-1]
+    for _ in range(6):
+        scheduler.submit(request(1))
+    assert len(made) == 4
+    assert [timer.cancelled() for timer in made] == [True, True, True, False]
+    while executor.open:
+        executor.end()
+        await asyncio.sleep(0)
+    assert all(timer.cancelled() for timer in made)
+    await scheduler.aclose()
+
+
+@pytest.mark.parametrize(
+    ("error", "level"), [(DeviceError("gone"), "WARNING"), (ValueError("a bug"), "ERROR"), (None, "")]
+)
+async def test_a_failure_is_logged_with_its_cause(
+    error: Exception | None, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler, executor = make()
+    scheduler.submit(request(4))
+    executor.end(error=error)
+    expected = [(level, f"a save batch of 4 blocks failed: {error}")] if error else []
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == expected
+    await scheduler.aclose()
