@@ -15,6 +15,7 @@ import importlib
 import os
 
 import torch
+from torch import library
 
 _SCHEMAS = {
     "get_scheduler_metadata": (
@@ -37,7 +38,7 @@ _SCHEMAS = {
 }
 
 # The registrations live as long as this object.
-_library: torch.library.Library | None = None
+_library: library.Library | None = None
 
 
 def install() -> None:
@@ -47,7 +48,7 @@ def install() -> None:
         return
     # Binding threads to cores is an operator of the extension too.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    _library = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library = library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():
         _library.define(name + schema)  # type: ignore[no-untyped-call]
         _library.impl(  # type: ignore[no-untyped-call]
