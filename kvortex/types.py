@@ -47,6 +47,7 @@ class MissReason(StrEnum):
     PENDING = "pending"  # its save has not been committed yet
     CORRUPT = "corrupt"  # the digest did not match; the entry is dropped
     TRANSFER_FAILED = "transfer_failed"
+    DEADLINE = "deadline"  # a tier did not deliver in time
 
 
 @dataclass(frozen=True, slots=True)
