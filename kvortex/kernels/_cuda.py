@@ -15,10 +15,15 @@ import numpy as np
 from numba import cuda, types
 from numba.core import config as numba_config
 
+from kvortex.codecs import reference
+from kvortex.codecs.packing import Format
+from kvortex.kernels.conversions import Emitter, make_conversions
 from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND
 
 SIMULATED: Final = bool(numba_config.ENABLE_CUDASIM)
 WARP: Final = 32
+FIRST_WITH_FP8: Final = (8, 9)
+INFINITE_BITS: Final = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class DeviceOps:
 
     `load(words, lane)` gives the two words of a 16-byte lane, `store(words, lane, low, high)` writes them;
     `key(position)` and `mix(word, key)` are the digest's arithmetic, keys of later words follow by adding
-    `key_step` a word; `warp_sum` adds over a warp; `fetch_add(words, index, value)` is the 64-bit atomic.
+    `key_step` a word; `warp_sum` adds over a warp; `fetch_add(words, index, value)` and `fetch_max` are 64-bit atomics.
     """
 
     load: Any
@@ -36,6 +41,7 @@ class DeviceOps:
     mix: Any
     warp_sum: Any
     fetch_add: Any
+    fetch_max: Any
     int32: Any
     word: Any
     key_step: Any  # between neighbouring words
@@ -65,6 +71,12 @@ def _simulated_ops() -> DeviceOps:
             words[index] = (before + value) & MASK
         return before
 
+    def fetch_max(words: Any, index: int, value: int) -> int:
+        with lock:
+            before = int(words[index])
+            words[index] = max(before, value)
+        return before
+
     return DeviceOps(
         load=load,
         store=store,
@@ -72,6 +84,7 @@ def _simulated_ops() -> DeviceOps:
         mix=mix,
         warp_sum=int,
         fetch_add=fetch_add,
+        fetch_max=fetch_max,
         int32=int,
         word=int,
         key_step=POSITION,
@@ -123,6 +136,14 @@ def _device_ops() -> DeviceOps:
 
         return u64(words_pointer, i64, u64), codegen
 
+    @intrinsic
+    def fetch_max(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, index, value = arguments
+            return builder.atomic_rmw("umax", builder.gep(pointer, [index]), value, "monotonic")
+
+        return u64(words_pointer, i64, u64), codegen
+
     @cuda.jit(device=True)
     def key(position: Any) -> Any:
         return (types.uint64(position) + one) * position_
@@ -148,6 +169,7 @@ def _device_ops() -> DeviceOps:
         mix=mix,
         warp_sum=warp_sum,
         fetch_add=fetch_add,
+        fetch_max=fetch_max,
         int32=types.int32,
         word=types.uint64,
         key_step=position_,
@@ -156,10 +178,167 @@ def _device_ops() -> DeviceOps:
     )
 
 
+@dataclass(frozen=True)
+class PackOps:
+    """What packing kernels are built from besides `DeviceOps`, for one format.
+
+    Of a unit: `largest`, `exponent`, `encode`, `decode`, `scale_byte`, `error_bits` as `Conversions` says. Over the
+    lanes of a warp, every lane taking part: `group_largest(lane, value)` over 16 lanes, `warp_largest`,
+    `warp_sum(lane, words)`, `warp_total(lane, float)`, `other_half(lane, word)` of the lane 16 away. `load_word`
+    and `store_word` move 8 bytes.
+    """
+
+    largest: Any
+    exponent: Any
+    encode: Any
+    decode: Any
+    scale_byte: Any
+    error_bits: Any
+    group_largest: Any
+    warp_largest: Any
+    warp_sum: Any
+    warp_total: Any
+    other_half: Any
+    load_word: Any
+    store_word: Any
+
+
+def _simulated_pack_ops(fmt: Format) -> PackOps:
+    barrier = threading.Barrier(WARP)
+    values: list[Any] = [None] * WARP
+
+    def exchange(lane: int, value: Any) -> list[Any]:
+        # A block is one warp here, and each of its threads is a real one.
+        values[lane] = value
+        barrier.wait(60)
+        seen = list(values)
+        barrier.wait(60)
+        return seen
+
+    def one(words: tuple[int, ...]) -> Any:
+        return np.array([words], dtype=np.uint64)
+
+    def encode(words: tuple[int, ...], exponent: int) -> tuple[int, Any, Any]:
+        with np.errstate(all="ignore"):
+            packed, lost, there = reference.encode_units(one(words), np.array([exponent], np.int32), fmt)
+        return int(packed[0]), lost[0], there[0]
+
+    def decode(word: int, scales: int, shift: int) -> tuple[int, ...]:
+        exponent = np.array([scales >> shift & 0xFF], np.int32)
+        with np.errstate(all="ignore"):
+            return tuple(reference.decode_units(np.array([word], np.uint64), exponent, fmt)[0].tolist())
+
+    def error_bits(lost: Any, there: Any, largest: int) -> int:
+        if largest > fmt.largest_bits:
+            return INFINITE_BITS
+        return int(np.float32(lost / there).view(np.uint32)) if there > 0 else 0
+
+    def store_word(words: Any, index: int, value: int) -> None:
+        words[index] = value
+
+    return PackOps(
+        largest=lambda words: int(reference.largest_bits(one(words), fmt)[0]),
+        exponent=lambda largest: int(reference.scale_exponents(np.array([largest], np.int32))[0]),
+        encode=encode,
+        decode=decode,
+        scale_byte=lambda exponent, shift: exponent << shift,
+        error_bits=error_bits,
+        group_largest=lambda lane, value: max(exchange(lane, value)[lane // 16 * 16 :][:16]),
+        warp_largest=lambda lane, value: max(exchange(lane, value)),
+        warp_sum=lambda lane, value: sum(exchange(lane, value)) & MASK,
+        warp_total=lambda lane, value: sum(exchange(lane, value), np.float32(0)),
+        other_half=lambda lane, value: exchange(lane, value)[lane ^ 16],
+        load_word=lambda words, index: int(words[index]),
+        store_word=store_word,
+    )
+
+
+def _device_pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOps:
+    from numba.cuda.extending import intrinsic
+
+    emitter = Emitter(fmt, fp8_hardware=compute_capability >= FIRST_WITH_FP8, cuda=True)
+    conversions = make_conversions(emitter, intrinsic)
+    sum_words = DEVICE_OPS.warp_sum
+    u64, i64 = types.uint64, types.int64
+    words_pointer = types.CPointer(u64)
+
+    @intrinsic
+    def load_word(typing_context: Any, words: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.load(builder.gep(arguments[0], [arguments[1]]), align=8)
+
+        return u64(words_pointer, i64), codegen
+
+    @intrinsic
+    def store_word(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            builder.store(arguments[2], builder.gep(arguments[0], [arguments[1]]), align=8)
+            return context.get_dummy_value()
+
+        return types.void(words_pointer, i64, u64), codegen
+
+    @intrinsic
+    def larger(typing_context: Any, first: Any, second: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.select(builder.icmp_signed(">", *arguments), *arguments)
+
+        return types.int32(types.int32, types.int32), codegen
+
+    @cuda.jit(device=True)
+    def group_largest(lane: Any, value: Any) -> Any:
+        for step in (8, 4, 2, 1):
+            value = larger(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        return value
+
+    @cuda.jit(device=True)
+    def warp_largest(lane: Any, value: Any) -> Any:
+        for step in (16, 8, 4, 2, 1):
+            value = larger(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        return value
+
+    @cuda.jit(device=True)
+    def warp_sum(lane: Any, value: Any) -> Any:
+        return sum_words(value)
+
+    @cuda.jit(device=True)
+    def warp_total(lane: Any, value: Any) -> Any:
+        for step in (16, 8, 4, 2, 1):
+            value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+        return value
+
+    @cuda.jit(device=True)
+    def other_half(lane: Any, word: Any) -> Any:
+        return types.uint64(cuda.shfl_xor_sync(0xFFFFFFFF, types.int64(word), 16))
+
+    return PackOps(
+        largest=conversions.largest,
+        exponent=conversions.exponent,
+        encode=conversions.encode,
+        decode=conversions.decode,
+        scale_byte=conversions.scale_byte,
+        error_bits=conversions.error_bits,
+        group_largest=group_largest,
+        warp_largest=warp_largest,
+        warp_sum=warp_sum,
+        warp_total=warp_total,
+        other_half=other_half,
+        load_word=load_word,
+        store_word=store_word,
+    )
+
+
 DEVICE_OPS: Final = _simulated_ops() if SIMULATED else _device_ops()
 
 
-__all__ = ["DEVICE_OPS", "SIMULATED", "DeviceOps", "compile_ptx", "cuda", "device_function", "int32", "simulate"]
+def pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOps:
+    """Operations of one format on devices of one compute capability; the simulator has none."""
+    return _simulated_pack_ops(fmt) if SIMULATED else _device_pack_ops(fmt, compute_capability)
+
+
+__all__ = [
+    "DEVICE_OPS", "SIMULATED", "WARP", "DeviceOps", "PackOps",
+    "compile_ptx", "cuda", "device_function", "int32", "pack_ops", "simulate",
+]  # fmt: skip
 
 int32: Final = types.int32
 

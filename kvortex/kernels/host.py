@@ -12,14 +12,14 @@ from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, segment_t
 from kvortex.layout import KVLayout
 
 # numba's fallback threading layer must not be entered from two threads at once.
-_one_parallel_region = threading.Lock()
+one_parallel_region = threading.Lock()
 
 _POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))
 _ONE, _29, _32 = np.uint64(1), np.uint64(29), np.uint64(32)
 
 
 @njit(inline="always")
-def _mix(word: Any, position: Any) -> Any:
+def mix(word: Any, position: Any) -> Any:
     x = word ^ (position * _POSITION)
     x = (x ^ (x >> _32)) * _FIRST
     x = (x ^ (x >> _29)) * _SECOND
@@ -32,7 +32,7 @@ def _copy_segment(source: Any, start: Any, target: Any, into: Any, position: Any
     for i in range(length):
         word = source[start + i]
         target[into + i] = word
-        total += _mix(word, np.uint64(position + i) + _ONE)
+        total += mix(word, np.uint64(position + i) + _ONE)
     return total
 
 
@@ -88,20 +88,26 @@ class HostKernels:
         return self._run(_scatter, validate_block_ids(block_ids, self._num_blocks), offsets)
 
     def _run(self, kernel: Any, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-        starts = self._starts(ids.size, offsets)
+        starts = word_starts(ids.size, offsets, self._payload_words, self._pool.size)
         partial = np.empty((ids.size, self._segments.shape[0]), dtype=np.uint64)
         if ids.size:
-            with _one_parallel_region:
+            with one_parallel_region:
                 kernel(self._arena, self._segments, ids.astype(np.int64), self._pool, starts, partial)
         digests: NDArray[np.uint64] = partial.sum(axis=1, dtype=np.uint64) + self._length_term
         return digests
 
-    def _starts(self, count: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        if offsets.shape != (count,):
-            raise ValueError(f"{count} blocks need {count} offsets, got shape {offsets.shape}")
-        starts: NDArray[np.int64] = offsets // 8
-        if count and ((offsets % 8).any() or starts.min() < 0):
-            raise ValueError("offsets are multiples of 8 and not negative")
-        if count and starts.max() + self._payload_words > self._pool.size:
-            raise ValueError(f"a block at offset {offsets.max()} does not fit a pool of {self._pool.nbytes} bytes")
-        return starts
+
+def word_starts(count: int, offsets: NDArray[np.int64], block_words: int, pool_words: int) -> NDArray[np.int64]:
+    """Byte offsets of `count` blocks as word offsets, once it is sure that the blocks fit the pool behind them.
+
+    Raises:
+        ValueError: not so many offsets, one not aligned, or a block that does not fit.
+    """
+    if offsets.shape != (count,):
+        raise ValueError(f"{count} blocks need {count} offsets, got shape {offsets.shape}")
+    starts: NDArray[np.int64] = offsets // 8
+    if count and ((offsets % 8).any() or starts.min() < 0):
+        raise ValueError("offsets are multiples of 8 and not negative")
+    if count and starts.max() + block_words > pool_words:
+        raise ValueError(f"a block at offset {offsets.max()} does not fit a pool of {8 * pool_words} bytes")
+    return starts

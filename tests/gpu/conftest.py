@@ -8,25 +8,27 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kvortex.codecs import Packing
 from kvortex.driver import Device
 from kvortex.kernels import DeviceKernels
-from kvortex.kernels.device import BatchSlot, staging_block_nbytes
-from kvortex.kernels.tables import tile_table
+from kvortex.kernels.device import SCRATCH_BYTES, BatchSlot, device_table, staging_block_nbytes
 from kvortex.layout import KVLayout
 
 
 class KernelBench:
     """Runs one launch at a time and brings staging to the host."""
 
-    def __init__(self, layout: KVLayout, thread_blocks: int, undo: contextlib.ExitStack) -> None:
+    def __init__(
+        self, layout: KVLayout, thread_blocks: int, undo: contextlib.ExitStack, packing: Packing | None = None
+    ) -> None:
         self._device = Device(0)
         self._stream = self._device.create_stream()
         undo.callback(self._device.destroy_stream, self._stream)
-        self._size = staging_block_nbytes(layout)
-        tiles = torch.from_numpy(tile_table(layout)).cuda()
-        self._scratch = torch.zeros(2 * 64, dtype=torch.int64, device="cuda")
+        self._size = staging_block_nbytes(layout, packing)
+        tiles = torch.from_numpy(device_table(layout, packing)).cuda()
+        self._scratch = torch.zeros(64 * SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
         self._tiles = tiles
-        self._kernels = DeviceKernels(layout, self._device, tiles.data_ptr(), thread_blocks)
+        self._kernels = DeviceKernels(layout, self._device, tiles.data_ptr(), thread_blocks, packing)
         self._slot = BatchSlot(self._device, 64, self._scratch.data_ptr(), self._stream)
         undo.callback(self._slot.close)
         torch.cuda.synchronize()
@@ -38,6 +40,11 @@ class KernelBench:
         self._device.synchronize_stream(self._stream)
         return staging.cpu().numpy(), self._kernels.digests(self._slot, len(ids))
 
+    def errors(self, count: int) -> NDArray[np.float32]:
+        errors = self._kernels.errors(self._slot, count)
+        assert errors is not None
+        return errors
+
     def scatter(self, ids: NDArray[np.int32], payloads: NDArray[np.uint8]) -> NDArray[np.uint64]:
         staging = torch.from_numpy(payloads).cuda()
         torch.cuda.synchronize()
@@ -47,6 +54,6 @@ class KernelBench:
 
 
 @pytest.fixture
-def gpu_bench() -> Iterator[Callable[[KVLayout, int], KernelBench]]:
+def gpu_bench() -> Iterator[Callable[..., KernelBench]]:
     with contextlib.ExitStack() as undo:
-        yield lambda layout, thread_blocks: KernelBench(layout, thread_blocks, undo)
+        yield lambda layout, thread_blocks, packing=None: KernelBench(layout, thread_blocks, undo, packing)

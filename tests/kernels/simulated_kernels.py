@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
+from kvortex.codecs import pack_reference, packing_for, unpack_reference
 from kvortex.errors import InvalidBlockIdError
 from kvortex.kernels._cuda import SIMULATED
 from kvortex.kernels.device import SimulatedKernels, staging_block_nbytes
+from kvortex.kernels.digest import digest_reference
+from kvortex.kernels.pack_host import relative_errors
 from kvortex.kernels.reference import gather_reference, scatter_reference
 from kvortex.layout import KVLayout
+from tests.codecs.packed_caches import BLOCKS, CACHES, make_cache
 
 # (shape of a layer, dimension of blocks): segments of a full tile, of several, of a rest, of less than a warp
 SHAPES = {
@@ -71,3 +75,25 @@ def test_bad_ids_are_refused() -> None:
         kernels.gather(np.array([5], dtype=np.int32), staging)
     with pytest.raises(InvalidBlockIdError, match="twice"):
         kernels.scatter(np.array([1, 1], dtype=np.int32), staging)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_pack_and_unpack(name: str) -> None:
+    layout, _tensors, codec = make_cache(name)
+    packing = packing_for(layout, codec)
+    assert packing is not None
+    ids = np.array([4, 0, 5], dtype=np.int32)
+    size = staging_block_nbytes(layout, packing)
+    staging = np.full((3, size), 0xA5, dtype=np.uint8)
+    kernels = SimulatedKernels(layout, packing=packing)
+    digests = kernels.gather(ids, staging.reshape(-1))
+    packed, errors = pack_reference(packing, gather_reference(layout, ids.tolist())[0])
+    assert (staging[:, : packing.block_nbytes] == packed).all()
+    assert (staging[:, packing.block_nbytes :] == 0xA5).all()
+    assert digests.tolist() == [digest_reference(payload) for payload in packed]
+    np.testing.assert_allclose(relative_errors(kernels.errors), errors, rtol=1e-4)
+
+    everywhere, _ = gather_reference(layout, range(BLOCKS))
+    assert (kernels.scatter(ids[::-1].copy(), staging.reshape(-1)) == digests).all()
+    everywhere[ids[::-1]] = unpack_reference(packing, packed)
+    assert (gather_reference(layout, range(BLOCKS))[0] == everywhere).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvortex.config import KVortexConfig
-from kvortex.kernels.device import MAX_BATCH_BLOCKS
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.sched import Batcher, TransferRequest
 from kvortex.sched.batcher import MIN_BATCH_BYTES
 from kvortex.sched.request import merge_runs

@@ -1,0 +1,113 @@
+"""Packed payloads: which codecs there are, and where a packed block's words come from.
+
+A *unit* is 8 bytes of packed codes: 8 elements in `fp8`, 4 in `bf16`, from 16 or 32 bytes of the cache. 16 units of
+one segment that follow each other are a *group*: 128 elements in `fp8`, which is one token of one head where heads
+have 128 dimensions. A packed payload is the codes of all segments in order, then (for `fp8`) one byte a group: its
+scale, as in the shared exponents of the OCP Microscaling formats (MX v1.0): the power of two that brings the group's
+largest magnitude into (224, 448], the upper end of E4M3.
+
+Scales are powers of two because then nothing is rounded but the codes: unpacking is exact, and packing what was
+unpacked loses nothing more, however often a block goes round.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import ConfigError
+from kvortex.layout import KVLayout
+
+RAW: Final = "raw"
+GROUP_UNITS: Final = 16
+UNITS_A_TILE: Final = 256
+LANE_BYTES: Final = 16
+_GROUPS_A_WORD: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What a unit of one codec is made of, for one dtype of the cache."""
+
+    codec: str
+    dtype: str
+    elements: int  # of a unit
+    lanes: int  # 16-byte accesses of the cache that a unit takes
+    has_scales: bool
+    largest_bits: int  # of the largest float32 that cannot become infinite when it is rounded and unpacked
+
+
+FORMATS: Final = (
+    Format("fp8", "bfloat16", 8, 1, has_scales=True, largest_bits=0x7F600000),
+    Format("fp8", "float16", 8, 1, has_scales=True, largest_bits=0x47600000),
+    Format("fp8", "float32", 8, 2, has_scales=True, largest_bits=0x7F600000),
+    Format("bf16", "float32", 4, 1, has_scales=False, largest_bits=0x7F7F0000),
+)
+CODECS: Final = (RAW, *dict.fromkeys(f.codec for f in FORMATS))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How blocks of one layout are packed.
+
+    `tiles` is `int64 [num_tiles, 5]`, a row for what one warp packs: the first 16-byte lane in the arena, the block
+    stride in lanes, the first unit (also its word in the packed payload), the number of units (at most 256), and the
+    first word of its scales in the packed payload. A tile lies in one segment and starts a group; its scales fill
+    whole words, bytes of absent groups are zero.
+    """
+
+    format: Format
+    tiles: NDArray[np.int64]
+    code_words: int
+    scale_words: int
+
+    @property
+    def codec(self) -> str:
+        return self.format.codec
+
+    @cached_property
+    def block_nbytes(self) -> int:
+        """Bytes of a packed block's payload."""
+        return 8 * (self.code_words + self.scale_words)
+
+
+def packing_for(layout: KVLayout, codec: str) -> Packing | None:
+    """How `layout` is packed by `codec`; None where it is left as it is.
+
+    That is: for `raw`, and for caches whose elements the codec does not take, such as FP8 caches.
+
+    Raises:
+        ConfigError: no such codec, or segments that are not whole units.
+    """
+    if codec not in CODECS:
+        raise ConfigError(f"unknown codec {codec!r}; there are {', '.join(CODECS)}")
+    found = [f for f in FORMATS if f.codec == codec and (f.dtype,) == layout.dtypes]
+    if not found:
+        return None
+    fmt = found[0]
+    rows, code_words, scale_words = _tiles(layout, fmt)
+    tiles = np.array(rows, dtype=np.int64)
+    tiles[:, 4] += code_words
+    return Packing(fmt, tiles, code_words, scale_words if fmt.has_scales else 0)
+
+
+def _tiles(layout: KVLayout, fmt: Format) -> tuple[list[tuple[int, int, int, int, int]], int, int]:
+    rows = []
+    base = min(segment.address for segment in layout.segments)
+    unit_bytes = fmt.lanes * LANE_BYTES
+    unit = scale_word = 0
+    for segment in layout.segments:
+        if segment.nbytes % unit_bytes:
+            raise ConfigError(
+                f"codec {fmt.codec!r} packs {fmt.dtype} in units of {unit_bytes} bytes; tensor {segment.tensor!r} has "
+                f"segments of {segment.nbytes}: set codec to 'raw'"
+            )
+        lane, stride = (segment.address - base) // LANE_BYTES, segment.block_stride // LANE_BYTES
+        for start in range(0, segment.nbytes // unit_bytes, UNITS_A_TILE):
+            count = min(UNITS_A_TILE, segment.nbytes // unit_bytes - start)
+            rows.append((lane + start * fmt.lanes, stride, unit + start, count, scale_word))
+            scale_word += -(-count // (GROUP_UNITS * _GROUPS_A_WORD))
+        unit += segment.nbytes // unit_bytes
+    return rows, unit, scale_word

@@ -1,0 +1,164 @@
+"""What packing and unpacking mean, in plain NumPy; kernels are compared with these, bit for bit.
+
+E4M3 is the OCP 8-bit float: bias 7, three bits of mantissa, largest value 448, no infinities, rounded to nearest even.
+"""
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.codecs.packing import GROUP_UNITS, Format, Packing
+
+LEAST_EXPONENT: Final = 9
+"""Of a scale byte: below, the scale would leave the normal numbers."""
+
+_F32: Final = np.dtype(np.float32)
+
+
+def to_floats(words: NDArray[np.uint64], dtype: str) -> NDArray[np.float32]:
+    """Elements of the cache's words as `float32`, exactly."""
+    if dtype == "bfloat16":
+        return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return words.view(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
+
+
+def from_floats(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint64]:
+    """The cache's words of elements that its dtype can represent."""
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint64)
+    return values.astype(np.float16 if dtype == "float16" else np.float32).view(np.uint64)
+
+
+def scale_exponents(largest: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Scale bytes of groups, from the bits of their largest magnitudes as float32."""
+    exponents = (largest.astype(np.int64) + 0x1FFFFF) >> 23
+    clipped: NDArray[np.int32] = np.clip(exponents, LEAST_EXPONENT, 255).astype(np.int32)
+    return clipped
+
+
+def pack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What a group's elements are multiplied with before they are rounded."""
+    return ((262 - exponents.astype(np.int32)) << 23).view(np.float32)
+
+
+def unpack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What a group's codes are multiplied with; the inverse of `pack_factor`."""
+    return ((exponents.astype(np.int32) - 8) << 23).view(np.float32)
+
+
+def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Codes of finite values, to nearest even; magnitudes above 448 become 448."""
+    bits = values.astype(_F32, copy=False).view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    rounded = (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    small = (magnitude.view(np.float32) + np.float32(16384)).view(np.uint32) - np.uint32(0x46800000)
+    code = np.where(magnitude < 0x3C800000, small, rounded - np.uint32(960))
+    signed: NDArray[np.uint32] = np.minimum(code, 0x7E) | ((bits >> np.uint32(24)) & np.uint32(0x80))
+    return signed.astype(np.uint8)
+
+
+def from_e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Values of codes; the two codes of NaN, which `to_e4m3` never gives, are read as 480."""
+    bits = codes.astype(np.uint32)
+    magnitude = ((bits & np.uint32(0x7F)) << np.uint32(20)).view(np.float32) * np.float32(2.0**120)
+    return (magnitude.view(np.uint32) | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """bfloat16 bits, to nearest even."""
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def encode_units(
+    words: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format
+) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.float32]]:
+    """Codes of units, with the squares that the error is made of.
+
+    Args:
+        words: `uint64 [n, 2 * lanes]`, the cache's.
+        exponents: `int32 [n]`, scale bytes of the units' groups.
+        fmt: of the units.
+
+    Returns:
+        Packed words `uint64 [n]`; the sums of squares, `float32 [n]`, of what rounding lost and of what there was,
+        both over the group's scale.
+    """
+    values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
+    factor = pack_factor(exponents)[:, None]
+    scaled = values * factor
+    if fmt.has_scales:
+        codes = to_e4m3(scaled)
+        packed, rounded = codes.view(np.uint64).reshape(-1), from_e4m3(codes)
+    else:
+        halves = to_bf16(values.reshape(-1)).reshape(values.shape)
+        packed = halves.view(np.uint64).reshape(-1)
+        rounded = to_floats(packed, "bfloat16").reshape(values.shape) * factor
+    lost = ((scaled - rounded) ** 2).sum(axis=1, dtype=np.float32)
+    return packed, lost, (scaled**2).sum(axis=1, dtype=np.float32)
+
+
+def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format) -> NDArray[np.uint64]:
+    """The cache's words `uint64 [n, 2 * lanes]` of packed words `[n]`."""
+    if fmt.has_scales:
+        codes = packed.view(np.uint8).reshape(len(packed), 8)
+        values = from_e4m3(codes) * unpack_factor(exponents)[:, None]
+    else:
+        values = to_floats(packed, "bfloat16")
+    return from_floats(np.ascontiguousarray(values).reshape(-1), fmt.dtype).reshape(len(packed), 2 * fmt.lanes)
+
+
+def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
+    """Bits of the largest magnitude of each unit, `int32 [n]`, of words `[n, 2 * lanes]`."""
+    values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
+    bits = values.view(np.int32) & np.int32(0x7FFFFFFF)
+    largest: NDArray[np.int32] = bits.max(axis=1)
+    return largest
+
+
+def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Packed payloads `uint8 [n, packing.block_nbytes]` and errors `float32 [n]` of raw payloads `uint8 [n, raw]`.
+
+    The error of a block is the largest of its tiles': the root of what rounding lost over what there was, in squares
+    of the scaled elements. Infinite where an element is infinite or NaN, or so large that it could become infinite.
+    """
+    fmt = packing.format
+    packed = np.zeros((len(payloads), packing.block_nbytes // 8), dtype=np.uint64)
+    errors = np.zeros(len(payloads), dtype=np.float32)
+    for block, payload in enumerate(payloads):
+        units = payload.view(np.uint64).reshape(-1, 2 * fmt.lanes)
+        for _lane, _stride, first, count, scale_word in packing.tiles.tolist():
+            tile = units[first : first + count]
+            groups = np.arange(count) // GROUP_UNITS
+            largest = np.zeros(groups[-1] + 1, dtype=np.int32)
+            np.maximum.at(largest, groups, largest_bits(tile, fmt))
+            exponents = scale_exponents(largest)
+            with np.errstate(all="ignore"):
+                codes, lost, there = encode_units(tile, exponents[groups], fmt)
+            packed[block, first : first + count] = codes
+            if fmt.has_scales:
+                packed[block].view(np.uint8)[8 * scale_word :][: exponents.size] = exponents
+            errors[block] = max(errors[block], _tile_error(lost, there, int(largest.max()), fmt))
+    return packed.view(np.uint8), errors
+
+
+def _tile_error(lost: NDArray[np.float32], there: NDArray[np.float32], largest: int, fmt: Format) -> float:
+    if largest > fmt.largest_bits:
+        return float("inf")
+    total = float(there.sum(dtype=np.float64))
+    return float(np.sqrt(lost.sum(dtype=np.float64) / total)) if total else 0.0
+
+
+def unpack_reference(packing: Packing, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Raw payloads of packed ones, `uint8 [n, raw]`."""
+    fmt = packing.format
+    raw = np.empty((len(packed), packing.code_words, 2 * fmt.lanes), dtype=np.uint64)
+    for block, payload in enumerate(packed):
+        words = payload.view(np.uint64)
+        for _lane, _stride, first, count, scale_word in packing.tiles.tolist():
+            groups = np.arange(count) // GROUP_UNITS
+            scales = payload[8 * scale_word :] if fmt.has_scales else np.zeros(GROUP_UNITS, dtype=np.uint8)
+            exponents = scales[groups].astype(np.int32)
+            raw[block, first : first + count] = decode_units(words[first : first + count], exponents, fmt)
+    return raw.reshape(len(packed), packing.code_words * 2 * fmt.lanes).view(np.uint8)
