@@ -1,0 +1,31 @@
+"""Where blocks rest outside of the paged cache: one contract, and the stores that keep it."""
+
+from kvortex.tiers.base import (
+    Cause,
+    Codec,
+    ReadOutcome,
+    ReadRequest,
+    ScanProgress,
+    StoredBlock,
+    Tier,
+    TierStats,
+    WriteOutcome,
+    WriteRequest,
+)
+from kvortex.tiers.disk import DiskTier
+from kvortex.tiers.disk_config import DiskTierConfig
+
+__all__ = [
+    "Cause",
+    "Codec",
+    "DiskTier",
+    "DiskTierConfig",
+    "ReadOutcome",
+    "ReadRequest",
+    "ScanProgress",
+    "StoredBlock",
+    "Tier",
+    "TierStats",
+    "WriteOutcome",
+    "WriteRequest",
+]

@@ -1,0 +1,112 @@
+"""Direct I/O: what the file system takes, found out by trying; and memory that it takes."""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES
+from kvortex.tiers.os_calls import IoVector, OsCalls
+
+MEMORY_ALIGNMENTS = (128, 512, 4096)
+"""Tried in this order. Extents of the pinned pool are aligned to 128; most devices ask for 512 or less."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectIO:
+    """How files are opened: `flags` is O_DIRECT or 0, `memory_alignment` what buffers have to keep (1: nothing)."""
+
+    flags: int
+    memory_alignment: int
+
+    @property
+    def is_direct(self) -> bool:
+        return self.flags != 0
+
+
+BUFFERED = DirectIO(0, 1)
+
+
+def probe(path: str, calls: OsCalls) -> DirectIO:
+    """Write and read back two pages with O_DIRECT at `path`, which is removed again.
+
+    Returns the least alignment of memory that gives the bytes back, `BUFFERED` if none does.
+
+    Raises:
+        OSError: not even an ordinary file can be made there.
+    """
+    calls.close(calls.open(path, os.O_CREAT | os.O_RDWR))
+    try:
+        return next((DirectIO(os.O_DIRECT, a) for a in MEMORY_ALIGNMENTS if _round_trip(path, a, calls)), BUFFERED)
+    finally:
+        calls.unlink(path)
+
+
+def _round_trip(path: str, alignment: int, calls: OsCalls) -> bool:
+    nbytes = 2 * ALIGNMENT_BYTES
+    memory = aligned_memory(nbytes + ALIGNMENT_BYTES)
+    buffer = memory[alignment % ALIGNMENT_BYTES :][:nbytes]
+    pattern = np.arange(nbytes, dtype=np.uint32).astype(np.uint8)
+    buffer[:] = pattern
+    try:
+        fd = calls.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:  # the file system has no direct I/O
+        return False
+    try:
+        if write_fully(calls, fd, [buffer]) != nbytes:
+            return False
+        buffer[:] = 0
+        return read_fully(calls, fd, [buffer]) == nbytes and bool((buffer == pattern).all())
+    except OSError:  # not with memory of this alignment
+        return False
+    finally:
+        calls.close(fd)
+
+
+def aligned_memory(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory that starts on a page."""
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+
+
+def read_fully(calls: OsCalls, fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
+    """Fill the buffers from the file's start; returns bytes read, fewer at its end only."""
+    return _move_fully(calls.preadv, fd, buffers)
+
+
+def write_fully(calls: OsCalls, fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
+    """Write the buffers to the file's start; returns bytes written, fewer if the system takes no more."""
+    return _move_fully(calls.pwritev, fd, buffers)
+
+
+def _move_fully(move: Callable[[int, IoVector, int], int], fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
+    left, done = [buffer.data for buffer in buffers if buffer.size], 0
+    while left:
+        count = move(fd, left, done)
+        if count <= 0:
+            break
+        done += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
+    return done
+
+
+class Scratch(threading.local):
+    """Aligned memory of one thread: a header, the last page of a payload, and a bounce buffer that grows to the
+    largest payload whose own memory does not suit direct I/O."""
+
+    def __init__(self) -> None:
+        pages = aligned_memory(HEADER_BYTES + ALIGNMENT_BYTES)
+        self.header, self.tail = pages[:HEADER_BYTES], pages[HEADER_BYTES:]
+        self._bounce = pages[:0]
+
+    def bounce(self, nbytes: int) -> NDArray[np.uint8]:
+        """`nbytes` of memory, valid until this thread's next call."""
+        if self._bounce.size < nbytes:
+            self._bounce = aligned_memory(nbytes)
+        return self._bounce[:nbytes]

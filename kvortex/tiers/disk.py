@@ -1,0 +1,283 @@
+"""The disk tier: one file a block, shared by any number of processes. Format and rules: `docs/disk-tier.md`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, TypeVarTuple, Unpack
+
+from aiofiles.os import wrap  # type: ignore[import-untyped]
+
+from kvortex.errors import ConfigError, EngineStateError
+from kvortex.tiers.base import (
+    Cause,
+    ReadOutcome,
+    ReadRequest,
+    ScanProgress,
+    StoredBlock,
+    Tier,
+    TierStats,
+    WriteOutcome,
+    WriteRequest,
+    check_keys,
+)
+from kvortex.tiers.counters import TierCounters
+from kvortex.tiers.direct import BUFFERED, DirectIO, probe
+from kvortex.tiers.disk_config import DiskTierConfig
+from kvortex.tiers.disk_files import DiskFiles, cause_of
+from kvortex.tiers.disk_index import DiskIndex
+from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk_scan import list_parts, read_part
+from kvortex.tiers.frame import HEADER_BYTES
+from kvortex.tiers.os_calls import OsCalls
+from kvortex.tiers.payload import as_bytes, warm_up
+from kvortex.tiers.runner import BatchRunner
+from kvortex.tiers.temp_space import TempSpace, make_directories
+from kvortex.types import MissReason, SaveOutcome
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+_METADATA_THREADS = 3  # the scan takes one
+
+
+class DiskTier(Tier):
+    """Blocks of one namespace under `config.path`.
+
+    Opens at once and finds out in the background what is there; until that is done `lookup` knows what this process
+    wrote or read and what the scan has come to, while `contains` and `read` ask the file system.
+
+    Args:
+        config: where, how much, how.
+        namespace: digest of the namespace, 32 bytes.
+        calls: the system; tests put in one that fails.
+    """
+
+    name = "disk"
+
+    def __init__(self, config: DiskTierConfig, *, namespace: bytes, calls: OsCalls | None = None) -> None:
+        self._config = config
+        self._calls = calls or OsCalls()
+        self._layout = DiskLayout(config.path, namespace)
+        self._index = DiskIndex(config.capacity_bytes)
+        self._counters = TierCounters()
+        self._temp = TempSpace(self._layout.temp, self._calls)
+        self._direct = BUFFERED
+        self._progress = ScanProgress(0, 0, 0, False)
+        self._scanned = asyncio.Event()
+        self._scan_task: asyncio.Task[None] | None = None
+        self._is_open = self._is_closed = False
+        self._opening = asyncio.Lock()
+        self._metadata = ThreadPoolExecutor(_METADATA_THREADS, thread_name_prefix="kvortex-disk-meta")
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        async with self._opening:
+            if self._is_closed:
+                raise EngineStateError("the disk tier was closed; make a new one")
+            if not self._is_open:
+                await self._open()
+
+    async def _open(self) -> None:
+        try:
+            self._direct = await self._on_thread(self._prepare)
+        except OSError as error:
+            self._temp.close()
+            raise ConfigError(f"cannot keep blocks in {self._layout.root}: {error}") from error
+        self._files = DiskFiles(
+            self._layout, self._config, self._direct, self._index, self._temp, self._counters, self._calls
+        )
+        self._reads = BatchRunner(
+            "kvortex-disk-read", self._config.read_threads, self._files.read, _unread, _read_settled
+        )
+        self._writes = BatchRunner(
+            "kvortex-disk-write", self._config.write_threads, self._files.write, _unwritten, _write_settled
+        )
+        self._is_open = True
+        self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-disk-scan")
+
+    def _prepare(self) -> DirectIO:
+        make_directories(self._calls, self._layout.blocks)
+        self._temp.open()
+        warm_up()
+        return BUFFERED if self._config.direct is False else self._probe()
+
+    def _probe(self) -> DirectIO:
+        found = probe(self._temp.new_path(), self._calls)
+        if self._config.direct and not found.is_direct:
+            raise OSError(f"direct=True, but O_DIRECT does not work in {self._layout.root}")
+        return found
+
+    async def aclose(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._scan_task is not None:
+                self._scan_task.cancel()
+                await asyncio.wait([self._scan_task])
+                timeout_s = self._config.close_timeout_s
+                await asyncio.gather(self._reads.aclose(timeout_s), self._writes.aclose(timeout_s))
+        finally:
+            self._scanned.set()
+            self._temp.close()
+            self._metadata.shutdown(wait=False, cancel_futures=True)
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        return [max(0, nbytes - HEADER_BYTES) for nbytes in self._index.stored_bytes(keys)]
+
+    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        self._check(keys)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._on_thread(_each, self._files.exists, keys)
+        except TimeoutError:
+            self._counters.record_cause(Cause.DEADLINE)
+            return [False] * len(keys)
+
+    async def scan(self) -> AsyncIterator[StoredBlock]:
+        self._check(())
+        for part in await self._on_thread(list_parts, self._layout, self._calls, self._layout.namespace_name):
+            try:
+                found = await self._on_thread(read_part, part, self._calls)
+            except OSError as error:
+                self._counters.record_cause(cause_of(error))
+                continue
+            for key, block in found:
+                yield StoredBlock(key, block.stored_bytes, block.last_use_s)
+
+    # -- moving ----------------------------------------------------------------------------------------
+
+    async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        self._check([request.key for request in requests])
+        for request in requests:
+            if not as_bytes(request.buffer).flags.writeable:
+                raise ValueError("a read needs writable memory")
+        outcomes = await self._reads.run(requests, deadline_s)
+        self._counters.record_reads(outcomes)
+        return outcomes
+
+    async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
+        self._check([request.key for request in requests])
+        sizes = [as_bytes(request.payload).size for request in requests]
+        outcomes = await self._writes.run(requests, deadline_s)
+        self._counters.record_writes(outcomes, sizes)
+        return outcomes
+
+    async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        self._check(keys)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._on_thread(_each, self._files.delete, keys)
+        except TimeoutError:
+            self._counters.record_cause(Cause.DEADLINE)
+            return [False] * len(keys)
+
+    # -- figures ---------------------------------------------------------------------------------------
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._config.capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._index.used_bytes
+
+    @property
+    def direct_io(self) -> DirectIO:
+        """What the probe at start found."""
+        return self._direct
+
+    @property
+    def scan_progress(self) -> ScanProgress:
+        """How far the start-up scan is; of a later one, once that is complete."""
+        return self._progress
+
+    async def scanned(self) -> None:
+        """Wait until the start-up scan is over."""
+        await self._scanned.wait()
+
+    def stats(self) -> TierStats:
+        return self._counters.snapshot(
+            self.name,
+            evicted_blocks=self._index.evicted_blocks,
+            num_blocks=len(self._index),
+            used_bytes=self._index.used_bytes,
+            capacity_bytes=self.capacity_bytes,
+            unsettled=self._reads.num_unsettled + self._writes.num_unsettled if self._is_open else 0,
+            scan=self._progress,
+        )
+
+    # -- the scan --------------------------------------------------------------------------------------
+
+    async def _keep_scanning(self) -> None:
+        while True:
+            try:
+                await self._scan_once()
+            except OSError as error:
+                self._counters.record_cause(cause_of(error))
+                logger.warning("cannot scan %s: %s", self._layout.root, error)
+            self._scanned.set()
+            if self._config.rescan_interval_s is None:
+                return
+            await asyncio.sleep(self._config.rescan_interval_s)
+
+    async def _scan_once(self) -> None:
+        self._index.begin_scan()
+        await self._on_thread(self._temp.sweep)
+        parts = await self._on_thread(list_parts, self._layout, self._calls)
+        unread: set[str] = set()
+        blocks = 0
+        for number, part in enumerate(parts):
+            self._report(number, len(parts), blocks, complete=False)
+            try:
+                blocks += await self._on_thread(self._files.merge, part)
+            except OSError as error:
+                self._counters.record_cause(cause_of(error))
+                unread.add(part.namespace)
+        await self._on_thread(self._index.end_scan, unread)
+        await self._on_thread(self._files.evict_excess)
+        self._report(len(parts), len(parts), blocks, complete=True)
+
+    def _report(self, done: int, total: int, blocks: int, *, complete: bool) -> None:
+        if not self._scanned.is_set() or complete:
+            self._progress = ScanProgress(done, total, blocks, complete)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _check(self, keys: Sequence[bytes]) -> None:
+        if not self._is_open or self._is_closed:
+            raise EngineStateError("the disk tier is not open; use it between open() and aclose()")
+        check_keys(keys)
+
+    async def _on_thread(self, function: Callable[[Unpack[Arguments]], Result], *args: *Arguments) -> Result:
+        result: Result = await wrap(function)(*args, executor=self._metadata)
+        return result
+
+
+def _each(function: Callable[[bytes], bool], keys: Sequence[bytes]) -> list[bool]:
+    return [function(key) for key in keys]
+
+
+def _unread(cause: Cause, settled: bool) -> ReadOutcome:
+    reason = MissReason.DEADLINE if cause is Cause.DEADLINE else MissReason.TRANSFER_FAILED
+    return ReadOutcome(reason, cause=cause, settled=settled)
+
+
+def _unwritten(cause: Cause, settled: bool) -> WriteOutcome:
+    return WriteOutcome(SaveOutcome.FAILED, cause=cause, settled=settled)
+
+
+def _read_settled(request: ReadRequest, outcome: ReadOutcome) -> None:
+    if request.on_settled is not None:
+        request.on_settled(outcome)
+
+
+def _write_settled(request: WriteRequest, outcome: WriteOutcome) -> None:
+    if request.on_settled is not None:
+        request.on_settled(outcome)

@@ -1,0 +1,193 @@
+"""What lies in the directory, as far as this process knows, in the order of use."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+@dataclass(slots=True)
+class IndexedBlock:
+    """One file: its namespace's directory name, its length, and when it was last used, in seconds since the epoch."""
+
+    namespace: str
+    stored_bytes: int
+    last_use_s: float
+    touched_s: float = 0.0  # when the file's own time was last brought up to date
+    scan: int = 0  # the pass that saw it last
+
+
+class Admission(Enum):
+    """What `DiskIndex.reserve` says."""
+
+    RESERVED = auto()
+    STORED = auto()
+    PENDING = auto()
+    NO_SPACE = auto()
+
+
+Victims = list[tuple[bytes, IndexedBlock]]
+
+
+class DiskIndex:
+    """Key -> file, least recently used first, within `capacity_bytes`. Thread-safe; look-ups take no lock.
+
+    Keys of all namespaces of the directory are in it, since they share its capacity; they cannot meet, as a key is
+    hashed over its namespace.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.evicted_blocks = 0
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[bytes, IndexedBlock] = OrderedDict()
+        self._pending: dict[bytes, int] = {}
+        self._used_bytes = 0
+        self._scan = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._blocks
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of known files and of those being written."""
+        return self._used_bytes
+
+    def stored_bytes(self, keys: Iterable[bytes]) -> list[int]:
+        """Length of each key's file, 0 where none is known."""
+        get = self._blocks.get
+        return [block.stored_bytes if (block := get(key)) is not None else 0 for key in keys]
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def reserve(self, key: bytes, nbytes: int) -> tuple[Admission, Victims]:
+        """Room for a new file. The victims are out of the index; the caller removes their files.
+
+        RESERVED is followed by `commit` or `abort`.
+        """
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                return Admission.STORED, []
+            if key in self._pending:
+                return Admission.PENDING, []
+            reserved = sum(self._pending.values())
+            if reserved + nbytes > self.capacity_bytes:
+                return Admission.NO_SPACE, []
+            victims = self._pop_oldest(self._used_bytes + nbytes - self.capacity_bytes)
+            self._pending[key] = nbytes
+            self._used_bytes += nbytes
+            return Admission.RESERVED, victims
+
+    def commit(self, key: bytes, namespace: str) -> None:
+        """The reserved file is in place."""
+        with self._lock:
+            nbytes = self._pending.pop(key)
+            self._used_bytes -= nbytes
+            now = time.time()
+            self._put(key, IndexedBlock(namespace, nbytes, now, now))
+
+    def abort(self, key: bytes) -> None:
+        """The reserved file will not come."""
+        with self._lock:
+            self._used_bytes -= self._pending.pop(key)
+
+    def evict(self, nbytes: int) -> Victims:
+        """The least recently used blocks of at least `nbytes` together, or all."""
+        with self._lock:
+            return self._pop_oldest(nbytes)
+
+    def put_back(self, key: bytes, block: IndexedBlock) -> None:
+        """A victim whose file could not be removed: again the first in line."""
+        with self._lock:
+            self.evicted_blocks -= 1
+            self._put(key, block)
+            self._blocks.move_to_end(key, last=False)
+
+    # -- use -------------------------------------------------------------------------------------------
+
+    def use(self, key: bytes, namespace: str, nbytes: int, touch_interval_s: float) -> bool:
+        """A block was read; True when its file's time should be brought up to date, at most once an interval."""
+        now = time.time()
+        with self._lock:
+            block = self._blocks.get(key)
+            if block is None:
+                if key in self._pending:
+                    return False
+                block = IndexedBlock(namespace, nbytes, now, now)
+                self._put(key, block)
+                return True
+            self._blocks.move_to_end(key)
+            block.last_use_s = now
+            if now - block.touched_s < touch_interval_s:
+                return False
+            block.touched_s = now
+            return True
+
+    def forget(self, key: bytes) -> bool:
+        """The file is gone or not to be asked for; True if it was known."""
+        with self._lock:
+            block = self._blocks.pop(key, None)
+            if block is not None:
+                self._used_bytes -= block.stored_bytes
+            return block is not None
+
+    # -- scanning --------------------------------------------------------------------------------------
+
+    def begin_scan(self) -> None:
+        """A pass over the whole directory begins; what is written from now on counts as seen by it."""
+        with self._lock:
+            self._scan += 1
+
+    def merge(self, found: Iterable[tuple[bytes, IndexedBlock]]) -> None:
+        """Files that a pass has found: new ones come before all others in the order until `end_scan` sorts."""
+        with self._lock:
+            for key, seen in found:
+                block = self._blocks.get(key)
+                if block is not None and block.stored_bytes == seen.stored_bytes:
+                    block.scan = self._scan
+                    # Another process may have used it since.
+                    block.last_use_s = max(block.last_use_s, seen.last_use_s)
+                elif key not in self._pending:
+                    self._put(key, seen)
+                    self._blocks.move_to_end(key, last=False)
+
+    def end_scan(self, unread: Iterable[str] = ()) -> None:
+        """The pass is over: what it has not seen is gone, and the order is that of last use.
+
+        `unread` are namespaces that could not be read in full; their blocks stay.
+        """
+        kept = frozenset(unread)
+        with self._lock:
+            present = [
+                (key, block)
+                for key, block in self._blocks.items()
+                if block.scan == self._scan or block.namespace in kept
+            ]
+            present.sort(key=lambda item: item[1].last_use_s)
+            self._blocks = OrderedDict(present)
+            self._used_bytes = sum(block.stored_bytes for _, block in present) + sum(self._pending.values())
+
+    # -- inside the lock -------------------------------------------------------------------------------
+
+    def _put(self, key: bytes, block: IndexedBlock) -> None:
+        if (old := self._blocks.pop(key, None)) is not None:
+            self._used_bytes -= old.stored_bytes
+        block.scan = self._scan
+        self._blocks[key] = block
+        self._used_bytes += block.stored_bytes
+
+    def _pop_oldest(self, nbytes: int) -> Victims:
+        victims: Victims = []
+        while nbytes > 0 and self._blocks:
+            key, block = self._blocks.popitem(last=False)
+            self._used_bytes -= block.stored_bytes
+            nbytes -= block.stored_bytes
+            victims.append((key, block))
+        self.evicted_blocks += len(victims)
+        return victims

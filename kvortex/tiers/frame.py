@@ -1,0 +1,116 @@
+"""The frame: one block as it rests in a file, format version 1.
+
+A header of 4,096 bytes, the payload, zeros up to a multiple of 4,096: so both start and end where O_DIRECT wants
+them. Integers are little-endian.
+
+| offset | bytes | field |
+|---|---|---|
+| 0 | 8 | magic `KVORTEX\\0` |
+| 8 | 8 | header checksum: BLAKE2b-64 of the other 4,088 bytes of the header |
+| 16 | 4 | format version: 1 |
+| 20 | 4 | header length in bytes: 4,096 |
+| 24 | 4 | codec |
+| 28 | 4 | zero |
+| 32 | 8 | payload length in bytes, exact |
+| 40 | 8 | raw length in bytes: of the block once decoded |
+| 48 | 8 | payload digest |
+| 56 | 8 | zero |
+| 64 | 32 | namespace digest |
+| 96 | 32 | key |
+| 128 | 3,968 | zeros |
+
+Every version keeps the first two fields, so that a damaged frame and one of a later version can be told apart: a
+header whose checksum holds but whose version is another is somebody's good frame and is left alone. The checksum
+covers the whole header and the digest the whole payload; the zeros behind the payload are checked as well, and the
+file's length follows from the payload's. No byte of a frame can change without being noticed.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from kvortex.tiers.base import Cause
+
+MAGIC: Final = b"KVORTEX\0"
+FORMAT_VERSION: Final = 1
+ALIGNMENT_BYTES: Final = 4096
+HEADER_BYTES: Final = ALIGNMENT_BYTES
+
+_FIELDS = struct.Struct("<IIII QQQQ 32s32s")
+_CHECKSUM_AT, _FIELDS_AT = 8, 16
+_CHECKSUM_BYTES = _FIELDS_AT - _CHECKSUM_AT
+_REST = bytes(HEADER_BYTES - _FIELDS_AT - _FIELDS.size)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """What a frame says of its payload; see `ReadOutcome` for the fields."""
+
+    namespace: bytes
+    key: bytes
+    codec: int
+    payload_bytes: int
+    raw_bytes: int
+    digest: int
+
+
+def padded(payload_bytes: int) -> int:
+    """Bytes that a payload takes in a frame."""
+    return -(-payload_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def frame_bytes(payload_bytes: int) -> int:
+    """Bytes of a whole frame, and so of its file."""
+    return HEADER_BYTES + padded(payload_bytes)
+
+
+def encode_header(header: FrameHeader) -> bytes:
+    """The header's 4,096 bytes.
+
+    Raises:
+        ValueError: a field does not fit.
+    """
+    try:
+        fields = _FIELDS.pack(
+            FORMAT_VERSION,
+            HEADER_BYTES,
+            header.codec,
+            0,
+            header.payload_bytes,
+            header.raw_bytes,
+            header.digest,
+            0,
+            header.namespace,
+            header.key,
+        )
+    except struct.error as error:
+        raise ValueError(f"a frame cannot hold {header}: {error}") from error
+    body = fields + _REST
+    return MAGIC + _checksum(MAGIC, body) + body
+
+
+def decode_header(block: bytes | memoryview, namespace: bytes, key: bytes) -> FrameHeader | Cause:
+    """What the first 4,096 bytes of a file say, or what is wrong with them: CORRUPT or UNKNOWN_VERSION.
+
+    A header of another block or namespace is corrupt here: it is not what the file's name says.
+    """
+    if len(block) != HEADER_BYTES:
+        return Cause.CORRUPT
+    body = block[_FIELDS_AT:]
+    if block[:_CHECKSUM_AT] != MAGIC or block[_CHECKSUM_AT:_FIELDS_AT] != _checksum(MAGIC, body):
+        return Cause.CORRUPT
+    version, header_bytes, codec, _, payload_bytes, raw_bytes, digest, _, in_namespace, in_key = _FIELDS.unpack_from(
+        block, _FIELDS_AT
+    )
+    if version != FORMAT_VERSION:
+        return Cause.UNKNOWN_VERSION
+    if header_bytes != HEADER_BYTES or payload_bytes == 0 or in_namespace != namespace or in_key != key:
+        return Cause.CORRUPT
+    return FrameHeader(in_namespace, in_key, codec, payload_bytes, raw_bytes, digest)
+
+
+def _checksum(magic: bytes, body: bytes | memoryview) -> bytes:
+    state = hashlib.blake2b(magic, digest_size=_CHECKSUM_BYTES)
+    state.update(body)
+    return state.digest()

@@ -1,0 +1,63 @@
+"""The system calls of the disk tier, one method each: the seam at which tests make a disk fail."""
+
+import fcntl
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+IoVector: TypeAlias = Sequence[memoryview]
+
+
+class OsCalls:
+    """Passes everything on; every method raises `OSError` as the call does. Blocking; from any thread."""
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        """A file descriptor; never inherited, never through a symbolic link."""
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def file_bytes(self, fd: int) -> int:
+        """Length of an open file."""
+        return os.fstat(fd).st_size
+
+    def stat(self, path: str) -> os.stat_result:
+        return os.stat(path, follow_symlinks=False)
+
+    def preadv(self, fd: int, buffers: IoVector, offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: IoVector, offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def touch(self, fd: int) -> None:
+        """Set the file's times to now."""
+        os.utime(fd)
+
+    def replace(self, source: str, target: str) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path, 0o700)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+    def scandir(self, path: str) -> list[os.DirEntry[str]]:
+        with os.scandir(path) as entries:
+            return list(entries)
+
+    def try_lock(self, fd: int) -> bool:
+        """Take the exclusive lock of an open file unless another process or descriptor has it."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
