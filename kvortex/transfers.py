@@ -15,7 +15,7 @@ from kvortex.driver import Device, Event, align_up, stream_handle
 from kvortex.errors import InvalidBlockIdError, LayoutError
 from kvortex.kernels import HostKernels
 from kvortex.layout import KVLayout
-from kvortex.memory import PinnedPool
+from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.self_test import run_self_test
 from kvortex.stats import PoolFigures
@@ -33,6 +33,7 @@ class DataPlane:
         config: settings.
         tensors: the paged cache by layer name, all on one device; kept alive until `aclose`.
         layout: derived from them.
+        memory: the pool's, shared with other processes whose caches have the same layout; None for its own.
         wrap_executor: puts another executor around the device's own, for tests.
 
     Raises:
@@ -47,6 +48,7 @@ class DataPlane:
         tensors: Mapping[str, torch.Tensor],
         layout: KVLayout,
         *,
+        memory: SharedMemory | None = None,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
     ) -> None:
         self.layout = layout
@@ -66,6 +68,7 @@ class DataPlane:
             device=self.device,
             piece_bytes=config.pin_piece_bytes,
             numa_aware=config.numa_aware,
+            memory=memory,
         )
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
@@ -75,7 +78,8 @@ class DataPlane:
                 _make_batcher(config), wrap_executor(self._executor) if wrap_executor else self._executor
             )
             if config.self_test:
-                self._self_test()
+                with self.pool.exclusive():
+                    self._self_test()
             undo.pop_all()
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:

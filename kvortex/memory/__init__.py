@@ -2,6 +2,7 @@
 
 from kvortex.memory.allocator import ExtentAllocator
 from kvortex.memory.pinned import PinnedPool
+from kvortex.memory.shared import SharedMemory, SharedTicket
 from kvortex.memory.staging import DeviceStagingPool
 
-__all__ = ["DeviceStagingPool", "ExtentAllocator", "PinnedPool"]
+__all__ = ["DeviceStagingPool", "ExtentAllocator", "PinnedPool", "SharedMemory", "SharedTicket"]

@@ -16,6 +16,7 @@ from kvortex.config import MIB
 from kvortex.driver import Device, align_up
 from kvortex.errors import ConfigError, DeviceError
 from kvortex.memory.numa import prefer_node
+from kvortex.memory.shared import SharedMemory
 from kvortex.types import Extent
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class PinnedPool:
         capacity_bytes: size, rounded up to whole pages.
         device: whose transfers use the memory; None for plain host memory.
         piece_bytes: pinned at a time, a multiple of the page size.
-        numa_aware: prefer pages of the device's NUMA node.
+        numa_aware: prefer pages of the device's NUMA node. A shared pool has several devices and no preference.
+        memory: map the first `capacity_bytes` of it, instead of memory of this process alone.
 
     Raises:
         ConfigError: the machine cannot map that much.
@@ -45,16 +47,15 @@ class PinnedPool:
         device: Device | None = None,
         piece_bytes: int = 256 * MIB,
         numa_aware: bool = True,
+        memory: SharedMemory | None = None,
     ) -> None:
         self.capacity_bytes = align_up(capacity_bytes, mmap.PAGESIZE)
         self.piece_bytes = piece_bytes
         self.pinned_bytes = 0
         self.numa_node: int | None = None
         self._device = device
-        try:
-            self._mapping = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"cannot map a pool of {capacity_bytes} bytes: {error}") from error
+        self._memory = memory
+        self._mapping = _map_private(self.capacity_bytes) if memory is None else memory.map(0, self.capacity_bytes)
         self._mapping.madvise(mmap.MADV_DONTFORK)
         with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -68,7 +69,7 @@ class PinnedPool:
         if device is None:
             self.pinned_bytes = self.capacity_bytes
         else:
-            self._start_pinning(device, numa_aware)
+            self._start_pinning(device, numa_aware and memory is None)
 
     def _start_pinning(self, device: Device, numa_aware: bool) -> None:
         node = device.numa_node() if numa_aware else None
@@ -131,6 +132,10 @@ class PinnedPool:
         """The extent's bytes, shared; `nbytes` leaves out the padding at its end."""
         return self.bytes[extent.offset : extent.offset + (extent.nbytes if nbytes is None else nbytes)]
 
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody else who asks for the same writes to the pool meanwhile; nothing to do for a pool of its own."""
+        return self._memory.exclusive() if self._memory is not None else contextlib.nullcontext()
+
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -163,3 +168,10 @@ class PinnedPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _map_private(nbytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot map a pool of {nbytes} bytes: {error}") from error
