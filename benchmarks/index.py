@@ -1,6 +1,6 @@
 """What the cache index costs with a million entries.
 
-python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--json]
+python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--policy lru] [--json]
 """
 
 import argparse
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvortex.index import CacheIndex, LRUPolicy, pack_keys, warm_up
+from kvortex.config import EVICTION_POLICIES
+from kvortex.index import CacheIndex, EvictionPolicy, make_policy, pack_keys, warm_up
 from kvortex.types import BLOCK_HASH_BYTES
 
 NBYTES = 2 << 20
@@ -36,16 +37,19 @@ def median_ms(run: Callable[[int], object]) -> float:
     return statistics.median(times) * 1e3
 
 
-def array_bytes(index: CacheIndex) -> int:
+def array_bytes(index: CacheIndex, policy: EvictionPolicy) -> int:
     """Bytes of everything the index and its policy hold, by looking at their arrays."""
-    table = sum(column.nbytes for column in index._table)
-    return int(table + index._policy._links.nbytes)
+    arrays = [*index._table]
+    for value in vars(policy).values():
+        arrays.extend(value if isinstance(value, tuple) else [value])
+    return sum(array.nbytes for array in arrays)
 
 
-def measure(entries: int, prompt_blocks: int) -> dict[str, Any]:
+def measure(entries: int, prompt_blocks: int, policy_name: str) -> dict[str, Any]:
     """Figures of one index."""
-    warm_up()
-    index = CacheIndex(LRUPolicy(), ghost_entries=65536, expected_entries=entries)
+    warm_up(policy_name)
+    policy = make_policy(policy_name)
+    index = CacheIndex(policy, ghost_entries=65536, expected_entries=entries)
     keys = random_keys(entries, 1)
     offsets, digests = np.arange(entries, dtype=np.int64) * NBYTES, np.arange(entries, dtype=np.uint64)
     started = time.perf_counter()
@@ -73,8 +77,8 @@ def measure(entries: int, prompt_blocks: int) -> dict[str, Any]:
     started = time.perf_counter()
     evicted = sum(index.evict(64 * NBYTES).size for _ in range(min(2000, entries // 64)))
     figures["evict_blocks_per_s"] = evicted / (time.perf_counter() - started)
-    figures["bytes_per_entry"] = array_bytes(index) / index._table.capacity
-    return {"entries": entries, "prompt_blocks": prompt_blocks, **figures}
+    figures["bytes_per_entry"] = array_bytes(index, policy) / index._table.capacity
+    return {"policy": policy_name, "entries": entries, "prompt_blocks": prompt_blocks, **figures}
 
 
 def processor() -> str:
@@ -88,13 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--prompt-blocks", type=int, default=8192)
+    parser.add_argument("--policy", choices=EVICTION_POLICIES, default="lru")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     figures = {
         "processor": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **measure(arguments.entries, arguments.prompt_blocks),
+        **measure(arguments.entries, arguments.prompt_blocks, arguments.policy),
     }
     if arguments.json:
         print(json.dumps(figures))

@@ -13,6 +13,7 @@ from kvortex.errors import ConfigError
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 EXTENT_ALIGNMENT_BYTES = 128  # a memory transaction of the GPU; every extent starts on one
 ENV_PREFIX = "KVORTEX_"
+EVICTION_POLICIES = ("arc", "lru", "s3fifo")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -55,7 +56,8 @@ class KVortexConfig:
             because serving shares the GPU; enough to keep the link full.
         watermark: share of the pool above which eviction begins.
         eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time.
-        eviction_policy: name of a policy, see `kvortex.index.make_policy`.
+        eviction_policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far
+            as `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
         identity: model, weights revision and ranks.
@@ -91,6 +93,10 @@ class KVortexConfig:
         ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(self.ghost_entries >= 0, f"ghost_entries must not be negative, got {self.ghost_entries}")
+        _require(
+            self.eviction_policy in EVICTION_POLICIES,
+            f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, got {self.eviction_policy!r}",
+        )
         _require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
         _require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
         _require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")

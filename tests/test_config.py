@@ -25,9 +25,10 @@ from kvortex.errors import ConfigError
         ("eviction_ratio", 0.0),
         ("eviction_ratio", 1.0),
         ("ghost_entries", -1),
+        ("eviction_policy", "fifo"),
     ],
 )
-def test_a_value_out_of_range_names_its_field(field: str, value: float) -> None:
+def test_a_value_out_of_range_names_its_field(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         KVortexConfig(**{field: value})
 

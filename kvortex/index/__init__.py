@@ -3,7 +3,9 @@
 from kvortex.index.cache_index import CacheIndex, Pins, Reservation
 from kvortex.index.keys import pack_keys
 from kvortex.index.pacing import EvictionPacer
-from kvortex.index.policy import EvictionPolicy, LRUPolicy, make_policy
+from kvortex.index.policy import EvictionPolicy, LRUPolicy
+from kvortex.index.policy_adaptive import ARCPolicy, S3FIFOPolicy
+from kvortex.index.policy_choice import make_policy
 from kvortex.index.table import BUSY, MISS_REASONS, RESERVED, STORED
 from kvortex.index.warm import warm_up
 
@@ -12,12 +14,14 @@ __all__ = [
     "MISS_REASONS",
     "RESERVED",
     "STORED",
+    "ARCPolicy",
     "CacheIndex",
     "EvictionPacer",
     "EvictionPolicy",
     "LRUPolicy",
     "Pins",
     "Reservation",
+    "S3FIFOPolicy",
     "make_policy",
     "pack_keys",
     "warm_up",

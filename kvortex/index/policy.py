@@ -1,14 +1,11 @@
 """Who goes first when room is needed: eviction policies over the index's slots."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
-from kvortex.errors import ConfigError
 
 Slots = NDArray[np.int32]
 
@@ -26,12 +23,23 @@ class EvictionPolicy(ABC):
         """Make room for slots below `capacity`; never smaller than before, and what is held stays."""
 
     @abstractmethod
-    def insert(self, slots: Slots) -> None:
-        """Take in a chain; a slot that is held already counts as accessed."""
+    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
+        """Take in a chain; a slot that is held already counts as accessed.
+
+        Slots that `pop_coldest` removed while they were busy come back through this as well, once they are idle.
+
+        Args:
+            slots: the chain.
+            evicted: `[n]`, True where a slot names the same block as when `pop_coldest` last removed it: the index
+                still knows why it went. None: nowhere.
+        """
 
     @abstractmethod
     def access(self, slots: Slots) -> None:
         """Note that a chain was used; slots that are not held are ignored."""
+
+    def weigh(self, slots: Slots, nbytes: NDArray[np.int64]) -> None:  # noqa: B027 - not every policy counts bytes
+        """Learn the sizes `nbytes` `[n]` of blocks that were inserted before and have arrived; 0 until then."""
 
     @abstractmethod
     def remove(self, slots: Slots) -> None:
@@ -68,7 +76,7 @@ class LRUPolicy(EvictionPolicy):
         links[: len(self._links)] = self._links
         self._links = links
 
-    def insert(self, slots: Slots) -> None:
+    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
         _touch(self._links, self._count, slots, True)
 
     def access(self, slots: Slots) -> None:
@@ -143,17 +151,3 @@ def _pop_coldest(
             idle_bytes += nbytes[row - 1]
         _unlink(links, count, row)
     return popped[:length].copy()
-
-
-_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRUPolicy}
-
-
-def make_policy(name: str) -> EvictionPolicy:
-    """A new, empty policy by its name.
-
-    Raises:
-        ConfigError: no policy has that name; the message lists those that exist.
-    """
-    if name not in _POLICIES:
-        raise ConfigError(f"unknown eviction policy {name!r}; known: {', '.join(sorted(_POLICIES))}")
-    return _POLICIES[name]()

@@ -42,7 +42,7 @@ MISS_REASONS = (
     MissReason.TRANSFER_FAILED,
 )
 """Miss reasons by their number in arrays."""
-_NEVER_STORED, _PENDING = 0, 1
+_NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2
 
 # Positions in `Table.totals`.
 COMMITTED_BLOCKS, COMMITTED_BYTES, PENDING_BLOCKS, EVICTED_BLOCKS, SLOTS_USED, SLOTS_FREED, _RING_NEXT = range(7)
@@ -293,10 +293,13 @@ def committed_slot(table: Table, keys: Keys) -> int:
 
 
 @njit(cache=True)
-def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
-    """Slots that the call owns or -1, states, and the chain to put into the eviction order."""
+def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots, NDArray[np.bool_]]:
+    """Slots that the call owns or -1, states, the chain to put into the eviction order, which of it were evicted.
+
+    A ghost keeps the slot that it had, so a policy that remembers what it evicted finds it by its number.
+    """
     slots, chain = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
-    states = np.empty(len(keys), np.uint8)
+    states, evicted = np.empty(len(keys), np.uint8), np.empty(len(keys), np.bool_)
     length = 0
     for i in range(len(keys)):  # alone in its loop, so that the memory accesses of many keys overlap
         slots[i] = _find(table.buckets, table.keys, keys, i)
@@ -318,8 +321,9 @@ def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
             table.totals[PENDING_BLOCKS] += 1
         if state != ORPHANED and not table.parked[slot]:
             chain[length] = slot
+            evicted[length] = state == GHOST and table.reason[slot] == _EVICTED
             length += 1
-    return slots, states, chain[:length]
+    return slots, states, chain[:length], evicted[:length]
 
 
 @njit(cache=True)

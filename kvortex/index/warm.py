@@ -4,13 +4,17 @@ import numpy as np
 
 from kvortex.index.cache_index import CacheIndex
 from kvortex.index.keys import pack_keys
-from kvortex.index.policy import LRUPolicy
+from kvortex.index.policy_choice import make_policy
 from kvortex.types import BLOCK_HASH_BYTES, MissReason
 
 
-def warm_up() -> None:
-    """Compile the index's functions, or load them from numba's cache: seconds the first time on a machine."""
-    index = CacheIndex(LRUPolicy(), ghost_entries=1, expected_entries=16)
+def warm_up(eviction_policy: str = "lru") -> None:
+    """Compile the index's and a policy's functions, or load them from numba's cache: seconds the first time.
+
+    Raises:
+        ConfigError: no policy has that name.
+    """
+    index = CacheIndex(make_policy(eviction_policy), ghost_entries=1, expected_entries=16)
     keys = pack_keys([bytes(BLOCK_HASH_BYTES - 1) + bytes([i]) for i in range(40)])
     slots = index.reserve(keys).slots
     index.commit(slots[:30], np.arange(30, dtype=np.int64), 1, np.zeros(30, dtype=np.uint64))
