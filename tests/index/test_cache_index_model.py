@@ -7,8 +7,9 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from naive_policies import NAIVE
 
-from kvortex.index import MISS_REASONS, RESERVED, STORED, CacheIndex, LRUPolicy, pack_keys
+from kvortex.index import MISS_REASONS, RESERVED, STORED, CacheIndex, make_policy, pack_keys
 from kvortex.types import MissReason
 
 # A third of the keys share their first word: same bucket, same tag.
@@ -20,12 +21,15 @@ reasons = st.sampled_from([MissReason.CORRUPT, MissReason.TRANSFER_FAILED])
 
 
 class AgainstNaiveModel(RuleBasedStateMachine):
+    policy: str
+
     def __init__(self) -> None:
         super().__init__()
-        self.index = CacheIndex(LRUPolicy(), ghost_entries=GHOSTS, expected_entries=2)
+        self.index = CacheIndex(make_policy(self.policy), ghost_entries=GHOSTS, expected_entries=2)
         self.committed: dict[int, list[Any]] = {}  # key -> [offset, nbytes, pins]
         self.reserved: dict[int, tuple[int, bool]] = {}  # slot -> (key, orphaned)
-        self.order: list[int] = []  # keys, coldest first, reserved ones too
+        self.order: Any = NAIVE[self.policy]()  # of slots, reserved ones too
+        self.slots: dict[int, int] = {}  # key -> slot, of reserved and committed ones
         self.parked: set[int] = set()
         self.ghosts: dict[int, MissReason] = {}
         self.ring: list[int] = []  # keys as they became ghosts; only a key's last entry counts
@@ -38,13 +42,8 @@ class AgainstNaiveModel(RuleBasedStateMachine):
     def _pending(self) -> dict[int, bool]:
         return dict(self.reserved.values())
 
-    def _use(self, chain: list[int], new_too: bool) -> None:
-        for k in reversed(chain):
-            if k in self.parked or (k not in self.order and not new_too):
-                continue
-            if k in self.order:
-                self.order.remove(k)
-            self.order.append(k)
+    def _slots_in_order(self, chain: list[int]) -> list[int]:
+        return [self.slots[k] for k in chain if k not in self.parked]
 
     def _remember(self, k: int, reason: MissReason) -> None:
         self.ghosts[k] = reason
@@ -55,8 +54,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 self.ghosts.pop(oldest, None)
 
     def _forget_order(self, k: int) -> None:
-        if k in self.order:
-            self.order.remove(k)
+        self.order.remove([self.slots.pop(k)])
         self.parked.discard(k)
 
     # -- rules
@@ -66,6 +64,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
         slots, states = self.index.reserve(pack_keys([KEYS[k] for k in chain]))
         pending = self._pending()
         seen = set(pending)
+        evicted = [self.ghosts.get(k) is MissReason.EVICTED and k not in chain[:i] for i, k in enumerate(chain)]
         for k, slot, state in zip(chain, slots.tolist(), states.tolist(), strict=True):
             if k in self.committed:
                 assert state == STORED
@@ -75,8 +74,10 @@ class AgainstNaiveModel(RuleBasedStateMachine):
             else:
                 assert state == RESERVED
                 self.reserved[slot] = (k, False)
+                self.slots[k] = slot
                 seen.add(k)
-        self._use([k for k in chain if not pending.get(k, False)], True)
+        ordered = [i for i, k in enumerate(chain) if not pending.get(k, False) and k not in self.parked]
+        self.order.insert([self.slots[chain[i]] for i in ordered], [evicted[i] for i in ordered])
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data(), nbytes=st.integers(1, 5))
@@ -95,10 +96,11 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 self.committed[k] = [offset, nbytes, 0]
                 self.ghosts.pop(k, None)
                 self.ring = [-1 if name == k else name for name in self.ring]
+                self.order.weigh([slot], [nbytes])
                 if k in self.parked:
                     idle.append(k)
         self.parked.difference_update(idle)
-        self._use(idle, True)
+        self.order.insert(self._slots_in_order(idle))
         assert unseen.tolist() == expected
 
     @precondition(lambda self: self.reserved)
@@ -108,7 +110,8 @@ class AgainstNaiveModel(RuleBasedStateMachine):
         self.index.abort(np.array(slots), reason)
         for slot in slots:
             k, orphaned = self.reserved.pop(slot)
-            self._forget_order(k)
+            if not orphaned:
+                self._forget_order(k)
             if reason is not None and not orphaned:
                 self._remember(k, reason)
 
@@ -127,7 +130,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 assert slot == -1
                 expected = MissReason.PENDING if k in pending else self.ghosts.get(k, MissReason.NEVER_STORED)
                 assert MISS_REASONS[code] is expected
-        self._use([k for k in chain if k in self.committed], False)
+        self.order.access([self.slots[k] for k in chain if k in self.committed])
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
@@ -147,7 +150,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
             elif entry[2] == 0 and k in self.parked and self.committed.get(k) is entry:
                 self.parked.discard(k)
                 woken.append(k)
-        self._use(woken, True)
+        self.order.insert(self._slots_in_order(woken))
         assert sorted(freed.tolist()) == sorted(expected)
 
     @rule(k=st.sampled_from(range(len(KEYS))), reason=reasons)
@@ -167,18 +170,20 @@ class AgainstNaiveModel(RuleBasedStateMachine):
     @rule(nbytes=st.integers(0, 12))
     def evict(self, nbytes: int) -> None:
         freed = self.index.evict(nbytes)
-        expected, total = [], 0
-        while total < nbytes and self.order:
-            k = self.order.pop(0)
-            entry = self.committed.get(k)
-            if entry is None or entry[2]:
-                self.parked.add(k)
+        keys = {slot: k for k, slot in self.slots.items()}
+        sizes = {slot: self.committed[k][1] for slot, k in keys.items() if k in self.committed}
+        busy = {slot for slot, k in keys.items() if k not in self.committed or self.committed[k][2]}
+        expected = []
+        for slot in self.order.pop_coldest(nbytes, sizes, busy):
+            if slot in busy:
+                self.parked.add(keys[slot])
                 continue
-            expected.append(entry[0])
-            total += entry[1]
-            del self.committed[k]
-            self._remember(k, MissReason.EVICTED)
+            expected.append(self.committed.pop(keys[slot])[0])
+            del self.slots[keys[slot]]
+            self._remember(keys[slot], MissReason.EVICTED)
         assert freed.tolist() == expected
+        enough = sum(sizes[slot] for slot in sizes if keys[slot] not in self.committed) >= nbytes
+        assert enough or all(entry[2] for entry in self.committed.values())
 
     @rule()
     def clear(self) -> None:
@@ -190,7 +195,8 @@ class AgainstNaiveModel(RuleBasedStateMachine):
             else:
                 expected.append(entry[0])
         self.committed.clear()
-        self.order.clear()
+        self.order.remove(list(self.slots.values()))
+        self.slots.clear()
         self.parked.clear()
         self.ghosts.clear()
         self.ring.clear()
@@ -219,5 +225,18 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 assert self.index.miss_reason(name) is self.ghosts.get(k, MissReason.NEVER_STORED)
 
 
-TestAgainstNaiveModel = AgainstNaiveModel.TestCase
-TestAgainstNaiveModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+class AgainstNaiveLRU(AgainstNaiveModel):
+    policy = "lru"
+
+
+class AgainstNaiveS3FIFO(AgainstNaiveModel):
+    policy = "s3fifo"
+
+
+class AgainstNaiveARC(AgainstNaiveModel):
+    policy = "arc"
+
+
+TestLRU, TestS3FIFO, TestARC = AgainstNaiveLRU.TestCase, AgainstNaiveS3FIFO.TestCase, AgainstNaiveARC.TestCase
+for case in (TestLRU, TestS3FIFO, TestARC):
+    case.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
