@@ -56,7 +56,9 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._scheduler_half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options)
         else:
             worker = importlib.import_module("kvortex.vllm.worker")
-            self._worker_half = worker.WorkerHalf(kv_cache_config, options)
+            ranks = importlib.import_module("kvortex.vllm.ranks")
+            group = ranks.group_of_equals(vllm_config, kv_cache_config)
+            self._worker_half = worker.WorkerHalf(kv_cache_config, options, group)
 
     @property
     def _scheduler(self) -> "SchedulerHalf":

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex.config import ModelIdentity
 from kvortex.errors import ConfigError
@@ -27,6 +27,23 @@ def only_group(kv_cache_config: "KVCacheConfig") -> Any:
             f"{', '.join(kinds)}. Run it without the connector"
         )
     return groups[0]
+
+
+def is_latent(group: Any) -> bool:
+    """True for multi-head latent attention: every tensor-parallel rank then holds the same KV."""
+    return isinstance(group.kv_cache_spec, MLAAttentionSpec)
+
+
+def check_parallelism(vllm_config: "VllmConfig") -> None:
+    """Refuse what deals the tokens of a block out to several ranks.
+
+    Raises:
+        ConfigError: context parallelism; vLLM's block hashes then cover more tokens than a rank's block holds.
+    """
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(vllm_config.parallel_config, name, 1)
+        if size > 1:
+            raise ConfigError(f"KVortex does not serve context parallelism ({name} = {size})")
 
 
 def payload_nbytes(kv_cache_config: "KVCacheConfig") -> int:

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvortex.driver import Event
+from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.driver import Event, align_up
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
 from kvortex.transfers import DataPlane
+from kvortex.types import TransferPlan
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.ranks import RankGroup, Share
 from kvortex.vllm.versions import OutcomeMessage
 
 if TYPE_CHECKING:
@@ -35,6 +39,15 @@ class _Save:
 
     block_ids: frozenset[int]
     read: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """This rank's part of a job; `positions` are its blocks' in the job's transfer."""
+
+    job: SaveJob | LoadJob
+    transfer: TransferPlan
+    positions: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -52,16 +65,24 @@ class WorkerHalf:
     not written again while their request holds them. Only when a block is given to somebody else before it has
     been read does the next step wait for that one save.
 
-    Digests stay here: each rank compares what it loads with what it saved.
+    Digests stay with the workers: each rank compares what it loads with what it saved, or what its group saved.
+
+    Args:
+        kv_cache_config: groups and sizes of the paged cache.
+        options: the connector's.
+        group: the ranks that hold the same KV, see `kvortex.vllm.ranks`; None if this one's is its own.
     """
 
-    def __init__(self, kv_cache_config: "KVCacheConfig", options: ConnectorOptions) -> None:
+    def __init__(
+        self, kv_cache_config: "KVCacheConfig", options: ConnectorOptions, group: RankGroup | None = None
+    ) -> None:
         self._num_blocks = int(kv_cache_config.num_blocks)
         self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
         self._options = options
+        self._group = group
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
-        self._digests = np.empty(0, dtype=np.uint64)
+        self._share = Share(np.empty(0, dtype=np.uint64))
         self._plan = ConnectorPlan()
         self._unread: deque[_Save] = deque()
         self._ended: deque[_Ended] = deque()
@@ -81,19 +102,30 @@ class WorkerHalf:
         layout = KVLayout.from_tensors(
             caches, self._block_size, num_blocks=self._num_blocks, block_dim=block_dims(caches, self._num_blocks)
         )
+        share = self._make_share(layout)
         thread = LoopThread()
         try:
 
             async def start() -> DataPlane:
-                return DataPlane(self._options.engine, caches, layout)
+                return DataPlane(self._options.engine, caches, layout, memory=share.memory)
 
             self._data = thread.run(start())
         except BaseException:
             thread.stop()
+            share.close()
             raise
         self._thread = thread
-        self._digests = np.zeros(self._data.pool.capacity_bytes // self._data.block_nbytes + 1, dtype=np.uint64)
-        logger.info("KVortex serves %s, %d bytes of pinned memory", layout.describe(), self._data.pool.capacity_bytes)
+        self._share = share
+        shared = f", shared by {share.size} ranks" if share.memory is not None else ""
+        logger.info(
+            "KVortex serves %s, %d bytes of pinned memory%s", layout.describe(), self._data.pool.capacity_bytes, shared
+        )
+
+    def _make_share(self, layout: KVLayout) -> Share:
+        config, block_nbytes = self._options.engine, align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
+        if self._group is None:
+            return Share.own(config, block_nbytes)
+        return Share.of_group(self._group, config, layout, block_nbytes)
 
     def handshake(self) -> WorkerHandshake | None:
         """What was registered, for the scheduler half."""
@@ -112,6 +144,7 @@ class WorkerHalf:
         self._thread = self._data = None
         thread.run(data.aclose())
         thread.stop()
+        self._share.close()
 
     def _planes(self) -> tuple[DataPlane, asyncio.AbstractEventLoop]:
         if self._data is None or self._thread is None:
@@ -133,32 +166,43 @@ class WorkerHalf:
         """Begin this step's loads, behind what the forward's stream has queued so far."""
         loads, self._plan.loads = self._plan.loads, []
         for job in loads:
-            self._submit(job, None)
+            self._submit(_Work(job, job.transfer, np.arange(job.transfer.num_blocks)), None)
 
     def start_saves(self) -> None:
-        """Begin this step's saves, behind the forward that wrote their blocks."""
+        """Begin this rank's part of the step's saves, behind the forward that wrote their blocks."""
         saves, self._plan.saves = self._plan.saves, []
         for job in saves:
-            save = _Save(frozenset(job.transfer.block_ids.tolist()))
+            work = self._part_of(job)
+            if not work.transfer.num_blocks:
+                self._ended.append(_Ended(JobOutcome(job.job_id), job))
+                continue
+            save = _Save(frozenset(work.transfer.block_ids.tolist()))
             self._unread.append(save)
-            self._submit(job, save)
+            self._submit(work, save)
 
-    def _submit(self, job: SaveJob | LoadJob, save: _Save | None) -> None:
+    def _part_of(self, job: SaveJob) -> _Work:
+        data, _ = self._planes()
+        whole = job.transfer
+        positions = self._share.part_of(whole, data.block_nbytes)
+        transfer = TransferPlan(whole.direction, whole.block_ids[positions], whole.offsets[positions])
+        return _Work(job, transfer, positions)
+
+    def _submit(self, work: _Work, save: _Save | None) -> None:
         data, loop = self._planes()
         after = data.record_event()
-        loop.call_soon_threadsafe(self._start, job, save, after)
+        loop.call_soon_threadsafe(self._start, work, save, after)
 
     # -- on the loop's thread ----------------------------------------------------------------------
 
-    def _start(self, job: SaveJob | LoadJob, save: _Save | None, after: Event | None) -> None:
-        task = asyncio.get_running_loop().create_task(self._carry_out(job, save, after))
+    def _start(self, work: _Work, save: _Save | None, after: Event | None) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry_out(work, save, after))
         task.add_done_callback(_raise_in_loop)
 
-    async def _carry_out(self, job: SaveJob | LoadJob, save: _Save | None, after: Event | None) -> None:
+    async def _carry_out(self, work: _Work, save: _Save | None, after: Event | None) -> None:
         data, _ = self._planes()
         ended: list[TransferRequest] = []
         try:
-            request = await data.start(job.transfer, after, ended.append, wants_source_released=save is not None)
+            request = await data.start(work.transfer, after, ended.append, wants_source_released=save is not None)
             if save is not None:
                 await request.source_released.wait()
                 save.read.set()
@@ -169,17 +213,17 @@ class WorkerHalf:
             if save is not None:
                 save.read.set()
             data.release_event(after)
-            self._ended.append(_Ended(self._judge(job, ended[0]), job))
+            self._ended.append(_Ended(self._judge(work, ended[0]), work.job))
 
-    def _judge(self, job: SaveJob | LoadJob, request: TransferRequest) -> JobOutcome:
-        places = job.transfer.offsets // request.block_nbytes
-        if isinstance(job, SaveJob):
-            self._digests[places[request.succeeded]] = request.digests[request.succeeded]
-            corrupt: tuple[int, ...] = ()
+    def _judge(self, work: _Work, request: TransferRequest) -> JobOutcome:
+        places, digests = work.transfer.offsets // request.block_nbytes, self._share.digests
+        wrong = np.zeros(request.num_blocks, dtype=np.bool_)
+        if isinstance(work.job, SaveJob):
+            digests[places[request.succeeded]] = request.digests[request.succeeded]
         else:
-            wrong = request.succeeded & (request.digests != self._digests[places])
-            corrupt = tuple(np.flatnonzero(wrong).tolist())
-        return JobOutcome(job.job_id, tuple(np.flatnonzero(~request.succeeded).tolist()), corrupt)
+            wrong = request.succeeded & (request.digests != digests[places])
+        failed, corrupt = (tuple(work.positions[bad].tolist()) for bad in (~request.succeeded, wrong))
+        return JobOutcome(work.job.job_id, failed, corrupt)
 
     # -- what became of it -------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Tiny llama and qwen3 models with random weights whose outputs depend on their whole context.
+"""Tiny llama, qwen3 and deepseek_v2 models with random weights whose outputs depend on their whole context.
 
 vLLM's own ``load_format="dummy"`` fills weights with values so small that every prompt continues alike: two
 equal outputs would then prove nothing about the KV behind them. These weights are scaled so that attention
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-Architecture = Literal["llama", "qwen3"]
+Architecture = Literal["llama", "qwen3", "deepseek_v2"]
 
 VOCAB_SIZE = 1000
 HIDDEN_SIZE = 256
@@ -23,6 +23,7 @@ NUM_LAYERS = 4
 NUM_QUERY_HEADS = 4
 NUM_KV_HEADS = 2
 HEAD_DIM = 64
+LATENT_RANK = 512  # vLLM's CPU kernel for latent attention takes DeepSeek's sizes only: 512 and 64
 
 
 def make_tiny_model(
@@ -34,7 +35,8 @@ def make_tiny_model(
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into `directory` (made if absent) and return it.
 
-    Four layers, four query and two KV heads of 64: 2.9 million parameters, 4 KiB of float32 KV a token.
+    Four layers, four query and two KV heads of 64: 2.9 million parameters, 4 KiB of float32 KV a token
+    (deepseek_v2: one latent vector a token and layer, 9 KiB).
     No tokenizer: use ``skip_tokenizer_init=True`` and prompts of token ids in ``range(3, VOCAB_SIZE)``
     (1 and 2 are the begin and end tokens).
     """
@@ -69,6 +71,26 @@ def model_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, An
             "rms_norm_eps": 1e-5,
             "rope_theta": 10_000.0,
         }
+    if architecture == "deepseek_v2":
+        return config | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "num_key_value_heads": NUM_QUERY_HEADS,
+            "kv_lora_rank": LATENT_RANK,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": HEAD_DIM,
+            "qk_rope_head_dim": HEAD_DIM,
+            "v_head_dim": HEAD_DIM,
+            "first_k_dense_replace": NUM_LAYERS,  # no experts
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": HEAD_DIM,
+            "n_group": 1,
+            "topk_group": 1,
+        }
     return config | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -100,10 +122,20 @@ def random_weights(architecture: Architecture, dtype: torch.dtype, seed: int) ->
     for index in range(NUM_LAYERS):
         layer = f"model.layers.{index}."
         # A gain of two in attention makes the scores peaked; the MLP must not drown it.
+        if architecture == "deepseek_v2":
+            weights |= {
+                f"{layer}self_attn.q_proj.weight": matrix(2 * query_size, HIDDEN_SIZE, 2.0),
+                f"{layer}self_attn.kv_a_proj_with_mqa.weight": matrix(LATENT_RANK + HEAD_DIM, HIDDEN_SIZE, 2.0),
+                f"{layer}self_attn.kv_a_layernorm.weight": ones(LATENT_RANK),
+                f"{layer}self_attn.kv_b_proj.weight": matrix(2 * query_size, LATENT_RANK, 2.0),
+            }
+        else:
+            weights |= {
+                f"{layer}self_attn.q_proj.weight": matrix(query_size, HIDDEN_SIZE, 2.0),
+                f"{layer}self_attn.k_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
+                f"{layer}self_attn.v_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
+            }
         weights |= {
-            f"{layer}self_attn.q_proj.weight": matrix(query_size, HIDDEN_SIZE, 2.0),
-            f"{layer}self_attn.k_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
-            f"{layer}self_attn.v_proj.weight": matrix(kv_size, HIDDEN_SIZE, 2.0),
             f"{layer}self_attn.o_proj.weight": matrix(HIDDEN_SIZE, query_size, 2.0),
             f"{layer}mlp.gate_proj.weight": matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE, 1.0),
             f"{layer}mlp.up_proj.weight": matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE, 1.0),

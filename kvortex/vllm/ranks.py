@@ -1,0 +1,139 @@
+"""Ranks of a tensor-parallel group that all hold the same KV: one pool for them all, each saves its share.
+
+Multi-head latent attention keeps one latent vector a token, and every rank of the group computes it. Stored once,
+a pool holds as many times more as there are ranks, and each rank's link carries its share of the saves. Every rank
+loads all blocks, over its own link, and compares them with the digests of whoever saved them.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+import numpy as np
+import torch.distributed
+from numpy.typing import NDArray
+from vllm.distributed.parallel_state import get_tp_group
+
+from kvortex.config import KVortexConfig
+from kvortex.driver import align_up
+from kvortex.errors import ConfigError
+from kvortex.layout import KVLayout
+from kvortex.memory import SharedMemory, SharedTicket
+from kvortex.types import TransferPlan
+from kvortex.vllm.model import is_latent, only_group
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+PAGE_BYTES = 4096
+
+
+class RankGroup(Protocol):
+    """The processes that hold the same KV."""
+
+    rank: int
+    size: int
+
+    def exchange(self, value: T) -> list[T]:
+        """Everybody's value, by rank; every rank calls it at the same time."""
+        ...
+
+
+class TensorParallelGroup:
+    """vLLM's tensor-parallel group, over its CPU backend."""
+
+    def __init__(self) -> None:
+        group = get_tp_group()
+        self.rank, self.size = int(group.rank_in_group), int(group.world_size)
+        self._cpu_group = group.cpu_group
+
+    def exchange(self, value: T) -> list[T]:
+        """See `RankGroup`."""
+        values: list[T | None] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._cpu_group)
+        return values  # type: ignore[return-value]
+
+
+def group_of_equals(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> RankGroup | None:
+    """The group of a worker whose peers hold the same KV; None if its KV is its own."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1 or not is_latent(only_group(kv_cache_config)):
+        return None
+    return TensorParallelGroup()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one rank saves of what all hold, and the digests of all that is saved.
+
+    Args:
+        digests: `uint64 [places]`, one for every place a block can have in the pool.
+        rank, size: the rank saves the blocks at every `size`-th place.
+        memory: pool and digests of all ranks; None where they are this rank's own.
+    """
+
+    digests: NDArray[np.uint64]
+    rank: int = 0
+    size: int = 1
+    memory: SharedMemory | None = None
+
+    @classmethod
+    def own(cls, config: KVortexConfig, block_nbytes: int) -> Self:
+        """For a rank that keeps its KV to itself."""
+        return cls(np.zeros(_num_places(config, block_nbytes), dtype=np.uint64))
+
+    @classmethod
+    def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, block_nbytes: int) -> Self:
+        """Create the pool on the first rank and open it on the others; everybody's own where that is not possible.
+
+        Every rank of the group must call this at the same time.
+
+        Raises:
+            ConfigError: the machine cannot give that much memory.
+        """
+        num_places = _num_places(config, block_nbytes)
+        pool_bytes = align_up(config.cpu_pool_bytes, PAGE_BYTES)
+        memory = _open_memory(group, pool_bytes + num_places * 8)
+        reached = group.exchange((memory is not None, layout.digest))
+        if memory is None or any(answer != (True, layout.digest) for answer in reached):
+            logger.warning("ranks on different machines or with different layouts: each stores a copy of its own")
+            if memory is not None:
+                memory.close()
+            return cls.own(config, block_nbytes)
+        digests = np.frombuffer(memory.map(pool_bytes, num_places * 8), dtype=np.uint64)
+        return cls(digests, group.rank, group.size, memory)
+
+    def part_of(self, plan: TransferPlan, block_nbytes: int) -> NDArray[np.intp]:
+        """Positions of the blocks of a save that this rank has to save."""
+        return np.flatnonzero(plan.offsets // block_nbytes % self.size == self.rank)
+
+    def forget(self) -> None:
+        """Make every block that was saved so far fail its check, without a look at who reads it."""
+        mine = self.digests[self.rank :: self.size]
+        np.invert(mine, out=mine)
+
+    def close(self) -> None:
+        """Give the memory up; idempotent."""
+        if self.memory is not None:
+            self.memory.close()
+
+
+def _open_memory(group: RankGroup, nbytes: int) -> SharedMemory | None:
+    first: SharedMemory | None = None
+    offer: SharedTicket | str = ""
+    if group.rank == 0:
+        try:
+            first = SharedMemory.create(nbytes)
+            offer = first.ticket
+        except ConfigError as error:  # the others wait for an answer, whatever it is
+            offer = str(error)
+    offer, *_ = group.exchange(offer)
+    if isinstance(offer, str):
+        raise ConfigError(offer)
+    return first if first is not None else SharedMemory.attach(offer)
+
+
+def _num_places(config: KVortexConfig, block_nbytes: int) -> int:
+    return config.cpu_pool_bytes // block_nbytes + 1
