@@ -14,12 +14,14 @@ from kvortex.tiers.base import (
 )
 from kvortex.tiers.disk import DiskTier
 from kvortex.tiers.disk_config import DiskTierConfig
+from kvortex.tiers.memory import MemoryTier
 
 __all__ = [
     "Cause",
     "Codec",
     "DiskTier",
     "DiskTierConfig",
+    "MemoryTier",
     "ReadOutcome",
     "ReadRequest",
     "ScanProgress",

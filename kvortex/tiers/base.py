@@ -127,6 +127,11 @@ class ReadRequest:
     buffer: Buffer
     on_settled: Callable[[ReadOutcome], None] | None = None
 
+    def settle(self, outcome: ReadOutcome) -> None:
+        """For tiers: the buffer is the caller's again."""
+        if self.on_settled is not None:
+            self.on_settled(outcome)
+
 
 @dataclass(frozen=True, slots=True)
 class WriteRequest:
@@ -139,6 +144,11 @@ class WriteRequest:
     raw_bytes: int
     codec: int = Codec.RAW
     on_settled: Callable[[WriteOutcome], None] | None = None
+
+    def settle(self, outcome: WriteOutcome) -> None:
+        """For tiers: the payload is the caller's again."""
+        if self.on_settled is not None:
+            self.on_settled(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +277,34 @@ class Tier(ABC):
     @abstractmethod
     def stats(self) -> TierStats:
         """Counters and gauges at this moment; from any thread."""
+
+
+def as_bytes(buffer: bytes | Buffer) -> NDArray[np.uint8]:
+    """The same memory as a flat array of bytes.
+
+    Raises:
+        ValueError: it is not contiguous, or has no bytes.
+    """
+    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+    if not view.c_contiguous or view.nbytes == 0:
+        raise ValueError(f"a payload is contiguous memory of at least one byte, not {view.shape} of {view.format!r}")
+    return np.frombuffer(view, dtype=np.uint8)
+
+
+def check_reads(requests: Sequence[ReadRequest]) -> None:
+    """Raise what the contract says of misuse: `InvalidHashError` or `ValueError`."""
+    check_keys([request.key for request in requests])
+    if not all(as_bytes(request.buffer).flags.writeable for request in requests):
+        raise ValueError("a read needs writable memory")
+
+
+def check_writes(requests: Sequence[WriteRequest]) -> list[int]:
+    """The payloads' lengths. Raises what the contract says of misuse: `InvalidHashError` or `ValueError`."""
+    check_keys([request.key for request in requests])
+    for request in requests:
+        if not (0 <= request.digest < 1 << 64 and 0 <= request.raw_bytes < 1 << 64 and 0 <= request.codec < 1 << 32):
+            raise ValueError(f"digest and raw_bytes take 64 bits, codec 32: {request}")
+    return [as_bytes(request.payload).size for request in requests]
 
 
 def check_keys(keys: Sequence[bytes]) -> None:

@@ -20,6 +20,8 @@ from kvortex.tiers.base import (
     WriteOutcome,
     WriteRequest,
     check_keys,
+    check_reads,
+    check_writes,
 )
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.direct import BUFFERED, DirectIO, probe
@@ -27,10 +29,12 @@ from kvortex.tiers.disk_config import DiskTierConfig
 from kvortex.tiers.disk_files import DiskFiles, cause_of
 from kvortex.tiers.disk_index import DiskIndex
 from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk_reader import DiskReader
 from kvortex.tiers.disk_scan import list_parts, read_part
+from kvortex.tiers.disk_writer import DiskWriter
 from kvortex.tiers.frame import HEADER_BYTES
 from kvortex.tiers.os_calls import OsCalls
-from kvortex.tiers.payload import as_bytes, warm_up
+from kvortex.tiers.payload import warm_up
 from kvortex.tiers.runner import BatchRunner
 from kvortex.tiers.temp_space import TempSpace, make_directories
 from kvortex.types import MissReason, SaveOutcome
@@ -87,14 +91,17 @@ class DiskTier(Tier):
         except OSError as error:
             self._temp.close()
             raise ConfigError(f"cannot keep blocks in {self._layout.root}: {error}") from error
-        self._files = DiskFiles(
-            self._layout, self._config, self._direct, self._index, self._temp, self._counters, self._calls
-        )
+        files = DiskFiles(self._layout, self._config, self._direct, self._index, self._counters, self._calls)
+        self._files = files
         self._reads = BatchRunner(
-            "kvortex-disk-read", self._config.read_threads, self._files.read, _unread, _read_settled
+            "kvortex-disk-read", self._config.read_threads, DiskReader(files).read, _unread, ReadRequest.settle
         )
         self._writes = BatchRunner(
-            "kvortex-disk-write", self._config.write_threads, self._files.write, _unwritten, _write_settled
+            "kvortex-disk-write",
+            self._config.write_threads,
+            DiskWriter(files, self._temp).write,
+            _unwritten,
+            WriteRequest.settle,
         )
         self._is_open = True
         self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-disk-scan")
@@ -154,17 +161,15 @@ class DiskTier(Tier):
     # -- moving ----------------------------------------------------------------------------------------
 
     async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
-        self._check([request.key for request in requests])
-        for request in requests:
-            if not as_bytes(request.buffer).flags.writeable:
-                raise ValueError("a read needs writable memory")
+        self._check(())
+        check_reads(requests)
         outcomes = await self._reads.run(requests, deadline_s)
         self._counters.record_reads(outcomes)
         return outcomes
 
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
-        self._check([request.key for request in requests])
-        sizes = [as_bytes(request.payload).size for request in requests]
+        self._check(())
+        sizes = check_writes(requests)
         outcomes = await self._writes.run(requests, deadline_s)
         self._counters.record_writes(outcomes, sizes)
         return outcomes
@@ -271,13 +276,3 @@ def _unread(cause: Cause, settled: bool) -> ReadOutcome:
 
 def _unwritten(cause: Cause, settled: bool) -> WriteOutcome:
     return WriteOutcome(SaveOutcome.FAILED, cause=cause, settled=settled)
-
-
-def _read_settled(request: ReadRequest, outcome: ReadOutcome) -> None:
-    if request.on_settled is not None:
-        request.on_settled(outcome)
-
-
-def _write_settled(request: WriteRequest, outcome: WriteOutcome) -> None:
-    if request.on_settled is not None:
-        request.on_settled(outcome)

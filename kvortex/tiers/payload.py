@@ -8,7 +8,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
-from kvortex.tiers.base import Buffer
 
 _WORD = 8
 _POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))
@@ -40,18 +39,6 @@ def _copy_and_sum(words: Any, target: Any) -> Any:
 # Both give the GIL up: 15 to 30 GB/s a thread, beside the disk's work.
 _compiled_sum: Callable[[NDArray[np.uint64]], int] = njit(nogil=True, cache=True)(_sum)
 _compiled_copy: Callable[[NDArray[np.uint64], NDArray[np.uint64]], int] = njit(nogil=True, cache=True)(_copy_and_sum)
-
-
-def as_bytes(buffer: bytes | Buffer) -> NDArray[np.uint8]:
-    """The same memory as a flat array of bytes.
-
-    Raises:
-        ValueError: it is not contiguous, or has no bytes.
-    """
-    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
-    if not view.c_contiguous or view.nbytes == 0:
-        raise ValueError(f"a payload is contiguous memory of at least one byte, not {view.shape} of {view.format!r}")
-    return np.frombuffer(view, dtype=np.uint8)
 
 
 def address_of(array: NDArray[np.uint8]) -> int:

@@ -1,0 +1,165 @@
+"""A tier that misbehaves on command, around one that works."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Any, TypeVar
+
+from kvortex.tiers.base import (
+    Cause,
+    ReadOutcome,
+    ReadRequest,
+    StoredBlock,
+    Tier,
+    TierStats,
+    WriteOutcome,
+    WriteRequest,
+    as_bytes,
+    check_reads,
+    check_writes,
+)
+from kvortex.types import Direction, MissReason, SaveOutcome
+
+Outcome = TypeVar("Outcome")
+
+
+class TierFault(Enum):
+    """What happens to one block of a read or write."""
+
+    SLOW = auto()  # it moves, but not before `delay_s`
+    HANG = auto()  # it does not move before `release`; past a deadline the tier keeps the buffer, as the contract says
+    FAIL = auto()  # a device error
+    SHORT = auto()  # only the first half moves, and the outcome says so; a write keeps a half that no digest fits
+    LIE = auto()  # a hit with one wrong bit; a write that says STORED and keeps nothing
+    FULL = auto()  # a write finds no space; a read is not affected
+
+
+class FaultInjectingTier(Tier):
+    """Passes everything on to `inner` and asks `fault_of(direction, number, key)`, counting from 0 in each direction,
+    what goes wrong with a block. Lookups, scans and deletions always work."""
+
+    def __init__(
+        self,
+        inner: Tier,
+        fault_of: Callable[[Direction, int, bytes], TierFault | None],
+        *,
+        delay_s: float = 0.05,
+    ) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._fault_of = fault_of
+        self._delay_s = delay_s
+        self._numbers = dict.fromkeys(Direction, 0)
+        self._released = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that hang or are slow now."""
+        return len(self._tasks)
+
+    def release(self) -> None:
+        """Let everything that hangs go on; later faults hang again."""
+        self._released.set()
+        self._released = asyncio.Event()
+
+    async def open(self) -> None:
+        await self._inner.open()
+
+    async def aclose(self) -> None:
+        self.release()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._inner.aclose()
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        return self._inner.lookup(keys)
+
+    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        return await self._inner.contains(keys, deadline_s=deadline_s)
+
+    def scan(self) -> AsyncIterator[StoredBlock]:
+        return self._inner.scan()
+
+    async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        check_reads(requests)
+        tasks = [self._start(self._read(request, self._fault(Direction.LOAD, request.key))) for request in requests]
+        late = ReadOutcome(MissReason.DEADLINE, cause=Cause.DEADLINE, settled=False)
+        return await _collect(tasks, late, deadline_s)
+
+    async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
+        check_writes(requests)
+        tasks = [self._start(self._write(request, self._fault(Direction.SAVE, request.key))) for request in requests]
+        late = WriteOutcome(SaveOutcome.FAILED, cause=Cause.DEADLINE, settled=False)
+        return await _collect(tasks, late, deadline_s)
+
+    async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        return await self._inner.delete(keys, deadline_s=deadline_s)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._inner.capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._inner.used_bytes
+
+    def stats(self) -> TierStats:
+        return replace(self._inner.stats(), unsettled=len(self._tasks))
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _fault(self, direction: Direction, key: bytes) -> TierFault | None:
+        number = self._numbers[direction]
+        self._numbers[direction] += 1
+        return self._fault_of(direction, number, key)
+
+    def _start(self, block: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+        # A task of its own: it goes on when the caller has gone, as a thread would.
+        task = asyncio.create_task(block)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _pause(self, fault: TierFault | None) -> None:
+        if fault is TierFault.SLOW:
+            await asyncio.sleep(self._delay_s)
+        elif fault is TierFault.HANG:
+            await self._released.wait()
+
+    async def _read(self, request: ReadRequest, fault: TierFault | None) -> ReadOutcome:
+        await self._pause(fault)
+        if fault is TierFault.FAIL:
+            outcome = ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.IO_ERROR, detail="injected")
+        else:
+            (outcome,) = await self._inner.read([ReadRequest(request.key, request.buffer)])
+        if outcome.reason is None and fault is TierFault.LIE:
+            as_bytes(request.buffer)[outcome.payload_bytes // 2] ^= 1
+        if outcome.reason is None and fault is TierFault.SHORT:
+            as_bytes(request.buffer)[outcome.payload_bytes // 2 :] = 0
+            outcome = replace(outcome, payload_bytes=outcome.payload_bytes // 2)
+        request.settle(outcome)
+        return outcome
+
+    async def _write(self, request: WriteRequest, fault: TierFault | None) -> WriteOutcome:
+        await self._pause(fault)
+        if fault is TierFault.FAIL:
+            outcome = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR, detail="injected")
+        elif fault is TierFault.FULL:
+            outcome = WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE, detail="injected")
+        elif fault is TierFault.LIE:
+            outcome = WriteOutcome(SaveOutcome.STORED)
+        else:
+            payload = as_bytes(request.payload)
+            half = payload[: max(1, payload.size // 2)]
+            kept = replace(request, payload=half if fault is TierFault.SHORT else payload, on_settled=None)
+            (outcome,) = await self._inner.write([kept])
+        request.settle(outcome)
+        return outcome
+
+
+async def _collect(tasks: Sequence[asyncio.Task[Outcome]], late: Outcome, deadline_s: float | None) -> list[Outcome]:
+    if tasks:
+        await asyncio.wait(tasks, timeout=deadline_s)
+    return [task.result() if task.done() else late for task in tasks]

@@ -1,0 +1,143 @@
+"""Reading one block's file into its buffer: blocking, called on the disk tier's threads."""
+
+import contextlib
+import os
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, as_bytes
+from kvortex.tiers.direct import read_fully
+from kvortex.tiers.disk_files import DiskFiles, cause_of
+from kvortex.tiers.disk_index import IndexedBlock
+from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES, FrameHeader, frame_bytes, padded
+from kvortex.tiers.payload import copy_payload, payload_digest
+from kvortex.types import MissReason
+
+
+class DiskReader:
+    """Reads blocks of one namespace."""
+
+    def __init__(self, files: DiskFiles) -> None:
+        self._files = files
+
+    def read(self, request: ReadRequest) -> ReadOutcome:
+        """One block, straight into its buffer where the memory suits; every `OSError` is an outcome."""
+        key = request.key
+        known = self._files.index.get(key)
+        try:
+            outcome = self._read(key, as_bytes(request.buffer))
+        except OSError as error:
+            return self._failed(key, known, error)
+        if outcome.cause is Cause.CORRUPT:
+            self._files.remove_corrupt(key)
+        elif outcome.cause is Cause.UNKNOWN_VERSION:
+            self._files.index.discard(key, known)
+        return outcome
+
+    def _failed(self, key: bytes, known: IndexedBlock | None, error: OSError) -> ReadOutcome:
+        cause, detail = cause_of(error), str(error)
+        if cause is Cause.ABSENT:
+            self._files.index.discard(key, known)
+            reason = MissReason.NEVER_STORED if known is None else MissReason.EVICTED
+            return ReadOutcome(reason, cause=cause, detail=detail)
+        if cause is Cause.IO_ERROR:
+            self._files.index.discard(key, known)  # not asked for again before the next scan
+        return ReadOutcome(MissReason.TRANSFER_FAILED, cause=cause, detail=detail)
+
+    def _read(self, key: bytes, target: NDArray[np.uint8]) -> ReadOutcome:
+        files = self._files
+        with files.index.watching() as removed:
+            fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+            try:
+                outcome = self._read_frame(fd, key, target)
+                if outcome.reason is None:
+                    stored_bytes = frame_bytes(outcome.payload_bytes)
+                    seen = IndexedBlock(files.layout.namespace_name, stored_bytes, time.time())
+                    if files.index.use(key, seen, removed, files.config.touch_interval_s):
+                        self._touch(fd)
+                return outcome
+            finally:
+                files.calls.close(fd)
+
+    def _read_frame(self, fd: int, key: bytes, target: NDArray[np.uint8]) -> ReadOutcome:
+        room = self._files.calls.file_bytes(fd) - HEADER_BYTES
+        if room <= 0 or room % ALIGNMENT_BYTES:
+            return _corrupt("the file's length is not that of a frame")
+        if room - ALIGNMENT_BYTES >= target.size:  # even the shortest payload of such a file is longer
+            return self._too_small(fd, key, target.size)
+        if not self._files.suits(target):
+            body = self._files.scratch.bounce(room)
+            pieces = [body]
+        else:
+            body = target[:room] if target.size >= room else target[: room - ALIGNMENT_BYTES]
+            pieces = [body] if body.size == room else [body, self._files.scratch.tail]
+        header = self._fill(fd, key, pieces, room)
+        if not isinstance(header, FrameHeader):
+            return _flawed(header)
+        if header.payload_bytes > target.size:
+            return _buffer_too_small(header.payload_bytes, target.size)
+        return self._finish(header, target, pieces)
+
+    def _fill(self, fd: int, key: bytes, pieces: list[NDArray[np.uint8]], room: int) -> FrameHeader | Cause:
+        if read_fully(self._files.calls, fd, [self._files.scratch.header, *pieces]) != HEADER_BYTES + room:
+            return Cause.CORRUPT
+        header = self._files.decode(key)
+        if isinstance(header, FrameHeader) and padded(header.payload_bytes) != room:
+            return Cause.CORRUPT
+        return header
+
+    def _finish(self, header: FrameHeader, target: NDArray[np.uint8], pieces: list[NDArray[np.uint8]]) -> ReadOutcome:
+        """Bring what landed elsewhere into the target, and check it."""
+        payload = target[: header.payload_bytes]
+        first, last = pieces[0], pieces[-1]
+        end = header.payload_bytes - (first.size if last is not first else 0)  # of the payload in the last piece
+        if last[end:].any():
+            return _corrupt("the padding is not zero")
+        if not self._files.suits(target):
+            digest = copy_payload(first[:end], payload)
+        else:
+            if last is not first:
+                payload[first.size :] = last[:end]
+            digest = payload_digest(payload) if self._files.config.verify else header.digest
+        if self._files.config.verify and digest != header.digest:
+            return _corrupt("the payload's digest differs")
+        return ReadOutcome(
+            None,
+            payload_bytes=header.payload_bytes,
+            raw_bytes=header.raw_bytes,
+            codec=header.codec,
+            digest=header.digest,
+        )
+
+    def _too_small(self, fd: int, key: bytes, nbytes: int) -> ReadOutcome:
+        """A file too long for the buffer: a larger block, or a damaged one."""
+        header = self._files.read_header(fd, key)
+        if not isinstance(header, FrameHeader):
+            return _flawed(header)
+        if frame_bytes(header.payload_bytes) != self._files.calls.file_bytes(fd):
+            return _corrupt("the file's length is not what its header says")
+        return _buffer_too_small(header.payload_bytes, nbytes)
+
+    def _touch(self, fd: int) -> None:
+        with contextlib.suppress(OSError):  # a read-only or foreign file: its age stays what it is
+            self._files.calls.touch(fd)
+
+
+def _corrupt(detail: str) -> ReadOutcome:
+    return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT, detail=detail)
+
+
+def _flawed(cause: Cause) -> ReadOutcome:
+    if cause is Cause.CORRUPT:
+        return _corrupt("the header is damaged, another block's, or does not fit the file's length")
+    return ReadOutcome(MissReason.NEVER_STORED, cause=cause)
+
+
+def _buffer_too_small(payload_bytes: int, nbytes: int) -> ReadOutcome:
+    return ReadOutcome(
+        MissReason.TRANSFER_FAILED,
+        cause=Cause.BUFFER_TOO_SMALL,
+        detail=f"a payload of {payload_bytes} bytes does not fit a buffer of {nbytes}",
+    )

@@ -1,0 +1,149 @@
+"""Writing one block's file: blocking, called on the disk tier's threads."""
+
+import contextlib
+import errno
+import os
+import time
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.tiers.base import Cause, WriteOutcome, WriteRequest, as_bytes
+from kvortex.tiers.direct import write_fully
+from kvortex.tiers.disk_files import DiskFiles, cause_of
+from kvortex.tiers.disk_index import Admission
+from kvortex.tiers.frame import ALIGNMENT_BYTES, FrameHeader, encode_header, frame_bytes, padded
+from kvortex.tiers.payload import copy_payload
+from kvortex.tiers.temp_space import TempSpace, make_directories
+from kvortex.types import SaveOutcome
+
+_STORED: Final = WriteOutcome(SaveOutcome.STORED)
+_ALREADY_STORED: Final = WriteOutcome(SaveOutcome.ALREADY_STORED)
+_REFUSALS: Final = {
+    Admission.STORED: _ALREADY_STORED,
+    Admission.PENDING: WriteOutcome(SaveOutcome.PENDING),
+    Admission.NO_SPACE: WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE),
+}
+
+
+class DiskWriter:
+    """Writes blocks of one namespace, and makes room for them."""
+
+    def __init__(self, files: DiskFiles, temp: TempSpace) -> None:
+        self._files = files
+        self._temp = temp
+        self._made: set[str] = set()
+
+    def write(self, request: WriteRequest) -> WriteOutcome:
+        """One block; every `OSError` is an outcome, and leaves nothing behind."""
+        key, source, index = request.key, as_bytes(request.payload), self._files.index
+        try:
+            if index.get(key) is None and (found := self._existing(key)) is not None:
+                return found
+        except OSError as error:
+            return _failed(error)
+        nbytes = frame_bytes(source.size)
+        admission, victims = index.reserve(key, nbytes)
+        if admission is not Admission.RESERVED:
+            return _REFUSALS[admission]
+        committed = False
+        try:
+            self._files.remove_victims(victims)
+            self._place(key, self._frame(request, source), nbytes)
+            index.commit(key, self._files.layout.namespace_name)
+            committed = True
+        except OSError as error:
+            return _failed(error)
+        finally:
+            if not committed:
+                index.abort(key)
+        return _STORED
+
+    def _existing(self, key: bytes) -> WriteOutcome | None:
+        """What a file that this process does not know of means for a write: None if it may be written over."""
+        files = self._files
+        with files.index.watching() as removed:
+            try:
+                fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+            except FileNotFoundError:
+                return None
+            try:
+                stored_bytes = files.calls.file_bytes(fd)
+                header = files.read_header(fd, key)
+            finally:
+                files.calls.close(fd)
+            if header is Cause.UNKNOWN_VERSION:
+                return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
+            if not isinstance(header, FrameHeader) or frame_bytes(header.payload_bytes) != stored_bytes:
+                return None
+            seen = files.seen(stored_bytes, time.time())
+            files.index.use(key, seen, removed, files.config.touch_interval_s)
+            return _ALREADY_STORED
+
+    def _frame(self, request: WriteRequest, source: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """The frame's pieces, in memory that the file can be written from."""
+        header = FrameHeader(
+            self._files.layout.namespace, request.key, request.codec, source.size, request.raw_bytes, request.digest
+        )
+        head = self._files.scratch.header
+        head[:] = np.frombuffer(encode_header(header), dtype=np.uint8)
+        if not self._files.suits(source):
+            body = self._files.scratch.bounce(padded(source.size))
+            copy_payload(source, body[: source.size])
+            body[source.size :] = 0
+            return [head, body]
+        whole = source.size // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        if whole == source.size:
+            return [head, source]
+        tail = self._files.scratch.tail
+        tail[: source.size - whole] = source[whole:]
+        tail[source.size - whole :] = 0
+        return [head, source[:whole], tail] if whole else [head, tail]
+
+    def _place(self, key: bytes, pieces: list[NDArray[np.uint8]], nbytes: int) -> None:
+        """Write, sync, rename; once more after making room, or the directories, if that was what was missing."""
+        try:
+            self._try_place(key, pieces, nbytes)
+        except FileNotFoundError:
+            self._made.clear()
+            self._temp.open()
+        except OSError as error:
+            # The file system is smaller than the capacity: one block goes for the one that comes.
+            if cause_of(error) is not Cause.NO_SPACE or not (victims := self._files.index.evict(nbytes)):
+                raise
+            self._files.remove_victims(victims)
+        else:
+            return
+        self._try_place(key, pieces, nbytes)
+
+    def _try_place(self, key: bytes, pieces: list[NDArray[np.uint8]], nbytes: int) -> None:
+        self._make(self._files.layout.directory(key))
+        path = self._temp.new_path()
+        fd = self._files.calls.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | self._files.direct.flags)
+        placed = False
+        try:
+            try:
+                if write_fully(self._files.calls, fd, pieces) != nbytes:
+                    raise OSError(errno.EIO, "the system took only a part of the file", path)
+                if self._files.config.fsync:
+                    self._files.calls.fdatasync(fd)
+            finally:
+                self._files.calls.close(fd)
+            self._files.calls.replace(path, self._files.layout.path(key))
+            placed = True
+        finally:
+            if not placed:
+                with contextlib.suppress(OSError):  # the sweep of a later start takes it
+                    self._files.calls.unlink(path)
+
+    def _make(self, directory: str) -> None:
+        if directory not in self._made:
+            make_directories(self._files.calls, directory)
+            self._made.add(directory)
+
+
+def _failed(error: OSError) -> WriteOutcome:
+    cause = cause_of(error)
+    outcome = SaveOutcome.NO_SPACE if cause is Cause.NO_SPACE else SaveOutcome.FAILED
+    return WriteOutcome(outcome, cause=cause, detail=str(error))
