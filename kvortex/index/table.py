@@ -40,6 +40,7 @@ MISS_REASONS = (
     MissReason.EVICTED,
     MissReason.CORRUPT,
     MissReason.TRANSFER_FAILED,
+    MissReason.DEADLINE,
 )
 """Miss reasons by their number in arrays."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2

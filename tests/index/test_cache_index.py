@@ -6,9 +6,12 @@ import threading
 import numpy as np
 import pytest
 
+from kvortex.config import EVICTION_POLICIES
 from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
-from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, LRUPolicy, make_policy, pack_keys
+from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, CacheIndex, make_policy, pack_keys
 from kvortex.types import MissReason
+
+every_policy = pytest.mark.parametrize("policy", EVICTION_POLICIES)
 
 
 def key(number: int, chain: str = "") -> bytes:
@@ -19,8 +22,8 @@ def keys(*numbers: int) -> np.ndarray:
     return pack_keys([key(n) for n in numbers])
 
 
-def make(**options: int) -> CacheIndex:
-    return CacheIndex(LRUPolicy(), **options)
+def make(policy: str = "lru", **options: int) -> CacheIndex:
+    return CacheIndex(make_policy(policy), **options)
 
 
 def store(index: CacheIndex, *numbers: int, nbytes: int = 1) -> None:
@@ -111,8 +114,9 @@ def test_a_negative_bound_is_refused() -> None:
         make(ghost_entries=-1)
 
 
-def test_pins_hold_and_count() -> None:
-    index = make()
+@every_policy
+def test_pins_hold_and_count(policy: str) -> None:
+    index = make(policy)
     store(index, 1, 2, nbytes=8)
     slots, reasons = index.pin(keys(1, 9, 2))
     assert slots[1] == -1
@@ -171,8 +175,9 @@ def test_a_reservation_is_not_dropped() -> None:
     assert index.contains_mask([key(1)]).all()
 
 
-def test_the_tail_goes_first_and_no_more_than_asked() -> None:
-    index = make()
+@every_policy
+def test_the_tail_goes_first_and_no_more_than_asked(policy: str) -> None:
+    index = make(policy)
     store(index, 1, 2, 3, 4, nbytes=10)
     assert index.evict(15).tolist() == [4, 3]
     assert index.prefix_length([key(n) for n in (1, 2, 3, 4)]) == 2
@@ -181,8 +186,9 @@ def test_the_tail_goes_first_and_no_more_than_asked() -> None:
     assert index.evict(1000).tolist() == [2, 1]
 
 
-def test_a_save_committed_in_batches_still_loses_its_tail_first() -> None:
-    index = make()
+@every_policy
+def test_a_save_committed_in_batches_still_loses_its_tail_first(policy: str) -> None:
+    index = make(policy)
     slots = index.reserve(keys(1, 2, 3)).slots
     for i in range(3):
         index.commit(slots[i : i + 1], np.array([i + 1]), 1, np.array([0]))
@@ -200,8 +206,9 @@ def test_use_makes_hot() -> None:
     assert index.evict(1).tolist() == [3]
 
 
-def test_busy_blocks_are_passed_over_once_and_come_back() -> None:
-    index = make()
+@every_policy
+def test_busy_blocks_are_passed_over_once_and_come_back(policy: str) -> None:
+    index = make(policy)
     store(index, *range(100))
     pinned = index.pin(keys(*range(50, 100))).slots
     reserved = index.reserve(keys(500)).slots
@@ -231,8 +238,9 @@ def test_clear_forgets_blocks_and_reasons() -> None:
     assert index.contains_mask([key(9)]).all()
 
 
-def test_growth_keeps_everything() -> None:
-    index = make(expected_entries=2, ghost_entries=4)
+@every_policy
+def test_growth_keeps_everything(policy: str) -> None:
+    index = make(policy, expected_entries=2, ghost_entries=4)
     pinned = []
     for number in range(2000):
         store(index, number)
@@ -259,13 +267,9 @@ def test_keys_that_share_their_bits_are_told_apart() -> None:
         assert index.contains_mask(crowd).tolist() == [i not in gone for i in range(60)]
 
 
-def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lru"):
-        make_policy("mru")
-
-
-def test_readers_never_raise_and_never_see_uncommitted_blocks() -> None:
-    index = make(expected_entries=4)
+@every_policy
+def test_readers_never_raise_and_never_see_uncommitted_blocks(policy: str) -> None:
+    index = make(policy, expected_entries=4)
     stop = threading.Event()
     failures: list[str] = []
     never = [key(n, "never") for n in range(64)]
@@ -307,3 +311,52 @@ def test_concurrent_saves_of_one_block_have_one_owner() -> None:
     for thread in threads:
         thread.join()
     assert owners.count(RESERVED) == 50
+
+
+@every_policy
+@pytest.mark.parametrize("seed", range(3))
+def test_a_storm_evicts_no_pin_and_leaves_no_hole(policy: str, seed: int) -> None:
+    """Random turns of 40 conversations: loads that stay pinned for a while, saves, evictions of blocks of two sizes."""
+    rng = np.random.default_rng(seed)
+    index = make(policy, expected_entries=16, ghost_entries=100)
+    lengths, pinned, out, next_offset = np.zeros(40, np.int64), [], set(), 0
+    for _ in range(400):
+        talk = int(rng.integers(40) * rng.random())
+        lengths[talk] = min(lengths[talk] + rng.integers(1, 8), 60)
+        chain = [key(n, f"talk {talk} ") for n in range(lengths[talk])]
+        known = index.prefix_length(chain)
+        pinned.append((chain[:known], index.pin(pack_keys(chain[:known])).slots))
+        slots, states = index.reserve(pack_keys(chain))
+        mine = slots[states == RESERVED]
+        offsets = np.arange(next_offset, next_offset + mine.size)
+        next_offset += mine.size
+        assert index.commit(mine, offsets, rng.integers(1, 3, mine.size), offsets).size == 0
+        if len(pinned) > 6:
+            assert index.unpin(pinned.pop(int(rng.integers(7)))[1]).size == 0
+        target, before = int(rng.integers(60)), index.committed_bytes
+        freed = set(index.evict(target).tolist())
+        assert not freed & out
+        out |= freed
+        kept = {held for chain, _ in pinned for held in chain}
+        assert index.contains_mask(sorted(kept)).all()
+        assert before - index.committed_bytes >= target or len(index) == len(kept)
+    for _, slots in pinned:
+        index.unpin(slots)
+    out |= set(index.evict(index.committed_bytes // 2).tolist())
+    for talk, length in enumerate(lengths.tolist()):
+        chain = [key(n, f"talk {talk} ") for n in range(length)]
+        assert index.prefix_length(chain) == index.contains_mask(chain).sum()
+    out |= set(index.evict(10**9).tolist())
+    assert out == set(range(next_offset))
+
+
+@pytest.mark.parametrize(("policy", "left"), [("lru", 0), ("s3fifo", 50), ("arc", 50)])
+def test_a_scan_of_prompts_that_nobody_asks_again(policy: str, left: int) -> None:
+    """A system prompt of 50 blocks that two requests used, then 60 prompts of 20 blocks each, in room for 200."""
+    index = make(policy)
+    for prompt in (range(50), range(50), *(range(1000 + 20 * n, 1020 + 20 * n) for n in range(60))):
+        index.unpin(index.pin(keys(*prompt)).slots[: index.prefix_length(keys(*prompt))])
+        store(index, *prompt)
+        index.unpin(index.pin(keys(*prompt)).slots)  # what `ControlPlane.touch` does when a request ends
+        index.evict(len(index) - 200)
+    assert index.prefix_length(keys(*range(50))) == left

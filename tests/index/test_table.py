@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kvortex.index import MISS_REASONS, CacheIndex, LRUPolicy
+from kvortex.config import EVICTION_POLICIES
+from kvortex.index import MISS_REASONS, ARCPolicy, CacheIndex, LRUPolicy, S3FIFOPolicy, make_policy
 from kvortex.index import table as steps
 from kvortex.types import MissReason
 
@@ -43,11 +44,12 @@ def test_deletion_closes_the_gap_in_crowded_and_wrapping_runs(seed: int) -> None
     assert np.count_nonzero(index._table.buckets) == stored.sum()
 
 
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
 @pytest.mark.parametrize("seed", range(3))
-def test_growth_in_the_middle_of_a_life_loses_nothing(seed: int) -> None:
+def test_growth_in_the_middle_of_a_life_loses_nothing(policy: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     keys = crowded(120, rng)
-    index = CacheIndex(LRUPolicy(), ghost_entries=5, expected_entries=2)
+    index = CacheIndex(make_policy(policy), ghost_entries=5, expected_entries=2)
     store(index, keys[:10])
     reserved = index.reserve(keys[10:20]).slots
     pinned = index.pin(keys[:2]).slots
@@ -92,10 +94,11 @@ def test_a_slot_is_not_used_again_while_it_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("busy", ["pinned", "reserved"])
-def test_busy_blocks_at_the_cold_end_are_met_once(busy: str) -> None:
+@pytest.mark.parametrize("policy", [ARCPolicy, LRUPolicy, S3FIFOPolicy])
+def test_busy_blocks_at_the_cold_end_are_met_once(busy: str, policy: type[LRUPolicy]) -> None:
     popped = 0
 
-    class CountingPolicy(LRUPolicy):
+    class CountingPolicy(policy):  # type: ignore[misc, valid-type]
         def pop_coldest(self, target_bytes: int, nbytes: np.ndarray, pins: np.ndarray) -> np.ndarray:
             nonlocal popped
             slots = super().pop_coldest(target_bytes, nbytes, pins)
