@@ -1,7 +1,7 @@
 """The class that vLLM loads: a facade over the half that its role asks for."""
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from kvortex.errors import EngineStateError
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, WorkerHandshake
-from kvortex.vllm.versions import IS_NEWER, OutcomeMessage
+from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, watch_sleep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,6 +51,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         # The halves bring numba with them, which vLLM's CPU worker must not find loaded before it has started.
         self._scheduler_half: SchedulerHalf | None = None
         self._worker_half: WorkerHalf | None = None
+        self._end_watch: Callable[[], None] = lambda: None
         if role == KVConnectorRole.SCHEDULER:
             scheduler = importlib.import_module("kvortex.vllm.scheduler")
             self._scheduler_half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options)
@@ -81,6 +82,15 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.register_kv_caches(kv_caches)
+        self._end_watch()
+        self._end_watch = watch_sleep(self._vllm_config.model_config, self._worker.fall_asleep, self._worker.wake)
+
+    def unregister_kv_caches(self) -> None:
+        """The cache's memory is about to go; for all that is known here, other weights may follow."""
+        self._worker.fall_asleep(keeps_weights=False)
+
+    def restore_kv_caches(self) -> None:
+        self._worker.wake()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.handshake()
@@ -162,6 +172,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        self._end_watch()
         if self._worker_half is not None:
             self._worker_half.shutdown()
         if self._scheduler_half is not None:

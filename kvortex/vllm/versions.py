@@ -4,11 +4,12 @@ Verified against 0.15.1, 0.23.0 and 0.32.0. "Older" below is 0.15, "newer" is 0.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
+from kvortex.errors import ConfigError
 from kvortex.vllm.plans import JobOutcome
 
 IS_NEWER: Final = hasattr(base, "KVConnectorWorkerMetadata")
@@ -84,6 +85,63 @@ def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
     if HOLD_ABORTED_LOADS and ended:
         connector_output.finished_recving = set(received) - ended
         connector_output.finished_sending = set(connector_output.finished_sending or ()) | ended
+
+
+HAS_SLEEP_HOOKS: Final = hasattr(base.KVConnectorBase_V1, "unregister_kv_caches")
+"""From 0.33 vLLM tells a connector before it takes the paged cache's memory away, and when it is back."""
+
+
+def watch_sleep(
+    model_config: Any, before_sleep: Callable[[bool], None], after_wake: Callable[[], None]
+) -> Callable[[], None]:
+    """Have `before_sleep` called in the worker before the cache's memory is unmapped, `after_wake` when it is back.
+
+    `before_sleep` is told whether the weights are kept. Versions without hooks say nothing to a connector: there the
+    methods of the worker's one memory allocator, through which all of sleep mode goes, are wrapped.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        ConfigError: sleep is left to another mechanism than that allocator.
+    """
+    used = any(getattr(model_config, name, False) for name in ("enable_sleep_mode", "enable_cumem_allocator"))
+    if HAS_SLEEP_HOOKS or not used:
+        return lambda: None
+    backend = getattr(model_config, "sleep_mode_backend", "cumem")
+    if backend != "cumem":
+        raise ConfigError(f"KVortex cannot follow the sleep-mode backend {backend!r} in this vLLM, only 'cumem'")
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.get_instance()
+    sleep, wake_up = allocator.sleep, allocator.wake_up
+
+    def watched_sleep(offload_tags: tuple[str, ...] | str | None = None) -> None:
+        before_sleep(offload_tags is not None and "weights" in offload_tags)
+        sleep(offload_tags)
+
+    def watched_wake_up(tags: list[str] | None = None) -> None:
+        wake_up(tags)
+        if tags is None or "kv_cache" in tags:
+            after_wake()
+
+    watched = {"sleep": watched_sleep, "wake_up": watched_wake_up}
+    if hasattr(allocator, "discard"):
+        discard = allocator.discard
+
+        def watched_discard(tags: Sequence[str] | str) -> None:
+            if "kv_cache" in tags:
+                before_sleep(True)
+            discard(tags)
+
+        watched["discard"] = watched_discard
+    vars(allocator).update(watched)
+
+    def end() -> None:
+        for name in watched:
+            vars(allocator).pop(name, None)
+
+    return end
 
 
 def hash_root_is_random(hash_algorithm: str) -> bool:

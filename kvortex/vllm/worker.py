@@ -84,11 +84,13 @@ class WorkerHalf:
         self._data: DataPlane | None = None
         self._share = Share(np.empty(0, dtype=np.uint64))
         self._plan = ConnectorPlan()
+        self._asleep = False
         self._unread: deque[_Save] = deque()
         self._ended: deque[_Ended] = deque()
         self._outcomes: list[JobOutcome] = []
         self._failed_block_ids: set[int] = set()
         self._stats = ConnectorStats()
+        self._tasks: set[asyncio.Task[None]] = set()  # on the loop's thread
 
     # -- start and end -----------------------------------------------------------------------------
 
@@ -146,6 +148,29 @@ class WorkerHalf:
         thread.stop()
         self._share.close()
 
+    # -- sleep mode --------------------------------------------------------------------------------
+
+    def fall_asleep(self, keeps_weights: bool) -> None:
+        """The paged cache's memory is about to go: finish every transfer, and let jobs fail until `wake`; idempotent.
+
+        Args:
+            keeps_weights: False if other weights may follow: then what is stored so far will fail its check.
+        """
+        if self._thread is None:
+            return
+        self._asleep = True
+        self._thread.run(self._settle())
+        if not keeps_weights:
+            self._share.forget()
+
+    async def _settle(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def wake(self) -> None:
+        """The paged cache has memory again, at the same addresses; idempotent."""
+        self._asleep = False
+
     def _planes(self) -> tuple[DataPlane, asyncio.AbstractEventLoop]:
         if self._data is None or self._thread is None:
             raise EngineStateError("the connector has no caches: register_kv_caches comes first")
@@ -188,14 +213,24 @@ class WorkerHalf:
         return _Work(job, transfer, positions)
 
     def _submit(self, work: _Work, save: _Save | None) -> None:
+        if self._asleep:
+            self._refuse(work, save)
+            return
         data, loop = self._planes()
         after = data.record_event()
         loop.call_soon_threadsafe(self._start, work, save, after)
+
+    def _refuse(self, work: _Work, save: _Save | None) -> None:
+        if save is not None:
+            save.read.set()
+        self._ended.append(_Ended(JobOutcome(work.job.job_id, failed=tuple(work.positions.tolist())), work.job))
 
     # -- on the loop's thread ----------------------------------------------------------------------
 
     def _start(self, work: _Work, save: _Save | None, after: Event | None) -> None:
         task = asyncio.get_running_loop().create_task(self._carry_out(work, save, after))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_raise_in_loop)
 
     async def _carry_out(self, work: _Work, save: _Save | None, after: Event | None) -> None:

@@ -9,7 +9,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvortex.vllm import KVortexConnector
 
 # Overrides that only some versions have; each must exist in at least one supported version.
-ONLY_NEWER = {"build_connector_worker_meta", "requires_kv_delivery", "set_xfer_handshake_metadata_pp_aware"}
+ONLY_NEWER = {
+    "build_connector_worker_meta",
+    "requires_kv_delivery",
+    "restore_kv_caches",
+    "set_xfer_handshake_metadata_pp_aware",
+    "unregister_kv_caches",
+}
 # Base methods that KVortex leaves alone on purpose.
 LEFT_ALONE = {
     "bind_gpu_block_pool",  # vLLM's own block pool is not KVortex's business
@@ -33,12 +39,10 @@ LEFT_ALONE = {
     "request_finished_all_groups",
     "requires_piecewise_for_cudagraph",
     "reset_capture_state",
-    "restore_kv_caches",
     "role",
     "set_host_xfer_buffer_ops",  # KVortex copies by itself
     "supports_divergent_local_hybrid_hits",
-    "supports_sleep_mode",
-    "unregister_kv_caches",
+    "supports_sleep_mode",  # True is the default
 }
 
 
