@@ -83,12 +83,16 @@ class FaultInjectingTier(Tier):
         return self._inner.scan()
 
     async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        if not requests:
+            return await self._inner.read(requests)  # which knows whether it is open
         check_reads(requests)
         tasks = [self._start(self._read(request, self._fault(Direction.LOAD, request.key))) for request in requests]
         late = ReadOutcome(MissReason.DEADLINE, cause=Cause.DEADLINE, settled=False)
         return await _collect(tasks, late, deadline_s)
 
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
+        if not requests:
+            return await self._inner.write(requests)
         check_writes(requests)
         tasks = [self._start(self._write(request, self._fault(Direction.SAVE, request.key))) for request in requests]
         late = WriteOutcome(SaveOutcome.FAILED, cause=Cause.DEADLINE, settled=False)

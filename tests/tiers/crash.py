@@ -1,0 +1,158 @@
+"""Kill a process that saves at full speed, at a random moment, again and again; whatever is there afterwards is right.
+
+python -m tests.tiers.crash [--rounds 2000] [--seed 0] [--path DIR] [--writers 2]
+
+Every round forks writers over one directory, kills them after a random time, opens a tier there and reads every
+block back against the oracle: the payload that follows from its key. A miss is fine, wrong bytes are not; nor is a
+damaged frame (nothing is renamed before it is whole), a temporary file that survives the scan, or a block that a
+writer had reported as stored and that is gone.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kvortex.testing.tier_conformance import is_right, key_of, read_request, write_request
+from kvortex.tiers import Cause
+from kvortex.tiers.payload import warm_up
+from kvortex.types import SaveOutcome
+from tests.tiers.disk_support import disk_tier, temp_files
+
+NUM_KEYS = 400
+SIZES = (4096, 5000, 12288, 262144 + 64)
+LONGEST_S = 0.12
+ROOM = max(SIZES)
+
+
+@dataclass
+class Tally:
+    """What the rounds have seen."""
+
+    rounds: int = 0
+    hits: int = 0
+    misses: int = 0
+    reported: int = 0
+    temps_left_by_the_dead: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+
+
+def size_of(number: int) -> int:
+    return SIZES[number % len(SIZES)]
+
+
+async def save_for_ever(root: Path, seed: int, reports: int) -> None:
+    """Write and delete at random; say on `reports` what is stored, one line each, in one system call."""
+    rng = random.Random(seed)
+    async with disk_tier(root, write_threads=4, rescan_interval_s=0.05, fsync=seed % 3 == 0) as tier:
+        while True:
+            numbers = rng.sample(range(NUM_KEYS), 16)
+            if rng.random() < 0.3:
+                os.write(reports, "".join(f"-{n}\n" for n in numbers).encode())
+                await tier.delete([key_of(n) for n in numbers])
+            outcomes = await tier.write([write_request(n, size_of(n)) for n in numbers])
+            stored = [n for n, o in zip(numbers, outcomes, strict=True) if o.outcome is SaveOutcome.STORED]
+            os.write(reports, "".join(f"+{n}\n" for n in stored).encode())
+
+
+def fork_writer(root: Path, seed: int, reports: Path) -> int:
+    """A child that writes until it is killed. The parent has no other threads when this is called."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        fd = os.open(reports, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        asyncio.run(save_for_ever(root, seed, fd))
+    finally:
+        os._exit(1)
+
+
+def certainly_stored(reports: list[Path]) -> set[int]:
+    """Blocks that a writer reported and nobody began to delete, ever: they must be there."""
+    stored: set[int] = set()
+    deleted: set[int] = set()
+    for report in reports:
+        for line in report.read_text().splitlines() if report.exists() else ():
+            (stored if line[0] == "+" else deleted).add(int(line[1:]))
+    return stored - deleted
+
+
+async def verify(root: Path, reports: list[Path], tally: Tally) -> None:
+    """Read everything back.
+
+    Raises:
+        SystemExit: something is not as it must be.
+    """
+    tally.temps_left_by_the_dead += len(temp_files(root))
+    async with disk_tier(root) as tier:
+        await tier.scanned()
+        if left := temp_files(root):
+            raise SystemExit(f"temporary files survive the scan: {left}")
+        requests = [read_request(n, ROOM) for n in range(NUM_KEYS)]
+        outcomes = await tier.read(requests)
+        for number, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+            if outcome.reason is None:
+                if outcome.payload_bytes != size_of(number) or not is_right(request, outcome):
+                    raise SystemExit(f"wrong bytes for block {number}")
+                tally.hits += 1
+            else:
+                tally.misses += 1
+                tally.causes[str(outcome.cause)] += 1
+        present = {n for n, outcome in enumerate(outcomes) if outcome.reason is None}
+        # A kill loses what the process held, not what the system has: only a crash of the machine could.
+        if lost := certainly_stored(reports) - present:
+            raise SystemExit(f"reported as stored, but gone: {sorted(lost)}")
+        if tally.causes[Cause.CORRUPT]:
+            raise SystemExit("a damaged frame got its name")
+        tally.reported += len(certainly_stored(reports))
+
+
+def play(path: Path, rounds: int, seed: int, writers: int) -> Tally:
+    """All rounds; the directory is emptied now and then, so that writers always find work."""
+    rng = random.Random(seed)
+    tally = Tally()
+    warm_up()
+    for number in range(rounds):
+        root = path / f"tier{number // 5}"
+        reports = [path / f"report{number // 5}-{number % 5}-{w}" for w in range(writers)]
+        earlier = sorted(path.glob(f"report{number // 5}-*"))
+        pids = [fork_writer(root, rng.randrange(1 << 30), report) for report in reports]
+        time.sleep(0.01 + rng.random() * LONGEST_S)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        tally.rounds += 1
+        asyncio.run(verify(root, [*earlier, *reports], tally))
+        if number % 5 == 4:
+            shutil.rmtree(root)
+            for report in path.glob("report*"):
+                report.unlink()
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--writers", type=int, default=2)
+    parser.add_argument("--path", help="a directory on the file system to test; default: the system's temporary one")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvortex-crash-", dir=arguments.path)))
+        tally = play(path, arguments.rounds, arguments.seed, arguments.writers)
+    sys.stdout.write(json.dumps(asdict(tally)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
