@@ -25,6 +25,12 @@ GROUP_UNITS: Final = 16
 UNITS_A_TILE: Final = 256
 LANE_BYTES: Final = 16
 _GROUPS_A_WORD: Final = 8
+LOST_STEPS: Final = 1024
+THERE_STEPS: Final = 16
+"""Sums of squares are counted in whole steps a unit, so that they can be added up in any order. A unit's elements are
+at most 448 over their scale, and differ by at most 16 from their codes: both fit 32 bits, a block's 64."""
+NOT_FINITE: Final = 1 << 50
+"""Added to what a block lost, once a tile at most, where an element is too large: more than any sum of squares."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs.packing import GROUP_UNITS, Format, Packing
+from kvortex.codecs.packing import GROUP_UNITS, LOST_STEPS, NOT_FINITE, THERE_STEPS, Format, Packing
 
 LEAST_EXPONENT: Final = 9
 """Of a scale byte: below, the scale would leave the normal numbers."""
@@ -73,7 +73,7 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def encode_units(
     words: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format
-) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
     """Codes of units, with the squares that the error is made of.
 
     Args:
@@ -82,30 +82,33 @@ def encode_units(
         fmt: of the units.
 
     Returns:
-        Packed words `uint64 [n]`; the sums of squares, `float32 [n]`, of what rounding lost and of what there was,
-        both over the group's scale.
+        Packed words `uint64 [n]`; the sums of squares, `uint64 [n]`, of what rounding lost and of what there was,
+        both over the group's scale, in whole steps. They mean nothing where an element is not finite.
     """
-    values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
-    factor = pack_factor(exponents)[:, None]
-    scaled = values * factor
-    if fmt.has_scales:
-        codes = to_e4m3(scaled)
-        packed, rounded = codes.view(np.uint64).reshape(-1), from_e4m3(codes)
-    else:
-        halves = to_bf16(values.reshape(-1)).reshape(values.shape)
-        packed = halves.view(np.uint64).reshape(-1)
-        rounded = to_floats(packed, "bfloat16").reshape(values.shape) * factor
-    lost = ((scaled - rounded) ** 2).sum(axis=1, dtype=np.float32)
-    return packed, lost, (scaled**2).sum(axis=1, dtype=np.float32)
+    with np.errstate(all="ignore"):
+        values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
+        factor = pack_factor(exponents)[:, None]
+        scaled = values * factor
+        if fmt.has_scales:
+            codes = to_e4m3(scaled)
+            packed, rounded = codes.view(np.uint64).reshape(-1), from_e4m3(codes)
+        else:
+            halves = to_bf16(values.reshape(-1)).reshape(values.shape)
+            packed = halves.view(np.uint64).reshape(-1)
+            rounded = to_floats(packed, "bfloat16").reshape(values.shape) * factor
+        lost = ((scaled - rounded) ** 2).sum(axis=1, dtype=np.float32) * np.float32(LOST_STEPS)
+        there = (scaled**2).sum(axis=1, dtype=np.float32) * np.float32(THERE_STEPS)
+        return packed, lost.astype(np.uint64), there.astype(np.uint64)
 
 
 def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format) -> NDArray[np.uint64]:
     """The cache's words `uint64 [n, 2 * lanes]` of packed words `[n]`."""
-    if fmt.has_scales:
-        codes = packed.view(np.uint8).reshape(len(packed), 8)
-        values = from_e4m3(codes) * unpack_factor(exponents)[:, None]
-    else:
-        values = to_floats(packed, "bfloat16")
+    with np.errstate(all="ignore"):
+        if fmt.has_scales:
+            codes = packed.view(np.uint8).reshape(len(packed), 8)
+            values = from_e4m3(codes) * unpack_factor(exponents)[:, None]
+        else:
+            values = to_floats(packed, "bfloat16")
     return from_floats(np.ascontiguousarray(values).reshape(-1), fmt.dtype).reshape(len(packed), 2 * fmt.lanes)
 
 
@@ -120,12 +123,13 @@ def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
 def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Packed payloads `uint8 [n, packing.block_nbytes]` and errors `float32 [n]` of raw payloads `uint8 [n, raw]`.
 
-    The error of a block is the largest of its tiles': the root of what rounding lost over what there was, in squares
-    of the scaled elements. Infinite where an element is infinite or NaN, or so large that it could become infinite.
+    The error of a block is the root of what rounding lost over what there was, in squares of elements over their
+    scales: a group counts the same whether its numbers are large or small. Infinite where an element is infinite or
+    NaN, or so large that it could become infinite.
     """
     fmt = packing.format
     packed = np.zeros((len(payloads), packing.block_nbytes // 8), dtype=np.uint64)
-    errors = np.zeros(len(payloads), dtype=np.float32)
+    sums = np.zeros((len(payloads), 2), dtype=np.uint64)
     for block, payload in enumerate(payloads):
         units = payload.view(np.uint64).reshape(-1, 2 * fmt.lanes)
         for _lane, _stride, first, count, scale_word in packing.tiles.tolist():
@@ -134,20 +138,20 @@ def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArr
             largest = np.zeros(groups[-1] + 1, dtype=np.int32)
             np.maximum.at(largest, groups, largest_bits(tile, fmt))
             exponents = scale_exponents(largest)
-            with np.errstate(all="ignore"):
-                codes, lost, there = encode_units(tile, exponents[groups], fmt)
+            codes, lost, there = encode_units(tile, exponents[groups], fmt)
             packed[block, first : first + count] = codes
             if fmt.has_scales:
                 packed[block].view(np.uint8)[8 * scale_word :][: exponents.size] = exponents
-            errors[block] = max(errors[block], _tile_error(lost, there, int(largest.max()), fmt))
-    return packed.view(np.uint8), errors
+            sums[block] += lost.sum(), there.sum()
+            if largest.max() > fmt.largest_bits:
+                sums[block, 0] += np.uint64(NOT_FINITE)
+    return packed.view(np.uint8), relative_errors(sums[:, 0], sums[:, 1])
 
 
-def _tile_error(lost: NDArray[np.float32], there: NDArray[np.float32], largest: int, fmt: Format) -> float:
-    if largest > fmt.largest_bits:
-        return float("inf")
-    total = float(there.sum(dtype=np.float64))
-    return float(np.sqrt(lost.sum(dtype=np.float64) / total)) if total else 0.0
+def relative_errors(lost: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """Errors `float32 [n]` of blocks, from their sums of squares in steps."""
+    ratio = lost.astype(np.float64) / (np.maximum(there, 1) * (LOST_STEPS / THERE_STEPS))
+    return np.where(lost >= NOT_FINITE, np.inf, np.sqrt(ratio)).astype(np.float32)
 
 
 def unpack_reference(packing: Packing, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

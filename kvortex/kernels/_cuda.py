@@ -17,13 +17,13 @@ from numba.core import config as numba_config
 
 from kvortex.codecs import reference
 from kvortex.codecs.packing import Format
-from kvortex.kernels.conversions import Emitter, make_conversions
+from kvortex.kernels.conversions import Conversions, Emitter, make_conversions
 from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND
 
 SIMULATED: Final = bool(numba_config.ENABLE_CUDASIM)
 WARP: Final = 32
 FIRST_WITH_FP8: Final = (8, 9)
-INFINITE_BITS: Final = 0x7F800000
+FIRST_WITH_PAIRS: Final = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,62 @@ class DeviceOps:
     """What the kernels are built from.
 
     `load(words, lane)` gives the two words of a 16-byte lane, `store(words, lane, low, high)` writes them;
-    `key(position)` and `mix(word, key)` are the digest's arithmetic, keys of later words follow by adding
-    `key_step` a word; `warp_sum` adds over a warp; `fetch_add(words, index, value)` and `fetch_max` are 64-bit atomics.
+    `load_word` and `store_word` move one word. `key(position)` and `mix(word, key)` are the digest's arithmetic, keys
+    of later words follow by adding `key_step` a word. `fetch_add(words, index, value)` is the 64-bit atomic.
+
+    Over a warp, all of whose lanes take part: `warp_sum(lane, word)`, `warp_largest(lane, int32)`, `group_largest` over
+    16 lanes, `other_half(lane, word)` of the lane 16 away.
     """
 
     load: Any
     store: Any
+    load_word: Any
+    store_word: Any
     key: Any
     mix: Any
-    warp_sum: Any
     fetch_add: Any
-    fetch_max: Any
+    warp_sum: Any
+    warp_largest: Any
+    group_largest: Any
+    other_half: Any
     int32: Any
+    int64: Any
     word: Any
     key_step: Any  # between neighbouring words
     lane_step: Any  # between neighbouring accesses of one thread: 32 lanes of two words
-    adders: int  # threads of a warp that add to the digest: one after a warp sum, all without
+
+
+def word_constant(value: int) -> Any:
+    """A word that kernels may close over."""
+    return value if SIMULATED else np.uint64(value)
+
+
+def int32_constant(value: int) -> Any:
+    """A 32-bit integer that kernels may close over."""
+    return value if SIMULATED else np.int32(value)
 
 
 def _simulated_ops() -> DeviceOps:
     lock = threading.Lock()
+    barrier = threading.Barrier(WARP)
+    values: list[Any] = [None] * WARP
+
+    def exchange(lane: int, value: Any) -> list[Any]:
+        # A block is one warp here, and each of its threads is a real one.
+        values[lane] = value
+        barrier.wait(60)
+        seen = list(values)
+        barrier.wait(60)
+        return seen
 
     def load(words: Any, lane: int) -> tuple[int, int]:
         return int(words[2 * lane]), int(words[2 * lane + 1])
 
     def store(words: Any, lane: int, low: int, high: int) -> None:
         words[2 * lane], words[2 * lane + 1] = low, high
+
+    def store_word(words: Any, index: int, value: int) -> None:
+        words[index] = value
 
     def mix(word: int, key: int) -> int:
         x = word ^ (key & MASK)
@@ -71,25 +101,23 @@ def _simulated_ops() -> DeviceOps:
             words[index] = (before + value) & MASK
         return before
 
-    def fetch_max(words: Any, index: int, value: int) -> int:
-        with lock:
-            before = int(words[index])
-            words[index] = max(before, value)
-        return before
-
     return DeviceOps(
         load=load,
         store=store,
+        load_word=lambda words, index: int(words[index]),
+        store_word=store_word,
         key=lambda position: (int(position) + 1) * POSITION,
         mix=mix,
-        warp_sum=int,
         fetch_add=fetch_add,
-        fetch_max=fetch_max,
+        warp_sum=lambda lane, value: sum(exchange(lane, value)) & MASK,
+        warp_largest=lambda lane, value: max(exchange(lane, value)),
+        group_largest=lambda lane, value: max(exchange(lane, value)[lane // 16 * 16 :][:16]),
+        other_half=lambda lane, value: exchange(lane, value)[lane ^ 16],
         int32=int,
+        int64=int,
         word=int,
         key_step=POSITION,
         lane_step=2 * WARP * POSITION,
-        adders=WARP,
     )
 
 
@@ -97,7 +125,7 @@ def _device_ops() -> DeviceOps:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    u64, i64 = types.uint64, types.int64
+    u64, i64, i32 = types.uint64, types.int64, types.int32
     words_pointer = types.CPointer(u64)
     pair = types.UniTuple(u64, 2)
     lane_type = ir.VectorType(ir.IntType(64), 2)
@@ -129,140 +157,6 @@ def _device_ops() -> DeviceOps:
         return types.void(words_pointer, i64, u64, u64), codegen
 
     @intrinsic
-    def fetch_add(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer, index, value = arguments
-            return builder.atomic_rmw("add", builder.gep(pointer, [index]), value, "monotonic")
-
-        return u64(words_pointer, i64, u64), codegen
-
-    @intrinsic
-    def fetch_max(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer, index, value = arguments
-            return builder.atomic_rmw("umax", builder.gep(pointer, [index]), value, "monotonic")
-
-        return u64(words_pointer, i64, u64), codegen
-
-    @cuda.jit(device=True)
-    def key(position: Any) -> Any:
-        return (types.uint64(position) + one) * position_
-
-    @cuda.jit(device=True)
-    def mix(word: Any, key: Any) -> Any:
-        x = word ^ key
-        x = (x ^ (x >> b32)) * first
-        x = (x ^ (x >> b29)) * second
-        return x ^ (x >> b32)
-
-    @cuda.jit(device=True)
-    def warp_sum(value: Any) -> Any:
-        total = types.int64(value)
-        for step in (16, 8, 4, 2, 1):
-            total += cuda.shfl_xor_sync(0xFFFFFFFF, total, step)
-        return types.uint64(total)
-
-    return DeviceOps(
-        load=load,
-        store=store,
-        key=key,
-        mix=mix,
-        warp_sum=warp_sum,
-        fetch_add=fetch_add,
-        fetch_max=fetch_max,
-        int32=types.int32,
-        word=types.uint64,
-        key_step=position_,
-        lane_step=np.uint64(2 * WARP * POSITION & MASK),
-        adders=1,
-    )
-
-
-@dataclass(frozen=True)
-class PackOps:
-    """What packing kernels are built from besides `DeviceOps`, for one format.
-
-    Of a unit: `largest`, `exponent`, `encode`, `decode`, `scale_byte`, `error_bits` as `Conversions` says. Over the
-    lanes of a warp, every lane taking part: `group_largest(lane, value)` over 16 lanes, `warp_largest`,
-    `warp_sum(lane, words)`, `warp_total(lane, float)`, `other_half(lane, word)` of the lane 16 away. `load_word`
-    and `store_word` move 8 bytes.
-    """
-
-    largest: Any
-    exponent: Any
-    encode: Any
-    decode: Any
-    scale_byte: Any
-    error_bits: Any
-    group_largest: Any
-    warp_largest: Any
-    warp_sum: Any
-    warp_total: Any
-    other_half: Any
-    load_word: Any
-    store_word: Any
-
-
-def _simulated_pack_ops(fmt: Format) -> PackOps:
-    barrier = threading.Barrier(WARP)
-    values: list[Any] = [None] * WARP
-
-    def exchange(lane: int, value: Any) -> list[Any]:
-        # A block is one warp here, and each of its threads is a real one.
-        values[lane] = value
-        barrier.wait(60)
-        seen = list(values)
-        barrier.wait(60)
-        return seen
-
-    def one(words: tuple[int, ...]) -> Any:
-        return np.array([words], dtype=np.uint64)
-
-    def encode(words: tuple[int, ...], exponent: int) -> tuple[int, Any, Any]:
-        with np.errstate(all="ignore"):
-            packed, lost, there = reference.encode_units(one(words), np.array([exponent], np.int32), fmt)
-        return int(packed[0]), lost[0], there[0]
-
-    def decode(word: int, scales: int, shift: int) -> tuple[int, ...]:
-        exponent = np.array([scales >> shift & 0xFF], np.int32)
-        with np.errstate(all="ignore"):
-            return tuple(reference.decode_units(np.array([word], np.uint64), exponent, fmt)[0].tolist())
-
-    def error_bits(lost: Any, there: Any, largest: int) -> int:
-        if largest > fmt.largest_bits:
-            return INFINITE_BITS
-        return int(np.float32(lost / there).view(np.uint32)) if there > 0 else 0
-
-    def store_word(words: Any, index: int, value: int) -> None:
-        words[index] = value
-
-    return PackOps(
-        largest=lambda words: int(reference.largest_bits(one(words), fmt)[0]),
-        exponent=lambda largest: int(reference.scale_exponents(np.array([largest], np.int32))[0]),
-        encode=encode,
-        decode=decode,
-        scale_byte=lambda exponent, shift: exponent << shift,
-        error_bits=error_bits,
-        group_largest=lambda lane, value: max(exchange(lane, value)[lane // 16 * 16 :][:16]),
-        warp_largest=lambda lane, value: max(exchange(lane, value)),
-        warp_sum=lambda lane, value: sum(exchange(lane, value)) & MASK,
-        warp_total=lambda lane, value: sum(exchange(lane, value), np.float32(0)),
-        other_half=lambda lane, value: exchange(lane, value)[lane ^ 16],
-        load_word=lambda words, index: int(words[index]),
-        store_word=store_word,
-    )
-
-
-def _device_pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOps:
-    from numba.cuda.extending import intrinsic
-
-    emitter = Emitter(fmt, fp8_hardware=compute_capability >= FIRST_WITH_FP8, cuda=True)
-    conversions = make_conversions(emitter, intrinsic)
-    sum_words = DEVICE_OPS.warp_sum
-    u64, i64 = types.uint64, types.int64
-    words_pointer = types.CPointer(u64)
-
-    @intrinsic
     def load_word(typing_context: Any, words: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.load(builder.gep(arguments[0], [arguments[1]]), align=8)
@@ -278,11 +172,37 @@ def _device_pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOp
         return types.void(words_pointer, i64, u64), codegen
 
     @intrinsic
+    def fetch_add(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, index, value = arguments
+            return builder.atomic_rmw("add", builder.gep(pointer, [index]), value, "monotonic")
+
+        return u64(words_pointer, i64, u64), codegen
+
+    @intrinsic
     def larger(typing_context: Any, first: Any, second: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.select(builder.icmp_signed(">", *arguments), *arguments)
 
-        return types.int32(types.int32, types.int32), codegen
+        return i32(i32, i32), codegen
+
+    @cuda.jit(device=True)
+    def key(position: Any) -> Any:
+        return (types.uint64(position) + one) * position_
+
+    @cuda.jit(device=True)
+    def mix(word: Any, key: Any) -> Any:
+        x = word ^ key
+        x = (x ^ (x >> b32)) * first
+        x = (x ^ (x >> b29)) * second
+        return x ^ (x >> b32)
+
+    @cuda.jit(device=True)
+    def warp_sum(lane: Any, value: Any) -> Any:
+        total = types.int64(value)
+        for step in (16, 8, 4, 2, 1):
+            total += cuda.shfl_xor_sync(0xFFFFFFFF, total, step)
+        return types.uint64(total)
 
     @cuda.jit(device=True)
     def group_largest(lane: Any, value: Any) -> Any:
@@ -297,47 +217,71 @@ def _device_pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOp
         return value
 
     @cuda.jit(device=True)
-    def warp_sum(lane: Any, value: Any) -> Any:
-        return sum_words(value)
-
-    @cuda.jit(device=True)
-    def warp_total(lane: Any, value: Any) -> Any:
-        for step in (16, 8, 4, 2, 1):
-            value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-        return value
-
-    @cuda.jit(device=True)
     def other_half(lane: Any, word: Any) -> Any:
         return types.uint64(cuda.shfl_xor_sync(0xFFFFFFFF, types.int64(word), 16))
 
-    return PackOps(
-        largest=conversions.largest,
-        exponent=conversions.exponent,
-        encode=conversions.encode,
-        decode=conversions.decode,
-        scale_byte=conversions.scale_byte,
-        error_bits=conversions.error_bits,
-        group_largest=group_largest,
-        warp_largest=warp_largest,
-        warp_sum=warp_sum,
-        warp_total=warp_total,
-        other_half=other_half,
+    return DeviceOps(
+        load=load,
+        store=store,
         load_word=load_word,
         store_word=store_word,
+        key=key,
+        mix=mix,
+        fetch_add=fetch_add,
+        warp_sum=warp_sum,
+        warp_largest=warp_largest,
+        group_largest=group_largest,
+        other_half=other_half,
+        int32=types.int32,
+        int64=types.int64,
+        word=types.uint64,
+        key_step=position_,
+        lane_step=np.uint64(2 * WARP * POSITION & MASK),
     )
 
 
 DEVICE_OPS: Final = _simulated_ops() if SIMULATED else _device_ops()
 
 
-def pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> PackOps:
-    """Operations of one format on devices of one compute capability; the simulator has none."""
-    return _simulated_pack_ops(fmt) if SIMULATED else _device_pack_ops(fmt, compute_capability)
+def pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> Conversions:
+    """Conversions of one format on devices of one compute capability; the simulator has none."""
+    if SIMULATED:
+        return _simulated_conversions(fmt)
+    from numba.cuda.extending import intrinsic
+
+    emitter = Emitter(
+        fmt,
+        fp8_hardware=compute_capability >= FIRST_WITH_FP8,
+        pairs_hardware=compute_capability >= FIRST_WITH_PAIRS,
+        cuda=True,
+    )
+    return make_conversions(emitter, intrinsic)
+
+
+def _simulated_conversions(fmt: Format) -> Conversions:
+    def one(words: tuple[int, ...]) -> Any:
+        return np.array([words], dtype=np.uint64)
+
+    def encode(words: tuple[int, ...], exponent: int) -> tuple[int, int, int]:
+        packed, lost, there = reference.encode_units(one(words), np.array([exponent], np.int32), fmt)
+        return int(packed[0]), int(lost[0]), int(there[0])
+
+    def decode(word: int, scales: int, shift: int) -> tuple[int, ...]:
+        exponent = np.array([scales >> shift & 0xFF], np.int32)
+        return tuple(reference.decode_units(np.array([word], np.uint64), exponent, fmt)[0].tolist())
+
+    return Conversions(
+        largest=lambda words: int(reference.largest_bits(one(words), fmt)[0]),
+        exponent=lambda largest: int(reference.scale_exponents(np.array([largest], np.int32))[0]),
+        encode=encode,
+        decode=decode,
+        scale_byte=lambda exponent, shift: exponent << shift,
+    )
 
 
 __all__ = [
-    "DEVICE_OPS", "SIMULATED", "WARP", "DeviceOps", "PackOps",
-    "compile_ptx", "cuda", "device_function", "int32", "pack_ops", "simulate",
+    "DEVICE_OPS", "SIMULATED", "DeviceOps",
+    "compile_ptx", "cuda", "device_function", "int32", "int32_constant", "pack_ops", "simulate", "word_constant",
 ]  # fmt: skip
 
 int32: Final = types.int32
@@ -359,8 +303,23 @@ def pointer_signature(arguments: str) -> Any:
     return types.void(*(kinds[letter] for letter in arguments))
 
 
-def compile_ptx(function: Callable[..., None], arguments: str, compute_capability: tuple[int, int]) -> tuple[str, str]:
-    """PTX of a kernel and the name of its entry point."""
+def compile_ptx(
+    function: Callable[..., None],
+    arguments: str,
+    compute_capability: tuple[int, int],
+    *,
+    threads: int,
+    resident: int,
+) -> tuple[str, str]:
+    """PTX of a kernel and the name of its entry point.
+
+    Args:
+        function: the kernel's body.
+        arguments: one letter each, see `pointer_signature`.
+        compute_capability: of the device.
+        threads: of a thread block, at most.
+        resident: thread blocks that a multiprocessor must be able to hold; it limits the registers of a thread.
+    """
     ptx, _ = cuda.compile(
         function,
         pointer_signature(arguments),
@@ -371,7 +330,9 @@ def compile_ptx(function: Callable[..., None], arguments: str, compute_capabilit
     )
     text = ptx.decode() if isinstance(ptx, bytes) else str(ptx)
     entry = next(line for line in text.splitlines() if ".entry" in line)
-    return text, entry.split(".entry", 1)[1].split("(")[0].strip()
+    name = entry.split(".entry", 1)[1].split("(")[0].strip()
+    body = text.index("{", text.index(entry))
+    return f"{text[:body]}.maxntid {threads}, 1, 1\n.minnctapersm {resident}\n{text[body:]}", name
 
 
 def simulate(function: Callable[..., None], grid: int, block: int, *arguments: Any) -> None:

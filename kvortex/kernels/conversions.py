@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from kvortex.codecs.packing import Format
+from kvortex.codecs.packing import LOST_STEPS, THERE_STEPS, Format
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -32,23 +32,26 @@ class Emitter:
     Args:
         fmt: of the units.
         fp8_hardware: the target converts E4M3 itself (compute capability 8.9 and newer).
+        pairs_hardware: it compares pairs of 16-bit integers (compute capability 9.0 and newer).
         cuda: the target is a GPU: it converts half precision itself.
     """
 
     fmt: Format
     fp8_hardware: bool = False
+    pairs_hardware: bool = False
     cuda: bool = False
 
     # -- elements of the cache ---------------------------------------------------------------------
 
     def floats(self, b: Any, words: Sequence[Any]) -> list[Any]:
         """Elements of the cache's words as float32."""
-        halves = [
-            half for word in words for half in (b.trunc(word, I32), b.trunc(b.lshr(word, ir.Constant(I64, 32)), I32))
-        ]
+        halves = self._halves(b, words)
         if self.fmt.dtype == "float32":
             return [b.bitcast(half, F32) for half in halves]
         return [value for half in halves for value in self._pair_of(b, half)]
+
+    def _halves(self, b: Any, words: Sequence[Any]) -> list[Any]:
+        return [b.trunc(bits, I32) for word in words for bits in (word, b.lshr(word, ir.Constant(I64, 32)))]
 
     def _pair_of(self, b: Any, half: Any) -> list[Any]:
         if self.fmt.dtype == "bfloat16":
@@ -100,11 +103,19 @@ class Emitter:
 
     def largest(self, b: Any, words: Sequence[Any]) -> Any:
         """Bits of the largest magnitude of a unit."""
+        if self.pairs_hardware and self.fmt.dtype != "float32":
+            return self._largest_half(b, words)
         largest = _i32(0)
         for value in self.floats(b, words):
             magnitude = b.and_(b.bitcast(value, I32), _i32(0x7FFFFFFF))
             largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
         return largest
+
+    def _largest_half(self, b: Any, words: Sequence[Any]) -> Any:
+        w, x, y, z = (b.and_(half, _i32(0x7FFF7FFF)) for half in self._halves(b, words))
+        largest = _larger_pair(b, _larger_pair(b, w, x), _larger_pair(b, y, z))
+        low, high = (b.bitcast(value, I32) for value in self._pair_of(b, largest))
+        return b.select(b.icmp_signed(">", low, high), low, high)
 
     def exponent(self, b: Any, largest: Any) -> Any:
         """Scale byte of a group."""
@@ -115,7 +126,7 @@ class Emitter:
     # -- codes -------------------------------------------------------------------------------------
 
     def encode(self, b: Any, words: Sequence[Any], exponent: Any) -> tuple[Any, Any, Any]:
-        """A unit's packed word, and the sums of squares of what was lost and of what there was."""
+        """A unit's packed word, and the sums of squares of what was lost and of what there was, in whole steps."""
         values = self.floats(b, words)
         factor = b.bitcast(b.shl(b.sub(_i32(262), exponent), _i32(23)), F32)
         scaled = [b.fmul(value, factor) for value in values]
@@ -125,7 +136,10 @@ class Emitter:
             difference = b.fsub(value, back)
             lost = b.fadd(lost, b.fmul(difference, difference))
             there = b.fadd(there, b.fmul(value, value))
-        return word, lost, there
+        return word, self._steps(b, lost, LOST_STEPS), self._steps(b, there, THERE_STEPS)
+
+    def _steps(self, b: Any, value: Any, steps: int) -> Any:
+        return b.zext(b.fptoui(b.fmul(value, _f32(float(steps))), I32), I64)
 
     def decode(self, b: Any, word: Any, scales: Any, shift: Any) -> list[Any]:
         """The cache's words of a packed word; `scales` holds the group's scale byte at bit `shift`."""
@@ -190,15 +204,9 @@ class Emitter:
             for code in codes
         ]
 
-    # -- error -------------------------------------------------------------------------------------
 
-    def error_bits(self, b: Any, lost: Any, there: Any, largest: Any) -> Any:
-        """Bits of a tile's squared error as float32, in 64 bits; those of infinity where an element is too large."""
-        ratio = b.fdiv(lost, there)
-        some = b.fcmp_ordered(">", there, _f32(0.0))
-        bits = b.select(some, b.bitcast(ratio, I32), _i32(0))
-        fits = b.icmp_signed("<=", largest, _i32(self.fmt.largest_bits))
-        return b.zext(b.select(fits, bits, _i32(0x7F800000)), I64)
+def _larger_pair(b: Any, first: Any, second: Any) -> Any:
+    return _asm(b, I32, "max.u16x2 $0, $1, $2;", "=r,r,r", first, second)
 
 
 def _asm(b: Any, result: Any, text: str, constraints: str, *arguments: Any) -> Any:
@@ -210,9 +218,8 @@ def _asm(b: Any, result: Any, text: str, constraints: str, *arguments: Any) -> A
 class Conversions:
     """The emitter's functions as numba intrinsics. Words are tuples of `2 * lanes` uint64.
 
-    `largest(words)` int32; `exponent(largest)` int32; `encode(words, exponent)` (uint64, float32, float32);
-    `decode(word, scales, shift)` words; `scale_byte(exponent, shift)` uint64; `error_bits(lost, there, largest)`
-    uint64.
+    `largest(words)` int32; `exponent(largest)` int32; `encode(words, exponent)` three uint64;
+    `decode(word, scales, shift)` words; `scale_byte(exponent, shift)` uint64.
     """
 
     largest: Any
@@ -220,15 +227,14 @@ class Conversions:
     encode: Any
     decode: Any
     scale_byte: Any
-    error_bits: Any
 
 
 def make_conversions(emitter: Emitter, intrinsic: Callable[..., Any]) -> Conversions:
     """The intrinsics of one target: `intrinsic` is that of `numba.extending` or of numba-cuda."""
-    u64, i32, i64, f32 = types.uint64, types.int32, types.int64, types.float32
+    u64, i32, i64 = types.uint64, types.int32, types.int64
     count = 2 * emitter.fmt.lanes
     unit = types.UniTuple(u64, count)
-    coded = types.Tuple((u64, f32, f32))
+    coded = types.UniTuple(u64, 3)
 
     def words_of(builder: Any, value: Any) -> list[Any]:
         return [builder.extract_value(value, i) for i in range(count)]
@@ -269,11 +275,4 @@ def make_conversions(emitter: Emitter, intrinsic: Callable[..., Any]) -> Convers
 
         return u64(i32, i64), codegen
 
-    @intrinsic
-    def error_bits(typing_context: Any, lost: Any, there: Any, largest: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return emitter.error_bits(builder, *arguments)
-
-        return u64(f32, f32, i32), codegen
-
-    return Conversions(largest, exponent, encode, decode, scale_byte, error_bits)
+    return Conversions(largest, exponent, encode, decode, scale_byte)

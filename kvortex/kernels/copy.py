@@ -3,29 +3,23 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-import numpy as np
+from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, word_constant
+from kvortex.kernels.tables import TILE_LANES
+from kvortex.kernels.tiles import tile_kernel
 
-from kvortex.kernels._cuda import DEVICE_OPS, SIMULATED, cuda, device_function, int32
-from kvortex.kernels.tables import MAX_BATCH_BLOCKS, TILE_LANES
+COLUMNS: Final = 4
 
 
 def copy_kernel(to_staging: bool) -> Callable[..., None]:
-    """The kernel body: gather (`to_staging`) or scatter. One launch moves all segments of all blocks.
+    """The kernel body: gather (`to_staging`) or scatter.
 
-    A warp moves a tile of up to 256 16-byte lanes with eight accesses a thread, all loads before the first
-    store so that they are in flight together, and adds the tile's part of the digest to its block's sum. The
-    warp that finishes a block last writes the sum to host memory and clears the block's scratch words, so
-    that nothing has to be set or fetched by further operations on the stream.
-
-    Arguments of the kernel, sizes in 16-byte lanes: arena and staging; the tile table and its length; block
-    ids in host memory and their number; a block's distance in staging; scratch, two words a block, zero; the
-    digests in host memory.
+    A warp moves a tile of up to 256 16-byte lanes with eight accesses a thread, all loads before the first store so
+    that they are in flight together. Sizes are in 16-byte lanes.
     """
     ops = DEVICE_OPS
-    load, store, key, mix, fetch_add = ops.load, ops.store, ops.key, ops.mix, ops.fetch_add
-    warp_sum, as_int32, as_word = ops.warp_sum, ops.int32, ops.word
-    key_step, lane_step, adders = ops.key_step, ops.lane_step, ops.adders
-    zero, one = (0, 1) if SIMULATED else (np.uint64(0), np.uint64(1))
+    load, store, key, mix = ops.load, ops.store, ops.key, ops.mix
+    key_step, lane_step = ops.key_step, ops.lane_step
+    zero, nothing = word_constant(0), int32_constant(0)
     last_lane = TILE_LANES - 1
 
     @device_function
@@ -83,60 +77,26 @@ def copy_kernel(to_staging: bool) -> Callable[..., None]:
             step += 32
         return total
 
-    def kernel(
-        arena: Any,
-        staging: Any,
-        tiles: Any,
-        num_tiles: Any,
-        ids: Any,
-        num_blocks: Any,
-        block_lanes: Any,
-        scratch: Any,
-        digests: Any,
-    ) -> None:
-        block_ids = cuda.shared.array(MAX_BATCH_BLOCKS, int32)
-        for i in range(cuda.threadIdx.x, num_blocks, cuda.blockDim.x):
-            block_ids[i] = ids[i]
-        cuda.syncthreads()
-        lane = cuda.threadIdx.x % 32
-        warps = as_int32(cuda.gridDim.x * cuda.blockDim.x // 32)
-        item = as_int32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // 32)
-        tile_count = as_int32(num_tiles)
-        step_b, step_t = warps // tile_count, warps % tile_count
-        b, t = item // tile_count, item % tile_count
-        while b < num_blocks:
-            paged = tiles[4 * t] + block_ids[b] * tiles[4 * t + 1] + lane
-            payload = tiles[4 * t + 2] + lane
-            dense = b * block_lanes + payload
-            count = tiles[4 * t + 3]
-            first_key = key(2 * payload)
-            if to_staging:
-                if count > last_lane:
-                    total = copy_full_tile(arena, paged, staging, dense, first_key)
-                else:
-                    total = copy_tile(arena, paged, staging, dense, first_key, count - lane)
+    @device_function
+    def move_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
+        paged = tiles[row] + block_id * tiles[row + 1] + lane
+        payload = tiles[row + 2] + lane
+        dense = start + payload
+        count = tiles[row + 3]
+        first_key = key(2 * payload)
+        if to_staging:
+            if count > last_lane:
+                total = copy_full_tile(arena, paged, staging, dense, first_key)
             else:
-                if count > last_lane:
-                    total = copy_full_tile(staging, dense, arena, paged, first_key)
-                else:
-                    total = copy_tile(staging, dense, arena, paged, first_key, count - lane)
-            total = warp_sum(total)
-            if lane < adders:
-                fetch_add(scratch, 2 * b, total)
-                cuda.threadfence()
-                finished = fetch_add(scratch, 2 * b + 1, one) + one
-                if finished == as_word(num_tiles * adders):
-                    digests[b] = fetch_add(scratch, 2 * b, zero)
-                    scratch[2 * b] = zero
-                    scratch[2 * b + 1] = zero
-            b += step_b
-            t += step_t
-            if t >= tile_count:
-                t -= tile_count
-                b += 1
+                total = copy_tile(arena, paged, staging, dense, first_key, count - lane)
+        else:
+            if count > last_lane:
+                total = copy_full_tile(staging, dense, arena, paged, first_key)
+            else:
+                total = copy_tile(staging, dense, arena, paged, first_key, count - lane)
+        return total, zero, zero, nothing
 
-    kernel.__name__ = kernel.__qualname__ = "kvortex_gather" if to_staging else "kvortex_scatter"
-    return kernel
+    return tile_kernel("kvortex_gather" if to_staging else "kvortex_scatter", move_tile, COLUMNS)
 
 
 GATHER: Final = copy_kernel(to_staging=True)

@@ -1,19 +1,19 @@
 """Launchers of the CUDA kernels."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.codecs.packing import Packing
+from kvortex.codecs.reference import relative_errors
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.driver import Device, Kernel, KernelArguments, Stream, align_up
 from kvortex.kernels import pack
 from kvortex.kernels._cuda import SIMULATED, compile_ptx, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
 from kvortex.kernels.digest import LENGTH, MASK
-from kvortex.kernels.pack_host import relative_errors
 from kvortex.kernels.tables import (
     LANE_BYTES,
     MAX_BATCH_BLOCKS,
@@ -23,15 +23,14 @@ from kvortex.kernels.tables import (
     tile_table,
     validate_block_ids,
 )
+from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 
-THREADS: Final = 64 if SIMULATED else 512
-SCRATCH_BYTES: Final = 24
-"""Of a block: its digest so far, how many tiles are done, its largest error."""
-_HOST_BYTES: Final = 24  # of a block: digest, error, id
-_COPY_ARGUMENTS: Final = "uulninnuu"
-_PACK_ARGUMENTS: Final = "uulninnuuu"
-_STAGING, _IDS, _COUNT, _SCRATCH, _DIGESTS, _ERRORS = 1, 4, 5, 7, 8, 9
+THREADS: Final = 32 if SIMULATED else 512
+_RESULT_WORDS: Final = 3  # of a block: digest, what was lost, what there was
+_HOST_BYTES: Final = 8 * (_RESULT_WORDS + 1)  # of a block: results and id
+_ARGUMENTS: Final = "uulninnuu"
+_STAGING, _IDS, _COUNT, _SCRATCH, _RESULTS = 1, 4, 5, 7, 8
 
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
@@ -45,29 +44,27 @@ def device_table(layout: KVLayout, packing: Packing | None = None) -> NDArray[np
 
 
 class BatchSlot:
-    """Memory of one batch in flight: ids in, digests and errors out in pinned host memory, scratch on the device.
+    """Memory of one batch in flight: ids in and results out in pinned host memory, scratch on the device.
 
     Args:
         device: of the scratch.
         max_blocks: of a batch.
-        scratch: device address of `max_blocks * SCRATCH_BYTES`, set to zero on `stream`.
+        scratch: device address of `8 * scratch_words(max_blocks)` bytes, set to zero on `stream`.
     """
 
     def __init__(self, device: Device, max_blocks: int, scratch: int, stream: Stream) -> None:
         self._device = device
         self._address = device.allocate_host(max_blocks * _HOST_BYTES)
         words = array_at(self._address, max_blocks * _HOST_BYTES)
-        self.digests: NDArray[np.uint64] = words[:max_blocks]
-        self.errors: NDArray[np.uint64] = words[max_blocks : 2 * max_blocks]
-        self.ids: NDArray[np.int32] = words[2 * max_blocks :].view(np.int32)
+        self.results: NDArray[np.uint64] = words[: _RESULT_WORDS * max_blocks].reshape(max_blocks, _RESULT_WORDS)
+        self.ids: NDArray[np.int32] = words[_RESULT_WORDS * max_blocks :].view(np.int32)
         self.max_blocks = min(max_blocks, MAX_BATCH_BLOCKS)
         self.addresses = {
-            _IDS: self._address + 16 * max_blocks,
+            _IDS: self._address + 8 * _RESULT_WORDS * max_blocks,
             _SCRATCH: scratch,
-            _DIGESTS: self._address,
-            _ERRORS: self._address + 8 * max_blocks,
+            _RESULTS: self._address,
         }
-        device.fill_async(scratch, 0, max_blocks * SCRATCH_BYTES, stream)
+        device.fill_async(scratch, 0, 8 * scratch_words(max_blocks), stream)
 
     def close(self) -> None:
         """Free the host memory; the batch must have finished."""
@@ -98,7 +95,7 @@ class DeviceKernels:
         self._measures_errors = packing is not None
         num_tiles = len(device_table(layout, packing))
         distance = self._block_nbytes // (8 if packing else LANE_BYTES)
-        self._arguments = KernelArguments(arena_base(layout), 0, tiles, num_tiles, 0, 0, distance, 0, 0, 0)
+        self._arguments = KernelArguments(arena_base(layout), 0, tiles, num_tiles, 0, 0, distance, 0, 0)
 
     def gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
         """Start copying blocks to `staging` (device address, 16-byte aligned), one after the other.
@@ -134,21 +131,25 @@ class DeviceKernels:
 
     def digests(self, slot: BatchSlot, count: int) -> NDArray[np.uint64]:
         """Digests `uint64 [count]` of the slot's finished batch."""
-        result: NDArray[np.uint64] = slot.digests[:count] + self._length_term
+        result: NDArray[np.uint64] = slot.results[:count, 0] + self._length_term
         return result
 
     def errors(self, slot: BatchSlot, count: int) -> NDArray[np.float32] | None:
         """Relative errors `float32 [count]` of the slot's finished gather; None where blocks are left as they are."""
-        return relative_errors(slot.errors[:count]) if self._measures_errors else None
+        results = slot.results[:count]
+        return relative_errors(results[:, 1], results[:, 2]) if self._measures_errors else None
 
 
 def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kernel]:
     capability = device.compute_capability
-    bodies: tuple[Callable[..., None], ...] = (GATHER, SCATTER)
+    bodies = [(GATHER, 2), (SCATTER, 2)]
     if packing:
-        bodies = pack.pack_kernel(packing.format, capability), pack.unpack_kernel(packing.format, capability)
-    arguments = _PACK_ARGUMENTS if packing else _COPY_ARGUMENTS
-    gather, scatter = (device.load_kernel(*compile_ptx(body, arguments, capability)) for body in bodies)
+        fmt = packing.format
+        bodies = [(pack.pack_kernel(fmt, capability), 1), (pack.unpack_kernel(fmt, capability), 2)]
+    gather, scatter = (
+        device.load_kernel(*compile_ptx(body, _ARGUMENTS, capability, threads=THREADS, resident=resident))
+        for body, resident in bodies
+    )
     return gather, scatter
 
 
@@ -178,15 +179,14 @@ class SimulatedKernels:
     def _run(
         self, kernel: Callable[..., None], ids: NDArray[np.int32], staging: NDArray[np.uint8]
     ) -> NDArray[np.uint64]:
-        scratch, digests, self.errors = np.zeros(3 * ids.size + 3, np.uint64), *np.zeros((2, ids.size), np.uint64)
+        scratch, results = np.zeros(scratch_words(ids.size), np.uint64), np.zeros((ids.size, _RESULT_WORDS), np.uint64)
         tiles = self._tiles
-        arguments: list[Any] = [
-            self._arena, staging.view(np.uint64), tiles.reshape(-1), len(tiles), ids, ids.size, self._distance,
-            scratch, digests,
-        ]  # fmt: skip
-        if self._packing:
-            arguments.append(self.errors)
         if ids.size:
-            simulate(kernel, self._thread_blocks, pack.THREADS if self._packing else THREADS, *arguments)
-        result: NDArray[np.uint64] = digests + self._length_term
-        return result
+            simulate(
+                kernel, self._thread_blocks, THREADS,
+                self._arena, staging.view(np.uint64), tiles.reshape(-1), len(tiles), ids, ids.size, self._distance,
+                scratch, results.reshape(-1),
+            )  # fmt: skip
+        self.errors = relative_errors(results[:, 1], results[:, 2])
+        digests: NDArray[np.uint64] = results[:, 0] + self._length_term
+        return digests

@@ -3,34 +3,27 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-import numpy as np
+from kvortex.codecs.packing import UNITS_A_TILE, Format
+from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, pack_ops, word_constant
+from kvortex.kernels.digest import MASK, POSITION
+from kvortex.kernels.tiles import tile_kernel
 
-from kvortex.codecs.packing import Format
-from kvortex.kernels._cuda import DEVICE_OPS, SIMULATED, WARP, cuda, device_function, int32, pack_ops
-from kvortex.kernels.tables import MAX_BATCH_BLOCKS
-
-THREADS: Final = WARP if SIMULATED else 512
+COLUMNS: Final = 5
 
 
 def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..., None]:
-    """The body of the packing gather. One launch packs all segments of all blocks.
+    """The body of the packing gather.
 
     A warp packs a tile of up to 256 units, four a lane at a time: the largest magnitude of each group of 16 by
-    shuffles, the scale from it, codes, what rounding lost. Digest and error are added up as in `copy_kernel`.
-
-    Arguments of the kernel: arena and staging; the tile table and its length; block ids in host memory and their
-    number; a block's distance in staging, in words; scratch, three words a block, zero; digests and the bits of
-    squared errors in host memory.
+    shuffles, the scale from it, codes, what rounding lost. The arena is counted in 16-byte lanes, staging in words.
     """
     base, ops = DEVICE_OPS, pack_ops(fmt, compute_capability)
-    load, key, mix, as_int32 = base.load, base.key, base.mix, base.int32
+    key, mix, load_unit = base.key, base.mix, _unit_loader(fmt, base.load)
     largest, exponent_of, encode, scale_byte = ops.largest, ops.exponent, ops.encode, ops.scale_byte
-    error_bits, group_largest, warp_largest = ops.error_bits, ops.group_largest, ops.warp_largest
-    warp_sum, warp_total, other_half = ops.warp_sum, ops.warp_total, ops.other_half
-    store_word = ops.store_word
-    load_unit = _unit_loader(fmt, load)
-    lanes, has_scales = fmt.lanes, fmt.has_scales
-    zero, no_loss = 0 if SIMULATED else np.uint64(0), np.float32(0)
+    group_largest, other_half, store_word = base.group_largest, base.other_half, base.store_word
+    lanes, has_scales, full_tile = fmt.lanes, fmt.has_scales, UNITS_A_TILE
+    zero, nothing = word_constant(0), int32_constant(0)
+    lane_step, half_tile = word_constant(32 * POSITION & MASK), word_constant(128 * POSITION & MASK)
 
     @device_function
     def pack_unit(unit: Any, place: Any, count: Any, shift: Any, lane: Any, staging: Any, into: Any, first: Any) -> Any:
@@ -44,52 +37,96 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
         if place < count:
             store_word(staging, into + place, word)
             return mix(word, key(first + place)), lost, there, scale, magnitude
-        return zero, no_loss, no_loss, scale, magnitude
+        return zero, zero, zero, scale, magnitude
 
     @device_function
-    def pack_tile(
-        arena: Any, source: Any, staging: Any, block: Any, codes: Any, count: Any, scales: Any, lane: Any
+    def pack_inner(unit: Any, shift: Any, lane: Any, staging: Any, into: Any, unit_key: Any) -> Any:
+        magnitude = largest(unit)
+        exponent = exponent_of(group_largest(lane, magnitude))
+        word, lost, there = encode(unit, exponent)
+        store_word(staging, into, word)
+        return mix(word, unit_key), lost, there, scale_byte(exponent, shift), magnitude
+
+    @device_function
+    def pack_four(arena: Any, source: Any, staging: Any, into: Any, first_key: Any, half: Any, lane: Any) -> Any:
+        a, b = load_unit(arena, source), load_unit(arena, source + 32 * lanes)
+        c, d = load_unit(arena, source + 64 * lanes), load_unit(arena, source + 96 * lanes)
+        k = first_key
+        ta, la, ra, sa, ma = pack_inner(a, half, lane, staging, into, k)
+        k += lane_step
+        tb, lb, rb, sb, mb = pack_inner(b, half + 16, lane, staging, into + 32, k)
+        k += lane_step
+        tc, lc, rc, sc, mc = pack_inner(c, half + 32, lane, staging, into + 64, k)
+        k += lane_step
+        td, ld, rd, sd, md = pack_inner(d, half + 48, lane, staging, into + 96, k)
+        scale = sa | sb | sc | sd
+        if has_scales:
+            scale |= other_half(lane, scale)
+        total, lost, there = ta + tb + tc + td, la + lb + lc + ld, ra + rb + rc + rd
+        return total, lost, there, scale, max(max(ma, mb), max(mc, md))
+
+    @device_function
+    def pack_full_tile(
+        arena: Any, source: Any, staging: Any, start: Any, codes: Any, scales: Any, half: Any, lane: Any
     ) -> Any:
-        total, lost, there = zero, no_loss, no_loss
-        worst = as_int32(0)
-        half, last = 8 * (lane // 16), count - 1
+        source += lanes * lane
+        place = codes + lane
+        first_key = key(place)
+        ta, la, ra, sa, ma = pack_four(arena, source, staging, start + place, first_key, half, lane)
+        first_key += half_tile
+        source += 128 * lanes
+        tb, lb, rb, sb, mb = pack_four(arena, source, staging, start + place + 128, first_key, half, lane)
+        total = ta + tb
+        if has_scales and lane == 0:
+            store_word(staging, start + scales, sa)
+            store_word(staging, start + scales + 1, sb)
+            total += mix(sa, key(scales)) + mix(sb, key(scales + 1))
+        return total, la + lb, ra + rb, max(ma, mb)
+
+    @device_function
+    def pack_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
+        source = tiles[row] + block_id * tiles[row + 1]
+        codes, count, scales = tiles[row + 2], tiles[row + 3], tiles[row + 4]
+        half = 8 * (lane // 16)
+        if count == full_tile:
+            return pack_full_tile(arena, source, staging, start, codes, scales, half, lane)
+        total, lost, there, worst = zero, zero, zero, nothing
+        last, into = count - 1, start + codes
         place = lane
         while place - lane < count:
             a = load_unit(arena, source + lanes * min(place, last))
             b = load_unit(arena, source + lanes * min(place + 32, last))
             c = load_unit(arena, source + lanes * min(place + 64, last))
             d = load_unit(arena, source + lanes * min(place + 96, last))
-            into = block + codes
             ta, la, ra, sa, ma = pack_unit(a, place, count, half, lane, staging, into, codes)
             tb, lb, rb, sb, mb = pack_unit(b, place + 32, count, half + 16, lane, staging, into, codes)
             tc, lc, rc, sc, mc = pack_unit(c, place + 64, count, half + 32, lane, staging, into, codes)
             td, ld, rd, sd, md = pack_unit(d, place + 96, count, half + 48, lane, staging, into, codes)
             total += ta + tb + tc + td
-            lost += (la + lb) + (lc + ld)
-            there += (ra + rb) + (rc + rd)
+            lost += la + lb + lc + ld
+            there += ra + rb + rc + rd
             worst = max(max(worst, ma), max(mb, max(mc, md)))
             if has_scales:
                 mine = sa | sb | sc | sd
                 word = mine | other_half(lane, mine)
                 if lane == 0:
-                    store_word(staging, block + scales, word)
+                    store_word(staging, start + scales, word)
                     total += mix(word, key(scales))
                 scales += 1
             place += 128
-        total = warp_sum(lane, total)
-        return total, error_bits(warp_total(lane, lost), warp_total(lane, there), warp_largest(lane, worst))
+        return total, lost, there, worst
 
-    return _over_tiles("kvortex_pack", pack_tile, measures_errors=True)
+    return tile_kernel("kvortex_pack", pack_tile, COLUMNS, fmt.largest_bits)
 
 
 def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..., None]:
-    """The body of the unpacking scatter; arguments as `pack_kernel`, the errors left alone."""
+    """The body of the unpacking scatter."""
     base, ops = DEVICE_OPS, pack_ops(fmt, compute_capability)
-    key, mix = base.key, base.mix
-    decode, warp_sum, load_word = ops.decode, ops.warp_sum, ops.load_word
+    key, mix, decode, load_word = base.key, base.mix, ops.decode, base.load_word
     store_unit = _unit_storer(fmt, base.store)
-    lanes, has_scales = fmt.lanes, fmt.has_scales
-    zero = 0 if SIMULATED else np.uint64(0)
+    lanes, has_scales, full_tile = fmt.lanes, fmt.has_scales, UNITS_A_TILE
+    zero, nothing = word_constant(0), int32_constant(0)
+    lane_step = word_constant(32 * POSITION & MASK)
 
     @device_function
     def unpack_unit(
@@ -101,20 +138,61 @@ def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[
         return zero
 
     @device_function
-    def unpack_tile(
-        arena: Any, target: Any, staging: Any, block: Any, codes: Any, count: Any, scales: Any, lane: Any
+    def unpack_inner(word: Any, scale: Any, shift: Any, arena: Any, target: Any, word_key: Any) -> Any:
+        store_unit(arena, target, decode(word, scale, shift))
+        return mix(word, word_key)
+
+    @device_function
+    def unpack_full_tile(
+        arena: Any, target: Any, staging: Any, start: Any, codes: Any, scales: Any, half: Any, lane: Any
     ) -> Any:
+        place = codes + lane
+        source = start + place
+        a, b = load_word(staging, source), load_word(staging, source + 32)
+        c, d = load_word(staging, source + 64), load_word(staging, source + 96)
+        e, f = load_word(staging, source + 128), load_word(staging, source + 160)
+        g, h = load_word(staging, source + 192), load_word(staging, source + 224)
+        total, first, second = zero, zero, zero
+        if has_scales:
+            first, second = load_word(staging, start + scales), load_word(staging, start + scales + 1)
+            if lane == 0:
+                total += mix(first, key(scales)) + mix(second, key(scales + 1))
+        target += lanes * lane
+        k = key(place)
+        total += unpack_inner(a, first, half, arena, target, k)
+        k += lane_step
+        total += unpack_inner(b, first, half + 16, arena, target + 32 * lanes, k)
+        k += lane_step
+        total += unpack_inner(c, first, half + 32, arena, target + 64 * lanes, k)
+        k += lane_step
+        total += unpack_inner(d, first, half + 48, arena, target + 96 * lanes, k)
+        k += lane_step
+        total += unpack_inner(e, second, half, arena, target + 128 * lanes, k)
+        k += lane_step
+        total += unpack_inner(f, second, half + 16, arena, target + 160 * lanes, k)
+        k += lane_step
+        total += unpack_inner(g, second, half + 32, arena, target + 192 * lanes, k)
+        k += lane_step
+        total += unpack_inner(h, second, half + 48, arena, target + 224 * lanes, k)
+        return total, zero, zero, nothing
+
+    @device_function
+    def unpack_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
+        target = tiles[row] + block_id * tiles[row + 1]
+        codes, count, scales = tiles[row + 2], tiles[row + 3], tiles[row + 4]
+        half = 8 * (lane // 16)
+        if count == full_tile:
+            return unpack_full_tile(arena, target, staging, start, codes, scales, half, lane)
         total, scale = zero, zero
-        half, last = 8 * (lane // 16), count - 1
+        last, source = count - 1, start + codes
         place = lane
         while place - lane < count:
-            source = block + codes
             a = load_word(staging, source + min(place, last))
             b = load_word(staging, source + min(place + 32, last))
             c = load_word(staging, source + min(place + 64, last))
             d = load_word(staging, source + min(place + 96, last))
             if has_scales:
-                scale = load_word(staging, block + scales)
+                scale = load_word(staging, start + scales)
                 if lane == 0:
                     total += mix(scale, key(scales))
                 scales += 1
@@ -123,58 +201,9 @@ def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[
             total += unpack_unit(c, scale, half + 32, place + 64, count, arena, target, codes)
             total += unpack_unit(d, scale, half + 48, place + 96, count, arena, target, codes)
             place += 128
-        return warp_sum(lane, total), zero
+        return total, zero, zero, nothing
 
-    return _over_tiles("kvortex_unpack", unpack_tile, measures_errors=False)
-
-
-def _over_tiles(name: str, move_tile: Any, *, measures_errors: bool) -> Callable[..., None]:
-    """A kernel whose warps move one tile after another; the one that finishes a block reports it."""
-    base = DEVICE_OPS
-    fetch_add, fetch_max = base.fetch_add, base.fetch_max
-    as_int32, as_word = base.int32, base.word
-    zero, one = (0, 1) if SIMULATED else (np.uint64(0), np.uint64(1))
-
-    def kernel(
-        arena: Any, staging: Any, tiles: Any, num_tiles: Any, ids: Any, num_blocks: Any, block_words: Any,
-        scratch: Any, digests: Any, errors: Any,
-    ) -> None:  # fmt: skip
-        block_ids = cuda.shared.array(MAX_BATCH_BLOCKS, int32)
-        for i in range(cuda.threadIdx.x, num_blocks, cuda.blockDim.x):
-            block_ids[i] = ids[i]
-        cuda.syncthreads()
-        lane = cuda.threadIdx.x % 32
-        warps = as_int32(cuda.gridDim.x * cuda.blockDim.x // 32)
-        item = as_int32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // 32)
-        tile_count = as_int32(num_tiles)
-        step_b, step_t = warps // tile_count, warps % tile_count
-        b, t = item // tile_count, item % tile_count
-        while b < num_blocks:
-            paged = tiles[5 * t] + block_ids[b] * tiles[5 * t + 1]
-            total, error = move_tile(
-                arena, paged, staging, b * block_words, tiles[5 * t + 2], tiles[5 * t + 3], tiles[5 * t + 4], lane
-            )
-            if lane == 0:
-                fetch_add(scratch, 3 * b, total)
-                if measures_errors:
-                    fetch_max(scratch, 3 * b + 2, error)
-                cuda.threadfence()
-                finished = fetch_add(scratch, 3 * b + 1, one) + one
-                if finished == as_word(num_tiles):
-                    digests[b] = fetch_add(scratch, 3 * b, zero)
-                    scratch[3 * b] = zero
-                    scratch[3 * b + 1] = zero
-                    if measures_errors:
-                        errors[b] = fetch_max(scratch, 3 * b + 2, zero)
-                        scratch[3 * b + 2] = zero
-            b += step_b
-            t += step_t
-            if t >= tile_count:
-                t -= tile_count
-                b += 1
-
-    kernel.__name__ = kernel.__qualname__ = name
-    return kernel
+    return tile_kernel("kvortex_unpack", unpack_tile, COLUMNS)
 
 
 def _unit_loader(fmt: Format, load: Any) -> Any:

@@ -7,7 +7,8 @@ from numba import njit, prange
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kvortex.codecs.packing import FORMATS, GROUP_UNITS, Packing
+from kvortex.codecs.packing import FORMATS, GROUP_UNITS, NOT_FINITE, Packing
+from kvortex.codecs.reference import relative_errors
 from kvortex.kernels.conversions import Emitter, make_conversions
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.host import mix, one_parallel_region, word_starts
@@ -18,9 +19,8 @@ _conversions = [make_conversions(Emitter(fmt), intrinsic) for fmt in FORMATS]
 _largest_0, _largest_1, _largest_2, _largest_3 = (c.largest for c in _conversions)
 _encode_0, _encode_1, _encode_2, _encode_3 = (c.encode for c in _conversions)
 _decode_0, _decode_1, _decode_2, _decode_3 = (c.decode for c in _conversions)
-_error_0, _error_1, _error_2, _error_3 = (c.error_bits for c in _conversions)
 _exponent, _scale_byte = _conversions[0].exponent, _conversions[0].scale_byte
-_ONE, _NONE = np.uint64(1), np.uint64(0)
+_ONE, _NONE, _NOT_FINITE = np.uint64(1), np.uint64(0), np.uint64(NOT_FINITE)
 _LAST_OF_WORD: Final = 7
 
 # A format is a number below, its place in FORMATS: what is compiled closes over nothing and is kept on disk.
@@ -49,17 +49,6 @@ def _encode(kind: Any, unit: Any, exponent: Any) -> Any:
 
 
 @njit(inline="always")
-def _error_bits(kind: Any, lost: Any, there: Any, largest: Any) -> Any:
-    if kind == 0:
-        return _error_0(lost, there, largest)
-    if kind == 1:
-        return _error_1(lost, there, largest)
-    if kind == 2:
-        return _error_2(lost, there, largest)
-    return _error_3(lost, there, largest)
-
-
-@njit(inline="always")
 def _decode_to(kind: Any, arena: Any, start: Any, word: Any, scales: Any, shift: Any) -> None:
     if kind == 2:
         arena[start], arena[start + 1], arena[start + 2], arena[start + 3] = _decode_2(word, scales, shift)
@@ -79,10 +68,11 @@ def _unit(arena: Any, start: Any, lanes: Any) -> Any:
 
 
 @njit
-def _pack_tile(kind: Any, lanes: Any, scaled: Any, arena: Any, source: Any, tile: Any, pool: Any, block: Any) -> Any:
+def _pack_tile(
+    kind: Any, lanes: Any, scaled: Any, too_large: Any, arena: Any, source: Any, tile: Any, pool: Any, block: Any
+) -> Any:
     codes, count, scale_at = tile[2], tile[3], tile[4]
-    total, scales = _NONE, _NONE
-    lost = there = np.float32(0)
+    total = lost = there = scales = _NONE
     worst = np.int32(0)
     for group in range((count + GROUP_UNITS - 1) // GROUP_UNITS):
         units = range(group * GROUP_UNITS, min((group + 1) * GROUP_UNITS, count))
@@ -105,7 +95,9 @@ def _pack_tile(kind: Any, lanes: Any, scaled: Any, arena: Any, source: Any, tile
                 total += mix(scales, np.uint64(scale_at) + _ONE)
                 scale_at += 1
                 scales = _NONE
-    return total, _error_bits(kind, lost, there, worst)
+    if worst > too_large:
+        lost += _NOT_FINITE
+    return total, lost, there
 
 
 @njit
@@ -126,13 +118,24 @@ def _unpack_tile(kind: Any, lanes: Any, scaled: Any, arena: Any, target: Any, ti
 
 @njit(parallel=True, nogil=True, cache=True)
 def _pack(
-    kind: Any, lanes: Any, scaled: Any, arena: Any, tiles: Any, ids: Any, pool: Any, starts: Any, sums: Any, errors: Any
+    kind: Any,
+    lanes: Any,
+    scaled: Any,
+    too_large: Any,
+    arena: Any,
+    tiles: Any,
+    ids: Any,
+    pool: Any,
+    starts: Any,
+    sums: Any,
 ) -> None:
     num_tiles = tiles.shape[0]
     for item in prange(ids.shape[0] * num_tiles):
         b, t = item // num_tiles, item % num_tiles
         source = 2 * (tiles[t, 0] + ids[b] * tiles[t, 1])
-        sums[b, t], errors[b, t] = _pack_tile(kind, lanes, scaled, arena, source, tiles[t], pool, starts[b])
+        sums[0, b, t], sums[1, b, t], sums[2, b, t] = _pack_tile(
+            kind, lanes, scaled, too_large, arena, source, tiles[t], pool, starts[b]
+        )
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -159,6 +162,7 @@ class HostPackKernels:
         self._num_blocks = layout.num_blocks
         fmt = packing.format
         self._format = FORMATS.index(fmt), fmt.lanes, fmt.has_scales
+        self._too_large = fmt.largest_bits
         self._tiles = packing.tiles
         self._words = packing.block_nbytes // 8
         self._length_term = np.uint64(self._words * LENGTH & MASK)
@@ -180,12 +184,13 @@ class HostPackKernels:
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         starts = word_starts(ids.size, offsets, self._words, self._pool.size)
-        sums = np.empty((ids.size, len(self._tiles)), dtype=np.uint64)
-        errors = np.empty_like(sums)
+        sums = np.empty((3, ids.size, len(self._tiles)), dtype=np.uint64)
         if ids.size:
+            limit = np.int32(self._too_large)
             with one_parallel_region:
-                _pack(*self._format, self._arena, self._tiles, ids.astype(np.int64), self._pool, starts, sums, errors)
-        return sums.sum(axis=1, dtype=np.uint64) + self._length_term, relative_errors(errors.max(axis=1, initial=0))
+                _pack(*self._format, limit, self._arena, self._tiles, ids.astype(np.int64), self._pool, starts, sums)
+        digests, lost, there = sums.sum(axis=2, dtype=np.uint64)
+        return digests + self._length_term, relative_errors(lost, there)
 
     def scatter(self, block_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Unpack blocks out of the pool; returns the digests of what was read, to be compared.
@@ -200,9 +205,3 @@ class HostPackKernels:
                 _unpack(*self._format, self._arena, self._tiles, ids.astype(np.int64), self._pool, starts, sums)
         digests: NDArray[np.uint64] = sums.sum(axis=1, dtype=np.uint64) + self._length_term
         return digests
-
-
-def relative_errors(squared_bits: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Errors `float32 [n]` of blocks, from the bits of their squares as the kernels report them."""
-    with np.errstate(invalid="ignore"):
-        return np.sqrt(squared_bits.astype(np.uint32).view(np.float32))

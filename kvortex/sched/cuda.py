@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from kvortex.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
-from kvortex.kernels.device import SCRATCH_BYTES, BatchSlot, staging_block_nbytes
+from kvortex.kernels.device import BatchSlot, staging_block_nbytes
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS, tile_table
+from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 from kvortex.memory import DeviceStagingPool, PinnedPool
 from kvortex.sched.batcher import Batch
@@ -134,7 +135,7 @@ class CudaExecutor(TransferExecutor):
         with contextlib.ExitStack() as undo:
             self._lanes = self._make_lanes(num_streams, undo)
             tiles = tile_table(layout)
-            scratch_nbytes = SCRATCH_BYTES * max_blocks
+            scratch_nbytes = 8 * scratch_words(max_blocks)
             lane_nbytes = STAGING_BUFFERS * (staging_nbytes + SLOTS_PER_BUFFER * scratch_nbytes)
             self.staging = DeviceStagingPool(device, len(self._lanes) * lane_nbytes + tiles.nbytes)
             undo.callback(self.staging.close)

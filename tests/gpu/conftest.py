@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kvortex.codecs import Packing
 from kvortex.driver import Device
 from kvortex.kernels import DeviceKernels
-from kvortex.kernels.device import SCRATCH_BYTES, BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 
 
@@ -26,7 +27,7 @@ class KernelBench:
         undo.callback(self._device.destroy_stream, self._stream)
         self._size = staging_block_nbytes(layout, packing)
         tiles = torch.from_numpy(device_table(layout, packing)).cuda()
-        self._scratch = torch.zeros(64 * SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
+        self._scratch = torch.zeros(8 * scratch_words(64), dtype=torch.uint8, device="cuda")
         self._tiles = tiles
         self._kernels = DeviceKernels(layout, self._device, tiles.data_ptr(), thread_blocks, packing)
         self._slot = BatchSlot(self._device, 64, self._scratch.data_ptr(), self._stream)

@@ -1,0 +1,131 @@
+"""Gather, scatter, pack and unpack on the device alone, against a plain device copy of the same run. Needs a GPU.
+
+    python benchmarks/kernels.py [--segment-bytes 65536,16384,4096] [--json FILE]
+
+GB/s count bytes read and written. `ratio` is against a device copy of as many bytes read and written. `SM-ms/GiB` is
+multiprocessors times milliseconds for one GiB of KV: what the kernel takes from the model that shares the GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from transfer import environment
+
+from kvortex.codecs import packing_for
+from kvortex.config import KVortexConfig
+from kvortex.driver import Device
+from kvortex.kernels import DeviceKernels
+from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.tiles import scratch_words
+from kvortex.layout import KVLayout
+
+SEGMENTS_A_BLOCK = 32
+BATCH_BYTES = 128 << 20
+
+
+@dataclass
+class Row:
+    kernel: str
+    segment_bytes: int
+    thread_blocks: int
+    gb_per_s: float
+    ratio: float
+    sm_ms_per_gib: float
+
+
+def median_s(run: Callable[[], None], stream: int, device: Device, repeats: int = 9) -> float:
+    """Median seconds between two events around a run."""
+    start, end = device.create_event(timing=True), device.create_event(timing=True)
+    times = []
+    for _ in range(repeats + 2):
+        device.record_event(start, stream)
+        run()
+        device.record_event(end, stream)
+        device.synchronize_event(end)
+        times.append(device.elapsed_s(start, end))
+    return statistics.median(times[2:])
+
+
+def device_copy_rate(device: Device, stream: int, nbytes: int) -> float:
+    """Bytes read and written a second by a device-to-device copy of `nbytes`."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = median_s(lambda: device.copy_async(target.data_ptr(), source.data_ptr(), nbytes, stream), stream, device)
+    return 2 * nbytes / seconds
+
+
+def bench(device: Device, stream: int, segment: int, grids: list[int], copy_rate: float, codec: str) -> list[Row]:
+    """Rows of one segment size and codec, at every grid."""
+    blocks = 2 * BATCH_BYTES // (SEGMENTS_A_BLOCK * segment)
+    rng = torch.Generator(device="cuda").manual_seed(segment)
+    kv = {
+        f"layers.{i}": torch.randn((blocks, 16, segment // 32), device="cuda", generator=rng).to(torch.bfloat16)
+        for i in range(SEGMENTS_A_BLOCK)
+    }
+    layout = KVLayout.from_tensors(kv, 16)
+    packing = packing_for(layout, codec)
+    count = blocks // 2
+    ids = np.random.default_rng(0).permutation(blocks)[:count].astype(np.int32)
+    tiles = torch.from_numpy(device_table(layout, packing)).cuda()
+    staging = torch.empty(count * staging_block_nbytes(layout, packing), dtype=torch.uint8, device="cuda")
+    scratch = torch.empty(8 * scratch_words(count), dtype=torch.uint8, device="cuda")
+    rows = []
+    with contextlib.closing(BatchSlot(device, count, scratch.data_ptr(), stream)) as slot:
+        for grid in grids:
+            kernels = DeviceKernels(layout, device, tiles.data_ptr(), grid, packing)
+            names = ("gather", "scatter") if packing is None else (f"pack {codec}", f"unpack {codec}")
+            for name, launch in zip(names, (kernels.gather, kernels.scatter), strict=True):
+                seconds = median_s(
+                    lambda launch=launch: launch(ids, staging.data_ptr(), slot, stream=stream), stream, device
+                )
+                stored = packing.block_nbytes if packing else layout.block_nbytes
+                rate = count * (layout.block_nbytes + stored) / seconds
+                used = min(grid, device.multiprocessors)
+                cost = used * seconds * 1e3 / (count * layout.block_nbytes / 2**30)
+                rows.append(Row(name, segment, grid, rate / 1e9, rate / copy_rate, cost))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--segment-bytes", default="65536,16384,4096")
+    parser.add_argument("--thread-blocks", default=f"{KVortexConfig().kernel_thread_blocks},32,132,264,528,1056")
+    parser.add_argument("--codecs", default="raw,fp8")
+    parser.add_argument("--json", help="write the figures to this file too")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py needs a CUDA device; none is visible")
+    torch.cuda.init()
+    device = Device(torch.cuda.current_device())
+    stream = device.create_stream()
+    print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    copy_rate = device_copy_rate(device, stream, BATCH_BYTES)
+    print(f"device copy of {BATCH_BYTES >> 20} MiB: {copy_rate / 1e9:.0f} GB/s read and written")
+    rows = [
+        row
+        for codec in arguments.codecs.split(",")
+        for segment in map(int, arguments.segment_bytes.split(","))
+        for row in bench(
+            device, stream, segment, [int(g) for g in arguments.thread_blocks.split(",")], copy_rate, codec
+        )
+    ]
+    print(f"{'kernel':<12} {'segment':>8} {'grid':>5} {'GB/s':>7} {'ratio':>6} {'SM-ms/GiB':>10}")
+    for row in rows:
+        print(
+            f"{row.kernel:<12} {row.segment_bytes:>8} {row.thread_blocks:>5} {row.gb_per_s:>7.0f} {row.ratio:>6.3f} "
+            f"{row.sm_ms_per_gib:>10.1f}"
+        )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"environment": environment(), "rows": [asdict(row) for row in rows]}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What every kernel shares: warps that move one tile after another, and sums a block that are added up on the way."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvortex.codecs.packing import NOT_FINITE
+from kvortex.kernels._cuda import DEVICE_OPS, cuda, int32, int32_constant, word_constant
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
+
+
+def scratch_words(max_blocks: int) -> int:
+    """Words of scratch memory for batches of up to `max_blocks`: a count of thread blocks, three sums a block."""
+    return 3 * max_blocks + 1
+
+
+def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | None = None) -> Callable[..., None]:
+    """The body of a kernel that moves all tiles of all blocks in one launch.
+
+    The tiles of a batch are shared out evenly, a stretch of neighbouring ones a warp. Its sums stay in registers until
+    it comes to another block; then one lane adds them to that block's, without waiting. The thread block that ends
+    last reports the sums of all blocks to host memory and clears the scratch words, so that nothing has to be set or
+    fetched by further operations on the stream.
+
+    Arguments of the kernel: arena and staging, as 16-byte lanes or words as `move_tile` takes them; the tile table and
+    its length; block ids in host memory and their number; a block's distance in staging; scratch, `scratch_words` of
+    the blocks, zero; results in host memory, three words a block: digest, and for packing what was lost and what there
+    was.
+
+    Args:
+        name: of the kernel.
+        move_tile: `(arena, staging, tiles, row, block id, start in staging, lane)` -> the lane's part of the digest,
+            of what was lost, of what there was, and the largest magnitude it saw.
+        columns: of the tile table.
+        largest_bits: of the largest magnitude that may be packed; None where nothing is.
+    """
+    ops = DEVICE_OPS
+    fetch_add, warp_sum, warp_largest, as_int64 = ops.fetch_add, ops.warp_sum, ops.warp_largest, ops.int64
+    as_word, nothing = ops.word, int32_constant(0)
+    zero, one, not_finite = word_constant(0), word_constant(1), word_constant(NOT_FINITE)
+    packs, limit = largest_bits is not None, int32_constant(largest_bits or 0)
+
+    def kernel(
+        arena: Any,
+        staging: Any,
+        tiles: Any,
+        num_tiles: Any,
+        ids: Any,
+        num_blocks: Any,
+        distance: Any,
+        scratch: Any,
+        results: Any,
+    ) -> None:
+        block_ids = cuda.shared.array(MAX_BATCH_BLOCKS, int32)
+        is_last = cuda.shared.array(1, int32)
+        for i in range(cuda.threadIdx.x, num_blocks, cuda.blockDim.x):
+            block_ids[i] = ids[i]
+        cuda.syncthreads()
+        lane = as_int64(cuda.threadIdx.x % 32)
+        warps = as_int64(cuda.gridDim.x * cuda.blockDim.x // 32)
+        warp = as_int64((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // 32)
+        item, stop = warp * num_blocks * num_tiles // warps, (warp + 1) * num_blocks * num_tiles // warps
+        b = item // num_tiles
+        t = item - b * num_tiles
+        while item < stop:
+            run = min(stop - item, num_tiles - t)
+            block_id = as_int64(block_ids[b])
+            total, lost, there, worst = zero, zero, zero, nothing
+            for row in range(columns * t, columns * (t + run), columns):
+                part, gone, been, largest = move_tile(arena, staging, tiles, row, block_id, b * distance, lane)
+                total += part
+                if packs:
+                    lost += gone
+                    there += been
+                    worst = max(worst, largest)
+            total = warp_sum(lane, total)
+            if packs:
+                lost, there, worst = warp_sum(lane, lost), warp_sum(lane, there), warp_largest(lane, worst)
+            if lane == 0:
+                fetch_add(scratch, 3 * b + 1, total)
+                if packs:
+                    if worst > limit:
+                        lost += not_finite
+                    fetch_add(scratch, 3 * b + 2, lost)
+                    fetch_add(scratch, 3 * b + 3, there)
+            item += run
+            b += 1
+            t = as_int64(0)
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0:
+            cuda.threadfence()
+            is_last[0] = fetch_add(scratch, 0, one) + one == as_word(cuda.gridDim.x)
+        cuda.syncthreads()
+        if is_last[0]:
+            cuda.threadfence()
+            for i in range(cuda.threadIdx.x, 3 * num_blocks, cuda.blockDim.x):
+                results[i] = fetch_add(scratch, i + 1, zero)
+                scratch[i + 1] = zero
+            if cuda.threadIdx.x == 0:
+                scratch[0] = zero
+
+    kernel.__name__ = kernel.__qualname__ = name
+    return kernel
