@@ -28,24 +28,20 @@ class _TwoQueues(EvictionPolicy):
     """What both policies have in common: the arrays."""
 
     def __init__(self) -> None:
-        self._state = steps.new_state(0)
+        self._cells, self._totals = steps.new_cells(0), steps.new_totals()
 
     def resize(self, capacity: int) -> None:
-        old, new = self._state, steps.new_state(capacity)
-        for name in steps.State._fields:
-            column = getattr(old, name)
-            getattr(new, name)[: len(column)] = column
-        self._state = new
+        self._cells = steps.grown(self._cells, capacity)
 
     def weigh(self, slots: Slots, nbytes: NDArray[np.int64]) -> None:
-        steps.weigh(self._state, slots, nbytes)
+        steps.weigh(self._cells, self._totals, slots, nbytes)
 
     def __len__(self) -> int:
-        return int(self._state.totals[steps.HELD])
+        return int(self._totals[steps.HELD])
 
 
 class S3FIFOPolicy(_TwoQueues):
-    """S3-FIFO: new blocks pass through a small queue, and those used again live in a large one. 43 bytes a slot.
+    """S3-FIFO: new blocks pass through a small queue, and those used again live in a large one. 80 bytes a slot.
 
     After Yang, Zhang, Qiu, Yue and Rashmi, "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. The small
     queue holds a tenth of the bytes; what leaves it unused becomes a ghost, and a ghost that comes back goes to the
@@ -60,21 +56,21 @@ class S3FIFOPolicy(_TwoQueues):
     """
 
     def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
-        steps.s3_insert(self._state, slots, _NONE_EVICTED if evicted is None else evicted)
+        steps.s3_insert(self._cells, self._totals, slots, _NONE_EVICTED if evicted is None else evicted)
 
     def access(self, slots: Slots) -> None:
-        steps.s3_use(self._state, slots, self._state.totals[steps.CLOCK], True)
+        steps.s3_use(self._cells, self._totals, slots, self._totals[steps.CLOCK], True)
 
     def remove(self, slots: Slots) -> None:
-        steps.s3_remove(self._state, slots)
+        steps.s3_remove(self._cells, self._totals, slots)
 
     def pop_coldest(self, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]) -> Slots:
-        popped: Slots = steps.s3_pop(self._state, target_bytes, nbytes, pins)
+        popped: Slots = steps.s3_pop(self._cells, self._totals, target_bytes, nbytes, pins)
         return popped
 
 
 class ARCPolicy(_TwoQueues):
-    """ARC: blocks used once and blocks used again, each by recency, and a line between them that learns. 43 bytes
+    """ARC: blocks used once and blocks used again, each by recency, and a line between them that learns. 80 bytes
     a slot.
 
     After Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. What comes back soon
@@ -90,14 +86,14 @@ class ARCPolicy(_TwoQueues):
     """
 
     def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
-        steps.arc_insert(self._state, slots, _NONE_EVICTED if evicted is None else evicted)
+        steps.arc_insert(self._cells, self._totals, slots, _NONE_EVICTED if evicted is None else evicted)
 
     def access(self, slots: Slots) -> None:
-        steps.arc_use(self._state, slots, self._state.totals[steps.CLOCK], True)
+        steps.arc_use(self._cells, self._totals, slots, self._totals[steps.CLOCK], True)
 
     def remove(self, slots: Slots) -> None:
-        steps.arc_remove(self._state, slots)
+        steps.arc_remove(self._cells, self._totals, slots)
 
     def pop_coldest(self, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]) -> Slots:
-        popped: Slots = steps.arc_pop(self._state, target_bytes, nbytes, pins)
+        popped: Slots = steps.arc_pop(self._cells, self._totals, target_bytes, nbytes, pins)
         return popped

@@ -350,6 +350,22 @@ def test_a_storm_evicts_no_pin_and_leaves_no_hole(policy: str, seed: int) -> Non
     assert out == set(range(next_offset))
 
 
+def test_a_slot_does_not_make_a_block_look_evicted() -> None:
+    """The ghost of a damaged block lies in the slot of an evicted one: stored again, it is as new as any other."""
+    index = make("s3fifo", ghost_entries=1)
+    store(index, 1)
+    store(index, 2)
+    store(index, 3)
+    assert index.evict(1).tolist() == [1]
+    pinned = index.pin(keys(2, 3)).slots
+    index.drop_key(key(2), MissReason.CORRUPT)  # its ghost takes a new slot, 1 is forgotten
+    index.drop_key(key(3), MissReason.CORRUPT)  # its ghost takes the slot that 1 had
+    index.unpin(pinned)
+    store(index, 3)
+    store(index, 4)
+    assert index.evict(1).tolist() == [3]
+
+
 @pytest.mark.parametrize(("policy", "left"), [("lru", 0), ("s3fifo", 50), ("arc", 50)])
 def test_a_scan_of_prompts_that_nobody_asks_again(policy: str, left: int) -> None:
     """A system prompt of 50 blocks that two requests used, then 60 prompts of 20 blocks each, in room for 200."""

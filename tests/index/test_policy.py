@@ -236,19 +236,15 @@ def test_parts_of_a_chain_become_one_when_it_is_touched(name: str) -> None:
 
 def test_s3_fifo_keeps_the_small_queue_at_a_tenth_of_the_bytes() -> None:
     policy = make("s3fifo", 64)
-    for slot in range(30):  # 30 blocks of 3 bytes, used again
+    for slot in range(30):  # 90 bytes, used again
         store(policy, slot, nbytes=3)
+        policy.insert(array(slot))
+    for slot in range(40, 49):
         store(policy, slot)
-        policy.weigh(array(slot), np.array([3]))
-    for slot in range(40, 48):  # 8 of one byte: 8 of 98
-        store(policy, slot)
-    nbytes, pins = np.full(64, 1, np.int64), np.zeros(64, np.int32)
-    nbytes[:30] = 3
-    first = policy.pop_coldest(1, nbytes, pins).tolist()
-    store(policy, 50, 51, 52)
-    second = policy.pop_coldest(1, nbytes, pins).tolist()
-    assert max(first) < 30, "the small queue is below a tenth: the main queue gives"
-    assert second == [40], "it is above: its oldest goes"
+    nbytes, pins = np.array([3] * 30 + [1] * 34), np.zeros(64, np.int32)
+    assert policy.pop_coldest(1, nbytes, pins).tolist() == [0], "9 of 99 bytes are less than a tenth"
+    store(policy, 49)
+    assert policy.pop_coldest(1, nbytes, pins).tolist() == [40], "10 of 97 are more"
 
 
 def test_s3_fifo_passes_over_a_block_once_for_each_of_three_uses() -> None:
