@@ -29,7 +29,8 @@ def test_example(name: str) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    names = {path.name for path in EXAMPLES.glob("*.py")}
+    names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
     assert {name for name in names if not name.startswith("vllm_")} == set(PROMISES)
-    inside = (Path(__file__).parent / "vllm" / "inside" / "check_examples.py").read_text()
+    checks = Path(__file__).parent / "vllm" / "inside"
+    inside = "".join((checks / name).read_text() for name in ("check_examples.py", "check_chat.py"))
     assert all(name in inside for name in names if name.startswith("vllm_"))

