@@ -48,6 +48,7 @@ class DiskIndex:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[bytes, IndexedBlock] = OrderedDict()
         self._owned: dict[bytes, int] = {}  # key -> bytes that are reserved for it
+        self._ignored: set[bytes] = set()
         self._watches: list[set[bytes]] = []
         self._used_bytes = 0
         self._scan = 0
@@ -92,6 +93,7 @@ class DiskIndex:
             nbytes = self._owned.pop(key)
             self._used_bytes -= nbytes
             now = time.time()
+            self._ignored.discard(key)
             self._put(key, IndexedBlock(namespace, nbytes, now, now))
 
     def abort(self, key: bytes) -> None:
@@ -135,6 +137,12 @@ class DiskIndex:
                 return False
             self._pop(key)
             return True
+
+    def ignore(self, key: bytes) -> None:
+        """The file is somebody else's: not known, not counted, not evicted, whatever a scan says of it."""
+        with self._lock:
+            self._ignored.add(key)
+            self._pop(key)
 
     # -- seeing ----------------------------------------------------------------------------------------
 
@@ -184,7 +192,7 @@ class DiskIndex:
                     block.scan = self._scan
                     # Another process may have used it since.
                     block.last_use_s = max(block.last_use_s, seen.last_use_s)
-                elif key not in self._owned and key not in removed:
+                elif key not in self._owned and key not in self._ignored and key not in removed:
                     self._put(key, seen)
                     self._blocks.move_to_end(key, last=False)
 

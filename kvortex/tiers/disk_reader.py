@@ -33,7 +33,7 @@ class DiskReader:
         if outcome.cause is Cause.CORRUPT:
             self._files.remove_corrupt(key)
         elif outcome.cause is Cause.UNKNOWN_VERSION:
-            self._files.index.discard(key, known)
+            self._files.index.ignore(key)
         return outcome
 
     def _failed(self, key: bytes, known: IndexedBlock | None, error: OSError) -> ReadOutcome:

@@ -74,6 +74,7 @@ class DiskWriter:
             finally:
                 files.calls.close(fd)
             if header is Cause.UNKNOWN_VERSION:
+                files.index.ignore(key)
                 return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
             if not isinstance(header, FrameHeader) or frame_bytes(header.payload_bytes) != stored_bytes:
                 return None

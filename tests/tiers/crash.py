@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class Tally:
     misses: int = 0
     reported: int = 0
     temps_left_by_the_dead: int = 0
-    causes: Counter[str] = field(default_factory=Counter)
+    causes: dict[str, int] = field(default_factory=dict)
 
 
 def size_of(number: int) -> int:
@@ -107,12 +106,12 @@ async def verify(root: Path, reports: list[Path], tally: Tally) -> None:
                 tally.hits += 1
             else:
                 tally.misses += 1
-                tally.causes[str(outcome.cause)] += 1
+                tally.causes[str(outcome.cause)] = tally.causes.get(str(outcome.cause), 0) + 1
         present = {n for n, outcome in enumerate(outcomes) if outcome.reason is None}
         # A kill loses what the process held, not what the system has: only a crash of the machine could.
         if lost := certainly_stored(reports) - present:
             raise SystemExit(f"reported as stored, but gone: {sorted(lost)}")
-        if tally.causes[Cause.CORRUPT]:
+        if Cause.CORRUPT in tally.causes:
             raise SystemExit("a damaged frame got its name")
         tally.reported += len(certainly_stored(reports))
 

@@ -30,7 +30,6 @@ from tests.tiers.disk_support import disk_tier, file_of, read_one, temp_files
 from tests.tiers.faulty_os import FaultyOs
 
 FRAME = frame_bytes(NBYTES)
-REPOSITORY = Path(__file__).parents[2]
 STORED = WriteOutcome(SaveOutcome.STORED)
 
 
@@ -218,15 +217,9 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 
 
 def test_several_processes_share_a_directory(tmp_path: Path) -> None:
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), str(seed)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=REPOSITORY,
-        )
-        for seed in range(3)
-    ]
+    arguments = [[sys.executable, "-c", WORKER, str(tmp_path), str(seed)] for seed in range(3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    workers = [subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) for command in arguments]
     for worker in workers:
         out, err = worker.communicate(timeout=60)
         assert worker.returncode == 0, err.decode()
@@ -320,6 +313,13 @@ async def test_a_frame_of_a_later_version_is_ignored_and_kept(tmp_path: Path, mo
         (written,) = await tier.write([write_request(0)])
         assert (written.outcome, written.cause) == (SaveOutcome.FAILED, Cause.UNKNOWN_VERSION)
         assert tier.stats().removed_corrupt == 0
+    async with disk_tier(tmp_path, rescan_interval_s=0.01, capacity_bytes=FRAME) as tier:
+        assert (await read_one(tier, 0)).cause is Cause.UNKNOWN_VERSION
+        before = tier.scan_progress
+        await until(lambda: tier.scan_progress is not before and tier.scan_progress.complete)
+        assert tier.lookup([key_of(0)]) == [0]
+        for number in (1, 2):
+            assert await tier.write([write_request(number)]) == [STORED]
     assert file.read_bytes() == later
     file.write_bytes(encode_header(replace(header)) + payload)  # and the test itself is sound
     async with disk_tier(tmp_path) as tier:
