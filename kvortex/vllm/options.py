@@ -17,8 +17,8 @@ class ConnectorOptions:
     """Options of the connector.
 
     Args:
-        engine: `cpu_pool_bytes` (per worker; write "16GiB") and every other setting of `KVortexConfig`, given
-            beside those below.
+        engine: `cpu_pool_bytes` (per worker, or for all ranks that share a pool; write "16GiB") and every other
+            setting of `KVortexConfig`, given beside those below.
         min_hit_blocks: shorter hits are computed; a load has to be worth a step of waiting.
         pending_wait_s: how long a request may wait for blocks that are just being saved before it computes them.
         save_decoded: save blocks that fill up while decoding too: the next turn's prompt begins with them.
