@@ -9,10 +9,12 @@ import pytest
 
 from kvortex.cli import replay
 from kvortex.cli.main import main
+from kvortex.config import EVICTION_POLICIES
 
 
-def test_replay_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["replay", "--requests", "12", "--pool", "16MiB", "--json"]) == 0
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+def test_replay_prints_json(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--requests", "12", "--pool", "16MiB", "--policy", policy, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["requests"] == 12
     assert figures["mismatches"] == 0
@@ -62,7 +64,9 @@ def test_a_missing_trace_is_a_message(capsys: pytest.CaptureFixture[str]) -> Non
     assert "/nowhere/trace.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--requests", "0"], ["--pool", "many"], ["--concurrency", "x"]])
+@pytest.mark.parametrize(
+    "option", [["--requests", "0"], ["--pool", "many"], ["--concurrency", "x"], ["--policy", "fifo"]]
+)
 def test_bad_options(option: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["replay", *option])

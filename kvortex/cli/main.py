@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvortex.config import parse_bytes
+from kvortex.config import EVICTION_POLICIES, parse_bytes
 from kvortex.errors import ConfigError, KVortexError
 
 
@@ -29,6 +29,7 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, help="JSON lines with input_length and hash_ids, .xz or plain")
     parser.add_argument("--requests", type=_positive, default=1000, help="replay the first N (default %(default)s)")
     parser.add_argument("--pool", type=_size, default=1 << 30, help="CPU pool, e.g. 512MiB (default 1GiB)")
+    parser.add_argument("--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
     parser.add_argument("--concurrency", type=_positive, default=4, help="requests at a time (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
 

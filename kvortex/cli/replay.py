@@ -106,13 +106,15 @@ def _prompt(hash_ids: Sequence[int], num_tokens: int) -> NDArray[np.uint32]:
 
 
 async def _replay(
-    prompts: Sequence[NDArray[np.uint32]], pool_bytes: int, concurrency: int, progress: Any
+    prompts: Sequence[NDArray[np.uint32]], arguments: argparse.Namespace, progress: Any
 ) -> tuple[Replay, StatsSnapshot]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    concurrency = arguments.concurrency
     room = max(len(prompt) for prompt in prompts) // BLOCK_SIZE + 1
     shape = (2, room * concurrency, BLOCK_SIZE, HEADS, HEAD_DIM)
     paged = {f"layers.{i}": torch.zeros(shape, device=device) for i in range(LAYERS)}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=pool_bytes)) as engine:
+    config = KVortexConfig(cpu_pool_bytes=arguments.pool, eviction_policy=arguments.policy)
+    async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(paged, BLOCK_SIZE)
         replay = Replay(engine, paged)
         waiting = iter(prompts)
@@ -147,13 +149,13 @@ async def _with_progress(
     prompts: Sequence[NDArray[np.uint32]], arguments: argparse.Namespace
 ) -> tuple[Replay, StatsSnapshot]:
     if arguments.json:
-        return await _replay(prompts, arguments.pool, arguments.concurrency, lambda: None)
+        return await _replay(prompts, arguments, lambda: None)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("replaying requests", total=len(prompts))
-        return await _replay(prompts, arguments.pool, arguments.concurrency, lambda: bar.advance(task))
+        return await _replay(prompts, arguments, lambda: bar.advance(task))
 
 
 def _figures(replay: Replay, stats: StatsSnapshot, seconds: float) -> dict[str, Any]:
