@@ -383,7 +383,6 @@ def arc_pop(
     popped = np.empty(totals[HELD], np.int32)
     length = idle_bytes = 0
     capacity = totals[_CAPACITY] = totals[FIRST] + totals[SECOND]
-    totals[_TARGET] = min(totals[_TARGET], capacity)
     while idle_bytes < target_bytes and totals[HELD]:
         slot = _arc_victim(cells, totals)
         popped[length] = slot

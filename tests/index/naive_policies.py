@@ -234,7 +234,6 @@ class NaiveARC(NaiveTwoQueues):
 
     def begin(self) -> None:
         self.capacity = self.held_bytes(0) + self.held_bytes(1)
-        self.target = min(self.target, self.capacity)
 
     def choose(self) -> int:
         ends = [next((slot for slot in self.order if self.queue[slot] == queue), None) for queue in (0, 1)]
