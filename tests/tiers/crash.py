@@ -76,6 +76,15 @@ def fork_writer(root: Path, seed: int, reports: Path) -> int:
         os._exit(1)
 
 
+def wait_for_any(reports: list[Path]) -> None:
+    """Until a writer has written something, however slow the machine."""
+    give_up = time.monotonic() + 30
+    while not any(report.exists() and report.stat().st_size for report in reports):
+        if time.monotonic() > give_up:
+            raise SystemExit("no writer came to write anything")
+        time.sleep(0.001)
+
+
 def certainly_stored(reports: list[Path]) -> set[int]:
     """Blocks that a writer reported and nobody began to delete, ever: they must be there."""
     stored: set[int] = set()
@@ -126,7 +135,9 @@ def play(path: Path, rounds: int, seed: int, writers: int) -> Tally:
         reports = [path / f"report{number // 5}-{number % 5}-{w}" for w in range(writers)]
         earlier = sorted(path.glob(f"report{number // 5}-*"))
         pids = [fork_writer(root, rng.randrange(1 << 30), report) for report in reports]
-        time.sleep(0.01 + rng.random() * LONGEST_S)
+        if rng.random() < 0.75:  # the others are killed while they start
+            wait_for_any(reports)
+        time.sleep(rng.random() * LONGEST_S)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in pids:

@@ -1,0 +1,189 @@
+"""The disk tier's index against a plain model, and what threads may do to each other."""
+
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvortex.testing.tier_conformance import key_of
+from kvortex.tiers.disk_index import Admission, DiskIndex, IndexedBlock
+
+CAPACITY = 10
+
+
+def indexed(nbytes: int = 1, last_use_s: float = 0.0, namespace: str = "ns") -> IndexedBlock:
+    return IndexedBlock(namespace, nbytes, last_use_s, last_use_s)
+
+
+def store(index: DiskIndex, key: bytes, nbytes: int = 1) -> list[bytes]:
+    """Write a block whole; the evicted keys."""
+    admission, victims = index.reserve(key, nbytes)
+    assert admission is Admission.RESERVED
+    for victim, _ in victims:
+        index.removed(victim)
+    index.commit(key, "ns")
+    return [victim for victim, _ in victims]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["write", "read", "delete", "evict"]), st.integers(0, 12), st.integers(1, 4)), max_size=60
+)
+
+
+@given(STEPS)
+def test_the_index_is_an_lru_of_bytes(steps: list[tuple[str, int, int]]) -> None:
+    index, model = DiskIndex(CAPACITY), dict[bytes, int]()  # a dict keeps the order of insertion
+    for kind, number, nbytes in steps:
+        key = key_of(number)
+        if kind == "write" and key not in model:
+            expected = []
+            while sum(model.values()) + nbytes > CAPACITY:
+                expected.append(next(iter(model)))
+                del model[expected[-1]]
+            model[key] = nbytes
+            assert store(index, key, nbytes) == expected
+        elif kind == "write":
+            assert index.reserve(key, nbytes) == (Admission.STORED, [])
+            model[key] = model.pop(key)
+        elif kind == "read" and key in model:
+            index.use(key, indexed(model[key]), set(), 0.0)
+            model[key] = model.pop(key)
+        elif kind == "delete":
+            assert index.claim(key)
+            index.removed(key)
+            model.pop(key, None)
+        elif kind == "evict":
+            for victim, _ in index.evict(nbytes):
+                index.removed(victim)
+                nbytes -= model.pop(victim)
+            assert nbytes <= 0 or not model
+        assert index.used_bytes == sum(model.values())
+        assert len(index) == len(model)
+        assert index.stored_bytes(map(key_of, range(13))) == [model.get(key_of(n), 0) for n in range(13)]
+
+
+def test_a_key_has_one_owner() -> None:
+    index = DiskIndex(CAPACITY)
+    store(index, key_of(0))
+    [(victim, block)] = index.evict(1)
+    assert victim == key_of(0)
+    assert index.reserve(key_of(0), 1) == (Admission.PENDING, [])
+    assert not index.claim(key_of(0))
+    assert not index.use(key_of(0), indexed(), set(), 0.0)
+    index.merge([(key_of(0), indexed())], set())
+    assert len(index) == index.used_bytes == 0
+    index.put_back(victim, block)
+    assert index.stored_bytes([key_of(0)]) == [1]
+    assert index.evicted_blocks == 0
+
+
+def test_what_is_being_written_is_not_there_yet() -> None:
+    index = DiskIndex(CAPACITY)
+    assert index.reserve(key_of(0), 4)[0] is Admission.RESERVED
+    assert index.stored_bytes([key_of(0)]) == [0]
+    assert index.used_bytes == 4
+    assert index.reserve(key_of(0), 4)[0] is Admission.PENDING
+    assert not index.claim(key_of(0))
+    assert index.reserve(key_of(1), 7)[0] is Admission.NO_SPACE  # what is being written is never a victim
+    index.abort(key_of(0))
+    assert index.used_bytes == 0
+
+
+def test_what_was_removed_since_it_was_seen_does_not_come_back() -> None:
+    index = DiskIndex(CAPACITY)
+    store(index, key_of(0))
+    with index.watching() as early, index.watching() as other:
+        assert index.claim(key_of(0))
+        index.removed(key_of(0))
+    with index.watching() as late:
+        pass
+    assert early == other == {key_of(0)}
+    assert late == set()
+    assert not index.use(key_of(0), indexed(), early, 0.0)
+    index.merge([(key_of(0), indexed()), (key_of(1), indexed())], other)
+    assert index.stored_bytes([key_of(0), key_of(1)]) == [0, 1]
+
+
+def test_a_missing_file_is_not_held_against_its_successor() -> None:
+    index = DiskIndex(CAPACITY)
+    store(index, key_of(0))
+    known = index.get(key_of(0))
+    index.claim(key_of(0))
+    index.removed(key_of(0))
+    store(index, key_of(0))
+    assert not index.discard(key_of(0), known)
+    assert index.stored_bytes([key_of(0)]) == [1]
+    assert index.discard(key_of(0), index.get(key_of(0)))
+    assert index.used_bytes == 0
+
+
+def test_a_scan_sorts_by_last_use_and_drops_what_it_does_not_see() -> None:
+    index = DiskIndex(100)
+    index.begin_scan()
+    index.merge([(key_of(n), indexed(last_use_s=time)) for n, time in enumerate((3.0, 1.0, 2.0))], set())
+    index.end_scan()
+    assert [key for key, _ in index.evict(2)] == [key_of(1), key_of(2)]
+    store(index, key_of(5))
+    index.begin_scan()
+    store(index, key_of(6))  # written behind the scan's back
+    index.merge([(key_of(5), indexed(last_use_s=9.0))], set())
+    index.end_scan()
+    assert index.stored_bytes(map(key_of, (0, 5, 6))) == [0, 1, 1]
+    assert index.used_bytes == 2
+    index.begin_scan()
+    index.end_scan(unread={"ns"})
+    assert index.used_bytes == 2
+
+
+def test_a_file_that_changed_its_length_is_counted_anew() -> None:
+    index = DiskIndex(100)
+    store(index, key_of(0), 3)
+    index.merge([(key_of(0), indexed(5))], set())
+    assert index.stored_bytes([key_of(0)]) == [5]
+    assert index.used_bytes == 5
+
+
+def test_use_asks_for_a_touch_once_an_interval() -> None:
+    index = DiskIndex(100)
+    index.merge([(key_of(0), indexed(last_use_s=time.time() - 100))], set())
+    assert index.use(key_of(0), indexed(), set(), 60.0)
+    assert not index.use(key_of(0), indexed(), set(), 60.0)
+
+
+@pytest.mark.parametrize("num_threads", [4])
+def test_threads_leave_the_books_balanced(num_threads: int) -> None:
+    index = DiskIndex(CAPACITY)
+    files: set[bytes] = set()
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(2000):
+            key = key_of(rng.randrange(20))
+            if rng.random() < 0.6:
+                admission, victims = index.reserve(key, rng.randrange(1, 4))
+                if admission is Admission.RESERVED:
+                    for victim, _ in victims:
+                        files.discard(victim)
+                        index.removed(victim)
+                    files.add(key)
+                    index.commit(key, "ns")
+            elif rng.random() < 0.5:
+                if index.claim(key):
+                    files.discard(key)
+                    index.removed(key)
+            else:
+                with index.watching() as removed:
+                    if key in files:
+                        index.use(key, indexed(), removed, 1e9)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    keys = [key_of(n) for n in range(20)]
+    assert {key for key in keys if index.get(key) is not None} == files
+    assert index.used_bytes == sum(index.stored_bytes(keys))
