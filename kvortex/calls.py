@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvortex.driver import Event
 from kvortex.sched import TransferRequest
 from kvortex.transfers import DataPlane
@@ -30,7 +27,8 @@ class Call(Generic[T]):
         self._data = data
         self._after = after
         self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
-        self._max_part = max(BATCHES_OF_A_PART * max_batch_bytes // data.block_nbytes, 1)
+        self._block_nbytes = data.sizes.packed
+        self._max_part = max(BATCHES_OF_A_PART * max_batch_bytes // self._block_nbytes, 1)
         self._outcomes: list[Sequence[T]] = []
         self.started_s = time.perf_counter()
 
@@ -40,16 +38,14 @@ class Call(Generic[T]):
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
-        start, step = 0, max(self._first_part_bytes // self._data.block_nbytes, 1)
+        start, step = 0, max(self._first_part_bytes // self._block_nbytes, 1)
         while start < num_blocks:
             yield slice(start, start + step)
             start += step
             step = min(2 * step, self._max_part)
 
-    async def start(
-        self, plan: TransferPlan, finish: Callable[[NDArray[np.uint64], NDArray[np.bool_]], Sequence[T]], *, more: bool
-    ) -> None:
-        """Begin a part; `finish` turns its digests and successes into outcomes, once, whatever happens.
+    async def start(self, plan: TransferPlan, finish: Callable[[TransferRequest], Sequence[T]], *, more: bool) -> None:
+        """Begin a part; `finish` turns what came of it into outcomes, once, whatever happens.
 
         `more` says that another part follows: the loop then has its turn first, for what has ended meanwhile.
         """
@@ -57,7 +53,7 @@ class Call(Generic[T]):
         self._outcomes.append(())
 
         def settled(request: TransferRequest) -> None:
-            self._outcomes[number] = finish(request.digests, request.succeeded)
+            self._outcomes[number] = finish(request)
 
         self.requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
         if more:

@@ -58,6 +58,9 @@ class KVortexConfig:
         eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time.
         eviction_policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far
             as `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
+        codec: how blocks rest: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches);
+            caches that a codec does not take rest as they are.
+        max_pack_error: a block that packing would change by more, as a share of its root mean square, rests as it is.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
         identity: model, weights revision and ranks.
@@ -76,6 +79,8 @@ class KVortexConfig:
     watermark: float = 0.8
     eviction_ratio: float = 0.2
     eviction_policy: str = "lru"
+    codec: str = "raw"
+    max_pack_error: float = 0.05
     ghost_entries: int = 65536
     self_test: bool = True
     identity: ModelIdentity = field(default_factory=ModelIdentity)
@@ -97,6 +102,7 @@ class KVortexConfig:
             self.eviction_policy in EVICTION_POLICIES,
             f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, got {self.eviction_policy!r}",
         )
+        _require(self.max_pack_error > 0, f"max_pack_error must be positive, got {self.max_pack_error}")
         _require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
         _require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
         _require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")

@@ -25,9 +25,12 @@ from kvortex.index import (
     warm_up,
 )
 from kvortex.memory import ExtentAllocator
-from kvortex.types import Direction, MissReason, SaveOutcome, TransferPlan
+from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan
 
 CPU_TIER: Final = "cpu"
+
+MAX_EVICTIONS_A_PLAN: Final = 4
+"""Rounds of eviction that one plan may ask for: with blocks of two sizes, what is freed need not fit what comes."""
 
 # What becomes of a block of a save that does not move; a reservation without room is given up.
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
@@ -38,13 +41,14 @@ class SavePlan:
     """A save between reservation and commit.
 
     `states` are the reservation's, `uint8 [call]`; `positions` those of the call's blocks that move, `slots`
-    their places in the index.
+    their places in the index, `nbytes` the size of their extents.
     """
 
     transfer: TransferPlan
     states: NDArray[np.uint8]
     positions: NDArray[np.intp]
     slots: NDArray[np.int32]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,80 +68,105 @@ class ControlPlane:
         index: of one namespace.
         allocator: of the pool that extents lie in.
         pacer: how much to evict as the pool fills.
-        block_nbytes: of a block's payload, as stored.
+        sizes: of blocks in the pool.
 
     `on_removed` is told the offsets of blocks that were visible and have left the pool.
     """
 
-    def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, block_nbytes: int) -> None:
+    def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, sizes: BlockSizes) -> None:
         self.index = index
         self.allocator = allocator
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
         self._pacer = pacer
-        self._block_nbytes = block_nbytes
+        self._sizes = sizes
 
     @classmethod
-    def from_config(cls, config: KVortexConfig, capacity_bytes: int, block_nbytes: int) -> Self:
-        """A control plane over an empty pool of `capacity_bytes`, with blocks of `block_nbytes`, padding included.
+    def from_config(cls, config: KVortexConfig, capacity_bytes: int, sizes: BlockSizes) -> Self:
+        """A control plane over an empty pool of `capacity_bytes`.
 
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
         warm_up()
         allocator = ExtentAllocator(capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
-        if block_nbytes > min(config.pin_piece_bytes, allocator.capacity_bytes):
+        if sizes.raw > min(config.pin_piece_bytes, allocator.capacity_bytes):
             raise ConfigError(
-                f"a block takes {block_nbytes} bytes: more than the pool ({capacity_bytes}) or a piece of it "
+                f"a block takes {sizes.raw} bytes: more than the pool ({capacity_bytes}) or a piece of it "
                 f"({config.pin_piece_bytes}); raise cpu_pool_bytes or pin_piece_bytes"
             )
         index = CacheIndex(
             make_policy(config.eviction_policy),
             ghost_entries=config.ghost_entries,
-            expected_entries=allocator.capacity_bytes // block_nbytes + config.ghost_entries,
+            expected_entries=allocator.capacity_bytes // sizes.packed + config.ghost_entries,
         )
         pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
-        return cls(index, allocator, pacer, block_nbytes)
+        return cls(index, allocator, pacer, sizes)
 
     # -- save --------------------------------------------------------------------------------------
 
-    def plan_save(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32], owner: str) -> SavePlan:
+    def plan_save(
+        self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32], owner: str, *, as_is: bool = False
+    ) -> SavePlan:
         """Reserve what is not there yet and find room for it, the chain's head first.
 
         Args:
             keys: a prefix chain, root first, `uint64 [n, 4]` from `pack_keys`.
             block_ids: `int32 [n]`.
             owner: who is accounted for the extents.
+            as_is: do not pack, although the codec would.
         """
+        packs = self._sizes.packs and not as_is
+        nbytes = self._sizes.packed if packs else self._sizes.raw
         reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
-        offsets = self._make_room(wanted.size, owner)
+        offsets = self._make_room(wanted.size, nbytes, owner)
         positions = wanted[: offsets.size]
         if offsets.size < wanted.size:
             self.index.abort(reservation.slots[wanted[offsets.size :]], None)
-        transfer = TransferPlan(Direction.SAVE, block_ids[positions], offsets)
-        return SavePlan(transfer, reservation.states, positions, reservation.slots[positions])
+        transfer = TransferPlan(
+            Direction.SAVE, block_ids[positions], offsets, np.ones(positions.size, dtype=np.bool_) if packs else None
+        )
+        return SavePlan(transfer, reservation.states, positions, reservation.slots[positions], nbytes)
 
     def finish_save(
-        self, plan: SavePlan, digests: NDArray[np.uint64], succeeded: NDArray[np.bool_]
+        self,
+        plan: SavePlan,
+        digests: NDArray[np.uint64],
+        succeeded: NDArray[np.bool_],
+        too_lossy: NDArray[np.bool_] | None = None,
     ) -> list[SaveOutcome]:
-        """Commit what arrived (`succeeded`, `bool [n]`), give back the rest; returns the call's outcomes."""
+        """Commit what arrived, give back the rest.
+
+        Args:
+            plan: of the save.
+            digests: `uint64 [n]`.
+            succeeded: `bool [n]`, what arrived and may be used.
+            too_lossy: `bool [n]`, what did not because packing loses too much of it.
+
+        Returns:
+            The call's outcomes.
+        """
         offsets = plan.transfer.offsets
         if succeeded.all():
-            self.allocator.free_many(self.index.commit(plan.slots, offsets, self._block_nbytes, digests))
+            self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
             if len(plan.positions) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
-            return _save_outcomes(plan, succeeded)
-        unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], self._block_nbytes, digests[succeeded])
-        self.index.abort(plan.slots[~succeeded], MissReason.TRANSFER_FAILED)
+            return _save_outcomes(plan, succeeded, too_lossy)
+        unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], plan.nbytes, digests[succeeded])
+        lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
+        self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
+        self.index.abort(plan.slots[~succeeded & ~lossy], MissReason.TRANSFER_FAILED)
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
-        return _save_outcomes(plan, succeeded)
+        return _save_outcomes(plan, succeeded, too_lossy)
 
-    def _make_room(self, count: int, owner: str) -> NDArray[np.int64]:
-        allocator, nbytes = self.allocator, self._block_nbytes
+    def _make_room(self, count: int, nbytes: int, owner: str) -> NDArray[np.int64]:
+        allocator = self.allocator
         self._evict(self._pacer.step(allocator.allocated_bytes, count * nbytes))
         offsets = allocator.allocate_many(count, nbytes, owner)
-        while offsets.size < count and self._evict((count - offsets.size) * nbytes):
+        for _ in range(MAX_EVICTIONS_A_PLAN):
+            if offsets.size == count or not self._evict((count - offsets.size) * nbytes):
+                break
             more = allocator.allocate_many(count - offsets.size, nbytes, owner)
             offsets = np.concatenate([offsets, more])
         return offsets
@@ -161,7 +190,10 @@ class ControlPlane:
         pins = self.index.pin(keys)
         positions = np.flatnonzero(pins.slots >= 0)
         slots = pins.slots[positions]
-        transfer = TransferPlan(Direction.LOAD, block_ids[positions], self.index.offsets_of(slots))
+        packed = None
+        if self._sizes.packs:
+            packed = self.index.nbytes_of(slots) == self._sizes.packed
+        transfer = TransferPlan(Direction.LOAD, block_ids[positions], self.index.offsets_of(slots), packed)
         return LoadPlan(transfer, pins.reasons, positions, slots)
 
     def expected_digests(self, plan: LoadPlan) -> NDArray[np.uint64]:
@@ -206,8 +238,12 @@ class ControlPlane:
             self.on_removed(offsets)
 
 
-def _save_outcomes(plan: SavePlan, succeeded: NDArray[np.bool_]) -> list[SaveOutcome]:
+def _save_outcomes(
+    plan: SavePlan, succeeded: NDArray[np.bool_], too_lossy: NDArray[np.bool_] | None
+) -> list[SaveOutcome]:
     outcomes = [_NOT_MOVED[state] for state in plan.states.tolist()]
-    for position, stored in zip(plan.positions.tolist(), succeeded.tolist(), strict=True):
-        outcomes[position] = SaveOutcome.STORED if stored else SaveOutcome.FAILED
+    lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy
+    for position, stored, lost in zip(plan.positions.tolist(), succeeded.tolist(), lossy.tolist(), strict=True):
+        failure = SaveOutcome.TOO_LOSSY if lost else SaveOutcome.FAILED
+        outcomes[position] = SaveOutcome.STORED if stored else failure
     return outcomes

@@ -15,18 +15,19 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.calls import Call
+from kvortex.codecs import RAW
 from kvortex.config import KVortexConfig
-from kvortex.control import CPU_TIER, ControlPlane, LoadPlan
+from kvortex.control import CPU_TIER, ControlPlane, LoadPlan, SavePlan
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.kernels import validate_block_ids
 from kvortex.layout import KVLayout
-from kvortex.sched import TransferExecutor
+from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
 from kvortex.transfers import DataPlane
-from kvortex.types import BlockHash, LoadResult, MissReason, SaveResult
+from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,9 @@ class KVortexEngine:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
         self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
-        self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.block_nbytes)
-        self._namespace = _namespace_of(self.config, layout)
+        self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
+        codec = self._data.packing.codec if self._data.packing else RAW
+        self._namespace = _namespace_of(self.config, layout, codec)
         logger.info("registered %s", layout.describe())
         return layout
 
@@ -147,11 +149,30 @@ class KVortexEngine:
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
                 plan = control.plan_save(keys[part], ids[part], "save")
-                await call.start(plan.transfer, partial(control.finish_save, plan), more=part.stop < len(ids))
-            outcomes = await call.outcomes()
+                await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
+            outcomes = list(await call.outcomes())
+            if SaveOutcome.TOO_LOSSY in outcomes:
+                await self._save_as_is(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
-            return SaveResult(outcomes)
+            return SaveResult(tuple(outcomes))
+
+    async def _save_as_is(
+        self,
+        control: ControlPlane,
+        call: Call[SaveOutcome],
+        keys: NDArray[np.uint64],
+        ids: NDArray[np.int32],
+        outcomes: list[SaveOutcome],
+    ) -> None:
+        """Keep unpacked what packing would change too much."""
+        lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
+        plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True)
+        await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
+        again = (await call.outcomes())[len(outcomes) :]
+        for position, outcome in zip(np.flatnonzero(lossy).tolist(), again, strict=True):
+            outcomes[position] = outcome
+        self.stats.record_kept_as_is(again.count(SaveOutcome.STORED))
 
     async def load_blocks(
         self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
@@ -225,13 +246,14 @@ class KVortexEngine:
         wanted = sum(request.succeeded.size for request in call.requests)
         if wanted and self._data is not None:
             moved = sum(int(np.count_nonzero(request.succeeded)) for request in call.requests)
+            lossy = sum(int(np.count_nonzero(request.too_lossy)) for request in call.requests)
             self.stats.record_transfer(
                 call.requests[0].direction,
                 CPU_TIER,
                 blocks=moved,
                 nbytes=moved * self._data.layout.block_nbytes,
                 seconds=time.perf_counter() - call.started_s,
-                failures=wanted - moved,
+                failures=wanted - moved - lossy,
             )
 
     # -- the rest ----------------------------------------------------------------------------------
@@ -298,10 +320,12 @@ class KVortexEngine:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
-def _finish_load(
-    control: ControlPlane, plan: LoadPlan, digests: NDArray[np.uint64], succeeded: NDArray[np.bool_]
-) -> list[MissReason | None]:
-    return control.finish_load(plan, digests == control.expected_digests(plan), succeeded)
+def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> list[SaveOutcome]:
+    return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy)
+
+
+def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> list[MissReason | None]:
+    return control.finish_load(plan, request.digests == control.expected_digests(plan), request.succeeded)
 
 
 class _Creation:
@@ -336,7 +360,7 @@ def _check_call(
     return pack_keys(hashes), validate_block_ids(block_ids, layout.num_blocks)
 
 
-def _namespace_of(config: KVortexConfig, layout: KVLayout) -> Namespace:
+def _namespace_of(config: KVortexConfig, layout: KVLayout, codec: str) -> Namespace:
     identity = config.identity
     return Namespace(
         model=identity.model,
@@ -348,4 +372,5 @@ def _namespace_of(config: KVortexConfig, layout: KVLayout) -> Namespace:
         tp_size=identity.tp_size,
         pp_rank=identity.pp_rank,
         pp_size=identity.pp_size,
+        codec=codec,
     )

@@ -1,16 +1,19 @@
 """Proof, at start-up, that the layout is understood: a pattern goes through the real path and comes back.
 
 The pattern is written and read with torch's own indexing, which knows nothing of segments; the transfers in
-between are those that serve later. What the blocks held before is put back.
+between are those that serve later. Where blocks are packed, a second pattern, which packing does not change, goes
+through that path too. What the blocks held before is put back.
 """
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvortex.codecs import Packing
 from kvortex.driver import Event
 from kvortex.errors import LayoutSelfTestError
 from kvortex.kernels import digest_reference
@@ -31,6 +34,7 @@ def run_self_test(
     offsets: NDArray[np.int64],
     pool: NDArray[np.uint8],
     after: Callable[[], Event | None],
+    packing: Packing | None = None,
 ) -> None:
     """Write a pattern into `block_ids`, save it, wipe the blocks, load it, compare; then restore the blocks.
 
@@ -43,36 +47,65 @@ def run_self_test(
         offsets: of as many extents of the pool.
         pool: the pool's bytes.
         after: gives an event for what torch has queued on the device so far, None on the host.
+        packing: of the layout; None where nothing is packed.
 
     Raises:
         LayoutSelfTestError: what came back differs; names the tensor.
     """
     blocks = {(name, b): block_of(name, b) for name in tensors for b in block_ids}
     before = {place: block.clone() for place, block in blocks.items()}
-    patterns = {place: _pattern(block, seed) for seed, (place, block) in enumerate(blocks.items())}
+    path = _Path(executor, np.array(block_ids, dtype=np.int32), offsets, pool, after)
     try:
-        for place, block in blocks.items():
-            block.copy_(patterns[place])
-        ids = np.array(block_ids, dtype=np.int32)
-        saved = _transfer(executor, Direction.SAVE, layout, ids, offsets, after())
-        _compare_digests(layout, saved, offsets, pool)
-        for block in blocks.values():
-            block.copy_(_pattern(block, -1))
-        loaded = _transfer(executor, Direction.LOAD, layout, ids, offsets, after())
-        if not np.array_equal(saved, loaded):
-            raise LayoutSelfTestError("self-test: a block's digest changed between save and load")
-        for (name, block_id), block in blocks.items():
-            if not torch.equal(_as_bytes(block), _as_bytes(patterns[name, block_id])):
-                raise LayoutSelfTestError(
-                    f"self-test: {name!r}, block {block_id}, did not come back as written; "
-                    "pass block_dim= if the wrong dimension was taken for the blocks"
-                )
+        _round_trip(blocks, _random_bytes, path, layout.block_nbytes, packed=False)
+        if packing is not None:
+            _round_trip(blocks, _small_integers, path, packing.block_nbytes, packed=True)
     finally:
         for place, block in blocks.items():
             block.copy_(before[place])
 
 
-def _pattern(block: torch.Tensor, seed: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Path:
+    executor: TransferExecutor
+    block_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    pool: NDArray[np.uint8]
+    after: Callable[[], Event | None]
+
+
+def _round_trip(
+    blocks: Mapping[tuple[str, int], torch.Tensor],
+    pattern: Callable[[torch.Tensor, int], torch.Tensor],
+    path: _Path,
+    payload_nbytes: int,
+    *,
+    packed: bool,
+) -> None:
+    patterns = {place: pattern(block, seed) for seed, (place, block) in enumerate(blocks.items())}
+    for place, block in blocks.items():
+        block.copy_(patterns[place])
+    saved = _transfer(path, Direction.SAVE, packed)
+    for digest, offset in zip(saved.tolist(), path.offsets.tolist(), strict=True):
+        if digest_reference(path.pool[offset : offset + payload_nbytes]) != digest:
+            raise LayoutSelfTestError("self-test: the kernel's digest differs from that of the bytes it wrote")
+    for block in blocks.values():
+        block.copy_(_random_bytes(block, -1))
+    if not np.array_equal(saved, _transfer(path, Direction.LOAD, packed)):
+        raise LayoutSelfTestError("self-test: a block's digest changed between save and load")
+    for (name, block_id), block in blocks.items():
+        if not torch.equal(_as_bytes(block), _as_bytes(patterns[name, block_id])):
+            raise LayoutSelfTestError(
+                f"self-test: {name!r}, block {block_id}, did not come back as written; "
+                "pass block_dim= if the wrong dimension was taken for the blocks"
+            )
+
+
+def _small_integers(block: torch.Tensor, seed: int) -> torch.Tensor:
+    values = np.random.default_rng(seed + 1).integers(-8, 9, tuple(block.shape)).astype(np.float32)
+    return torch.from_numpy(values).to(block.device, block.dtype)
+
+
+def _random_bytes(block: torch.Tensor, seed: int) -> torch.Tensor:
     generator = np.random.default_rng(seed + 1)
     data = generator.integers(0, 256, block.numel() * block.element_size(), dtype=np.uint8)
     return torch.from_numpy(data).view(block.dtype).reshape(block.shape).to(block.device)
@@ -82,31 +115,22 @@ def _as_bytes(block: torch.Tensor) -> torch.Tensor:
     return block.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _compare_digests(
-    layout: KVLayout, digests: NDArray[np.uint64], offsets: NDArray[np.int64], pool: NDArray[np.uint8]
-) -> None:
-    for digest, offset in zip(digests.tolist(), offsets.tolist(), strict=True):
-        if digest_reference(pool[offset : offset + layout.block_nbytes]) != digest:
-            raise LayoutSelfTestError("self-test: the kernel's digest differs from that of the bytes it wrote")
-
-
-def _transfer(
-    executor: TransferExecutor,
-    direction: Direction,
-    layout: KVLayout,
-    block_ids: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-    after: Event | None,
-) -> NDArray[np.uint64]:
-    size = int(offsets[1] - offsets[0]) if len(offsets) > 1 else layout.block_nbytes
-    request = TransferRequest(direction, block_ids, offsets, size, after)
-    batch = Batch(direction, (Slice(request, 0, len(block_ids)),), len(block_ids) * size)
+def _transfer(path: _Path, direction: Direction, packed: bool) -> NDArray[np.uint64]:
+    offsets, executor = path.offsets, path.executor
+    size = int(offsets[1] - offsets[0]) if len(offsets) > 1 else path.pool.size
+    form = np.full(len(offsets), packed)
+    request = TransferRequest(direction, path.block_ids, offsets, size, path.after(), packed=form, packed_nbytes=size)
+    batch = Batch(direction, (Slice(request, 0, len(offsets)),), len(offsets) * size, packed)
     callbacks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
     outcomes: list[NDArray[np.uint64] | Exception] = []
+
+    def done(outcome: NDArray[np.uint64] | Exception, _too_lossy: NDArray[np.bool_] | None = None, /) -> None:
+        outcomes.append(outcome)
+
     usual = executor.post
     executor.post = callbacks.put
     try:
-        executor.issue(batch, outcomes.append, lambda: None)
+        executor.issue(batch, done, lambda: None)
         while not outcomes:
             callbacks.get()()
     finally:

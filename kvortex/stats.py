@@ -175,6 +175,7 @@ class StatsSnapshot:
     hits: int
     misses: Mapping[MissReason, int]
     evicted_blocks: int
+    kept_as_is_blocks: int
     transfers: tuple[TransferSnapshot, ...]
     pools: tuple[PoolFigures, ...]
 
@@ -218,6 +219,7 @@ class StatsSnapshot:
             "blocks_loaded": self.blocks_loaded,
             "bytes_loaded": self.bytes_loaded,
             "evicted_blocks": self.evicted_blocks,
+            "kept_as_is_blocks": self.kept_as_is_blocks,
             "transfers": [asdict(t) | {"direction": t.direction.value} for t in self.transfers],
             "pools": [asdict(pool) for pool in self.pools],
         }
@@ -227,7 +229,8 @@ class StatsSnapshot:
         lines = [
             f"hit rate {self.hit_rate:.1%}: {self.hits} hits, {self.num_misses} misses"
             + (f" ({reasons})" if reasons else ""),
-            f"evicted {self.evicted_blocks} blocks",
+            f"evicted {self.evicted_blocks} blocks"
+            + (f", kept {self.kept_as_is_blocks} as they are" if self.kept_as_is_blocks else ""),
         ]
         if self.transfers:
             lines += _aligned([_TRANSFER_HEAD, *(_transfer_row(t) for t in self.transfers)], num_left=2)
@@ -257,6 +260,7 @@ class EngineStats:
         self._lock = threading.Lock()
         self._lookups = MissCounters()
         self._transfers: dict[tuple[Direction, str], TransferStats] = {}
+        self._kept_as_is = 0
 
     def record_outcomes(self, outcomes: Iterable[MissReason | None]) -> None:
         """Adds one outcome a looked-up block; `None` is a hit."""
@@ -272,6 +276,11 @@ class EngineStats:
             stats = self._transfers.setdefault((direction, tier), TransferStats())
             stats.record(blocks=blocks, nbytes=nbytes, seconds=seconds, failures=failures)
 
+    def record_kept_as_is(self, blocks: int) -> None:
+        """Adds blocks that packing would have changed too much."""
+        with self._lock:
+            self._kept_as_is += blocks
+
     def snapshot(self, pools: Iterable[PoolFigures] = (), *, evicted_blocks: int = 0) -> StatsSnapshot:
         """All counters at one moment, and what the pools and the index count, as the caller read it."""
         figures = tuple(pools)
@@ -280,6 +289,7 @@ class EngineStats:
                 hits=self._lookups.hits,
                 misses=dict(self._lookups.by_reason),
                 evicted_blocks=evicted_blocks,
+                kept_as_is_blocks=self._kept_as_is,
                 transfers=tuple(_snapshot_transfer(*key, stats) for key, stats in self._transfers.items()),
                 pools=figures,
             )
@@ -320,6 +330,12 @@ def _metrics(snapshot: StatsSnapshot) -> list[_Metric]:
         ("hits_total", counter, "Looked-up blocks that were served.", [("", {}, snapshot.hits)]),
         ("misses_total", counter, "Looked-up blocks that were not served, by reason.", misses),
         ("evicted_blocks_total", counter, "Blocks evicted.", [("", {}, snapshot.evicted_blocks)]),
+        (
+            "kept_as_is_blocks_total",
+            counter,
+            "Blocks that packing would have changed too much.",
+            [("", {}, snapshot.kept_as_is_blocks)],
+        ),
         ("transfer_blocks_total", counter, "Blocks moved.", [("", ls, t.blocks) for ls, t in transfers]),
         ("transfer_bytes_total", counter, "Bytes moved.", [("", ls, t.nbytes) for ls, t in transfers]),
         ("transfer_failures_total", counter, "Blocks lost.", [("", ls, t.failures) for ls, t in transfers]),

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
-from kvortex.driver import Device, Event, align_up, stream_handle
+from kvortex.codecs import block_sizes, packing_for
+from kvortex.config import KVortexConfig
+from kvortex.driver import Device, Event, stream_handle
 from kvortex.errors import InvalidBlockIdError, LayoutError
-from kvortex.kernels import HostKernels
+from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
@@ -52,10 +53,11 @@ class DataPlane:
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
     ) -> None:
         self.layout = layout
-        self.block_nbytes = align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
-        if self.block_nbytes > config.pin_piece_bytes:
+        self.packing = packing_for(layout, config.codec)
+        self.sizes = block_sizes(layout, self.packing)
+        if self.sizes.raw > config.pin_piece_bytes:
             raise LayoutError(
-                f"a block of {self.block_nbytes} bytes does not fit a piece of the pool: "
+                f"a block of {self.sizes.raw} bytes does not fit a piece of the pool: "
                 f"raise pin_piece_bytes above {config.pin_piece_bytes}"
             )
         self.device = _device_of(layout)
@@ -85,7 +87,13 @@ class DataPlane:
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
         post = asyncio.get_running_loop().call_soon_threadsafe
         if self.device is None:
-            return HostExecutor(HostKernels(self.layout, self.pool.bytes), post)
+            packs = HostPackKernels(self.layout, self.packing, self.pool.bytes) if self.packing else None
+            return HostExecutor(
+                HostKernels(self.layout, self.pool.bytes),
+                post,
+                pack_kernels=packs,
+                max_pack_error=config.max_pack_error,
+            )
         return CudaExecutor(
             self.layout,
             self.pool,
@@ -94,20 +102,23 @@ class DataPlane:
             staging_nbytes=config.max_batch_bytes,
             thread_blocks=config.kernel_thread_blocks,
             post=post,
+            packing=self.packing,
+            max_pack_error=config.max_pack_error,
         )
 
     def _self_test(self) -> None:
-        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, self.pool.piece_bytes // self.block_nbytes)
-        self.pool.wait_ready(count * self.block_nbytes)
+        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, self.pool.piece_bytes // self.sizes.raw)
+        self.pool.wait_ready(count * self.sizes.raw)
         run_self_test(
             self.layout,
             self._tensors,
             self._block_of,
             [b * (self.layout.num_blocks - 1) for b in range(count)],  # the first and the last
             self._executor,
-            np.arange(count, dtype=np.int64) * self.block_nbytes,
+            np.arange(count, dtype=np.int64) * self.sizes.raw,
             self.pool.bytes,
             self.record_event,
+            self.packing,
         )
 
     def _block_of(self, name: str, block_id: int) -> torch.Tensor:
@@ -160,15 +171,18 @@ class DataPlane:
             plan.direction,
             plan.block_ids,
             plan.offsets,
-            self.block_nbytes,
+            self.sizes.raw,
             after,
             on_settled,
             more_follows=more_follows,
             wants_source_released=wants_source_released,
+            packed=plan.packed,
+            packed_nbytes=self.sizes.packed,
         )
         try:
             if request.num_blocks:
-                await self.pool.ready(int(plan.offsets.max()) + self.block_nbytes)
+                end = int(plan.offsets.max()) + self.sizes.raw
+                await self.pool.ready(min(end, self.pool.capacity_bytes))
             if plan.direction is Direction.LOAD:
                 self._claim_targets(plan.block_ids)
                 request.on_settled = partial(self._release_targets, plan.block_ids, on_settled)

@@ -31,6 +31,7 @@ class SaveOutcome(StrEnum):
     ALREADY_STORED = "already_stored"
     PENDING = "pending"  # another save of the same block is under way
     NO_SPACE = "no_space"  # the pool is full of pinned or in-flight blocks
+    TOO_LOSSY = "too_lossy"  # packing would lose more than allowed, and it could not be kept as it is
     FAILED = "failed"  # the transfer failed; the log has the cause
 
     @property
@@ -47,6 +48,7 @@ class MissReason(StrEnum):
     PENDING = "pending"  # its save has not been committed yet
     CORRUPT = "corrupt"  # the digest did not match; the entry is dropped
     TRANSFER_FAILED = "transfer_failed"
+    TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
     DEADLINE = "deadline"  # a tier did not deliver in time
 
 
@@ -63,16 +65,35 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Bytes that a block takes in the pool, padding included: as it is, and packed; equal where nothing is packed."""
+
+    raw: int
+    packed: int
+
+    @property
+    def packs(self) -> bool:
+        return self.packed != self.raw
+
+
+@dataclass(frozen=True, slots=True)
 class TransferPlan:
     """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""
 
     direction: Direction
     block_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    packed: NDArray[np.bool_] | None = None
+    """Which blocks rest packed, `bool [n]`; None when none does."""
 
     @property
     def num_blocks(self) -> int:
         return len(self.block_ids)
+
+    def part(self, positions: NDArray[np.intp]) -> "TransferPlan":
+        """The plan of some of its blocks."""
+        packed = None if self.packed is None else self.packed[positions]
+        return TransferPlan(self.direction, self.block_ids[positions], self.offsets[positions], packed)
 
 
 @dataclass(frozen=True, slots=True)

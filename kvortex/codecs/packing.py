@@ -10,6 +10,7 @@ Scales are powers of two because then nothing is rounded but the codes: unpackin
 unpacked loses nothing more, however often a block goes round.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -17,8 +18,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
+from kvortex.types import BlockSizes
 
 RAW: Final = "raw"
 GROUP_UNITS: Final = 16
@@ -79,6 +83,25 @@ class Packing:
         return 8 * (self.code_words + self.scale_words)
 
 
+def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:
+    """Sizes of a layout's blocks in the pool."""
+    raw = align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
+    return BlockSizes(raw, align_up(packing.block_nbytes, EXTENT_ALIGNMENT_BYTES) if packing else raw)
+
+
+def packed_nbytes(segment_nbytes: Iterable[int], codec: str, dtype: str) -> int | None:
+    """Bytes of a packed payload of such segments; None where `codec` leaves `dtype` as it is.
+
+    Raises:
+        ConfigError: no such codec, or segments that are not whole units.
+    """
+    fmt = _format_of(codec, (dtype,))
+    if fmt is None:
+        return None
+    counts = [_units_of(nbytes, fmt) for nbytes in segment_nbytes]
+    return 8 * (sum(counts) + sum(map(_scale_words, counts)) * fmt.has_scales)
+
+
 def packing_for(layout: KVLayout, codec: str) -> Packing | None:
     """How `layout` is packed by `codec`; None where it is left as it is.
 
@@ -87,33 +110,46 @@ def packing_for(layout: KVLayout, codec: str) -> Packing | None:
     Raises:
         ConfigError: no such codec, or segments that are not whole units.
     """
-    if codec not in CODECS:
-        raise ConfigError(f"unknown codec {codec!r}; there are {', '.join(CODECS)}")
-    found = [f for f in FORMATS if f.codec == codec and (f.dtype,) == layout.dtypes]
-    if not found:
+    fmt = _format_of(codec, layout.dtypes)
+    if fmt is None:
         return None
-    fmt = found[0]
     rows, code_words, scale_words = _tiles(layout, fmt)
     tiles = np.array(rows, dtype=np.int64)
     tiles[:, 4] += code_words
     return Packing(fmt, tiles, code_words, scale_words if fmt.has_scales else 0)
 
 
+def _format_of(codec: str, dtypes: tuple[str, ...]) -> Format | None:
+    if codec not in CODECS:
+        raise ConfigError(f"unknown codec {codec!r}; there are {', '.join(CODECS)}")
+    return next((f for f in FORMATS if f.codec == codec and (f.dtype,) == dtypes), None)
+
+
+def _units_of(segment_nbytes: int, fmt: Format) -> int:
+    unit_bytes = fmt.lanes * LANE_BYTES
+    if segment_nbytes % unit_bytes:
+        raise ConfigError(
+            f"codec {fmt.codec!r} packs {fmt.dtype} in units of {unit_bytes} bytes, not segments of "
+            f"{segment_nbytes}: set codec to 'raw'"
+        )
+    return segment_nbytes // unit_bytes
+
+
+def _scale_words(units: int) -> int:
+    # Whole words a tile, and a tile is a whole number of words' groups but for a segment's last.
+    return -(-units // (GROUP_UNITS * _GROUPS_A_WORD))
+
+
 def _tiles(layout: KVLayout, fmt: Format) -> tuple[list[tuple[int, int, int, int, int]], int, int]:
     rows = []
     base = min(segment.address for segment in layout.segments)
-    unit_bytes = fmt.lanes * LANE_BYTES
     unit = scale_word = 0
     for segment in layout.segments:
-        if segment.nbytes % unit_bytes:
-            raise ConfigError(
-                f"codec {fmt.codec!r} packs {fmt.dtype} in units of {unit_bytes} bytes; tensor {segment.tensor!r} has "
-                f"segments of {segment.nbytes}: set codec to 'raw'"
-            )
+        units = _units_of(segment.nbytes, fmt)
         lane, stride = (segment.address - base) // LANE_BYTES, segment.block_stride // LANE_BYTES
-        for start in range(0, segment.nbytes // unit_bytes, UNITS_A_TILE):
-            count = min(UNITS_A_TILE, segment.nbytes // unit_bytes - start)
+        for start in range(0, units, UNITS_A_TILE):
+            count = min(UNITS_A_TILE, units - start)
             rows.append((lane + start * fmt.lanes, stride, unit + start, count, scale_word))
-            scale_word += -(-count // (GROUP_UNITS * _GROUPS_A_WORD))
-        unit += segment.nbytes // unit_bytes
+            scale_word += _scale_words(count)
+        unit += units
     return rows, unit, scale_word

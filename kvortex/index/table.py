@@ -41,6 +41,7 @@ MISS_REASONS = (
     MissReason.CORRUPT,
     MissReason.TRANSFER_FAILED,
     MissReason.DEADLINE,
+    MissReason.TOO_LOSSY,
 )
 """Miss reasons by their number in arrays."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2

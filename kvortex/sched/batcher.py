@@ -25,11 +25,12 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one gather or scatter moves."""
+    """What one gather or scatter moves: blocks that all rest as they are, or all packed; `nbytes` of the pool."""
 
     direction: Direction
     slices: tuple[Slice, ...]
     nbytes: int
+    packed: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -78,14 +79,14 @@ class Batcher:
         """Queue a request that has at least one block."""
         request.queued_at_s = now_s
         self._queues[request.direction].append(request)
-        self._queued_bytes[request.direction] += request.blocks_waiting * request.block_nbytes
+        self._queued_bytes[request.direction] += request.waiting_nbytes
 
     def remove(self, request: TransferRequest) -> None:
         """Forget what no batch has taken of a request; it may be queued no more."""
         queue = self._queues[request.direction]
         if request in queue:
             queue.remove(request)
-            self._queued_bytes[request.direction] -= request.blocks_waiting * request.block_nbytes
+            self._queued_bytes[request.direction] -= request.waiting_nbytes
 
     def restart_ramp(self, direction: Direction) -> None:
         """The direction has come to rest: its next batch is the first of a transfer."""
@@ -146,16 +147,20 @@ class Batcher:
         bytes_left, blocks_left = self._byte_limit(direction), self._max_blocks
         slices: list[Slice] = []
         nbytes = 0
+        packed = queue[0].next_is_packed
         while queue and blocks_left and len(slices) < self._max_requests:
             request = queue[0]
-            fitting = min(bytes_left // request.block_nbytes, blocks_left, request.blocks_waiting)
+            if request.next_is_packed != packed:
+                break
+            block_nbytes = request.next_nbytes
+            fitting = min(bytes_left // block_nbytes, blocks_left, request.blocks_alike)
             if fitting == 0 and slices:
                 break
             taken = max(fitting, 1)  # a block larger than the limit still goes, alone
             slices.append(Slice(request, request.next_block, request.next_block + taken))
             request.next_block += taken
             request.blocks_in_flight += taken
-            moved = taken * request.block_nbytes
+            moved = taken * block_nbytes
             nbytes, bytes_left, blocks_left = nbytes + moved, bytes_left - moved, blocks_left - taken
             if request.blocks_waiting == 0:
                 queue.popleft()
@@ -163,4 +168,4 @@ class Batcher:
                 break
         self._queued_bytes[direction] -= nbytes
         self._last_batch_bytes[direction] = nbytes
-        return Batch(direction, tuple(slices), nbytes)
+        return Batch(direction, tuple(slices), nbytes, packed)

@@ -12,11 +12,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.codecs import Packing
 from kvortex.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
-from kvortex.kernels.device import BatchSlot, staging_block_nbytes
-from kvortex.kernels.tables import MAX_BATCH_BLOCKS, tile_table
+from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 from kvortex.memory import DeviceStagingPool, PinnedPool
@@ -109,6 +110,8 @@ class CudaExecutor(TransferExecutor):
         staging_nbytes: of one buffer: the largest batch.
         thread_blocks: of a kernel's grid.
         post: delivers callbacks.
+        packing: of the layout; None where nothing is packed.
+        max_pack_error: a block that loses more is reported as too lossy.
 
     Raises:
         OutOfPoolMemoryError: the device has no memory for staging; nothing stays allocated.
@@ -124,24 +127,29 @@ class CudaExecutor(TransferExecutor):
         staging_nbytes: int,
         thread_blocks: int,
         post: Post,
+        packing: Packing | None = None,
+        max_pack_error: float = 0.0,
     ) -> None:
         self.post = post
         self._device = device
         self._pool = pool
-        self._block_nbytes = staging_block_nbytes(layout)
+        self._max_pack_error = max_pack_error
+        forms = (None,) if packing is None else (None, packing)
+        self._block_nbytes = [staging_block_nbytes(layout, form) for form in forms]
         self._closed = False
-        staging_nbytes = max(staging_nbytes, self._block_nbytes)
-        max_blocks = min(MAX_BATCH_BLOCKS, staging_nbytes // self._block_nbytes)
+        staging_nbytes = max(staging_nbytes, *self._block_nbytes)
+        max_blocks = min(MAX_BATCH_BLOCKS, staging_nbytes // min(self._block_nbytes))
         with contextlib.ExitStack() as undo:
             self._lanes = self._make_lanes(num_streams, undo)
-            tiles = tile_table(layout)
+            tables = [device_table(layout, form) for form in forms]
             scratch_nbytes = 8 * scratch_words(max_blocks)
             lane_nbytes = STAGING_BUFFERS * (staging_nbytes + SLOTS_PER_BUFFER * scratch_nbytes)
-            self.staging = DeviceStagingPool(device, len(self._lanes) * lane_nbytes + tiles.nbytes)
+            self.staging = DeviceStagingPool(device, len(self._lanes) * lane_nbytes + sum(t.nbytes for t in tables))
             undo.callback(self.staging.close)
             setup = self._lanes[Direction.SAVE].kernel_stream
-            tiles_address = self._allocate(tiles.nbytes, "tile table", setup, undo)
-            device.copy_async(tiles_address, tiles.ctypes.data, tiles.nbytes, setup)
+            addresses = [self._allocate(table.nbytes, "tile table", setup, undo) for table in tables]
+            for address, table in zip(addresses, tables, strict=True):
+                device.copy_async(address, table.ctypes.data, table.nbytes, setup)
             for direction, lane in self._lanes.items():
                 for _ in range(STAGING_BUFFERS):
                     address = self._allocate(staging_nbytes, f"{direction.value} staging", setup, undo)
@@ -151,7 +159,10 @@ class CudaExecutor(TransferExecutor):
                     slot = BatchSlot(device, max_blocks, scratch, setup)
                     undo.callback(slot.close)
                     lane.idle.append(_InFlight(slot, self._event(undo)))
-            self._kernels = DeviceKernels(layout, device, tiles_address, thread_blocks)
+            self._kernels = [
+                DeviceKernels(layout, device, address, thread_blocks, form)
+                for address, form in zip(addresses, forms, strict=True)
+            ]
             device.synchronize_stream(setup)
             self._waiters = {d: EventWaiter(device, f"kvortex-{d.value}-events") for d in Direction}
             self._resources = undo.pop_all()
@@ -211,10 +222,10 @@ class CudaExecutor(TransferExecutor):
         self._wait_for_callers(batch, kernels)
         if buffer.emptied is not None:
             device.wait_event(kernels, buffer.emptied)
-        self._kernels.gather(block_ids, buffer.address, flight.slot, stream=kernels)
+        self._kernels[batch.packed].gather(block_ids, buffer.address, flight.slot, stream=kernels)
         device.record_event(buffer.filled, kernels)
         device.wait_event(copies, buffer.filled)
-        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address):
+        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address, batch):
             device.copy_async(pool_address, staging_address, nbytes, copies)
         device.record_event(flight.done, copies)
         buffer.emptied = flight.done
@@ -226,12 +237,12 @@ class CudaExecutor(TransferExecutor):
         block_ids, offsets = batch_arrays(batch)
         if buffer.emptied is not None:
             device.wait_event(copies, buffer.emptied)
-        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address):
+        for pool_address, staging_address, nbytes in self._runs(offsets, buffer.address, batch):
             device.copy_async(staging_address, pool_address, nbytes, copies)
         device.record_event(buffer.filled, copies)
         self._wait_for_callers(batch, kernels)
         device.wait_event(kernels, buffer.filled)
-        self._kernels.scatter(block_ids, buffer.address, flight.slot, stream=kernels)
+        self._kernels[batch.packed].scatter(block_ids, buffer.address, flight.slot, stream=kernels)
         device.record_event(flight.done, kernels)
         buffer.emptied = flight.done
 
@@ -240,9 +251,9 @@ class CudaExecutor(TransferExecutor):
             if part.request.after is not None:
                 self._device.wait_event(stream, part.request.after)
 
-    def _runs(self, offsets: NDArray[np.int64], staging: int) -> list[tuple[int, int, int]]:
+    def _runs(self, offsets: NDArray[np.int64], staging: int, batch: Batch) -> list[tuple[int, int, int]]:
         """Copies of a batch as `(pool address, staging address, bytes)`; none crosses a piece of the pool."""
-        size, base = self._block_nbytes, self._pool.address
+        size, base = self._block_nbytes[batch.packed], self._pool.address
         return [
             (base + offsets[first], staging + first * size, count * size)
             for first, count in merge_runs(offsets, size, self._pool.piece_bytes)
@@ -251,9 +262,14 @@ class CudaExecutor(TransferExecutor):
     def _finish(
         self, batch: Batch, lane: _Lane, flight: _InFlight, on_done: Completion, error: DeviceError | None
     ) -> None:
-        digests = self._kernels.digests(flight.slot, batch.num_blocks)
+        kernels = self._kernels[batch.packed]
+        digests = kernels.digests(flight.slot, batch.num_blocks)
+        errors = kernels.errors(flight.slot, batch.num_blocks) if batch.direction is Direction.SAVE else None
         lane.idle.append(flight)
-        on_done(error if error is not None else digests)
+        if error is not None:
+            on_done(error)
+        else:
+            on_done(digests, None if errors is None else ~(errors <= self._max_pack_error))
 
     def close(self) -> None:
         if self._closed:

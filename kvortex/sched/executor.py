@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,19 @@ from numpy.typing import NDArray
 from kvortex.sched.batcher import Batch
 from kvortex.types import Direction
 
-Completion: TypeAlias = Callable[[NDArray[np.uint64] | Exception], None]
-"""Called on the loop when a batch is over, with its digests `uint64 [num_blocks]` or what went wrong."""
+
+class Completion(Protocol):
+    """Called on the loop when a batch is over.
+
+    Args:
+        outcome: digests `uint64 [num_blocks]`, or what went wrong.
+        too_lossy: `bool [num_blocks]` of a save that packs: blocks that lose more than allowed, and are not to be used.
+    """
+
+    def __call__(
+        self, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None = None, /
+    ) -> None: ...
+
 
 SourceRead: TypeAlias = Callable[[], None]
 """Called on the loop, if a request of the batch asked for it, when a save has read the cache's blocks."""

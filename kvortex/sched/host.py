@@ -2,14 +2,17 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.kernels import HostKernels
+from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.sched.batcher import Batch
 from kvortex.sched.executor import Completion, Post, SourceRead, TransferExecutor, batch_arrays
 from kvortex.types import Direction
+
+_Moved: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.bool_] | None]
 
 
 class HostExecutor(TransferExecutor):
@@ -17,13 +20,24 @@ class HostExecutor(TransferExecutor):
 
     Args:
         kernels: of the registered layout and the pool.
+        pack_kernels: likewise; None where nothing is packed.
+        max_pack_error: a block that loses more is reported as too lossy.
         post: delivers callbacks.
     """
 
     _DEPTH = 2  # one running, one ready behind it: the worker does not wait for the loop
 
-    def __init__(self, kernels: HostKernels, post: Post) -> None:
+    def __init__(
+        self,
+        kernels: HostKernels,
+        post: Post,
+        *,
+        pack_kernels: HostPackKernels | None = None,
+        max_pack_error: float = 0.0,
+    ) -> None:
         self._kernels = kernels
+        self._pack_kernels = pack_kernels
+        self._max_pack_error = max_pack_error
         self.post = post
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvortex-host")
         self._in_flight = 0
@@ -36,18 +50,28 @@ class HostExecutor(TransferExecutor):
         future = self._worker.submit(self._move, batch)
         future.add_done_callback(lambda done: self.post(partial(self._finish, done, on_done, on_source_read)))
 
-    def _move(self, batch: Batch) -> NDArray[np.uint64]:
-        move = self._kernels.gather if batch.direction is Direction.SAVE else self._kernels.scatter
-        return move(*batch_arrays(batch))
+    def _move(self, batch: Batch) -> _Moved:
+        arrays = batch_arrays(batch)
+        if not batch.packed or self._pack_kernels is None:
+            move = self._kernels.gather if batch.direction is Direction.SAVE else self._kernels.scatter
+            return move(*arrays), None
+        if batch.direction is Direction.LOAD:
+            return self._pack_kernels.scatter(*arrays), None
+        digests, errors = self._pack_kernels.gather(*arrays)
+        return digests, ~(errors <= self._max_pack_error)
 
-    def _finish(self, done: Future[NDArray[np.uint64]], on_done: Completion, on_source_read: SourceRead) -> None:
+    def _finish(self, done: Future[_Moved], on_done: Completion, on_source_read: SourceRead) -> None:
         self._in_flight -= 1
         on_source_read()
         error = done.exception()
         if isinstance(error, BaseException) and not isinstance(error, Exception):
             raise error
-        on_done(error if error is not None else done.result())
+        if error is not None:
+            on_done(error)
+        else:
+            on_done(*done.result())
 
     def close(self) -> None:
         self._worker.shutdown()
-        self.__dict__.pop("_kernels", None)  # they hold a view of the pool
+        for kernels in ("_kernels", "_pack_kernels"):
+            self.__dict__.pop(kernels, None)  # they hold a view of the pool

@@ -145,7 +145,9 @@ class TransferScheduler:
             if part.request.blocks_unread == 0:
                 part.request.source_released.set()
 
-    def _finish(self, batch: Batch, outcome: NDArray[np.uint64] | Exception) -> None:
+    def _finish(
+        self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None = None, /
+    ) -> None:
         self._in_flight[batch.direction] -= 1
         if not self._in_flight[batch.direction]:
             self._batcher.restart_ramp(batch.direction)
@@ -160,6 +162,10 @@ class TransferScheduler:
             else:
                 request.digests[part.start : part.stop] = outcome[position : position + part.num_blocks]
                 request.succeeded[part.start : part.stop] = True
+                if too_lossy is not None:
+                    lossy = too_lossy[position : position + part.num_blocks]
+                    request.too_lossy[part.start : part.stop] = lossy
+                    request.succeeded[part.start : part.stop] = ~lossy
             position += part.num_blocks
             request.blocks_in_flight -= part.num_blocks
             request.settle_if_done()

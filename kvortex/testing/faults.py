@@ -18,6 +18,7 @@ class Fault(Enum):
 
     REFUSE = auto()  # it cannot be started
     FAIL = auto()  # it moves, and then ends in a device error
+    LOSSY = auto()  # a save that packs: its first block loses more than allowed
     CORRUPT = auto()  # one bit of its first block's digest is wrong, as if the bytes were
     HOLD = auto()  # its end is not reported before `release`
 
@@ -58,16 +59,26 @@ class FaultInjectingExecutor(TransferExecutor):
             raise DeviceError("injected: the batch cannot be started")
         self._inner.issue(batch, partial(self._finish, fault, on_done), on_source_read)
 
-    def _finish(self, fault: Fault | None, on_done: Completion, outcome: NDArray[np.uint64] | Exception) -> None:
+    def _finish(
+        self,
+        fault: Fault | None,
+        on_done: Completion,
+        outcome: NDArray[np.uint64] | Exception,
+        too_lossy: NDArray[np.bool_] | None = None,
+        /,
+    ) -> None:
         if fault is Fault.FAIL:
             outcome = DeviceError("injected: the batch failed on the device")
         elif fault is Fault.CORRUPT and not isinstance(outcome, Exception):
             outcome = outcome.copy()
             outcome[0] ^= np.uint64(1)
+        elif fault is Fault.LOSSY and too_lossy is not None:
+            too_lossy = too_lossy.copy()
+            too_lossy[0] = True
         if fault is Fault.HOLD:
-            self._held.append(partial(on_done, outcome))
+            self._held.append(partial(on_done, outcome, too_lossy))
         else:
-            on_done(outcome)
+            on_done(outcome, too_lossy)
 
     def close(self) -> None:
         self.release()

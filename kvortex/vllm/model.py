@@ -4,8 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-from kvortex.config import ModelIdentity
+from kvortex.codecs import packed_nbytes
+from kvortex.config import EXTENT_ALIGNMENT_BYTES, ModelIdentity
+from kvortex.driver import align_up
 from kvortex.errors import ConfigError
+from kvortex.types import BlockSizes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,10 +49,20 @@ def check_parallelism(vllm_config: "VllmConfig") -> None:
             raise ConfigError(f"KVortex does not serve context parallelism ({name} = {size})")
 
 
-def payload_nbytes(kv_cache_config: "KVCacheConfig") -> int:
-    """Bytes of one block over all layers of one worker, as the scheduler knows them."""
+def stored_sizes(kv_cache_config: "KVCacheConfig", codec: str) -> BlockSizes:
+    """Sizes of one worker's blocks in the pool, as the scheduler can know them: from the size of a layer's page.
+
+    Raises:
+        ConfigError: no such codec, or it depends on how a page is cut whether and how its block is packed.
+    """
     group = only_group(kv_cache_config)
-    return int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
+    spec, layers = group.kv_cache_spec, len(group.layer_names)
+    page, dtype = int(spec.page_size_bytes), str(spec.dtype).removeprefix("torch.")
+    whole, halves = (packed_nbytes(pages * layers, codec, dtype) for pages in ([page], [page // 2] * 2))
+    if whole != halves:
+        raise ConfigError(f"codec {codec!r} does not suit pages of {page} bytes: set codec to 'raw'")
+    raw = align_up(page * layers, EXTENT_ALIGNMENT_BYTES)
+    return BlockSizes(raw, raw if whole is None else align_up(whole, EXTENT_ALIGNMENT_BYTES))
 
 
 def identity_of(vllm_config: "VllmConfig") -> ModelIdentity:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from kvortex.types import TransferPlan
+from kvortex.types import BlockSizes, TransferPlan
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What one worker says of one job: positions of the transfer that failed or whose bytes were wrong."""
+    """What one worker says of one job: positions of the transfer that failed, whose bytes were wrong, and of a save
+    those that failed because packing would have lost too much."""
 
     job_id: int
     failed: tuple[int, ...] = ()
     corrupt: tuple[int, ...] = ()
+    too_lossy: tuple[int, ...] = ()
 
 
 @dataclass
@@ -56,6 +58,6 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """What a worker found when it registered its caches."""
 
     layout_digest: bytes
-    block_nbytes: int
+    sizes: BlockSizes
     num_blocks: int
     pool_bytes: int

@@ -19,7 +19,7 @@ from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.memory import SharedMemory, SharedTicket
-from kvortex.types import TransferPlan
+from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.model import is_latent, only_group
 
 if TYPE_CHECKING:
@@ -70,22 +70,24 @@ class Share:
 
     Args:
         digests: `uint64 [places]`, one for every place a block can have in the pool.
+        place_nbytes: of the smallest block: no two have the same place.
         rank, size: the rank saves the blocks at every `size`-th place.
         memory: pool and digests of all ranks; None where they are this rank's own.
     """
 
     digests: NDArray[np.uint64]
+    place_nbytes: int
     rank: int = 0
     size: int = 1
     memory: SharedMemory | None = None
 
     @classmethod
-    def own(cls, config: KVortexConfig, block_nbytes: int) -> Self:
+    def own(cls, config: KVortexConfig, sizes: BlockSizes) -> Self:
         """For a rank that keeps its KV to itself."""
-        return cls(np.zeros(_num_places(config, block_nbytes), dtype=np.uint64))
+        return cls(np.zeros(_num_places(config, sizes), dtype=np.uint64), sizes.packed)
 
     @classmethod
-    def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, block_nbytes: int) -> Self:
+    def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, sizes: BlockSizes) -> Self:
         """Create the pool on the first rank and open it on the others; everybody's own where that is not possible.
 
         Every rank of the group must call this at the same time.
@@ -93,7 +95,7 @@ class Share:
         Raises:
             ConfigError: the machine cannot give that much memory.
         """
-        num_places = _num_places(config, block_nbytes)
+        num_places = _num_places(config, sizes)
         pool_bytes = align_up(config.cpu_pool_bytes, PAGE_BYTES)
         memory = _open_memory(group, pool_bytes + num_places * 8)
         reached = group.exchange((memory is not None, layout.digest))
@@ -101,13 +103,17 @@ class Share:
             logger.warning("ranks on different machines or with different layouts: each stores a copy of its own")
             if memory is not None:
                 memory.close()
-            return cls.own(config, block_nbytes)
+            return cls.own(config, sizes)
         digests = np.frombuffer(memory.map(pool_bytes, num_places * 8), dtype=np.uint64)
-        return cls(digests, group.rank, group.size, memory)
+        return cls(digests, sizes.packed, group.rank, group.size, memory)
 
-    def part_of(self, plan: TransferPlan, block_nbytes: int) -> NDArray[np.intp]:
+    def places(self, plan: TransferPlan) -> NDArray[np.int64]:
+        """Where in `digests` those of a plan's blocks are."""
+        return plan.offsets // self.place_nbytes
+
+    def part_of(self, plan: TransferPlan) -> NDArray[np.intp]:
         """Positions of the blocks of a save that this rank has to save."""
-        return np.flatnonzero(plan.offsets // block_nbytes % self.size == self.rank)
+        return np.flatnonzero(self.places(plan) % self.size == self.rank)
 
     def forget(self) -> None:
         """Make every block that was saved so far fail its check, without a look at who reads it."""
@@ -135,5 +141,5 @@ def _open_memory(group: RankGroup, nbytes: int) -> SharedMemory | None:
     return first if first is not None else SharedMemory.attach(offer)
 
 
-def _num_places(config: KVortexConfig, block_nbytes: int) -> int:
-    return config.cpu_pool_bytes // block_nbytes + 1
+def _num_places(config: KVortexConfig, sizes: BlockSizes) -> int:
+    return config.cpu_pool_bytes // sizes.packed + 1

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
-from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import check_parallelism, only_group, payload_nbytes
+from kvortex.vllm.model import check_parallelism, only_group, stored_sizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
 from kvortex.vllm.versions import (
@@ -50,6 +48,7 @@ class _Tracked:
     request: "Request"
     block_ids: list[int] = field(default_factory=list)
     num_planned: int = 0  # leading blocks that were saved, or found saved
+    too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
     scheduled: bool = False  # since its blocks were allocated
@@ -69,12 +68,15 @@ class _Job:
     reports: int = 0
     failed: set[int] = field(default_factory=set)
     corrupt: set[int] = field(default_factory=set)
+    too_lossy: set[int] = field(default_factory=set)
+    first: int = 0  # of a save: the request's block that it begins with
     blocks: PlannedBlocks | None = None  # of a save, for its event
 
     def add(self, outcome: JobOutcome) -> None:
         self.reports += 1
         self.failed.update(outcome.failed)
         self.corrupt.update(outcome.corrupt)
+        self.too_lossy.update(outcome.too_lossy)
 
 
 class SchedulerHalf:
@@ -96,8 +98,8 @@ class SchedulerHalf:
         self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
         self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._block_nbytes = align_up(payload_nbytes(kv_cache_config), EXTENT_ALIGNMENT_BYTES)
-        self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._block_nbytes)
+        self._sizes = stored_sizes(kv_cache_config, options.engine.codec)
+        self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
         self._tracked: dict[str, _Tracked] = {}
         self._waiting_since_s: dict[str, float] = {}
         self._jobs: dict[int, _Job] = {}
@@ -126,10 +128,12 @@ class SchedulerHalf:
         Raises:
             ConfigError: workers disagree, or a block is larger than the scheduler can know.
         """
-        sizes = {handshake.block_nbytes for handshake in handshakes}
-        if sizes - {self._block_nbytes}:
+        sizes = {handshake.sizes for handshake in handshakes}
+        if sizes - {self._sizes}:
+            found = sorted((s.raw, s.packed) for s in sizes)
             raise ConfigError(
-                f"workers registered blocks of {sorted(sizes)} bytes, the scheduler counts {self._block_nbytes}"
+                f"workers registered blocks of {found} bytes (as they are, packed), the scheduler counts "
+                f"({self._sizes.raw}, {self._sizes.packed})"
             )
 
     # -- look-up and load --------------------------------------------------------------------------
@@ -238,18 +242,30 @@ class SchedulerHalf:
         if not self._options.save_decoded:
             computed = min(computed, request.num_prompt_tokens)
         full = min(computed // self._block_size, len(request.block_hashes), len(tracked.block_ids))
+        self._save_as_is(tracked, full)
         if full <= tracked.num_planned:
             return
-        part = slice(tracked.num_planned, full)
+        self._save(tracked, slice(tracked.num_planned, full))
         tracked.num_planned = full
+
+    def _save(self, tracked: _Tracked, part: slice, *, as_is: bool = False) -> None:
+        request = tracked.request
         block_ids = np.array(tracked.block_ids[part], dtype=np.int32)
-        plan = self._control.plan_save(pack_keys(_keys(request.block_hashes[part])), block_ids, "save")
+        keys = pack_keys(_keys(request.block_hashes[part]))
+        plan = self._control.plan_save(keys, block_ids, "save", as_is=as_is)
         if plan.transfer.num_blocks:
             job_id = next(self._job_ids)
             self._plan.saves.append(SaveJob(job_id, plan.transfer))
-            job = self._jobs[job_id] = _Job(plan, time.perf_counter())
+            job = self._jobs[job_id] = _Job(plan, time.perf_counter(), request.request_id, first=part.start)
             if self._events is not None:
                 job.blocks = PlannedBlocks.of(request, part, self._block_size)
+
+    def _save_as_is(self, tracked: _Tracked, full: int) -> None:
+        # Packing would have lost too much of these. A request that was preempted meanwhile has not got them all again.
+        for number in sorted(tracked.too_lossy):
+            if number < full:
+                self._save(tracked, slice(number, number + 1), as_is=True)
+        tracked.too_lossy.clear()
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -269,13 +285,22 @@ class SchedulerHalf:
         succeeded = np.ones(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
         if isinstance(job.plan, SavePlan):
-            self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded)
-            self._publish(job.plan, job.blocks, succeeded)
-            self._stats.count_save(len(job.failed), count, self._block_nbytes)
+            self._finish_save(job, job.plan, succeeded)
         else:
             intact = np.ones(count, dtype=np.bool_)
             intact[list(job.corrupt)] = False
             self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
+
+    def _finish_save(self, job: _Job, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
+        count = len(succeeded)
+        lossy = np.zeros(count, dtype=np.bool_)
+        lossy[list(job.too_lossy)] = True
+        self._control.finish_save(plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
+        self._publish(plan, job.blocks, succeeded)
+        self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
+        tracked = self._tracked.get(job.request_id)
+        if tracked is not None:
+            tracked.too_lossy.update((job.first + plan.positions[lossy]).tolist())
 
     def _publish(self, plan: SavePlan, blocks: PlannedBlocks | None, succeeded: NDArray[np.bool_]) -> None:
         if self._events is not None and blocks is not None:
@@ -293,7 +318,7 @@ class SchedulerHalf:
             tracked.loading = None
             tracked.computes = any(outcome is not None for outcome in outcomes)
         self.stats.record_outcomes(outcomes)
-        self._stats.count_load(outcomes, self._block_nbytes, time.perf_counter() - job.started_s)
+        self._stats.count_load(outcomes, self._sizes.raw, time.perf_counter() - job.started_s)
 
     # -- ends --------------------------------------------------------------------------------------
 

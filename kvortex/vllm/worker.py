@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
-from kvortex.driver import Event, align_up
+from kvortex.codecs import block_sizes, packing_for
+from kvortex.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferRequest
@@ -82,7 +82,7 @@ class WorkerHalf:
         self._group = group
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
-        self._share = Share(np.empty(0, dtype=np.uint64))
+        self._share = Share(np.empty(0, dtype=np.uint64), 1)
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[_Save] = deque()
@@ -124,19 +124,18 @@ class WorkerHalf:
         )
 
     def _make_share(self, layout: KVLayout) -> Share:
-        config, block_nbytes = self._options.engine, align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
+        config = self._options.engine
+        sizes = block_sizes(layout, packing_for(layout, config.codec))
         if self._group is None:
-            return Share.own(config, block_nbytes)
-        return Share.of_group(self._group, config, layout, block_nbytes)
+            return Share.own(config, sizes)
+        return Share.of_group(self._group, config, layout, sizes)
 
     def handshake(self) -> WorkerHandshake | None:
         """What was registered, for the scheduler half."""
         if self._data is None:
             return None
         layout = self._data.layout
-        return WorkerHandshake(
-            layout.digest, self._data.block_nbytes, layout.num_blocks, self._data.pool.capacity_bytes
-        )
+        return WorkerHandshake(layout.digest, self._data.sizes, layout.num_blocks, self._data.pool.capacity_bytes)
 
     def shutdown(self) -> None:
         """Finish what is under way and release everything; idempotent."""
@@ -206,11 +205,8 @@ class WorkerHalf:
             self._submit(work, save)
 
     def _part_of(self, job: SaveJob) -> _Work:
-        data, _ = self._planes()
-        whole = job.transfer
-        positions = self._share.part_of(whole, data.block_nbytes)
-        transfer = TransferPlan(whole.direction, whole.block_ids[positions], whole.offsets[positions])
-        return _Work(job, transfer, positions)
+        positions = self._share.part_of(job.transfer)
+        return _Work(job, job.transfer.part(positions), positions)
 
     def _submit(self, work: _Work, save: _Save | None) -> None:
         if self._asleep:
@@ -251,14 +247,14 @@ class WorkerHalf:
             self._ended.append(_Ended(self._judge(work, ended[0]), work.job))
 
     def _judge(self, work: _Work, request: TransferRequest) -> JobOutcome:
-        places, digests = work.transfer.offsets // request.block_nbytes, self._share.digests
+        places, digests = self._share.places(work.transfer), self._share.digests
         wrong = np.zeros(request.num_blocks, dtype=np.bool_)
         if isinstance(work.job, SaveJob):
             digests[places[request.succeeded]] = request.digests[request.succeeded]
         else:
             wrong = request.succeeded & (request.digests != digests[places])
-        failed, corrupt = (tuple(work.positions[bad].tolist()) for bad in (~request.succeeded, wrong))
-        return JobOutcome(work.job.job_id, failed, corrupt)
+        kinds = (~request.succeeded, wrong, request.too_lossy)
+        return JobOutcome(work.job.job_id, *(tuple(work.positions[kind].tolist()) for kind in kinds))
 
     # -- what became of it -------------------------------------------------------------------------
 

@@ -233,3 +233,33 @@ def test_an_idle_batcher_has_nothing(direction: Direction) -> None:
     batcher = Batcher()
     assert batcher.next_batch(0.0, {direction}, set()) is None
     assert batcher.next_due_s({direction}) is None
+
+
+def mixed(packed: list[bool], **options: object) -> TransferRequest:
+    ids = np.arange(len(packed), dtype=np.int32)
+    return TransferRequest(
+        Direction.LOAD, ids, ids.astype(np.int64) * 1024, 1024, packed=np.array(packed), packed_nbytes=512, **options
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    requests=st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=6),
+    max_bytes=st.integers(600, 6000),
+)
+def test_a_batch_holds_blocks_of_one_form_and_all_go_in_order(requests: list[list[bool]], max_bytes: int) -> None:
+    batcher = Batcher(max_bytes=max_bytes, linger_s=0.0)
+    made = [mixed(packed) for packed in requests]
+    for request in made:
+        batcher.add(request, 0.0)
+    gone: dict[int, list[int]] = {id(request): [] for request in made}
+    while (batch := batcher.next_batch(0.0, set(Direction), set())) is not None:
+        forms = {bool(f) for part in batch.slices for f in part.request.packed[part.start : part.stop]}
+        assert forms == {batch.packed}
+        assert batch.nbytes == batch.num_blocks * (512 if batch.packed else 1024)
+        assert batch.nbytes <= max_bytes or batch.num_blocks == 1
+        for part in batch.slices:
+            gone[id(part.request)] += range(part.start, part.stop)
+    assert batcher.queued_bytes(Direction.LOAD) == 0
+    for request in made:
+        assert gone[id(request)] == list(range(request.num_blocks))

@@ -123,7 +123,7 @@ async def test_closing_waits_for_what_runs_and_gives_up_the_pool() -> None:
     batcher.add(request, 0.0)
     batch = batcher.next_batch(0.0, {Direction.SAVE}, set())
     assert batch is not None
-    executor.issue(batch, ended.append, lambda: ended.append("read"))
+    executor.issue(batch, lambda outcome, *_: ended.append(outcome), lambda: ended.append("read"))
     executor.close()
     assert (bench.pool.reshape(BLOCKS, -1)[1:3] == bench.payloads[1:3]).all()
     assert ended == [], "completions come through the loop"

@@ -17,6 +17,7 @@ from kvortex.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.errors import DeviceError
 from kvortex.hashing import hash_blocks
 from kvortex.index import pack_keys
+from kvortex.types import BlockSizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 
@@ -104,7 +105,7 @@ class Server:
             for pipe in self.pipes:
                 pipe.send(values)
         engine = ConnectorOptions.from_extra_config(OPTIONS).engine
-        self.control = ControlPlane.from_config(engine, engine.cpu_pool_bytes, BLOCK_NBYTES)
+        self.control = ControlPlane.from_config(engine, engine.cpu_pool_bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
 
     @staticmethod
     def receive(pipe: Connection) -> Any:

@@ -1,0 +1,43 @@
+"""Packed blocks: hits out of a quarter of the memory, and the exact bytes where packing would lose too much."""
+
+import pytest
+from conftest import PROMPTS
+from engine_support import BLOCK_SIZE, Engine, running
+
+WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
+
+
+def num_blocks(name: str) -> int:
+    return len(PROMPTS[name]) // BLOCK_SIZE
+
+
+def stored_nbytes(engine: Engine) -> float:
+    index = engine.control.index
+    return index.committed_bytes / len(index)
+
+
+@pytest.mark.parametrize(("codec", "share"), [("fp8", 0.26), ("bf16", 0.5)])
+def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[int]]], codec: str, share: float) -> None:
+    with running(model, options={"codec": codec}) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]  # computed: packing is not in the way
+        engine.settle()
+        assert stored_nbytes(engine) <= share * BLOCK_SIZE * 4096
+        before = engine.loaded_blocks
+        answers = [engine.generate([PROMPTS[name]])[0] for name in WHOLE]
+        engine.settle()
+        assert engine.loaded_blocks - before == sum(num_blocks(name) for name in WHOLE)
+        assert [len(answer) for answer in answers] == [8] * len(WHOLE)
+
+
+def check_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
+    with running(model, options={"codec": "fp8", "max_pack_error": 1e-9}) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+            engine.settle()
+        assert stored_nbytes(engine) == BLOCK_SIZE * 4096
+        before = engine.loaded_blocks
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        engine.settle()
+        assert engine.loaded_blocks - before == sum(num_blocks(name) for name in WHOLE)
