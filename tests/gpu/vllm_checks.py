@@ -1,8 +1,9 @@
 """The connector inside vLLM on a GPU, where a test on a CPU cannot go: FP8 caches and sleep mode.
 
-    python tests/gpu/vllm_checks.py           # needs vLLM and one GPU; about a minute; no model is downloaded
+    python tests/gpu/vllm_checks.py           # needs vLLM and one GPU; no model is downloaded
 
-Each cache dtype gets an engine in a process of its own. A line a case; the exit status is 1 if tokens differ, hits
+Each cache dtype gets an engine in a process of its own: half a minute each, twice that where nothing is compiled yet.
+A line a case; the exit status is 1 if tokens differ, hits
 did not happen, or the device reports an error.
 """
 
@@ -59,6 +60,7 @@ class Checks:
     """An engine and what was found out with it."""
 
     def __init__(self, dtype: str, model: str) -> None:
+        self._began_s = time.monotonic()
         import vllm
         from vllm.config import KVTransferConfig
 
@@ -113,7 +115,7 @@ class Checks:
 
     def forget_on_device(self) -> None:
         """Let saves be counted, then drop the GPU's prefix cache: from here on only KVortex can help."""
-        time.sleep(0.3)
+        time.sleep(0.1)
         self.ask(self.prompt(3), 2)
         assert self.llm.reset_prefix_cache()
 
@@ -122,7 +124,7 @@ class Checks:
         self.failures += not good
         print(
             f"{self.dtype:6} {case:38} tokens {'equal ' if equal else 'DIFFER'} blocks loaded {loaded:4} of {wanted:4}"
-            f"   {'ok' if good else 'FAILED'}",
+            f"   {'ok' if good else 'FAILED'} at {time.monotonic() - self._began_s:.1f} s",
             flush=True,
         )
 
