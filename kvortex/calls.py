@@ -12,9 +12,10 @@ from kvortex.transfers import DataPlane
 from kvortex.types import TransferPlan
 
 FIRST_PART_BYTES = 32 << 20
-BATCHES_OF_A_PART = 2
-"""A long call is planned in parts: a little first, then twice as much each time, up to two batches. The first makes
-the link wait for its plan, the last makes the caller wait for its commit; what is between costs nobody anything."""
+BATCHES_OF_A_PART = 8
+"""A long call is planned in parts: a little first, then twice as much each time, up to eight batches, and towards the
+end half of what is left, down to one batch. The first makes the link wait for its plan, the last makes the caller wait
+for its commit; what is between costs nobody anything, and the less the fewer they are."""
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Call(Generic[T]):
         self._after = after
         self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
         self._block_nbytes = data.sizes.packed
-        self._max_part = max(BATCHES_OF_A_PART * max_batch_bytes // self._block_nbytes, 1)
+        self._batch = max(max_batch_bytes // self._block_nbytes, 1)
         self._outcomes: list[Sequence[T]] = []
         self.started_s = time.perf_counter()
 
@@ -42,7 +43,8 @@ class Call(Generic[T]):
         while start < num_blocks:
             yield slice(start, start + step)
             start += step
-            step = min(2 * step, self._max_part)
+            rest = max((num_blocks - start) // 2, self._batch)
+            step = min(2 * step, rest, BATCHES_OF_A_PART * self._batch)
 
     async def start(self, plan: TransferPlan, finish: Callable[[TransferRequest], Sequence[T]], *, more: bool) -> None:
         """Begin a part; `finish` turns what came of it into outcomes, once, whatever happens.

@@ -23,6 +23,8 @@ class Direction(Enum):
     SAVE = "save"
     LOAD = "load"
 
+    __hash__ = object.__hash__  # members are singletons, and an enum's own hash is a call into Python
+
 
 class SaveOutcome(StrEnum):
     """What became of one block of a save."""

@@ -69,7 +69,11 @@ def validate_block_ids(
         raise InvalidBlockIdError(f"block ids are a flat list of integers, not {ids.dtype} of shape {ids.shape}")
     if not ids.size:
         return np.empty(0, dtype=np.int32)
-    if ids.min() < 0 or ids.max() >= num_blocks:
+    if ids.dtype == np.int32 and ids.flags.c_contiguous:
+        in_range = int(ids.view(np.uint32).max()) < num_blocks  # a negative id is a large one
+    else:
+        in_range = ids.min() >= 0 and ids.max() < num_blocks
+    if not in_range:
         outside = (ids < 0) | (ids >= num_blocks)
         raise InvalidBlockIdError(f"block id {ids[outside][0]} is not in [0, {num_blocks})")
     if ids.size > 1 and not allow_duplicates:

@@ -92,6 +92,11 @@ class Batcher:
         """The direction has come to rest: its next batch is the first of a transfer."""
         self._last_batch_bytes[direction] = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing waits in either direction."""
+        return not any(self._queues.values())
+
     def queued_bytes(self, direction: Direction) -> int:
         """Bytes that wait in one direction."""
         return self._queued_bytes[direction]

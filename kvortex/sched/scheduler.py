@@ -114,6 +114,8 @@ class TransferScheduler:
         if self._pump_handle is not None:
             self._pump_handle.cancel()
             self._pump_handle = None
+        if self._batcher.is_empty:
+            return
         while True:
             free = {d for d in _DIRECTIONS if self._executor.free_slots(d) > 0}
             busy = {d for d in _DIRECTIONS if self._in_flight[d] >= KEEPS_LINK_BUSY}
