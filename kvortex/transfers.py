@@ -34,7 +34,8 @@ class DataPlane:
         config: settings.
         tensors: the paged cache by layer name, all on one device; kept alive until `aclose`.
         layout: derived from them.
-        memory: the pool's, shared with other processes whose caches have the same layout; None for its own.
+        memory: the pool's, shared with other processes whose caches have the same layout; None for its own. The
+            self-test uses the first places: save when all of them have been made.
         wrap_executor: puts another executor around the device's own, for tests.
 
     Raises:

@@ -3,8 +3,7 @@
     python tests/gpu/vllm_checks.py           # needs vLLM and one GPU; no model is downloaded
 
 Each cache dtype gets an engine in a process of its own: half a minute each, twice that where nothing is compiled yet.
-A line a case; the exit status is 1 if tokens differ, hits
-did not happen, or the device reports an error.
+A line a case; the exit status is 1 if tokens differ, hits did not happen, or the device reports an error.
 """
 
 import json

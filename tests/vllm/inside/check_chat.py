@@ -161,8 +161,10 @@ def check_a_server_that_is_not_there() -> None:
     assert "Traceback" not in done.stderr
 
 
-def check_control_c_ends_the_client(server: str) -> None:
-    command = [sys.executable, str(EXAMPLES / "vllm_chat_client.py"), "--server", server]
+@pytest.fixture
+def client(server: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A client that waits for its first line."""
+    command = [sys.executable, str(EXAMPLES / "vllm_chat_client.py"), "--server", server, "--max-tokens", "900"]
     client = subprocess.Popen(
         command,
         env=environment(PYTHONUNBUFFERED="1"),
@@ -170,13 +172,38 @@ def check_control_c_ends_the_client(server: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    read_until(client, b"you>")
+    yield client
+    client.kill()
+    client.communicate()
+
+
+def read_until(client: "subprocess.Popen[bytes]", wanted: bytes) -> bytes:
     assert client.stdout is not None
-    while b"you>" not in (shown := client.stdout.read1()):
-        assert shown, "the client ended before it asked"
+    shown = b""
+    while wanted not in shown:
+        piece = client.stdout.read1()
+        assert piece, f"the client ended before it said {wanted!r}: {shown!r}"
+        shown += piece
+    return shown
+
+
+def check_control_c_ends_the_client(client: "subprocess.Popen[bytes]") -> None:
     client.send_signal(signal.SIGINT)
     _, errors = client.communicate(timeout=30)
-    assert client.returncode == 0
-    assert errors == b""
+    assert (client.returncode, errors) == (0, b"")
+
+
+def check_control_c_cuts_an_answer_short(client: "subprocess.Popen[bytes]") -> None:
+    assert client.stdin is not None
+    client.stdin.write(b"w10 w11\n")
+    client.stdin.flush()
+    read_until(client, b" w")
+    client.send_signal(signal.SIGINT)
+    assert b" ...\n[turn 1: " in read_until(client, b"you>")
+    rest, errors = client.communicate(b"w12\n", timeout=60)
+    assert b"[turn 2: " in rest
+    assert (client.returncode, errors) == (0, b"")
 
 
 def check_the_script_says_how_it_is_used() -> None:
