@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason, hash_blocks
+from kvortex.codecs import pack_reference, packing_for, unpack_reference
 from kvortex.index import pack_keys
+from kvortex.kernels.reference import gather_reference
+from kvortex.layout import KVLayout
 
 pytestmark = pytest.mark.gpu
 
@@ -140,3 +143,31 @@ async def test_both_directions_at_once_under_eviction() -> None:
 
         await asyncio.gather(*(client(c) for c in range(8)))
         assert engine.get_stats().evicted_blocks > 0
+
+
+@pytest.mark.parametrize(("codec", "dtype"), [("fp8", torch.bfloat16), ("fp8", torch.float16), ("bf16", torch.float32)])
+async def test_packed_round_trip(codec: str, dtype: torch.dtype) -> None:
+    """Blocks come back as the reference rounds them; those with an infinity come back as they were."""
+    kv = {name: tensor.to(dtype) for name, tensor in make_cache().items()}
+    kv["layers.2"][1, [5, 77], 3, 2, 1] = float("inf")
+    host = {name: tensor.cpu() for name, tensor in kv.items()}
+    layout = KVLayout.from_tensors(host, 16)
+    packing = packing_for(layout, codec)
+    assert packing is not None
+    raw, _ = gather_reference(layout, range(128))
+    want = unpack_reference(packing, pack_reference(packing, raw)[0])
+    want[[5, 77]] = raw[[5, 77]]
+    async with KVortexEngine.create(config(codec=codec)) as engine:
+        engine.register_kv_caches(kv, 16)
+        hashes = hash_blocks(np.arange(16 * 128))
+        ids = np.random.default_rng(0).permutation(128)
+        assert (await engine.save_blocks(hashes, ids)).ok
+        stats = engine.get_stats()
+        assert stats.kept_as_is_blocks == 2
+        assert stats.pools[0].allocated_bytes < 0.53 * raw.nbytes
+        for tensor in kv.values():
+            tensor.fill_(float("nan"))
+        assert (await engine.load_blocks(hashes, ids)).ok
+        for name, tensor in kv.items():
+            host[name].copy_(tensor)
+        assert (gather_reference(layout, range(128))[0] == want).all()
