@@ -87,7 +87,7 @@ class ControlPlane:
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
-        warm_up()
+        warm_up(config.eviction_policy)
         allocator = ExtentAllocator(capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
         if sizes.raw > min(config.pin_piece_bytes, allocator.capacity_bytes):
             raise ConfigError(
