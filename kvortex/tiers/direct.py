@@ -1,5 +1,6 @@
 """Direct I/O: what the file system takes, found out by trying; and memory that it takes."""
 
+import contextlib
 import mmap
 import os
 import threading
@@ -11,6 +12,10 @@ from numpy.typing import NDArray
 
 from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES
 from kvortex.tiers.os_calls import IoVector, OsCalls
+from kvortex.tiers.payload import address_of
+
+_HUGE_PAGE_BYTES = 2 << 20
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 MEMORY_ALIGNMENTS = (128, 512, 4096)
 """Tried in this order. Extents of the pinned pool are aligned to 128; most devices ask for 512 or less."""
@@ -68,8 +73,19 @@ def _round_trip(path: str, alignment: int, calls: OsCalls) -> bool:
 
 
 def aligned_memory(nbytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory that starts on a page."""
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+    """Zeroed memory that starts on a page, on a huge one if it is as long as that.
+
+    Direct I/O into small pages is cut into many requests: it halves the rate.
+    """
+    if nbytes < _HUGE_PAGE_BYTES:
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=_PRIVATE), dtype=np.uint8)
+    length = -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    mapping = mmap.mmap(-1, length + _HUGE_PAGE_BYTES, flags=_PRIVATE)
+    with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(mapping, dtype=np.uint8)
+    start = -address_of(memory) % _HUGE_PAGE_BYTES
+    return memory[start : start + nbytes]
 
 
 def read_fully(calls: OsCalls, fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
