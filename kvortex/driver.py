@@ -4,7 +4,7 @@ Handles and addresses are plain ints. The context is the device's primary one, w
 call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
 machine without a driver can import KVortex.
 
-The four calls that every batch makes a dozen times go to the driver through ctypes and keep the GIL: they take a
+The calls that every batch makes a dozen times go to the driver through ctypes and keep the GIL: they take a
 microsecond each, and giving the GIL up in each would let every other thread cut in a dozen times a batch.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, SupportsInt, TypeAlias
 
 from kvortex.errors import DeviceError, DeviceUnavailableError
+
+NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
 
 Stream: TypeAlias = int
 Event: TypeAlias = int
@@ -73,10 +75,11 @@ class Device:
     def _bind_hot_calls(self) -> None:
         pointer, word = ctypes.c_void_p, ctypes.c_uint
         library = ctypes.PyDLL("libcuda.so.1")
-        self._record, self._wait = library.cuEventRecord, library.cuStreamWaitEvent
+        self._record, self._wait, self._query = library.cuEventRecord, library.cuStreamWaitEvent, library.cuEventQuery
         self._copy, self._launch = library.cuMemcpyAsync, library.cuLaunchKernel
         self._record.argtypes = (pointer, pointer)
         self._wait.argtypes = (pointer, pointer, word)
+        self._query.argtypes = (pointer,)
         self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer)
         self._launch.argtypes = (pointer, *[word] * 7, pointer, pointer, pointer)
 
@@ -165,6 +168,13 @@ class Device:
         status = self._wait(stream, event, 0)
         if status:
             self._fail("cuStreamWaitEvent", status)
+
+    def has_fired(self, event: Event) -> bool:
+        """Whether everything before the event's last recording is done; keeps the GIL."""
+        status = self._query(event)
+        if status not in (0, NOT_READY):
+            self._fail("cuEventQuery", status)
+        return bool(status == 0)
 
     def synchronize_event(self, event: Event) -> None:
         """Block the calling thread, without the GIL, until the event has fired."""

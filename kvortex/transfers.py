@@ -73,7 +73,7 @@ class DataPlane:
             numa_aware=config.numa_aware,
             memory=memory,
         )
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo, self.pool.held():
             undo.callback(self.pool.close)
             self._executor = self._make_executor(config)
             undo.callback(self._executor.close)

@@ -1,4 +1,4 @@
-"""Placing memory on a NUMA node through the kernel's `mbind`, without libnuma."""
+"""Where the pages of a mapping come from, and when: `mbind` without libnuma, and `madvise`."""
 
 import ctypes
 import logging
@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 _MPOL_PREFERRED = 1
+_MADV_POPULATE_WRITE = 23  # Linux 5.14 and newer
 
 
 def online_nodes() -> list[int]:
@@ -47,4 +48,11 @@ def prefer_node(address: int, nbytes: int, node: int | None) -> bool:
     )
     if result != 0:
         logger.debug("mbind to node %d refused: %s", node, os.strerror(ctypes.get_errno()))
+    return bool(result == 0)
+
+
+def make_present(address: int, nbytes: int) -> bool:
+    """Give a mapping its pages now, without the GIL; False on kernels that cannot: they come when first touched."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(_MADV_POPULATE_WRITE))
     return bool(result == 0)

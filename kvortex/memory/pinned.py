@@ -6,6 +6,7 @@ import logging
 import mmap
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from kvortex.config import MIB
 from kvortex.driver import Device, align_up
 from kvortex.errors import ConfigError, DeviceError
-from kvortex.memory.numa import prefer_node
+from kvortex.memory.numa import make_present, prefer_node
 from kvortex.memory.shared import SharedMemory
 from kvortex.types import Extent
 
@@ -28,6 +29,9 @@ class PinnedPool:
     Pinning costs about half a second a GiB, so start-up does not wait for it: `ready(nbytes)` waits until the
     first `nbytes` are pinned. Without a device the memory is plain and ready at once. The mapping is kept out
     of forked children: a copy-on-write page would move away under a transfer.
+
+    While the driver pins, every other call into it waits: so pages are made present before, which is most of the
+    work, and between two pieces that nobody waits for the driver is left alone for as long as the last one took.
 
     Args:
         capacity_bytes: size, rounded up to whole pages.
@@ -63,6 +67,8 @@ class PinnedPool:
         self.address: int = self.bytes.ctypes.data
         self._condition = threading.Condition()
         self._stopping = False
+        self._held = 0
+        self._wanted_bytes = 0
         self._error: DeviceError | None = None
         self._registered: list[int] = []
         self._thread: threading.Thread | None = None
@@ -79,14 +85,18 @@ class PinnedPool:
         self._thread.start()
 
     def _pin_all(self, device: Device) -> None:
-        started = time.perf_counter()
+        started, pause_s = time.perf_counter(), 0.0
         try:
             device.make_current()
             for start in range(0, self.capacity_bytes, self.piece_bytes):
+                nbytes = min(self.piece_bytes, self.capacity_bytes - start)
+                make_present(self.address + start, nbytes)
+                self._await_turn(start, pause_s)
                 if self._stopping:
                     return
-                nbytes = min(self.piece_bytes, self.capacity_bytes - start)
+                began = time.perf_counter()
                 device.register_host(self.address + start, nbytes)
+                pause_s = time.perf_counter() - began
                 self._registered.append(self.address + start)
                 self._advance(start + nbytes)
         except DeviceError as error:
@@ -95,6 +105,25 @@ class PinnedPool:
         else:
             elapsed_s = time.perf_counter() - started
             logger.info("pinned %d bytes in %.2f s, NUMA node %s", self.capacity_bytes, elapsed_s, self.numa_node)
+
+    def _await_turn(self, start: int, pause_s: float) -> None:
+        def is_wanted() -> bool:
+            return self._stopping or self._wanted_bytes > start
+
+        with self._condition:
+            self._condition.wait_for(lambda: is_wanted() or not self._held)
+            self._condition.wait_for(is_wanted, timeout=pause_s)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile only what somebody waits for is pinned: for a caller that has many calls to make to the driver."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._held -= 1
+                self._condition.notify_all()
 
     def _advance(self, pinned_bytes: int) -> None:
         with self._condition:
@@ -119,6 +148,8 @@ class PinnedPool:
             DeviceError: pinning failed before it got that far, or the pool was closed.
         """
         with self._condition:
+            self._wanted_bytes = max(self._wanted_bytes, nbytes)
+            self._condition.notify_all()
             self._condition.wait_for(lambda: self.is_ready(nbytes) or self._error or self._stopping)
             if not self.is_ready(nbytes):
                 raise self._error or DeviceError("the pool was closed while memory was being pinned")

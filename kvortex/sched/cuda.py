@@ -33,6 +33,7 @@ SLOTS_PER_BUFFER = 8  # batches queued on the GPU for one buffer, so that the li
 
 
 Fired: TypeAlias = Callable[[DeviceError | None], object]
+_Watched: TypeAlias = tuple[Event, Fired]
 
 
 @dataclass(slots=True)
@@ -67,32 +68,71 @@ class _Lane:
 
 
 class EventWaiter:
-    """A thread that sleeps on CUDA events in turn and reports each as it fires."""
+    """A thread that sleeps on CUDA events in turn and reports what has fired.
 
-    def __init__(self, device: Device, name: str) -> None:
+    Beside other Python threads every turn of this one may cost a switch of the GIL, some milliseconds: so it looks
+    for everything that has fired when it wakes up, and reports it all at once.
+
+    Args:
+        device: of the events.
+        name: of the thread.
+        post: runs a callback on the thread that issues batches.
+    """
+
+    def __init__(self, device: Device, name: str, post: Post) -> None:
         self._device = device
-        self._queue: queue.SimpleQueue[tuple[Event, Fired] | None] = queue.SimpleQueue()
+        self._post = post
+        self._queue: queue.SimpleQueue[_Watched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def watch(self, event: Event, callback: Fired) -> None:
-        """Call `callback` on the waiter's thread once `event` has fired, with the error if the device failed."""
+        """Post `callback` once `event` has fired, with the error if the device failed."""
         self._queue.put((event, callback))
 
     def _run(self) -> None:
         self._device.make_current()
         while (item := self._queue.get()) is not None:
-            event, callback = item
-            error = None
+            later: _Watched | None = item
+            while later is not None:
+                fired = [self._report(later, self._device.synchronize_event)]
+                later = self._take_fired(fired)
+                self._post(partial(_call_all, fired))
+
+    def _take_fired(self, fired: list[Callable[[], object]]) -> "_Watched | None":
+        """Add the reports of what has fired already; returns what comes next and has not, if anything."""
+        while True:
             try:
-                self._device.synchronize_event(event)
-            except DeviceError as failure:
-                error = failure
-            callback(error)
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return None
+            if item is None:
+                self._queue.put(None)  # for the outer loop
+                return None
+            try:
+                if not self._device.has_fired(item[0]):
+                    return item
+            except DeviceError as error:
+                fired.append(partial(item[1], error))
+            else:
+                fired.append(partial(item[1], None))
+
+    @staticmethod
+    def _report(item: "_Watched", wait: Callable[[Event], object]) -> Callable[[], object]:
+        try:
+            wait(item[0])
+        except DeviceError as error:
+            return partial(item[1], error)
+        return partial(item[1], None)
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+
+
+def _call_all(callbacks: Sequence[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        callback()
 
 
 class CudaExecutor(TransferExecutor):
@@ -164,7 +204,7 @@ class CudaExecutor(TransferExecutor):
                 for address, form in zip(addresses, forms, strict=True)
             ]
             device.synchronize_stream(setup)
-            self._waiters = {d: EventWaiter(device, f"kvortex-{d.value}-events") for d in Direction}
+            self._waiters = {d: EventWaiter(device, f"kvortex-{d.value}-events", self._post_now) for d in Direction}
             self._resources = undo.pop_all()
 
     def _make_lanes(self, num_streams: int, undo: contextlib.ExitStack) -> dict[Direction, _Lane]:
@@ -212,8 +252,11 @@ class CudaExecutor(TransferExecutor):
             raise
         waiter = self._waiters[batch.direction]
         if read is not None and any(part.request.wants_source_released for part in batch.slices):
-            waiter.watch(read, lambda error: self.post(on_source_read))
-        waiter.watch(flight.done, lambda error: self.post(partial(self._finish, batch, lane, flight, on_done, error)))
+            waiter.watch(read, lambda error: on_source_read())
+        waiter.watch(flight.done, partial(self._finish, batch, lane, flight, on_done))
+
+    def _post_now(self, callback: Callable[[], object]) -> None:
+        self.post(callback)  # which may have been exchanged since
 
     def _issue_save(self, batch: Batch, lane: _Lane, flight: _InFlight) -> Event:
         device, kernels = self._device, lane.kernel_stream

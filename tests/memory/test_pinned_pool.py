@@ -1,14 +1,16 @@
 """The pinned pool where machines differ, and what its callers may rely on around its end."""
 
 import asyncio
+import ctypes
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from kvortex.errors import DeviceError
-from kvortex.memory import PinnedPool, pinned
+from kvortex.memory import PinnedPool, numa, pinned
 
 PAGE = mmap.PAGESIZE
 
@@ -217,3 +219,38 @@ def _smaps_of(address: int) -> list[str]:
             if inside:
                 lines.append(line)
     return lines
+
+
+def test_while_held_only_what_somebody_waits_for_is_pinned() -> None:
+    gate = threading.Semaphore(0)
+    device = RecordingDevice(gate=gate)
+    pool = PinnedPool(6 * PAGE, device=device, piece_bytes=PAGE)
+    with pool.held():
+        gate.release(6)
+        pool.wait_ready(3 * PAGE)
+        threading.Event().wait(0.05)
+        assert pool.pinned_bytes <= 4 * PAGE  # the first may have begun before
+    pool.wait_ready(6 * PAGE)
+    assert device.named("register_host") == [pool.address + i * PAGE for i in range(6)]
+    pool.close()
+
+
+def test_closing_while_held_ends_the_thread() -> None:
+    pool = PinnedPool(4 * PAGE, device=RecordingDevice(), piece_bytes=PAGE)
+    with pool.held():
+        pool.close()
+    assert pool.pinned_bytes == 0
+
+
+def test_pages_are_made_present() -> None:
+    mapping = mmap.mmap(-1, 64 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    before = resident_bytes()
+    assert numa.make_present(address, 64 * PAGE)
+    assert resident_bytes() - before >= 32 * PAGE
+    assert not numa.make_present(address + 1, PAGE)  # not a page's address
+    assert bytes(mapping[:16]) == bytes(16)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
