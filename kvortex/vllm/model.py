@@ -37,16 +37,24 @@ def is_latent(group: Any) -> bool:
     return isinstance(group.kv_cache_spec, MLAAttentionSpec)
 
 
-def check_parallelism(vllm_config: "VllmConfig") -> None:
-    """Refuse what deals the tokens of a block out to several ranks.
+def check_configuration(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
+    """Refuse what KVortex would serve wrongly.
 
     Raises:
-        ConfigError: context parallelism; vLLM's block hashes then cover more tokens than a rank's block holds.
+        ConfigError: context parallelism, where vLLM's block hashes cover more tokens than a rank's block holds; or
+            latent attention on a CPU, where vLLM computes differently behind cached KV than without and therefore
+            turns its own prefix cache off.
     """
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(vllm_config.parallel_config, name, 1)
         if size > 1:
             raise ConfigError(f"KVortex does not serve context parallelism ({name} = {size})")
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    if on_cpu and is_latent(only_group(kv_cache_config)) and not vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "vLLM's CPU backend gives other answers behind cached latent KV than without, and turns its own prefix "
+            "cache off for such models: KVortex does not serve them on CPUs"
+        )
 
 
 def stored_sizes(kv_cache_config: "KVCacheConfig", codec: str) -> BlockSizes:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvortex.errors import ConfigError
 from kvortex.types import Direction, MissReason, TransferPlan
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
-from kvortex.vllm.model import block_dims, only_group
+from kvortex.vllm.model import block_dims, check_configuration, only_group
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, message_in, report_aborted_loads
@@ -39,6 +39,27 @@ def check_models_that_cannot_be_served_are_refused() -> None:
             only_group(config(*groups))
     with pytest.raises(ConfigError, match="SlidingWindowSpec"):
         only_group(config(sliding))
+
+
+def check_configurations_that_would_be_served_wrongly_are_refused() -> None:
+    full, latent = config(spec(FullAttentionSpec)), config(spec(MLAAttentionSpec, num_kv_heads=1))
+
+    def settings(device: str = "cuda", prefix_caching: bool = False, **parallel: int) -> Any:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**parallel),
+            device_config=SimpleNamespace(device_type=device),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+        )
+
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        check_configuration(settings(**{name: 1}), full)
+        with pytest.raises(ConfigError, match=name):
+            check_configuration(settings(**{name: 2}), full)
+    check_configuration(settings("cpu"), full)
+    check_configuration(settings("cuda"), latent)
+    check_configuration(settings("cpu", prefix_caching=True), latent)
+    with pytest.raises(ConfigError, match="latent"):
+        check_configuration(settings("cpu"), latent)
 
 
 def check_the_dimension_of_blocks() -> None:

@@ -40,11 +40,13 @@ if __name__ == "__main__":
 """
 
 
-# vLLM's CPU kernels for latent attention differ a little between prefill and decode: a token that a hit leaves to
-# compute is compared with one that was decoded.
+# vLLM's CPU kernels for latent attention differ between prefill and decode: a token that a hit leaves to compute is
+# compared with one that was decoded. Because of that KVortex refuses such models on CPUs unless the device has a prefix
+# cache, which is forced on here.
 LATENT_PROGRAM = """
 import json, sys
 import vllm
+from tiny_model import force_prefix_caching
 from vllm.config import KVTransferConfig
 
 def state(worker):
@@ -53,6 +55,7 @@ def state(worker):
     return half._share.rank, half._share.size, half._share.memory is not None, (half._share.digests != 0).sum().item()
 
 def main():
+    force_prefix_caching()
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
         kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
@@ -68,7 +71,10 @@ def main():
     prompt = [3 + 7 * i % 900 for i in range(192)]
     answer, cold = ask(prompt, 9)
     ask([5, 6, 7], 2)  # brings the last outcomes in
-    again = [ask(prompt + answer[:1], 8) for _ in range(2)]
+    again = []
+    for _ in range(2):
+        llm.reset_prefix_cache()
+        again.append(ask(prompt + answer[:1], 8))
     print("RESULT " + json.dumps({"answer": answer, "cold": cold, "again": again, "ranks": llm.collective_rpc(state)}))
 
 if __name__ == "__main__":

@@ -147,3 +147,16 @@ def random_weights(architecture: Architecture, dtype: torch.dtype, seed: int) ->
             weights[f"{layer}self_attn.q_norm.weight"] = ones(HEAD_DIM)
             weights[f"{layer}self_attn.k_norm.weight"] = ones(HEAD_DIM)
     return weights
+
+
+def force_prefix_caching() -> None:
+    """Undo what vLLM's CPU platform does to models with latent attention: turn the prefix cache off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.cache_config.enable_prefix_caching = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
