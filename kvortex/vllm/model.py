@@ -37,7 +37,7 @@ def is_latent(group: Any) -> bool:
     return isinstance(group.kv_cache_spec, MLAAttentionSpec)
 
 
-def check_configuration(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
+def refuse_unserved(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
     """Refuse what KVortex would serve wrongly.
 
     Raises:

@@ -18,7 +18,7 @@ from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import check_configuration, only_group, stored_sizes
+from kvortex.vllm.model import only_group, refuse_unserved, stored_sizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
 from kvortex.vllm.versions import (
@@ -89,11 +89,11 @@ class SchedulerHalf:
         options: the connector's.
 
     Raises:
-        ConfigError: a model that cannot be served, see `only_group` and `check_configuration`.
+        ConfigError: a model that cannot be served, see `only_group` and `refuse_unserved`.
     """
 
     def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: ConnectorOptions) -> None:
-        check_configuration(vllm_config, kv_cache_config)
+        refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
         self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
         self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block

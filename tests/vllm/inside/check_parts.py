@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MLAA
 from kvortex.errors import ConfigError
 from kvortex.types import Direction, MissReason, TransferPlan
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
-from kvortex.vllm.model import block_dims, check_configuration, only_group
+from kvortex.vllm.model import block_dims, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, message_in, report_aborted_loads
@@ -41,7 +41,7 @@ def check_models_that_cannot_be_served_are_refused() -> None:
         only_group(config(sliding))
 
 
-def check_configurations_that_would_be_served_wrongly_are_refused() -> None:
+def refuse_unserveds_that_would_be_served_wrongly_are_refused() -> None:
     full, latent = config(spec(FullAttentionSpec)), config(spec(MLAAttentionSpec, num_kv_heads=1))
 
     def settings(device: str = "cuda", prefix_caching: bool = False, **parallel: int) -> Any:
@@ -52,14 +52,14 @@ def check_configurations_that_would_be_served_wrongly_are_refused() -> None:
         )
 
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        check_configuration(settings(**{name: 1}), full)
+        refuse_unserved(settings(**{name: 1}), full)
         with pytest.raises(ConfigError, match=name):
-            check_configuration(settings(**{name: 2}), full)
-    check_configuration(settings("cpu"), full)
-    check_configuration(settings("cuda"), latent)
-    check_configuration(settings("cpu", prefix_caching=True), latent)
+            refuse_unserved(settings(**{name: 2}), full)
+    refuse_unserved(settings("cpu"), full)
+    refuse_unserved(settings("cuda"), latent)
+    refuse_unserved(settings("cpu", prefix_caching=True), latent)
     with pytest.raises(ConfigError, match="latent"):
-        check_configuration(settings("cpu"), latent)
+        refuse_unserved(settings("cpu"), latent)
 
 
 def check_the_dimension_of_blocks() -> None:
