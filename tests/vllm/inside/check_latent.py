@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from engine_support import prompt, running
 from tiny_model import force_prefix_caching, make_tiny_model
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
 from kvortex.errors import ConfigError
 from kvortex.vllm.versions import IS_NEWER
@@ -57,5 +58,8 @@ def check_hits_are_what_vllms_own_cache_had_kept(latent_model: str) -> None:
 
 
 def check_refused_as_vllm_refuses_its_own_prefix_cache(latent_model: str) -> None:
-    with pytest.raises(ConfigError, match="latent"), running(latent_model, block_size=BLOCK_SIZE):
-        raise AssertionError("it started")
+    try:
+        with pytest.raises(ConfigError, match="latent"), running(latent_model, block_size=BLOCK_SIZE):
+            raise AssertionError("it started")
+    finally:
+        ensure_kv_transfer_shutdown()  # the worker's half was there before the scheduler's refused
