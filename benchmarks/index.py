@@ -75,7 +75,7 @@ def measure(entries: int, prompt_blocks: int, policy_name: str) -> dict[str, Any
         "reserve_and_commit_blocks_per_s": entries / store_s,
     }
     started = time.perf_counter()
-    evicted = sum(index.evict(64 * NBYTES).size for _ in range(min(2000, entries // 64)))
+    evicted = sum(index.evict(64 * NBYTES).offsets.size for _ in range(min(2000, entries // 64)))
     figures["evict_blocks_per_s"] = evicted / (time.perf_counter() - started)
     figures["bytes_per_entry"] = array_bytes(index, policy) / index._table.capacity
     return {"policy": policy_name, "entries": entries, "prompt_blocks": prompt_blocks, **figures}

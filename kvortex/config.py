@@ -13,6 +13,11 @@ from kvortex.errors import ConfigError
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 EXTENT_ALIGNMENT_BYTES = 128  # a memory transaction of the GPU; every extent starts on one
 ENV_PREFIX = "KVORTEX_"
+CHOICES = {
+    "tier_inclusion": ("inclusive", "exclusive"),
+    "tier_admission": ("always", "second_touch"),
+    "tier_shed": ("newest", "oldest"),
+}
 EVICTION_POLICIES = ("arc", "lru", "s3fifo")
 
 
@@ -61,6 +66,19 @@ class KVortexConfig:
         codec: how blocks rest: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches);
             caches that a codec does not take rest as they are.
         max_pack_error: a block that packing would change by more, as a share of its root mean square, rests as it is.
+        disk_path: directory of the disk tier, shared by any number of processes; empty for none.
+        disk_capacity_bytes: bytes that all its files together may take.
+        disk_fsync: bring a block to the device before it counts as stored; without it a crash of the machine may lose
+            the last ones.
+        tier_inclusion: "inclusive" writes blocks to the lower tier behind their save, "exclusive" when they are evicted
+            and takes them away from there when they come back.
+        tier_admission: "always", or "second_touch" for blocks that are asked for again: spares the device.
+        tier_queue_blocks: blocks that may wait to be written.
+        tier_shed: what is not written when the queue is full, "newest" or "oldest".
+        fetch_blocks: blocks that may be on their way from the lower tier.
+        tier_timeout_s: after this a read or write of the lower tier counts as failed.
+        load_deadline_s: how long a load waits for what comes from the lower tier; the rest is a miss, and there for
+            the next load. 0: as long as it takes.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
         identity: model, weights revision and ranks.
@@ -81,6 +99,16 @@ class KVortexConfig:
     eviction_policy: str = "lru"
     codec: str = "raw"
     max_pack_error: float = 0.05
+    disk_path: str = ""
+    disk_capacity_bytes: int = 64 * GIB
+    disk_fsync: bool = False
+    tier_inclusion: str = "inclusive"
+    tier_admission: str = "always"
+    tier_queue_blocks: int = 4096
+    tier_shed: str = "newest"
+    fetch_blocks: int = 64
+    tier_timeout_s: float = 10.0
+    load_deadline_s: float = 0.0
     ghost_entries: int = 65536
     self_test: bool = True
     identity: ModelIdentity = field(default_factory=ModelIdentity)
@@ -95,6 +123,9 @@ class KVortexConfig:
             "max_consecutive_loads",
             "max_outstanding_requests",
             "kernel_thread_blocks",
+            "disk_capacity_bytes",
+            "tier_queue_blocks",
+            "fetch_blocks",
         ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(self.ghost_entries >= 0, f"ghost_entries must not be negative, got {self.ghost_entries}")
@@ -102,6 +133,11 @@ class KVortexConfig:
             self.eviction_policy in EVICTION_POLICIES,
             f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, got {self.eviction_policy!r}",
         )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        _require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
+        _require(self.load_deadline_s >= 0, f"load_deadline_s must not be negative, got {self.load_deadline_s}")
         _require(self.max_pack_error > 0, f"max_pack_error must be positive, got {self.max_pack_error}")
         _require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
         _require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")

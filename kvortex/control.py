@@ -20,6 +20,7 @@ from kvortex.index import (
     RESERVED,
     STORED,
     CacheIndex,
+    Evicted,
     EvictionPacer,
     make_policy,
     warm_up,
@@ -61,6 +62,27 @@ class LoadPlan:
     slots: NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """Blocks on their way from a lower tier: their positions in the call, slots, offsets and sizes in the pool."""
+
+    positions: NDArray[np.intp]
+    slots: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBlocks:
+    """Blocks that stay where they are until `release`: positions in the call, and what the index knows of them."""
+
+    positions: NDArray[np.intp]
+    slots: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+
+
 class ControlPlane:
     """Plans saves and loads over one index and one range of extents.
 
@@ -70,13 +92,16 @@ class ControlPlane:
         pacer: how much to evict as the pool fills.
         sizes: of blocks in the pool.
 
-    `on_removed` is told the offsets of blocks that were visible and have left the pool.
+    `on_removed` is told the offsets of blocks that were visible and have left the pool. `on_evicted` is shown what is
+    evicted to keep the pool below its watermark, coldest first, and answers how many of the first blocks it takes over:
+    it frees their extents with `free` when it has written them elsewhere.
     """
 
     def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, sizes: BlockSizes) -> None:
         self.index = index
         self.allocator = allocator
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
+        self.on_evicted: Callable[[Evicted], int] | None = None
         self._pacer = pacer
         self._sizes = sizes
 
@@ -162,7 +187,7 @@ class ControlPlane:
 
     def _make_room(self, count: int, nbytes: int, owner: str) -> NDArray[np.int64]:
         allocator = self.allocator
-        self._evict(self._pacer.step(allocator.allocated_bytes, count * nbytes))
+        self._evict(self._pacer.step(allocator.allocated_bytes, count * nbytes), self.on_evicted)
         offsets = allocator.allocate_many(count, nbytes, owner)
         for _ in range(MAX_EVICTIONS_A_PLAN):
             if offsets.size == count or not self._evict((count - offsets.size) * nbytes):
@@ -171,12 +196,68 @@ class ControlPlane:
             offsets = np.concatenate([offsets, more])
         return offsets
 
-    def _evict(self, nbytes: int) -> int:
+    def _evict(self, nbytes: int, on_evicted: Callable[[Evicted], int] | None = None) -> int:
         if nbytes <= 0:
             return 0
-        freed = self.index.evict(nbytes)
-        self._remove(freed)
-        return freed.size
+        evicted = self.index.evict(nbytes)
+        offsets = evicted.offsets
+        taken = on_evicted(evicted) if on_evicted is not None and offsets.size else 0
+        self.allocator.free_many(offsets[taken:])
+        if self.on_removed is not None and offsets.size:
+            self.on_removed(offsets)
+        return offsets.size
+
+    # -- lower tiers -------------------------------------------------------------------------------
+
+    def plan_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str) -> FetchPlan:
+        """Reserve blocks that a lower tier has, and find room for them, the chain's head first.
+
+        Args:
+            keys: `uint64 [n, 4]`.
+            packed: `bool [n]`, how they rest there.
+            owner: who is accounted for the extents.
+        """
+        reservation = self.index.reserve(keys)
+        wanted = np.flatnonzero(reservation.states == RESERVED)
+        sizes = np.where(packed[wanted], self._sizes.packed, self._sizes.raw)
+        offsets = np.full(wanted.size, -1, dtype=np.int64)
+        for nbytes in np.unique(sizes).tolist():
+            places = np.flatnonzero(sizes == nbytes)
+            found = self._make_room(places.size, nbytes, owner)
+            offsets[places[: found.size]] = found
+        got = offsets >= 0
+        self.index.abort(reservation.slots[wanted[~got]], None)
+        return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], sizes[got])
+
+    def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
+        """A fetched block has arrived: it is visible now."""
+        slots = np.array([slot], dtype=np.int32)
+        self.allocator.free_many(self.index.commit(slots, [offset], nbytes, np.array([digest], dtype=np.uint64)))
+
+    def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None:
+        """A fetched block will not arrive."""
+        self.index.abort(np.array([slot], dtype=np.int32), reason)
+        self.allocator.free_many([offset])
+
+    def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
+        """Keep blocks in place while they are read for a lower tier; what is gone is left out."""
+        slots = self.index.hold(keys)
+        positions = np.flatnonzero(slots >= 0)
+        slots = slots[positions]
+        index = self.index
+        return HeldBlocks(positions, slots, index.offsets_of(slots), index.nbytes_of(slots), index.digests_of(slots))
+
+    def release(self, slots: NDArray[np.int32]) -> None:
+        """Let held blocks go."""
+        self._remove(self.index.unpin(slots))
+
+    def free(self, offset: int) -> None:
+        """Give back the extent of a block that was taken over when it was evicted."""
+        self.allocator.free_many([offset])
+
+    def is_packed(self, nbytes: int) -> bool:
+        """Whether a block whose extent has this size rests packed."""
+        return self._sizes.packs and nbytes == self._sizes.packed
 
     # -- load --------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ from kvortex.layout import KVLayout
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
+from kvortex.tiering import Arrival, Tiering, tier_of
+from kvortex.tiers import Tier
 from kvortex.transfers import DataPlane
 from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
@@ -56,6 +58,7 @@ class KVortexEngine:
         self._control: ControlPlane | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
+        self._tiering: Tiering | None = None
         self._shutdown: asyncio.Task[None] | None = None
 
     @classmethod
@@ -83,6 +86,7 @@ class KVortexEngine:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
+        make_tier: Callable[[Namespace], Tier] | None = None,
     ) -> KVLayout:
         """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
 
@@ -92,6 +96,7 @@ class KVortexEngine:
             num_blocks: blocks of the cache; needed where the shape does not tell.
             block_dim: the dimension that counts blocks; likewise, one for all or by name.
             wrap_executor: puts another executor around the device's own; for tests, see `kvortex.testing`.
+            make_tier: makes the lower tier, not opened; by default that of the configuration, if it names one.
 
         Raises:
             EngineStateError: registered before, or shut down.
@@ -107,6 +112,12 @@ class KVortexEngine:
         self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
         codec = self._data.packing.codec if self._data.packing else RAW
         self._namespace = _namespace_of(self.config, layout, codec)
+        tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
+        if tier is not None:
+            self._tiering = Tiering(
+                self.config, self._control, self._data.pool.bytes, self._data.forms, self._namespace, tier, self.stats
+            )
+            self._tiering.start()
         logger.info("registered %s", layout.describe())
         return layout
 
@@ -155,7 +166,10 @@ class KVortexEngine:
                 await self._save_as_is(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
-            return SaveResult(tuple(outcomes))
+        if self._tiering is not None:
+            self._tiering.saved(keys[[outcome is SaveOutcome.STORED for outcome in outcomes]])
+            self._tiering.used(keys[[outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes]])
+        return SaveResult(tuple(outcomes))
 
     async def _save_as_is(
         self,
@@ -175,15 +189,24 @@ class KVortexEngine:
         self.stats.record_kept_as_is(again.count(SaveOutcome.STORED))
 
     async def load_blocks(
-        self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
+        self,
+        hashes: Sequence[BlockHash],
+        block_ids: Sequence[int] | NDArray[np.integer],
+        *,
+        stream: object = None,
+        deadline_s: float | None = None,
     ) -> LoadResult:
         """Copy cached blocks into the paged cache; whatever is not loaded says why.
+
+        Blocks that only the lower tier has are brought into the pool first, in order, while those before them move on.
 
         Args:
             hashes: block hashes, in order.
             block_ids: where each block goes; in range, each once.
             stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
                 Work queued on any stream after this returns sees the loaded bytes.
+            deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
+                load. The configuration's `load_deadline_s` by default.
 
         Raises:
             InvalidHashError, InvalidBlockIdError: before anything is started; also when another load is
@@ -192,25 +215,62 @@ class KVortexEngine:
         """
         control, data = self._planes()
         keys, ids = _check_call(data.layout, hashes, block_ids)
+        arrival = self._arrival(keys, deadline_s)
         async with self._call(data, stream) as call:
             for part in call.parts(len(ids)):
+                if arrival is not None:
+                    await arrival.wait(keys[part])
                 plan = control.plan_load(keys[part], ids[part])
                 await call.start(plan.transfer, partial(_finish_load, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if call.num_parts > 1:
                 control.touch(keys)
+        if self._tiering is not None and arrival is not None:
+            outcomes = arrival.explain(outcomes)
+            self._tiering.used(keys[[outcome is None for outcome in outcomes]])
+            self._tiering.damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 
-    def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
-        """`bool [len(hashes)]`: what could be loaded now. No lock, no await, from any thread."""
+    def _arrival(self, keys: NDArray[np.uint64], deadline_s: float | None) -> Arrival | None:
+        if self._tiering is None:
+            return None
+        default_s = self.config.load_deadline_s or None
+        return Arrival(self._tiering, keys, default_s if deadline_s is None else deadline_s)
+
+    async def prefetch(self, hashes: Sequence[BlockHash]) -> int:
+        """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.
+
+        Cancelling gives up what has not been started.
+
+        Returns:
+            Number of blocks of `hashes` that could be loaded now before the first that could not.
+        """
         control, _ = self._planes()
-        return control.index.contains_mask(hashes)
+        keys = pack_keys(hashes)
+        if self._tiering is not None:
+            fetch = self._tiering.fetch(keys)
+            try:
+                await fetch.wait()
+            except asyncio.CancelledError:
+                fetch.cancel()
+                raise
+        return control.index.prefix_length(keys)
+
+    def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
+        """`bool [len(hashes)]`: what could be loaded, out of the pool or the lower tier. From any thread, no await."""
+        control, _ = self._planes()
+        keys = pack_keys(hashes)
+        mask = control.index.contains_mask(keys)
+        if self._tiering is not None and not mask.all():
+            mask = mask.copy()
+            mask[~mask] = self._tiering.known(keys[~mask])
+        return mask
 
     def match_prefix(self, hashes: Sequence[BlockHash]) -> int:
         """Number of blocks that could be loaded before the first that could not. From any thread."""
-        control, _ = self._planes()
-        return control.index.prefix_length(hashes)
+        missing = np.flatnonzero(~self.check_blocks(hashes))
+        return int(missing[0]) if missing.size else len(hashes)
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
         """Why a block could not be loaded now; None when it could. From any thread."""
@@ -272,6 +332,12 @@ class KVortexEngine:
         control, _ = self._planes()
         control.clear()
 
+    async def flush(self) -> None:
+        """Wait until every block that waits for the lower tier is written, or given up."""
+        self._planes()
+        if self._tiering is not None:
+            await self._tiering.flush()
+
     async def drain(self) -> None:
         """Wait for every transfer that was started."""
         _, data = self._planes()
@@ -287,7 +353,8 @@ class KVortexEngine:
                 *self._data.figures(),
             ]
             evicted = self._control.index.evicted_blocks
-        return self.stats.snapshot(pools, evicted_blocks=evicted)
+        tiering = self._tiering.figures() if self._tiering is not None else None
+        return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering)
 
     def current_stream(self) -> int | None:
         """Handle of torch's current stream in the calling thread; None for a cache in host memory."""
@@ -309,6 +376,8 @@ class KVortexEngine:
         if self._data is None or self._control is None:
             return
         await self._no_callers.wait()
+        if self._tiering is not None:
+            await self._tiering.aclose()
         self._control.clear()
         leak = self._control.allocator.leak_report()
         await self._data.aclose()

@@ -137,6 +137,24 @@ class MissCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class TieringFigures:
+    """What moved between the pool and a lower tier, in blocks.
+
+    `shed_blocks` were not written because too much waited already; `usable` is False for a tier that did not open.
+    """
+
+    tier: str
+    usable: bool
+    written_blocks: int
+    failed_writes: int
+    fetched_blocks: int
+    shed_blocks: int
+    demoted_blocks: int
+    waiting_blocks: int
+    arriving_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolFigures:
     """Occupancy of one memory pool. `fragmentation` is 1 - largest free range / free bytes, 0.0 when full."""
 
@@ -178,6 +196,7 @@ class StatsSnapshot:
     kept_as_is_blocks: int
     transfers: tuple[TransferSnapshot, ...]
     pools: tuple[PoolFigures, ...]
+    tiering: TieringFigures | None = None
 
     @property
     def num_misses(self) -> int:
@@ -222,6 +241,7 @@ class StatsSnapshot:
             "kept_as_is_blocks": self.kept_as_is_blocks,
             "transfers": [asdict(t) | {"direction": t.direction.value} for t in self.transfers],
             "pools": [asdict(pool) for pool in self.pools],
+            "tiering": asdict(self.tiering) if self.tiering is not None else None,
         }
 
     def __str__(self) -> str:
@@ -236,6 +256,12 @@ class StatsSnapshot:
             lines += _aligned([_TRANSFER_HEAD, *(_transfer_row(t) for t in self.transfers)], num_left=2)
         if self.pools:
             lines += _aligned([_POOL_HEAD, *(_pool_row(p) for p in self.pools)], num_left=1)
+        if (t := self.tiering) is not None:
+            state = "" if t.usable else " (cannot be used)"
+            lines.append(
+                f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
+                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting"
+            )
         return "\n".join(lines)
 
     def to_prometheus(self, prefix: str = "kvortex") -> str:
@@ -281,7 +307,9 @@ class EngineStats:
         with self._lock:
             self._kept_as_is += blocks
 
-    def snapshot(self, pools: Iterable[PoolFigures] = (), *, evicted_blocks: int = 0) -> StatsSnapshot:
+    def snapshot(
+        self, pools: Iterable[PoolFigures] = (), *, evicted_blocks: int = 0, tiering: TieringFigures | None = None
+    ) -> StatsSnapshot:
         """All counters at one moment, and what the pools and the index count, as the caller read it."""
         figures = tuple(pools)
         with self._lock:
@@ -292,6 +320,7 @@ class EngineStats:
                 kept_as_is_blocks=self._kept_as_is,
                 transfers=tuple(_snapshot_transfer(*key, stats) for key, stats in self._transfers.items()),
                 pools=figures,
+                tiering=tiering,
             )
 
 
@@ -340,12 +369,33 @@ def _metrics(snapshot: StatsSnapshot) -> list[_Metric]:
         ("transfer_bytes_total", counter, "Bytes moved.", [("", ls, t.nbytes) for ls, t in transfers]),
         ("transfer_failures_total", counter, "Blocks lost.", [("", ls, t.failures) for ls, t in transfers]),
         ("transfer_latency_seconds", "summary", "Latency of whole transfers.", latencies),
+        *_tiering_metrics(snapshot.tiering),
         ("pool_capacity_bytes", gauge, "Size.", [("", ls, p.capacity_bytes) for ls, p in pools]),
         ("pool_allocated_bytes", gauge, "Bytes in use.", [("", ls, p.allocated_bytes) for ls, p in pools]),
         ("pool_largest_free_bytes", gauge, "Free run.", [("", ls, p.largest_free_bytes) for ls, p in pools]),
         ("pool_fragmentation", gauge, "0 is none.", [("", ls, p.fragmentation) for ls, p in pools]),
         ("pool_extents", gauge, "Extents in use.", [("", ls, p.num_extents) for ls, p in pools]),
         ("pool_pinned_bytes", gauge, "Page-locked bytes.", [("", ls, p.pinned_bytes) for ls, p in pools]),
+    ]
+
+
+def _tiering_metrics(figures: TieringFigures | None) -> list[_Metric]:
+    if figures is None:
+        return []
+    labels = {"tier": figures.tier}
+    counters: dict[str, tuple[str, float]] = {
+        "tier_written_blocks_total": ("Blocks written to a lower tier.", figures.written_blocks),
+        "tier_failed_writes_total": ("Blocks that a lower tier did not take.", figures.failed_writes),
+        "tier_fetched_blocks_total": ("Blocks brought back from a lower tier.", figures.fetched_blocks),
+        "tier_shed_blocks_total": ("Blocks not written because too much waited.", figures.shed_blocks),
+    }
+    gauges: dict[str, tuple[str, float]] = {
+        "tier_usable": ("1 if the tier could be opened.", int(figures.usable)),
+        "tier_waiting_blocks": ("Blocks that wait to be written.", figures.waiting_blocks),
+        "tier_arriving_blocks": ("Blocks on their way back.", figures.arriving_blocks),
+    }
+    return [(name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()] + [
+        (name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import block_sizes, packing_for
+from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device, Event, stream_handle
 from kvortex.errors import InvalidBlockIdError, LayoutError
@@ -56,6 +56,7 @@ class DataPlane:
         self.layout = layout
         self.packing = packing_for(layout, config.codec)
         self.sizes = block_sizes(layout, self.packing)
+        self.forms = forms_of(layout, self.packing)
         if self.sizes.raw > config.pin_piece_bytes:
             raise LayoutError(
                 f"a block of {self.sizes.raw} bytes does not fit a piece of the pool: "

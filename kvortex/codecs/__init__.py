@@ -1,6 +1,16 @@
 """How a block rests outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`)."""
 
-from kvortex.codecs.packing import RAW, Packing, block_sizes, packed_nbytes, packing_for
+from kvortex.codecs.packing import RAW, Forms, Packing, block_sizes, forms_of, packed_nbytes, packing_for
 from kvortex.codecs.reference import pack_reference, unpack_reference
 
-__all__ = ["RAW", "Packing", "block_sizes", "pack_reference", "packed_nbytes", "packing_for", "unpack_reference"]
+__all__ = [
+    "RAW",
+    "Forms",
+    "Packing",
+    "block_sizes",
+    "forms_of",
+    "pack_reference",
+    "packed_nbytes",
+    "packing_for",
+    "unpack_reference",
+]

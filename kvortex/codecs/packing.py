@@ -55,6 +55,8 @@ FORMATS: Final = (
     Format("fp8", "float32", 8, 2, has_scales=True, largest_bits=0x7F600000),
     Format("bf16", "float32", 4, 1, has_scales=False, largest_bits=0x7F7F0000),
 )
+CODEC_NUMBERS: Final = {RAW: 0, "bf16": 1, "fp8": 2}
+"""How a frame names a codec. Numbers are never reused."""
 CODECS: Final = (RAW, *dict.fromkeys(f.codec for f in FORMATS))
 
 
@@ -81,6 +83,29 @@ class Packing:
     def block_nbytes(self) -> int:
         """Bytes of a packed block's payload."""
         return 8 * (self.code_words + self.scale_words)
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """How blocks of one layout rest, as they are and packed: bytes of a payload and of an extent, and the codec."""
+
+    payloads: BlockSizes
+    extents: BlockSizes
+    codec: str
+
+    def payload_nbytes(self, packed: bool) -> int:
+        """Bytes of a payload."""
+        return self.payloads.packed if packed else self.payloads.raw
+
+    def codec_number(self, packed: bool) -> int:
+        """What a frame says of a block in this form."""
+        return CODEC_NUMBERS[self.codec if packed else RAW]
+
+
+def forms_of(layout: KVLayout, packing: Packing | None) -> Forms:
+    """Forms of a layout's blocks."""
+    payloads = BlockSizes(layout.block_nbytes, packing.block_nbytes if packing else layout.block_nbytes)
+    return Forms(payloads, block_sizes(layout, packing), packing.codec if packing else RAW)
 
 
 def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:

@@ -1,6 +1,6 @@
 """Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU."""
 
-from kvortex.index.cache_index import CacheIndex, Pins, Reservation
+from kvortex.index.cache_index import CacheIndex, Evicted, Pins, Reservation
 from kvortex.index.keys import pack_keys
 from kvortex.index.pacing import EvictionPacer
 from kvortex.index.policy import EvictionPolicy, LRUPolicy
@@ -16,6 +16,7 @@ __all__ = [
     "STORED",
     "ARCPolicy",
     "CacheIndex",
+    "Evicted",
     "EvictionPacer",
     "EvictionPolicy",
     "LRUPolicy",

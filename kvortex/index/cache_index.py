@@ -42,6 +42,15 @@ class Pins(NamedTuple):
     reasons: NDArray[np.uint8]
 
 
+class Evicted(NamedTuple):
+    """Blocks that are gone: offsets `int64 [n]`, keys `uint64 [n, 4]`, sizes `int64 [n]`, digests `uint64 [n]`."""
+
+    offsets: Offsets
+    keys: Keys
+    nbytes: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+
+
 class CacheIndex:
     """Entries of one namespace by 32-byte block hash: reserved -> committed -> gone, or reserved -> aborted.
 
@@ -214,6 +223,17 @@ class CacheIndex:
             self._policy.access(hits)
         return Pins(slots, reasons)
 
+    def hold(self, keys: Keys) -> Slots:
+        """`pin` for the cache's own purposes: it does not count as an access. -1 for what is not committed.
+
+        Raises:
+            InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is pinned.
+        """
+        with self._lock:
+            slots, _reasons, _hits = steps.pin(self._table, as_packed(keys))
+        held: Slots = slots
+        return held
+
     def unpin(self, slots: Slots) -> Offsets:
         """Let pinned blocks go, one pin per time named.
 
@@ -256,16 +276,19 @@ class CacheIndex:
             slot = steps.committed_slot(self._table, keys)
             return self._drop(np.array([slot][: slot + 1], np.int32), reason)
 
-    def evict(self, nbytes: int) -> Offsets:
+    def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest blocks that are not pinned until `nbytes` are free, or none is left.
 
         Returns:
-            Their offsets, coldest first. Amortised O(1) per block, however many are pinned.
+            What they were, coldest first. Amortised O(1) per block, however many are pinned.
         """
         with self._lock:
-            coldest = self._policy.pop_coldest(nbytes, self._table.nbytes, self._table.pins)
-            freed: Offsets = steps.evict(self._table, coldest, _EVICTED)
-        return freed
+            table = self._table
+            coldest = self._policy.pop_coldest(nbytes, table.nbytes, table.pins)
+            idle = coldest[table.pins[coldest] == 0]
+            evicted = Evicted(table.offset[idle], table.keys[idle], table.nbytes[idle], table.digest[idle])
+            steps.evict(table, coldest, _EVICTED)
+        return evicted
 
     def clear(self) -> Offsets:
         """Forget every block, and every reason for a miss.

@@ -126,11 +126,11 @@ def test_pins_hold_and_count(policy: str) -> None:
     assert index.digests_of(mine).tolist() == [101, 102]
     assert index.nbytes_of(mine).tolist() == [8, 8]
     again = index.pin(keys(1)).slots
-    assert index.evict(100).size == 0
+    assert index.evict(100).offsets.size == 0
     assert index.unpin(mine).size == 0
-    assert index.evict(100).tolist() == [2]
+    assert index.evict(100).offsets.tolist() == [2]
     assert index.unpin(again).size == 0
-    assert index.evict(100).tolist() == [1]
+    assert index.evict(100).offsets.tolist() == [1]
 
 
 def test_one_pin_too_few_takes_none() -> None:
@@ -139,9 +139,9 @@ def test_one_pin_too_few_takes_none() -> None:
     slots = index.pin(keys(1, 2)).slots
     with pytest.raises(EngineStateError):
         index.unpin(np.array([slots[0], slots[1], slots[1]]))
-    assert index.evict(100).size == 0
+    assert index.evict(100).offsets.size == 0
     index.unpin(slots)
-    assert sorted(index.evict(100).tolist()) == [1, 2]
+    assert sorted(index.evict(100).offsets.tolist()) == [1, 2]
 
 
 def test_a_key_pinned_twice_is_unpinned_twice_in_one_call() -> None:
@@ -179,11 +179,11 @@ def test_a_reservation_is_not_dropped() -> None:
 def test_the_tail_goes_first_and_no_more_than_asked(policy: str) -> None:
     index = make(policy)
     store(index, 1, 2, 3, 4, nbytes=10)
-    assert index.evict(15).tolist() == [4, 3]
+    assert index.evict(15).offsets.tolist() == [4, 3]
     assert index.prefix_length([key(n) for n in (1, 2, 3, 4)]) == 2
     assert index.evicted_blocks == 2
-    assert index.evict(0).size == 0
-    assert index.evict(1000).tolist() == [2, 1]
+    assert index.evict(0).offsets.size == 0
+    assert index.evict(1000).offsets.tolist() == [2, 1]
 
 
 @every_policy
@@ -192,7 +192,7 @@ def test_a_save_committed_in_batches_still_loses_its_tail_first(policy: str) -> 
     slots = index.reserve(keys(1, 2, 3)).slots
     for i in range(3):
         index.commit(slots[i : i + 1], np.array([i + 1]), 1, np.array([0]))
-    assert index.evict(1).tolist() == [3]
+    assert index.evict(1).offsets.tolist() == [3]
 
 
 def test_use_makes_hot() -> None:
@@ -200,10 +200,10 @@ def test_use_makes_hot() -> None:
     store(index, 1)
     store(index, 2)
     index.reserve(keys(1))
-    assert index.evict(1).tolist() == [2]
+    assert index.evict(1).offsets.tolist() == [2]
     store(index, 3)
     index.unpin(index.pin(keys(1)).slots)
-    assert index.evict(1).tolist() == [3]
+    assert index.evict(1).offsets.tolist() == [3]
 
 
 @every_policy
@@ -212,12 +212,12 @@ def test_busy_blocks_are_passed_over_once_and_come_back(policy: str) -> None:
     store(index, *range(100))
     pinned = index.pin(keys(*range(50, 100))).slots
     reserved = index.reserve(keys(500)).slots
-    assert index.evict(3).size == 3
-    assert index.evict(1000).size == 47
-    assert index.evict(1000).size == 0
+    assert index.evict(3).offsets.size == 3
+    assert index.evict(1000).offsets.size == 47
+    assert index.evict(1000).offsets.size == 0
     index.unpin(pinned)
     index.commit(reserved, np.array([500]), 1, np.array([0]))
-    assert sorted(index.evict(1000).tolist()) == [*range(50, 100), 500]
+    assert sorted(index.evict(1000).offsets.tolist()) == [*range(50, 100), 500]
 
 
 def test_clear_forgets_blocks_and_reasons() -> None:
@@ -247,10 +247,10 @@ def test_growth_keeps_everything(policy: str) -> None:
         if number % 100 == 0:
             pinned.append(index.pin(keys(number)).slots)
     assert index.contains_mask([key(n) for n in range(2000)]).all()
-    assert index.evict(10**9).size == 1980
+    assert index.evict(10**9).offsets.size == 1980
     for slots in pinned:
         index.unpin(slots)
-    assert index.evict(10**9).size == 20
+    assert index.evict(10**9).offsets.size == 20
 
 
 def test_keys_that_share_their_bits_are_told_apart() -> None:
@@ -334,7 +334,7 @@ def test_a_storm_evicts_no_pin_and_leaves_no_hole(policy: str, seed: int) -> Non
         if len(pinned) > 6:
             assert index.unpin(pinned.pop(int(rng.integers(7)))[1]).size == 0
         target, before = int(rng.integers(60)), index.committed_bytes
-        freed = set(index.evict(target).tolist())
+        freed = set(index.evict(target).offsets.tolist())
         assert not freed & out
         out |= freed
         kept = {held for chain, _ in pinned for held in chain}
@@ -342,11 +342,11 @@ def test_a_storm_evicts_no_pin_and_leaves_no_hole(policy: str, seed: int) -> Non
         assert before - index.committed_bytes >= target or len(index) == len(kept)
     for _, slots in pinned:
         index.unpin(slots)
-    out |= set(index.evict(index.committed_bytes // 2).tolist())
+    out |= set(index.evict(index.committed_bytes // 2).offsets.tolist())
     for talk, length in enumerate(lengths.tolist()):
         chain = [key(n, f"talk {talk} ") for n in range(length)]
         assert index.prefix_length(chain) == index.contains_mask(chain).sum()
-    out |= set(index.evict(10**9).tolist())
+    out |= set(index.evict(10**9).offsets.tolist())
     assert out == set(range(next_offset))
 
 
@@ -356,14 +356,14 @@ def test_a_slot_does_not_make_a_block_look_evicted() -> None:
     store(index, 1)
     store(index, 2)
     store(index, 3)
-    assert index.evict(1).tolist() == [1]
+    assert index.evict(1).offsets.tolist() == [1]
     pinned = index.pin(keys(2, 3)).slots
     index.drop_key(key(2), MissReason.CORRUPT)  # its ghost takes a new slot, 1 is forgotten
     index.drop_key(key(3), MissReason.CORRUPT)  # its ghost takes the slot that 1 had
     index.unpin(pinned)
     store(index, 3)
     store(index, 4)
-    assert index.evict(1).tolist() == [3]
+    assert index.evict(1).offsets.tolist() == [3]
 
 
 @pytest.mark.parametrize(("policy", "left"), [("lru", 0), ("s3fifo", 50), ("arc", 50)])

@@ -169,7 +169,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
 
     @rule(nbytes=st.integers(0, 12))
     def evict(self, nbytes: int) -> None:
-        freed = self.index.evict(nbytes)
+        freed = self.index.evict(nbytes).offsets
         keys = {slot: k for k, slot in self.slots.items()}
         sizes = {slot: self.committed[k][1] for slot, k in keys.items() if k in self.committed}
         busy = {slot for slot, k in keys.items() if k not in self.committed or self.committed[k][2]}

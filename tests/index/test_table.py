@@ -60,7 +60,7 @@ def test_growth_in_the_middle_of_a_life_loses_nothing(policy: str, seed: int) ->
     assert index.contains_mask(keys).tolist() == [False] + [True] * 119
     assert index.miss_reason(keys[0].tobytes()) is MissReason.CORRUPT
     assert index.unpin(pinned).tolist() == [0]
-    assert sorted(index.evict(1000).tolist()) == list(range(1, 120))
+    assert sorted(index.evict(1000).offsets.tolist()) == list(range(1, 120))
 
 
 def test_slots_are_used_again_and_ghosts_stay_bounded() -> None:
@@ -69,7 +69,7 @@ def test_slots_are_used_again_and_ghosts_stay_bounded() -> None:
     index = CacheIndex(LRUPolicy(), ghost_entries=3, expected_entries=16)
     for n in range(500):
         store(index, keys[n : n + 1], first_offset=n)
-        assert index.evict(1).tolist() == [n]
+        assert index.evict(1).offsets.tolist() == [n]
         if n % 7 == 0:  # gone a second time: its older place in the ring is void and must not cost it the newer one
             store(index, keys[n : n + 1], first_offset=n)
             index.evict(1)
@@ -114,8 +114,8 @@ def test_busy_blocks_at_the_cold_end_are_met_once(busy: str, policy: type[LRUPol
         index.reserve(keys[:1000])
     for n in range(1000, 1100):
         store(index, keys[n : n + 1], first_offset=n)
-        assert index.evict(1).tolist() == [n]
-        assert index.evict(1).size == 0
+        assert index.evict(1).offsets.tolist() == [n]
+        assert index.evict(1).offsets.size == 0
     assert popped == 1100
 
 

@@ -1,0 +1,375 @@
+"""The engine over a lower tier: blocks outlive pool and process, and nothing that the tier does hurts."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvortex import KVortexConfig, KVortexEngine, MissReason
+from kvortex.errors import ConfigError
+from kvortex.hashing import Namespace
+from kvortex.testing import FaultInjectingTier, TierFault
+from kvortex.tiers import MemoryTier, Tier
+from kvortex.types import Direction
+from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, small_config, wipe
+
+TIER_BYTES = 64 << 20
+FaultOf = Callable[[Direction, int, bytes], TierFault | None]
+
+
+class LastingTier(MemoryTier):
+    """What it kept outlives it, as on a disk."""
+
+    async def aclose(self) -> None:
+        kept, used_bytes = self._kept.copy(), self._used_bytes
+        await super().aclose()
+        self._kept, self._used_bytes = kept, used_bytes
+
+
+class Bench:
+    """Tiers follow each other, an engine each."""
+
+    def __init__(self) -> None:
+        self.inner: LastingTier | None = None
+        self.tier: FaultInjectingTier | None = None
+
+    def make(self, fault_of: FaultOf | None) -> Callable[[Namespace], Tier]:
+        def make_tier(namespace: Namespace) -> Tier:
+            kept = self.inner
+            self.inner = LastingTier(TIER_BYTES, namespace=namespace.digest)
+            if kept is not None:
+                self.inner._kept, self.inner._used_bytes = kept._kept, kept._used_bytes
+            self.tier = FaultInjectingTier(self.inner, fault_of or (lambda *_: None), delay_s=0.1)
+            return self.tier
+
+        return make_tier
+
+    @asynccontextmanager
+    async def engine(
+        self, cache: dict[str, torch.Tensor], fault_of: FaultOf | None = None, **changes: object
+    ) -> AsyncIterator[KVortexEngine]:
+        async with KVortexEngine.create(small_config(**changes)) as engine:
+            engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=self.make(fault_of))
+            yield engine
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def pool_of(blocks: int) -> dict[str, object]:
+    return {"cpu_pool_bytes": blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * 4096, "watermark": 1.0}
+
+
+async def test_blocks_outlive_the_engine(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(20), list(range(20))
+    want = contents(cache, ids)
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+        assert engine.get_stats().tiering.written_blocks == 20
+    wipe(cache, range(NUM_BLOCKS))
+    async with bench.engine(cache) as engine:
+        await engine.prefetch([])  # lets the tier open
+        assert engine.match_prefix(hashes) == 20 or await engine.prefetch(hashes) == 20
+        loaded = await engine.load_blocks(hashes, ids)
+        assert loaded.ok
+        assert contents(cache, ids) == want
+        stats = engine.get_stats()
+        assert stats.tiering.fetched_blocks == 20
+        assert {(t.direction, t.tier) for t in stats.transfers} == {(Direction.LOAD, "memory"), (Direction.LOAD, "cpu")}
+
+
+async def test_what_the_pool_evicted_comes_back(bench: Bench) -> None:
+    cache = make_cache()
+    async with bench.engine(cache, **pool_of(16)) as engine:
+        want = {}
+        for salt in range(6):
+            ids = np.random.default_rng(salt).permutation(NUM_BLOCKS)[:8].tolist()
+            want[salt] = contents(cache, ids)
+            assert (await engine.save_blocks(chain(8, salt), ids)).ok
+            await engine.flush()
+        for salt, blocks in want.items():
+            before = {name: layer.clone() for name, layer in cache.items()}
+            loaded = await engine.load_blocks(chain(8, salt), range(8))
+            assert loaded.ok, loaded.miss_counts()
+            assert contents(cache, range(8)) == blocks
+            for name, layer in cache.items():
+                layer.copy_(before[name])
+
+
+async def test_a_deadline_is_a_miss_with_its_reason_and_the_blocks_are_there_next_time(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(6), list(range(6))
+    want = contents(cache, ids)
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+
+    def slow_from_the_fourth(direction: Direction, number: int, key: bytes) -> TierFault | None:
+        return TierFault.HANG if direction is Direction.LOAD and number >= 3 else None
+
+    async with bench.engine(cache, slow_from_the_fourth) as engine:
+        loaded = await engine.load_blocks(hashes, ids, deadline_s=0.2)
+        assert loaded.outcomes == (None,) * 3 + (MissReason.DEADLINE,) * 3
+        bench.tier.release()
+        assert await engine.prefetch(hashes) == 6
+        wipe(cache, ids)
+        assert (await engine.load_blocks(hashes, ids, deadline_s=0.0)).ok
+        assert contents(cache, ids) == want
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (TierFault.FAIL, MissReason.TRANSFER_FAILED),
+        (TierFault.SHORT, MissReason.TRANSFER_FAILED),
+        (TierFault.LIE, MissReason.CORRUPT),
+    ],
+)
+async def test_a_bad_read_is_a_miss_with_its_reason(bench: Bench, fault: TierFault, reason: MissReason) -> None:
+    cache, hashes, ids = make_cache(), chain(5), list(range(5))
+    want = contents(cache, ids)
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+    broken = lambda direction, number, key: fault if direction is Direction.LOAD and number == 2 else None  # noqa: E731
+    async with bench.engine(cache, broken) as engine:
+        loaded = await engine.load_blocks(hashes, ids)
+        assert loaded.outcomes == (None, None, reason, None, None)
+        await asyncio.sleep(0)
+        again = await engine.load_blocks(hashes, ids)
+        # A wrong block is taken away from the tier too; one that could not be read is still there.
+        assert again.ok is (reason is not MissReason.CORRUPT)
+        assert [c for i, c in enumerate(contents(cache, ids)) if i != 2] == [w for i, w in enumerate(want) if i != 2]
+
+
+async def test_a_hung_tier_ends_with_its_timeout_and_the_engine_goes_on(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(4), list(range(4))
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+    hangs = lambda direction, number, key: TierFault.HANG  # noqa: E731
+    async with bench.engine(cache, hangs, tier_timeout_s=0.1) as engine:
+        loaded = await engine.load_blocks(hashes, ids)
+        assert loaded.num_loaded == 0
+        other = chain(4, salt=7)
+        assert (await engine.save_blocks(other, ids)).ok
+        assert (await engine.load_blocks(other, ids)).ok
+        await asyncio.wait_for(engine.flush(), 5)
+        assert engine.get_stats().tiering.written_blocks == 0
+        bench.tier.release()  # late reads and writes settle; pools at zero is checked after every test
+
+
+async def test_a_full_tier_is_counted_and_hurts_nobody(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(4), list(range(4))
+    async with bench.engine(cache, lambda *_: TierFault.FULL) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+        figures = engine.get_stats().tiering
+        assert (figures.written_blocks, figures.failed_writes) == (0, 4)
+        assert (await engine.load_blocks(hashes, ids)).ok
+
+
+@pytest.mark.parametrize("shed", ["newest", "oldest"])
+async def test_too_much_to_write_is_shed_and_counted(bench: Bench, shed: str) -> None:
+    cache, hashes, ids = make_cache(), chain(30), list(range(30))
+    async with bench.engine(cache, tier_queue_blocks=10, tier_shed=shed) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+        figures = engine.get_stats().tiering
+        assert figures.shed_blocks == 20
+        assert figures.written_blocks == 10
+        kept = [engine._tiering.known(engine_keys(hashes))[i] for i in range(30)]
+        assert kept == ([True] * 10 + [False] * 20 if shed == "newest" else [False] * 20 + [True] * 10)
+
+
+def engine_keys(hashes: list[bytes]) -> np.ndarray:
+    from kvortex.index import pack_keys
+
+    return pack_keys(hashes)
+
+
+async def test_second_touch_spares_what_is_never_asked_for(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(8), list(range(8))
+    async with bench.engine(cache, tier_admission="second_touch") as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+        assert engine.get_stats().tiering.written_blocks == 0
+        await engine.load_blocks(hashes[:3], ids[:3])
+        await engine.save_blocks(hashes[3:5], ids[3:5])  # saved again: asked for again
+        await engine.flush()
+        assert engine.get_stats().tiering.written_blocks == 5
+
+
+async def test_exclusive_blocks_are_in_one_place(bench: Bench) -> None:
+    cache = make_cache()
+    want = {}
+    settings = {**pool_of(40), "watermark": 0.5, "eviction_ratio": 0.5, "tier_inclusion": "exclusive"}
+    async with bench.engine(cache, **settings) as engine:
+        for salt in range(6):
+            ids = list(range(salt * 8, salt * 8 + 8))
+            want[salt] = contents(cache, ids)
+            assert (await engine.save_blocks(chain(8, salt), ids)).ok
+            await engine.flush()
+        figures = engine.get_stats().tiering
+        assert figures.demoted_blocks > 0
+        assert figures.written_blocks == figures.demoted_blocks
+        for salt, blocks in want.items():
+            keys = engine_keys(chain(8, salt))
+            both = engine._control.index.contains_mask(keys) & engine._tiering.known(keys)
+            assert not both.any()
+            loaded = await engine.load_blocks(chain(8, salt), range(8))
+            good = [i for i, outcome in enumerate(loaded.outcomes) if outcome is None]
+            assert [contents(cache, range(8))[i] for i in good] == [blocks[i] for i in good]
+            await engine.flush()
+            await asyncio.sleep(0.01)
+        assert engine.get_stats().tiering.fetched_blocks > 0
+
+
+async def test_a_cancelled_prefetch_leaves_nothing_behind(bench: Bench) -> None:
+    cache, hashes, ids = make_cache(), chain(40), list(range(40))
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+    slow = lambda direction, number, key: TierFault.SLOW if direction is Direction.LOAD else None  # noqa: E731
+    async with bench.engine(cache, slow, fetch_blocks=4) as engine:
+        task = asyncio.create_task(engine.prefetch(hashes))
+        await asyncio.sleep(0.15)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.3)
+        figures = engine.get_stats().tiering
+        assert figures.arriving_blocks == 0
+        assert 0 < figures.fetched_blocks < 40
+        assert await engine.prefetch(hashes) == 40
+
+
+async def test_two_loads_of_one_chain_fetch_it_once(bench: Bench) -> None:
+    cache, hashes = make_cache(), chain(12)
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, range(12))
+        await engine.flush()
+    reads: list[bytes] = []
+
+    def count(direction: Direction, number: int, key: bytes) -> TierFault | None:
+        if direction is Direction.LOAD:
+            reads.append(key)
+        return TierFault.SLOW
+
+    async with bench.engine(cache, count) as engine:
+        first, second = await asyncio.gather(
+            engine.load_blocks(hashes, range(12)), engine.load_blocks(hashes, range(20, 32))
+        )
+        assert first.ok
+        assert second.ok
+        assert len(reads) == len(set(reads)) == 12
+
+
+async def test_a_pool_smaller_than_the_chain_fetches_what_fits(bench: Bench) -> None:
+    cache, hashes = make_cache(), chain(30)
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, range(30))
+        await engine.flush()
+    async with bench.engine(cache, **pool_of(10)) as engine:
+        loaded = await engine.load_blocks(hashes, range(30))
+        assert loaded.num_loaded > 0  # no hang, no leak; the rest says why
+        assert all(outcome is not None for outcome in loaded.outcomes[loaded.num_prefix_loaded :][:1])
+
+
+async def test_packed_blocks_go_down_and_up_packed(bench: Bench) -> None:
+    cache = {name: layer.to(torch.bfloat16) for name, layer in make_cache().items()}
+    cache["layers.0"][0, 3] = float("inf")
+    bits = {name: layer.view(torch.int16) for name, layer in cache.items()}
+    hashes, ids = chain(6), list(range(6))
+    async with bench.engine(cache, codec="fp8", max_pack_error=0.2) as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+        wipe(cache, ids)
+        await engine.load_blocks(hashes, ids)
+        want = contents(bits, ids)
+        assert sorted({kept.codec for kept in bench.inner._kept.values()}) == [0, 2]
+    wipe(cache, ids)
+    async with bench.engine(cache, codec="fp8", max_pack_error=0.2) as engine:
+        assert (await engine.load_blocks(hashes, ids)).ok
+        assert contents(bits, ids) == want
+
+
+async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
+    cache, hashes, ids = make_cache(), chain(4), list(range(4))
+    for model, found in (("a", 0), ("a", 4), ("b", 0)):
+        config = small_config(disk_path=str(tmp_path), identity=KVortexConfig().identity.__class__(model=model))
+        async with KVortexEngine.create(config) as engine:
+            engine.register_kv_caches(cache, BLOCK_SIZE)
+            assert await engine.prefetch(hashes) == found
+            await engine.save_blocks(hashes, ids)
+            await engine.flush()
+
+
+async def test_on_disk_blocks_survive_a_restart_and_damage_is_a_miss(tmp_path: Path) -> None:
+    cache, hashes, ids = make_cache(), chain(10), list(range(10))
+    want = contents(cache, ids)
+    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30)
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+    files = stored_files(tmp_path)
+    assert len(files) == 10
+    data = bytearray(files[4].read_bytes())
+    data[5000] ^= 1
+    files[4].write_bytes(data)
+    wipe(cache, ids)
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        loaded = await engine.load_blocks(hashes, ids)
+        assert sorted(loaded.miss_counts().items()) == [(MissReason.CORRUPT, 1)]
+        back = contents(cache, ids)
+        assert [b == w for b, w in zip(back, want, strict=True)] == [outcome is None for outcome in loaded.outcomes]
+    assert not files[4].exists()
+
+
+async def test_a_directory_that_cannot_be_used_costs_the_tier_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    cache, hashes = make_cache(), chain(4)
+    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"))) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        await engine.save_blocks(hashes, range(4))
+        assert (await engine.load_blocks(hashes, range(4))).ok
+        await engine.flush()
+        assert not engine.get_stats().tiering.usable
+    assert "cannot be used" in caplog.text
+
+
+def stored_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*.kv1") if path.is_file())
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tier_inclusion must be one of inclusive, exclusive"):
+        KVortexConfig(tier_inclusion="both")
+    with pytest.raises(ConfigError, match="tier_timeout_s must be positive"):
+        KVortexConfig(tier_timeout_s=0)
+
+
+async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
+    cache, hashes = make_cache(), chain(30)
+    slow = lambda direction, number, key: TierFault.SLOW  # noqa: E731
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, range(30))
+        await engine.flush()
+    async with bench.engine(cache, slow) as engine:
+        await engine.save_blocks(chain(10, 3), range(10))
+        task = asyncio.create_task(engine.load_blocks(hashes, range(30)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    gc.collect()
