@@ -176,7 +176,7 @@ def decode(model: Any, kv: torch.Tensor, tokens: torch.Tensor, **options: bool) 
 def round_trip(kv: torch.Tensor, codec: str) -> tuple[torch.Tensor, NDArray[np.float32]]:
     """KV packed into a pool, wiped and unpacked by the kernels, and the blocks' errors (0 where nothing is packed)."""
     pages = kv.clone()
-    layout = KVLayout.from_tensors({f"layers.{i}": layer for i, layer in enumerate(pages)}, BLOCK_SIZE)
+    layout = KVLayout.from_tensors({f"layers.{i}": layer for i, layer in enumerate(pages)}, BLOCK_SIZE, block_dim=1)
     packing = packing_for(layout, codec)
     nbytes = packing.block_nbytes if packing else layout.block_nbytes
     ids = np.arange(layout.num_blocks, dtype=np.int32)
