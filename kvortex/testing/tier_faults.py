@@ -73,6 +73,9 @@ class FaultInjectingTier(Tier):
             await asyncio.wait(self._tasks)
         await self._inner.aclose()
 
+    async def scanned(self) -> None:
+        await self._inner.scanned()
+
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         return self._inner.lookup(keys)
 

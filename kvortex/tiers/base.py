@@ -230,6 +230,10 @@ class Tier(ABC):
     ) -> None:
         await self.aclose()
 
+    async def scanned(self) -> None:
+        """Wait until `lookup` knows what was in the store when it was opened; at once where nothing is scanned."""
+        return
+
     # -- asking ----------------------------------------------------------------------------------------
 
     @abstractmethod

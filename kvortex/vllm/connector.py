@@ -59,7 +59,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             worker = importlib.import_module("kvortex.vllm.worker")
             ranks = importlib.import_module("kvortex.vllm.ranks")
             group = ranks.group_of_equals(vllm_config, kv_cache_config)
-            self._worker_half = worker.WorkerHalf(kv_cache_config, options, group)
+            self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, group)
 
     @property
     def _scheduler(self) -> "SchedulerHalf":

@@ -16,6 +16,12 @@ COUNTERS = {
     "loaded_bytes": "Bytes loaded, per worker",
     "load_seconds": "Seconds from the plan of a load to its end, summed over loads",
     "loads": "Loads",
+    "written_blocks": "Blocks written to the lower tier",
+    "failed_writes": "Blocks that the lower tier did not take",
+    "shed_writes": "Blocks not written because too much waited",
+    "fetched_blocks": "Blocks brought back from the lower tier",
+    "failed_fetches": "Blocks that the lower tier did not give back",
+    "fetch_seconds": "Seconds from the plan of a fetch to its end, summed over fetches",
 }
 MISS_PREFIX = "missed_blocks_"
 

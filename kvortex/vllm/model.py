@@ -73,13 +73,19 @@ def stored_sizes(kv_cache_config: "KVCacheConfig", codec: str) -> BlockSizes:
     return BlockSizes(raw, raw if whole is None else align_up(whole, EXTENT_ALIGNMENT_BYTES))
 
 
-def identity_of(vllm_config: "VllmConfig") -> ModelIdentity:
-    """What names the bytes beside the block hash, as far as the scheduler knows it."""
+def identity_of(vllm_config: "VllmConfig", group: Any, rank: int) -> ModelIdentity:
+    """What names the bytes of one rank beside the block hash; tensor-parallel ranks are neighbours.
+
+    Ranks that hold the same KV have one identity.
+    """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    tp_size = 1 if is_latent(group) else parallel.tensor_parallel_size
     return ModelIdentity(
         model=model.model,
         weights_revision=model.revision or "",
-        tp_size=parallel.tensor_parallel_size,
+        tp_rank=rank % tp_size,
+        tp_size=tp_size,
+        pp_rank=rank // parallel.tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
     )
 

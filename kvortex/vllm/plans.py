@@ -4,15 +4,22 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
+from kvortex.config import ModelIdentity
+from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes, TransferPlan
 
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Blocks to save once this step's forward has written them."""
+    """Blocks to save once this step's forward has written them.
+
+    With `keys`, 32 bytes a block, those that are saved are then written to the lower tier as the job `write_id`.
+    """
 
     job_id: int
     transfer: TransferPlan
+    keys: bytes = b""
+    write_id: int = -1
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,15 @@ class LoadJob:
     missing_block_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class FetchJob:
+    """Blocks to bring from the lower tier into the pool; `keys` are 32 bytes a block, block ids mean nothing."""
+
+    job_id: int
+    transfer: TransferPlan
+    keys: bytes
+
+
 @dataclass
 class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     """One step's jobs.
@@ -39,6 +55,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
 
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
+    fetches: list[FetchJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)
 
 
@@ -53,6 +70,33 @@ class JobOutcome:
     too_lossy: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class TierIdentity:
+    """What a namespace is made of that only a worker knows: it travels to the scheduler half with the handshake."""
+
+    model: str
+    weights_revision: str
+    kv_dtype: str
+    layout: bytes
+    block_size: int
+    codec: str
+
+    def namespace(self, identity: ModelIdentity) -> Namespace:
+        """The namespace of one rank."""
+        return Namespace(
+            model=self.model,
+            weights_revision=self.weights_revision,
+            kv_dtype=self.kv_dtype,
+            layout=self.layout,
+            block_size=self.block_size,
+            codec=self.codec,
+            tp_rank=identity.tp_rank,
+            tp_size=identity.tp_size,
+            pp_rank=identity.pp_rank,
+            pp_size=identity.pp_size,
+        )
+
+
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """What a worker found when it registered its caches."""
@@ -61,3 +105,4 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     sizes: BlockSizes
     num_blocks: int
     pool_bytes: int
+    tier: TierIdentity | None = None

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +18,12 @@ from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
+from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import only_group, refuse_unserved, stored_sizes
+from kvortex.vllm.model import identity_of, only_group, refuse_unserved, stored_sizes
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, TierIdentity, WorkerHandshake
+from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     RESERVES_FOR_LOADS,
@@ -71,6 +74,7 @@ class _Job:
     too_lossy: set[int] = field(default_factory=set)
     first: int = 0  # of a save: the request's block that it begins with
     blocks: PlannedBlocks | None = None  # of a save, for its event
+    write_id: int = NO_WRITE  # of a save: the write to the lower tier that follows it
 
     def add(self, outcome: JobOutcome) -> None:
         self.reports += 1
@@ -100,6 +104,9 @@ class SchedulerHalf:
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._sizes = stored_sizes(kv_cache_config, options.engine.codec)
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
+        check_supported(options.engine)
+        self._identity = identity_of(vllm_config, only_group(kv_cache_config), 0)
+        self._tier: TierPlanner | None = None
         self._tracked: dict[str, _Tracked] = {}
         self._waiting_since_s: dict[str, float] = {}
         self._jobs: dict[int, _Job] = {}
@@ -135,6 +142,19 @@ class SchedulerHalf:
                 f"workers registered blocks of {found} bytes (as they are, packed), the scheduler counts "
                 f"({self._sizes.raw}, {self._sizes.packed})"
             )
+        identities = {handshake.tier for handshake in handshakes}
+        if len(identities) == 1 and self._tier is None and (identity := identities.pop()) is not None:
+            self._tier = self._plan_tier(identity)
+
+    def _plan_tier(self, identity: TierIdentity) -> TierPlanner | None:
+        engine = self._options.engine
+        try:
+            index = TierIndex(engine, identity.namespace(self._identity))
+        except ConfigError as error:
+            logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
+            return None
+        number = partial(next, self._job_ids)
+        return TierPlanner(engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats)
 
     # -- look-up and load --------------------------------------------------------------------------
 
@@ -146,7 +166,10 @@ class SchedulerHalf:
         first = num_computed_tokens // self._block_size
         keys = _keys(request.block_hashes[first:])
         found = self._control.index.prefix_length(keys)
-        if found < len(keys) and self._is_worth_waiting(request.request_id, keys[found]):
+        if found < len(keys) and (
+            self._is_worth_waiting(request.request_id, keys[found])
+            or self._fetches(request.request_id, first + found, keys[found:])
+        ):
             return None, False
         if found < self._options.min_hit_blocks:
             return 0, False
@@ -160,7 +183,16 @@ class SchedulerHalf:
         held = sum(len(t.block_ids) if t.scheduled else t.blocks_to_go_on(self._block_size) for t in others)
         return not others or held + request.num_tokens // self._block_size + 1 <= self._num_blocks
 
+    def _fetches(self, request_id: str, number: int, keys: Sequence[BlockHash]) -> bool:
+        """The workers have been told to bring the next blocks of a request from the lower tier."""
+        job = self._tier.plan_fetch(request_id, number, keys) if self._tier is not None else None
+        if job is not None:
+            self._plan.fetches.append(job)
+        return job is not None
+
     def _is_worth_waiting(self, request_id: str, key: BlockHash) -> bool:
+        if self._tier is not None and self._tier.is_worth_waiting(key):
+            return True
         # Its save is under way: some milliseconds now spare computing it. Bounded, as a save may fail.
         if self._control.index.miss_reason(key) is not MissReason.PENDING:
             self._waiting_since_s.pop(request_id, None)
@@ -251,12 +283,16 @@ class SchedulerHalf:
     def _save(self, tracked: _Tracked, part: slice, *, as_is: bool = False) -> None:
         request = tracked.request
         block_ids = np.array(tracked.block_ids[part], dtype=np.int32)
-        keys = pack_keys(_keys(request.block_hashes[part]))
-        plan = self._control.plan_save(keys, block_ids, "save", as_is=as_is)
+        hashes = _keys(request.block_hashes[part])
+        plan = self._control.plan_save(pack_keys(hashes), block_ids, "save", as_is=as_is)
         if plan.transfer.num_blocks:
             job_id = next(self._job_ids)
-            self._plan.saves.append(SaveJob(job_id, plan.transfer))
             job = self._jobs[job_id] = _Job(plan, time.perf_counter(), request.request_id, first=part.start)
+            keys_to_write = b""
+            if self._tier is not None:
+                saved = [hashes[position] for position in plan.positions.tolist()]
+                keys_to_write, job.write_id = self._tier.plan_write(saved)
+            self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
             if self._events is not None:
                 job.blocks = PlannedBlocks.of(request, part, self._block_size)
 
@@ -273,6 +309,8 @@ class SchedulerHalf:
         """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
         message = message_in(connector_output)
         for outcome in message.outcomes if message is not None else ():
+            if self._tier is not None and self._tier.report(outcome):
+                continue
             job = self._jobs[outcome.job_id]
             job.add(outcome)
             if job.reports == self._num_workers:
@@ -296,6 +334,8 @@ class SchedulerHalf:
         lossy = np.zeros(count, dtype=np.bool_)
         lossy[list(job.too_lossy)] = True
         self._control.finish_save(plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
+        if self._tier is not None and job.write_id != NO_WRITE:
+            self._tier.saved(job.write_id, succeeded)
         self._publish(plan, job.blocks, succeeded)
         self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
         tracked = self._tracked.get(job.request_id)
@@ -325,6 +365,8 @@ class SchedulerHalf:
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; True if its blocks must be held because a load is still writing them."""
         self._waiting_since_s.pop(request.request_id, None)
+        if self._tier is not None:
+            self._tier.forget_request(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
@@ -335,8 +377,10 @@ class SchedulerHalf:
         return HOLD_ABORTED_LOADS
 
     def reset_cache(self) -> bool:
-        """Forget every cached block; jobs under way end as usual."""
+        """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
         self._control.clear()
+        if self._tier is not None:
+            self._tier.forget_all()
         return True
 
     def take_stats(self) -> ConnectorStats | None:
@@ -347,8 +391,10 @@ class SchedulerHalf:
         return taken
 
     def shutdown(self) -> None:
-        """Forget everything."""
+        """Forget everything, but for what the lower tier keeps; idempotent."""
         self._control.clear()
+        if self._tier is not None:
+            self._tier.close()
 
 
 def _keys(hashes: Sequence[bytes]) -> list[BlockHash]:

@@ -4,15 +4,15 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import block_sizes, packing_for
+from kvortex.codecs import RAW, block_sizes, packing_for
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.layout import KVLayout
@@ -20,14 +20,24 @@ from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
 from kvortex.transfers import DataPlane
 from kvortex.types import TransferPlan
+from kvortex.vllm.lower import TierMover, split_keys
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import block_dims, only_group
+from kvortex.vllm.model import block_dims, identity_of, only_group
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import (
+    ConnectorPlan,
+    FetchJob,
+    JobOutcome,
+    LoadJob,
+    SaveJob,
+    TierIdentity,
+    WorkerHandshake,
+)
 from kvortex.vllm.ranks import RankGroup, Share
 from kvortex.vllm.versions import OutcomeMessage
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +65,7 @@ class _Ended:
     """What the loop's thread tells the worker's."""
 
     outcome: JobOutcome
-    job: SaveJob | LoadJob
+    job: SaveJob | LoadJob | FetchJob
 
 
 class WorkerHalf:
@@ -68,20 +78,28 @@ class WorkerHalf:
     Digests stay with the workers: each rank compares what it loads with what it saved, or what its group saved.
 
     Args:
+        vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
         group: the ranks that hold the same KV, see `kvortex.vllm.ranks`; None if this one's is its own.
     """
 
     def __init__(
-        self, kv_cache_config: "KVCacheConfig", options: ConnectorOptions, group: RankGroup | None = None
+        self,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+        options: ConnectorOptions,
+        group: RankGroup | None = None,
     ) -> None:
+        kv_group = only_group(kv_cache_config)
+        self._identity = identity_of(vllm_config, kv_group, int(vllm_config.parallel_config.rank))
         self._num_blocks = int(kv_cache_config.num_blocks)
-        self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
+        self._block_size = int(kv_group.kv_cache_spec.block_size)
         self._options = options
         self._group = group
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
+        self._mover: TierMover | None = None
         self._share = Share(np.empty(0, dtype=np.uint64), 1)
         self._plan = ConnectorPlan()
         self._asleep = False
@@ -90,7 +108,8 @@ class WorkerHalf:
         self._outcomes: list[JobOutcome] = []
         self._failed_block_ids: set[int] = set()
         self._stats = ConnectorStats()
-        self._tasks: set[asyncio.Task[None]] = set()  # on the loop's thread
+        self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
+        self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier; likewise
 
     # -- start and end -----------------------------------------------------------------------------
 
@@ -118,6 +137,10 @@ class WorkerHalf:
             raise
         self._thread = thread
         self._share = share
+        if self._options.engine.disk_path:
+            namespace = self._tier_identity(layout).namespace(self._identity)
+            self._mover = TierMover(self._options.engine, namespace, self._data.pool.bytes, self._data.forms)
+            thread.run(self._mover.open())
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
         logger.info(
             "KVortex serves %s, %d bytes of pinned memory%s", layout.describe(), self._data.pool.capacity_bytes, shared
@@ -135,17 +158,44 @@ class WorkerHalf:
         if self._data is None:
             return None
         layout = self._data.layout
-        return WorkerHandshake(layout.digest, self._data.sizes, layout.num_blocks, self._data.pool.capacity_bytes)
+        return WorkerHandshake(
+            layout.digest,
+            self._data.sizes,
+            layout.num_blocks,
+            self._data.pool.capacity_bytes,
+            self._tier_identity(layout) if self._mover is not None else None,
+        )
+
+    def _tier_identity(self, layout: KVLayout) -> TierIdentity:
+        packing = packing_for(layout, self._options.engine.codec)
+        return TierIdentity(
+            model=self._identity.model,
+            weights_revision=self._identity.weights_revision,
+            kv_dtype="/".join(layout.dtypes),
+            layout=layout.digest,
+            block_size=layout.block_size,
+            codec=packing.codec if packing else RAW,
+        )
 
     def shutdown(self) -> None:
         """Finish what is under way and release everything; idempotent."""
         if self._thread is None or self._data is None:
             return
         thread, data = self._thread, self._data
-        self._thread = self._data = None
-        thread.run(data.aclose())
+        mover = self._mover
+        self._thread = self._data = self._mover = None
+        thread.run(self._close(data, mover))
         thread.stop()
         self._share.close()
+
+    async def _close(self, data: DataPlane, mover: TierMover | None) -> None:
+        await self._settle()
+        if mover is not None:
+            await mover.aclose()
+            for task in self._tier_tasks:
+                task.cancel()  # what an I/O that hangs keeps waiting; its memory stays with it
+            await asyncio.gather(*self._tier_tasks, return_exceptions=True)
+        await data.aclose()
 
     # -- sleep mode --------------------------------------------------------------------------------
 
@@ -161,6 +211,8 @@ class WorkerHalf:
         self._thread.run(self._settle())
         if not keeps_weights:
             self._share.forget()
+            if self._mover is not None:
+                self._mover.forget_all()
 
     async def _settle(self) -> None:
         while self._tasks:
@@ -187,8 +239,12 @@ class WorkerHalf:
             self._unread.popleft()
 
     def start_loads(self) -> None:
-        """Begin this step's loads, behind what the forward's stream has queued so far."""
+        """Begin this step's loads, behind what the forward's stream has queued so far, and its fetches."""
         loads, self._plan.loads = self._plan.loads, []
+        fetches, self._plan.fetches = self._plan.fetches, []
+        for fetch in fetches:
+            _, loop = self._planes()
+            loop.call_soon_threadsafe(self._spawn, self._fetch(fetch), self._tier_tasks)
         for job in loads:
             self._submit(_Work(job, job.transfer, np.arange(job.transfer.num_blocks)), None)
 
@@ -199,6 +255,8 @@ class WorkerHalf:
             work = self._part_of(job)
             if not work.transfer.num_blocks:
                 self._ended.append(_Ended(JobOutcome(job.job_id), job))
+                if job.keys:
+                    self._ended.append(_Ended(JobOutcome(job.write_id), job))
                 continue
             save = _Save(frozenset(work.transfer.block_ids.tolist()))
             self._unread.append(save)
@@ -219,14 +277,20 @@ class WorkerHalf:
     def _refuse(self, work: _Work, save: _Save | None) -> None:
         if save is not None:
             save.read.set()
-        self._ended.append(_Ended(JobOutcome(work.job.job_id, failed=tuple(work.positions.tolist())), work.job))
+        failed = tuple(work.positions.tolist())
+        self._ended.append(_Ended(JobOutcome(work.job.job_id, failed), work.job))
+        if isinstance(work.job, SaveJob) and work.job.keys:
+            self._ended.append(_Ended(JobOutcome(work.job.write_id, failed), work.job))
 
     # -- on the loop's thread ----------------------------------------------------------------------
 
     def _start(self, work: _Work, save: _Save | None, after: Event | None) -> None:
-        task = asyncio.get_running_loop().create_task(self._carry_out(work, save, after))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._carry_out(work, save, after), self._tasks)
+
+    def _spawn(self, call: Coroutine[Any, Any, None], tasks: "set[asyncio.Task[None]]") -> None:
+        task = asyncio.get_running_loop().create_task(call)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         task.add_done_callback(_raise_in_loop)
 
     async def _carry_out(self, work: _Work, save: _Save | None, after: Event | None) -> None:
@@ -245,6 +309,28 @@ class WorkerHalf:
                 save.read.set()
             data.release_event(after)
             self._ended.append(_Ended(self._judge(work, ended[0]), work.job))
+        if isinstance(work.job, SaveJob) and work.job.keys:
+            self._spawn(self._write_behind(work, work.job, ended[0]), self._tier_tasks)
+
+    async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest) -> None:
+        saved = np.flatnonzero(request.succeeded)
+        keys = split_keys(job.keys)
+        stored = np.zeros(request.succeeded.size, dtype=np.bool_)
+        if self._mover is not None:
+            wanted = [keys[position] for position in work.positions[saved].tolist()]
+            stored[saved] = await self._mover.write(wanted, work.transfer.part(saved), request.digests[saved])
+        failed = tuple(work.positions[~stored].tolist())
+        self._ended.append(_Ended(JobOutcome(job.write_id, failed), job))
+
+    async def _fetch(self, job: FetchJob) -> None:
+        positions = self._share.part_of(job.transfer)
+        plan, keys = job.transfer.part(positions), split_keys(job.keys)
+        digests = np.zeros(plan.num_blocks, dtype=np.uint64)
+        arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
+        if self._mover is not None:
+            arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
+        self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
+        self._ended.append(_Ended(JobOutcome(job.job_id, tuple(positions[~arrived].tolist())), job))
 
     def _judge(self, work: _Work, request: TransferRequest) -> JobOutcome:
         places, digests = self._share.places(work.transfer), self._share.digests

@@ -50,7 +50,12 @@ def work(connection: Connection, rank: int, blind: bool) -> None:
     spec = MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=WIDTH, dtype=torch.float32)
     config = SimpleNamespace(num_blocks=NUM_BLOCKS, kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, WIDTH)
-    half = WorkerHalf(config, ConnectorOptions.from_extra_config(OPTIONS), PipeGroup(connection, rank, blind))
+    model = SimpleNamespace(model="latent", revision=None)
+    parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2, pipeline_parallel_size=1)
+    vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
+    half = WorkerHalf(
+        vllm_config, config, ConnectorOptions.from_extra_config(OPTIONS), PipeGroup(connection, rank, blind)
+    )
     half.register_kv_caches({"layer": cache})
     assert half._data is not None
     kernels = half._data._executor._kernels

@@ -1,0 +1,213 @@
+"""The scheduler half's part of the lower tier: which blocks the workers write there, and which they fetch."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.config import KVortexConfig
+from kvortex.control import ControlPlane, FetchPlan, HeldBlocks
+from kvortex.index import pack_keys
+from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
+from kvortex.vllm.lower import TierIndex
+from kvortex.vllm.metrics import ConnectorStats
+from kvortex.vllm.plans import FetchJob, JobOutcome
+
+logger = logging.getLogger(__name__)
+
+WRITING_SHARE = 0.25
+"""Of the pool: blocks that are being written cannot be evicted, so no more than this at a time."""
+NO_WRITE = -1
+
+
+@dataclass
+class _Write:
+    """Blocks that the workers write when they have saved them; `held` once the save is over here too."""
+
+    hashes: list[bytes]
+    keys: list[bytes]
+    reports: int = 0
+    failed: set[int] = field(default_factory=set)
+    held: HeldBlocks | None = None
+
+
+@dataclass
+class _FetchUnderWay:
+    plan: FetchPlan
+    hashes: list[bytes]
+    keys: list[bytes]
+    started_s: float
+    reports: int = 0
+    failed: set[int] = field(default_factory=set)
+
+
+class TierPlanner:
+    """Plans writes and fetches over one pool and one tier.
+
+    Args:
+        config: the engine's.
+        control: of the pool.
+        sizes: of blocks.
+        index: what the tier has.
+        num_workers: that report.
+        next_id: numbers for jobs.
+        stats: gives the counters of the moment.
+    """
+
+    def __init__(
+        self,
+        config: KVortexConfig,
+        control: ControlPlane,
+        sizes: BlockSizes,
+        index: TierIndex,
+        num_workers: int,
+        next_id: Callable[[], int],
+        stats: Callable[[], ConnectorStats],
+    ) -> None:
+        self._control = control
+        self._sizes = sizes
+        self._index = index
+        self._num_workers = num_workers
+        self._next_id = next_id
+        self._stats = stats
+        self._wait_s = config.load_deadline_s or config.tier_timeout_s
+        in_pool = control.allocator.capacity_bytes // sizes.packed
+        self._max_writing = max(1, min(config.tier_queue_blocks, int(WRITING_SHARE * in_pool)))
+        self._max_fetching = max(1, in_pool // 2)
+        self._num_writing = 0
+        self._writes: dict[int, _Write] = {}
+        self._fetches: dict[int, _FetchUnderWay] = {}
+        self._arriving: dict[bytes, float] = {}  # hash -> when its fetch was planned
+        self._asked: dict[str, int] = {}  # request -> block up to which it has had blocks fetched
+
+    # -- write -------------------------------------------------------------------------------------
+
+    def plan_write(self, hashes: Sequence[bytes]) -> tuple[bytes, int]:
+        """Have the workers write the blocks of a save when they have them.
+
+        Returns:
+            The keys for the save job, 32 bytes a block, and the number of the write; no keys where too much is being
+            written already.
+        """
+        if self._num_writing + len(hashes) > self._max_writing:
+            self._stats().add("shed_writes", len(hashes))
+            return b"", NO_WRITE
+        keys = self._index.keys_of(hashes)
+        number = self._next_id()
+        self._writes[number] = _Write(list(hashes), keys)
+        self._num_writing += len(hashes)
+        return b"".join(keys), number
+
+    def saved(self, number: int, succeeded: NDArray[np.bool_]) -> None:
+        """A save is committed: its blocks stay where they are until the workers have written them."""
+        write = self._writes[number]
+        positions = np.flatnonzero(succeeded)
+        held = self._control.hold(pack_keys([write.hashes[i] for i in positions.tolist()]))
+        write.held = HeldBlocks(positions[held.positions], held.slots, held.offsets, held.nbytes, held.digests)
+        self._end_if_written(number, write)
+
+    def _end_if_written(self, number: int, write: _Write) -> None:
+        # Of several workers one may have written before another has reported the save.
+        if write.held is None or write.reports < self._num_workers:
+            return
+        del self._writes[number]
+        self._num_writing -= len(write.hashes)
+        self._control.release(write.held.slots)
+        stored = [i for i in range(len(write.keys)) if i not in write.failed]
+        self._index.written([write.keys[i] for i in stored])
+        self._stats().add("written_blocks", len(stored))
+        self._stats().add("failed_writes", len(write.failed))
+
+    # -- fetch -------------------------------------------------------------------------------------
+
+    def plan_fetch(self, request_id: str, number: int, hashes: Sequence[bytes]) -> FetchJob | None:
+        """Have the workers bring blocks from the tier.
+
+        Args:
+            request_id: who asks; the same block is fetched for it once.
+            number: of the first block in the request.
+            hashes: of its blocks from there on, none of which is in the pool.
+
+        Returns:
+            The job; None where the tier has not got the first block, or the pool has no room.
+        """
+        if self._asked.get(request_id, -1) >= number:
+            return None
+        keys = self._index.keys_of(hashes[: self._max_fetching])
+        sizes = self._index.known_run(keys)
+        self._asked[request_id] = number + max(len(sizes) - 1, 0)
+        packed = np.array([self._sizes.packs and nbytes < self._sizes.raw for nbytes in sizes], dtype=np.bool_)
+        plan = self._control.plan_fetch(pack_keys(hashes[: len(sizes)]), packed, "fetch")
+        if not plan.positions.size:
+            return None
+        places = plan.positions.tolist()
+        job_id = self._next_id()
+        fetch = _FetchUnderWay(plan, [hashes[i] for i in places], [keys[i] for i in places], time.perf_counter())
+        self._fetches[job_id] = fetch
+        self._arriving.update(dict.fromkeys(fetch.hashes, time.monotonic()))
+        transfer = TransferPlan(
+            Direction.LOAD,
+            np.zeros(len(places), dtype=np.int32),
+            plan.offsets,
+            packed[plan.positions] if self._sizes.packs else None,
+        )
+        return FetchJob(job_id, transfer, b"".join(fetch.keys))
+
+    def is_worth_waiting(self, block_hash: bytes) -> bool:
+        """A block is on its way, and not for too long yet."""
+        since_s = self._arriving.get(block_hash)
+        return since_s is not None and time.monotonic() - since_s < self._wait_s
+
+    def _end_fetch(self, job_id: int, fetch: _FetchUnderWay) -> None:
+        del self._fetches[job_id]
+        plan = fetch.plan
+        columns = zip(plan.slots.tolist(), plan.offsets.tolist(), plan.nbytes.tolist(), strict=True)
+        for position, (slot, offset, nbytes) in enumerate(columns):
+            if position in fetch.failed:
+                self._control.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
+            else:
+                self._control.finish_fetch(slot, offset, nbytes, 0)
+        for block_hash in fetch.hashes:
+            self._arriving.pop(block_hash, None)
+        self._index.lost([fetch.keys[i] for i in fetch.failed])
+        self._stats().add("fetched_blocks", len(fetch.hashes) - len(fetch.failed))
+        self._stats().add("failed_fetches", len(fetch.failed))
+        self._stats().add("fetch_seconds", time.perf_counter() - fetch.started_s)
+
+    # -- both --------------------------------------------------------------------------------------
+
+    @property
+    def num_jobs(self) -> int:
+        """Writes and fetches under way."""
+        return len(self._writes) + len(self._fetches)
+
+    def report(self, outcome: JobOutcome) -> bool:
+        """Take in what one worker says of a job; False if it is none of these."""
+        number = outcome.job_id
+        if (write := self._writes.get(number)) is not None:
+            write.reports += 1
+            write.failed.update(outcome.failed)
+            self._end_if_written(number, write)
+            return True
+        if (fetch := self._fetches.get(number)) is not None:
+            fetch.reports += 1
+            fetch.failed.update(outcome.failed)
+            if fetch.reports == self._num_workers:
+                self._end_fetch(number, fetch)
+            return True
+        return False
+
+    def forget_request(self, request_id: str) -> None:
+        """A request has ended."""
+        self._asked.pop(request_id, None)
+
+    def forget_all(self) -> None:
+        """Whatever the tier has is of no use any more."""
+        self._index.forget_all()
+
+    def close(self) -> None:
+        """Close the tier."""
+        self._index.close()

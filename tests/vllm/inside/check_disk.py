@@ -1,0 +1,141 @@
+"""Blocks on disk: a killed server starts warm, and what the pool lost comes back; tokens as without a cache."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROMPTS
+from engine_support import BLOCK_SIZE, Engine, running
+
+from kvortex.config import KVortexConfig
+from kvortex.errors import ConfigError
+from kvortex.types import MissReason
+from kvortex.vllm import lower
+
+WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
+BLOCK_NBYTES = BLOCK_SIZE * 4096
+
+
+def num_blocks(name: str) -> int:
+    return len(PROMPTS[name]) // BLOCK_SIZE
+
+
+def files_in(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*.kv1") if path.is_file()]
+
+
+def wait_for_files(directory: Path, count: int) -> None:
+    due_s = time.monotonic() + 20
+    while len(files_in(directory)) < count:
+        assert time.monotonic() < due_s, f"{len(files_in(directory))} of {count} blocks on disk"
+        time.sleep(0.02)
+
+
+def fetched(engine: Engine) -> int:
+    engine.settle()
+    return engine.loaded_blocks
+
+
+def check_a_second_engine_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    total = sum(num_blocks(name) for name in WHOLE)
+    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
+    with running(model, options=options) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        wait_for_files(tmp_path, total)
+        engine.settle()
+        assert engine.scheduler_half._tier.num_jobs == 0
+    with running(model, options=options) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        assert fetched(engine) == total
+
+
+def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    options = {
+        "disk_path": str(tmp_path),
+        "disk_capacity_bytes": "1GiB",
+        "cpu_pool_bytes": 20 * BLOCK_NBYTES,
+        "pin_piece_bytes": 20 * BLOCK_NBYTES,
+    }
+    with running(model, options=options) as engine:
+        for round_number in range(3):
+            for name in WHOLE:
+                assert engine.generate([PROMPTS[name]]) == expected[name], (round_number, name)
+                engine.settle()
+        assert engine.control.index.evicted_blocks > 0
+        assert engine.loaded_blocks > 0
+
+
+def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        wait_for_files(tmp_path, num_blocks("long"))
+    for path in files_in(tmp_path)[::3]:
+        data = bytearray(path.read_bytes())
+        data[6000] ^= 4
+        path.write_bytes(data)
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        assert 0 <= engine.loaded_blocks < num_blocks("long")
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+
+
+def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        wait_for_files(tmp_path, num_blocks("long"))
+        engine.settle()
+        engine.scheduler_half.reset_cache()
+        before = engine.loaded_blocks
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        assert engine.loaded_blocks == before
+        wait_for_files(tmp_path, 2 * num_blocks("long"))
+        engine.settle()
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        assert engine.loaded_blocks - before == num_blocks("long")
+
+
+def check_another_inclusion_is_refused() -> None:
+    with pytest.raises(ConfigError, match="in vLLM tier_inclusion can be 'inclusive' only"):
+        lower.check_supported(KVortexConfig(tier_inclusion="exclusive"))
+
+
+SERVER = """
+import json, sys, time
+from conftest import PROMPTS
+from engine_support import running
+names, model, directory = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
+with running(model, options={"disk_path": directory, "disk_capacity_bytes": "1GiB"}) as engine:
+    print(json.dumps({name: engine.generate([PROMPTS[name]]) for name in names}), flush=True)
+    time.sleep(600)
+"""
+
+
+def check_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    """SIGKILL, no chance to clean up: the next server hits what was on disk, with the same tokens."""
+    total = sum(num_blocks(name) for name in WHOLE)
+    arguments = [sys.executable, "-c", SERVER, ",".join(WHOLE), model, str(tmp_path)]
+    server = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    assert server.stdout is not None
+    try:
+        answers = next(json.loads(line) for line in server.stdout if line.startswith("{"))
+        assert answers == {name: expected[name] for name in WHOLE}
+        wait_for_files(tmp_path, total)
+    finally:
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    with running(model, options={"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        assert fetched(engine) == total
+        assert engine.misses(MissReason.CORRUPT) == 0
