@@ -10,6 +10,7 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -41,7 +42,7 @@ class Row:
 
 
 class Traffic:
-    """Saves or loads without end, until the block is left; counts bytes."""
+    """Saves or loads without end, until the block is left; counts bytes. Each save is of blocks that are new."""
 
     def __init__(self, engine: KVortexEngine, direction: str) -> None:
         self._engine = engine
@@ -52,12 +53,13 @@ class Traffic:
 
     async def run(self) -> None:
         ids = np.arange(self._blocks)
-        hashes = hash_blocks(np.arange(self._blocks * BLOCK_SIZE), BLOCK_SIZE)
-        if self._direction == "load":
-            await self._engine.save_blocks(hashes, ids, stream=self._side)
-        while True:
+        tokens = np.arange(self._blocks * BLOCK_SIZE)
+        chains = [hash_blocks(tokens, BLOCK_SIZE, extra_keys=(self._direction, i)) for i in range(64)]
+        hashes = chains[0]
+        await self._engine.save_blocks(hashes, ids, stream=self._side)
+        for number in itertools.count(1):
             if self._direction == "save":
-                self._engine.clear()
+                hashes = chains[number % len(chains)]  # evicted long before its turn comes again
                 await self._engine.save_blocks(hashes, ids, stream=self._side)
             else:
                 await self._engine.load_blocks(hashes, ids + self._blocks, stream=self._side)
@@ -65,8 +67,8 @@ class Traffic:
 
 
 @asynccontextmanager
-async def traffic(engine: KVortexEngine, direction: str) -> Any:
-    running = Traffic(engine, direction)
+async def traffic(engine: KVortexEngine, direction: str, kind: type = Traffic) -> Any:
+    running = kind(engine, direction)
     task = asyncio.create_task(running.run())
     await asyncio.sleep(0.3)
     running.moved_bytes = 0
@@ -79,7 +81,7 @@ async def traffic(engine: KVortexEngine, direction: str) -> Any:
 
 @asynccontextmanager
 async def engine_over(kv: dict[str, torch.Tensor], **settings: Any) -> Any:
-    config = KVortexConfig(cpu_pool_bytes=TOTAL_BYTES + (512 << 20), watermark=1.0, **settings)
+    config = KVortexConfig(cpu_pool_bytes=3 * TOTAL_BYTES, **settings)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(kv, BLOCK_SIZE)
         await engine.wait_pinned()
@@ -99,13 +101,15 @@ def matmul_seconds(count: int = 1500, size: int = 4096) -> float:
     return float(start.elapsed_time(end)) * 1e-3
 
 
-async def slow_down(engine: KVortexEngine, direction: str, work: Callable[[], float]) -> tuple[float, float]:
+async def slow_down(
+    engine: KVortexEngine, direction: str, work: Callable[[], float], kind: type = Traffic
+) -> tuple[float, float]:
     """How much longer `work` takes beside transfers, as a share; and the transfers' GB/s meanwhile."""
     alone, beside, rates = [], [], []
     await asyncio.to_thread(work)
     for _ in range(5):
         alone.append(await asyncio.to_thread(work))
-        async with traffic(engine, direction) as running:
+        async with traffic(engine, direction, kind) as running:
             started = time.perf_counter()
             beside.append(await asyncio.to_thread(work))
             rates.append(running.moved_bytes / (time.perf_counter() - started))
@@ -141,8 +145,37 @@ async def wake_up_delays(engine: KVortexEngine) -> list[float]:
     return sorted(delays)
 
 
+class PlainCopies:
+    """One large pinned copy after another, by itself: what any way of moving the bytes costs a model beside it."""
+
+    def __init__(self, engine: KVortexEngine, direction: str) -> None:
+        self._device = Device(torch.cuda.current_device())
+        self._stream = self._device.create_stream()
+        self._pool = engine._planes()[1].pool
+        self._gpu = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+        self._direction = direction
+        self.moved_bytes = 0
+
+    async def run(self) -> None:
+        sides = self._pool.address, self._gpu.data_ptr()
+        target, source = sides if self._direction == "save" else sides[::-1]
+        events = [self._device.create_event(), self._device.create_event()]
+        for number in itertools.count():
+            event = events[number % 2]
+            if number > 1:
+                await asyncio.to_thread(self._device.synchronize_event, event)
+                self.moved_bytes += self._gpu.numel()
+            self._device.copy_async(target, source, self._gpu.numel(), self._stream)
+            self._device.record_event(event, self._stream)
+
+
 async def bench_matmul(kv: dict[str, torch.Tensor], arguments: argparse.Namespace) -> list[Row]:
     rows = []
+    async with engine_over(kv) as engine:
+        for direction in ("save", "load"):
+            share, rate = await slow_down(engine, direction, matmul_seconds, PlainCopies)
+            setting = f"plain copies, {direction} at {rate:.1f} GB/s"
+            rows.append(Row("matmul slowed down", setting, 100 * share, "%"))
     for grid in map(int, arguments.thread_blocks.split(",")):
         async with engine_over(kv, kernel_thread_blocks=grid, codec=arguments.codec) as engine:
             for direction in ("save", "load"):

@@ -327,8 +327,19 @@ class KVortexEngine:
         _, data = self._planes()
         await data.pool.ready(data.pool.capacity_bytes)
 
+    async def wait_tier(self) -> bool:
+        """Wait until the lower tier is open and what it holds is known; False if it cannot be used, or there is none.
+
+        Not needed: until then blocks that it is not known to hold are misses, or asked for one by one.
+        """
+        self._planes()
+        return self._tiering is not None and await self._tiering.ready()
+
     def clear(self) -> None:
-        """Forget every cached block. Transfers under way end as usual; their saves stay invisible."""
+        """Forget every block of the pool; the lower tier keeps what it has.
+
+        Transfers under way end as usual; their saves stay invisible.
+        """
         control, _ = self._planes()
         control.clear()
 

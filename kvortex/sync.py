@@ -101,11 +101,17 @@ class SyncEngine:
         block_ids: Sequence[int] | NDArray[np.integer],
         *,
         stream: object = None,
+        deadline_s: float | None = None,
         timeout_s: float | None = None,
     ) -> LoadResult:
         """As `KVortexEngine.load_blocks`; the default stream is torch's current one in this thread."""
         stream = self._engine.current_stream() if stream is None else stream
-        return self._wait(self._engine.load_blocks(hashes, block_ids, stream=stream), timeout_s)
+        call = self._engine.load_blocks(hashes, block_ids, stream=stream, deadline_s=deadline_s)
+        return self._wait(call, timeout_s)
+
+    def prefetch(self, hashes: Sequence[BlockHash], *, timeout_s: float | None = None) -> int:
+        """As `KVortexEngine.prefetch`."""
+        return self._wait(self._engine.prefetch(hashes), timeout_s)
 
     def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
         """As `KVortexEngine.check_blocks`; does not go through the loop."""
@@ -122,6 +128,14 @@ class SyncEngine:
     def clear(self) -> None:
         """As `KVortexEngine.clear`."""
         self._wait(_on_loop(self._engine.clear), None)
+
+    def wait_tier(self, *, timeout_s: float | None = None) -> bool:
+        """As `KVortexEngine.wait_tier`."""
+        return self._wait(self._engine.wait_tier(), timeout_s)
+
+    def flush(self, *, timeout_s: float | None = None) -> None:
+        """As `KVortexEngine.flush`."""
+        self._wait(self._engine.flush(), timeout_s)
 
     def drain(self, *, timeout_s: float | None = None) -> None:
         """As `KVortexEngine.drain`."""

@@ -153,6 +153,13 @@ class Tiering:
         await self.tier.aclose()
         self._pool = self._pool[:0].copy()  # the pool can be unmapped unless a late read still holds a part of it
 
+    async def ready(self) -> bool:
+        """Wait until the tier is open and knows what it holds; False if it cannot be used."""
+        await self._opened.wait()
+        if self._usable:
+            await self.tier.scanned()
+        return self._usable
+
     async def flush(self) -> None:
         """Wait until everything that waits to be written is written or given up."""
         await self._opened.wait()
@@ -455,13 +462,14 @@ class Arrival:
         self._tiering = tiering
         self._keys = keys
         self._fetch = tiering.fetch(keys)
-        self._due_s = None if deadline_s is None else time.monotonic() + deadline_s
+        self._loop = asyncio.get_running_loop()
+        self._due_s = None if deadline_s is None else self._loop.time() + deadline_s
         self._late: set[bytes] = set()
 
     async def wait(self, keys: NDArray[np.uint64]) -> None:
         """Wait for some of the call's blocks; what is late is remembered."""
         if self._fetch.num_blocks:
-            timeout_s = None if self._due_s is None else max(self._due_s - time.monotonic(), 0.0)
+            timeout_s = None if self._due_s is None else max(self._due_s - self._loop.time(), 0.0)
             self._late.update(await self._fetch.wait(_as_bytes(keys), timeout_s=timeout_s))
 
     def explain(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:

@@ -76,8 +76,9 @@ async def test_blocks_outlive_the_engine(bench: Bench) -> None:
         assert engine.get_stats().tiering.written_blocks == 20
     wipe(cache, range(NUM_BLOCKS))
     async with bench.engine(cache) as engine:
-        await engine.prefetch([])  # lets the tier open
-        assert engine.match_prefix(hashes) == 20 or await engine.prefetch(hashes) == 20
+        assert await engine.wait_tier()
+        assert engine.match_prefix(hashes) == 20
+        assert engine.check_blocks([*hashes, b"x" * 32]).tolist() == [True] * 20 + [False]
         loaded = await engine.load_blocks(hashes, ids)
         assert loaded.ok
         assert contents(cache, ids) == want
@@ -345,6 +346,7 @@ async def test_a_directory_that_cannot_be_used_costs_the_tier_and_nothing_else(
         await engine.save_blocks(hashes, range(4))
         assert (await engine.load_blocks(hashes, range(4))).ok
         await engine.flush()
+        assert not await engine.wait_tier()
         assert not engine.get_stats().tiering.usable
     assert "cannot be used" in caplog.text
 
@@ -373,3 +375,20 @@ async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     gc.collect()
+
+
+def test_the_blocking_face_reaches_the_tier(tmp_path: Path) -> None:
+    cache, hashes, ids = make_cache(), chain(6), list(range(6))
+    want = contents(cache, ids)
+    config = small_config(disk_path=str(tmp_path))
+    with KVortexEngine.create_sync(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert engine.wait_tier(timeout_s=10)
+        engine.save_blocks(hashes, ids)
+        engine.flush(timeout_s=10)
+    wipe(cache, ids)
+    with KVortexEngine.create_sync(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert engine.prefetch(hashes, timeout_s=10) == 6
+        assert engine.load_blocks(hashes, ids, deadline_s=0.0).ok
+        assert contents(cache, ids) == want

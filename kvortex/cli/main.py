@@ -30,6 +30,7 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=_positive, default=1000, help="replay the first N (default %(default)s)")
     parser.add_argument("--pool", type=_size, default=1 << 30, help="CPU pool, e.g. 512MiB (default 1GiB)")
     parser.add_argument("--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
+    parser.add_argument("--disk", default="", metavar="DIRECTORY", help="keep blocks there too, for later runs as well")
     parser.add_argument("--concurrency", type=_positive, default=4, help="requests at a time (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex import BlockHash, KVortexConfig, KVortexEngine, hash_blocks
+from kvortex import BlockHash, KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
+from kvortex.control import CPU_TIER
 from kvortex.errors import ConfigError
 from kvortex.stats import StatsSnapshot
 from kvortex.types import Direction
@@ -113,9 +114,14 @@ async def _replay(
     room = max(len(prompt) for prompt in prompts) // BLOCK_SIZE + 1
     shape = (2, room * concurrency, BLOCK_SIZE, HEADS, HEAD_DIM)
     paged = {f"layers.{i}": torch.zeros(shape, device=device) for i in range(LAYERS)}
-    config = KVortexConfig(cpu_pool_bytes=arguments.pool, eviction_policy=arguments.policy)
+    identity = ModelIdentity(model="replay")
+    config = KVortexConfig(
+        cpu_pool_bytes=arguments.pool, eviction_policy=arguments.policy, disk_path=arguments.disk, identity=identity
+    )
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(paged, BLOCK_SIZE)
+        if arguments.disk and not await engine.wait_tier():
+            raise ConfigError(f"{arguments.disk} cannot be used, see the log")
         replay = Replay(engine, paged)
         waiting = iter(prompts)
 
@@ -127,6 +133,7 @@ async def _replay(
         async with asyncio.TaskGroup() as group:
             for number in range(concurrency):
                 group.create_task(worker(number))
+        await engine.flush()
         return replay, engine.get_stats()
 
 
@@ -159,24 +166,34 @@ async def _with_progress(
 
 
 def _figures(replay: Replay, stats: StatsSnapshot, seconds: float) -> dict[str, Any]:
-    latency = {t.direction: t for t in stats.transfers}
+    moved = {t.direction: t for t in stats.transfers if t.tier == CPU_TIER}
+    tiering = stats.tiering
     ttft = np.array(replay.ttft_s)
     return {
         "device": next(iter(replay.paged.values())).device.type,
         "requests": replay.requests,
         "blocks": replay.blocks,
         "hit_rate": replay.hits / replay.blocks if replay.blocks else 0.0,
-        "bytes_saved": stats.bytes_saved,
-        "bytes_loaded": stats.bytes_loaded,
+        "bytes_saved": moved[Direction.SAVE].nbytes if Direction.SAVE in moved else 0,
+        "bytes_loaded": moved[Direction.LOAD].nbytes if Direction.LOAD in moved else 0,
         **{
-            f"{direction.value}_{name}_ms": getattr(latency[direction], f"{name}_s") * 1e3
+            f"{direction.value}_{name}_ms": getattr(moved[direction], f"{name}_s") * 1e3
             for direction in Direction
-            if direction in latency
+            if direction in moved
             for name in ("p50", "p99")
         },
         "prefix_ready_p50_ms": float(np.percentile(ttft, 50)) * 1e3,
         "prefix_ready_p99_ms": float(np.percentile(ttft, 99)) * 1e3,
         "evicted_blocks": stats.evicted_blocks,
+        **(
+            {
+                "disk_written_blocks": tiering.written_blocks,
+                "disk_shed_blocks": tiering.shed_blocks,
+                "disk_fetched_blocks": tiering.fetched_blocks,
+            }
+            if tiering is not None
+            else {}
+        ),
         "mismatches": replay.mismatches,
         "seconds": seconds,
     }

@@ -49,3 +49,18 @@ def check_multi_turn(model: str) -> None:
     assert turns[0][0] == 0
     for (_, before), (cached, _) in itertools.pairwise(turns):
         assert cached > before - 128, "the answer's blocks are hits too"
+
+
+@pytest.mark.skipif(not IS_NEWER, reason="the older version's stand-in operators live in this process alone")
+def check_shared_disk(model: str, tmp_path: Path) -> None:
+    """Run as printed: it starts its two engines itself."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "vllm_shared_disk.py"), model, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    first, second = re.findall(r"(\d+) of 300 prompt tokens were cached: (\[.*\])", done.stdout)
+    assert int(first[0]) == 0
+    assert int(second[0]) >= 256
+    assert first[1] == second[1]
