@@ -55,8 +55,8 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
 
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
-    fetches: list[FetchJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)
+    fetches: list[FetchJob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
