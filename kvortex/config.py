@@ -138,7 +138,10 @@ class KVortexConfig:
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
         _require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
         _require(self.load_deadline_s >= 0, f"load_deadline_s must not be negative, got {self.load_deadline_s}")
-        _require(self.max_pack_error > 0, f"max_pack_error must be positive, got {self.max_pack_error}")
+        _require(
+            0 < self.max_pack_error < 1,  # an infinite bound would let infinite elements be packed
+            f"max_pack_error must lie in (0, 1), got {self.max_pack_error}",
+        )
         _require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
         _require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
         _require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ DEMOTED_SHARE: Final = 0.1
 """Of the pool: what was evicted and waits for the lower tier may hold so much."""
 DIRECT_ROUNDING: Final = 4096
 """A tier may round a payload up to what its device reads at once when it says how large a block is."""
+
+
+_Awaited: TypeAlias = "dict[bytes, asyncio.Future[None]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +98,8 @@ class Tiering:
         self._writing = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._arriving: dict[bytes, asyncio.Future[None]] = {}
-        self._reading: set[bytes] = set()
+        self._arriving: _Awaited = {}
+        self._reading: _Awaited = {}
         self._batch = min(FETCH_BATCH, config.fetch_blocks)
         self._room = asyncio.Semaphore(config.fetch_blocks)
         self._takes_room = asyncio.Lock()  # one after the other: two that wait with half of it each would wait for ever
@@ -313,29 +316,32 @@ class Tiering:
     def fetch(self, keys: NDArray[np.uint64]) -> "Fetch":
         """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
         missing = keys[~self._control.index.contains_mask(keys)]
-        new = [key for key in _as_bytes(missing) if key not in self._arriving]
-        if self._closing or (self._opened.is_set() and not self._usable):
-            new = []
+        wanted = () if self._closing or (self._opened.is_set() and not self._usable) else _as_bytes(missing)
         loop = asyncio.get_running_loop()
-        self._arriving.update({key: loop.create_future() for key in new})
+        new = {key: loop.create_future() for key in wanted if key not in self._arriving}
+        self._arriving.update(new)
         task = self._spawn(self._fetch_all(new)) if new else None
+        if task is not None:  # not in the task itself: cancelled before its first step, it never runs
+            task.add_done_callback(lambda _: self._not_coming(self._unread(new)))
         return Fetch(task, {key: self._arriving[key] for key in _as_bytes(missing) if key in self._arriving})
 
-    async def _fetch_all(self, keys: list[bytes]) -> None:
-        try:
-            await self._opened.wait()
-            for start in range(0, len(keys), self._batch) if self._usable else ():
-                await self._fetch_batch(keys[start : start + self._batch])
-        finally:
-            self._not_coming([key for key in keys if key not in self._reading])
+    def _unread(self, awaited: _Awaited) -> _Awaited:
+        return {key: future for key, future in awaited.items() if self._reading.get(key) is not future}
 
-    async def _fetch_batch(self, keys: list[bytes]) -> None:
+    async def _fetch_all(self, awaited: _Awaited) -> None:
+        await self._opened.wait()
+        keys = list(awaited)
+        for start in range(0, len(keys), self._batch) if self._usable else ():
+            await self._fetch_batch({key: awaited[key] for key in keys[start : start + self._batch]})
+
+    async def _fetch_batch(self, awaited: _Awaited) -> None:
+        keys = list(awaited)
         sizes = await self._sizes_of([self._tier_key(key) for key in keys])
         found = [(key, nbytes) for key, nbytes in zip(keys, sizes, strict=True) if nbytes]
-        self._not_coming([key for key, nbytes in zip(keys, sizes, strict=True) if not nbytes])
+        self._not_coming({key: awaited[key] for key, nbytes in zip(keys, sizes, strict=True) if not nbytes})
         async with self._takes_room:
             await self._take_room(len(found))
-        self._plan_reads(found)
+        self._plan_reads(found, awaited)
 
     async def _sizes_of(self, tier_keys: list[bytes]) -> list[int]:
         sizes = self.tier.lookup(tier_keys)
@@ -357,14 +363,15 @@ class Tiering:
                 self._room.release()
             raise
 
-    def _plan_reads(self, found: list[tuple[bytes, int]]) -> None:
+    def _plan_reads(self, found: list[tuple[bytes, int]], awaited: _Awaited) -> None:
         packed = np.array([self._rests_packed(nbytes) for _, nbytes in found], dtype=np.bool_)
         keys = [key for key, _ in found]
         plan = self._control.plan_fetch(_as_array(keys), packed, "fetch")
-        planned = [keys[position] for position in plan.positions.tolist()]
-        for key in set(keys).difference(planned):  # no room in the pool, or somebody saves it just now
-            self._room.release()
-            self._not_coming([key])
+        planned = {key: awaited[key] for key in (keys[position] for position in plan.positions.tolist())}
+        for key in keys:
+            if key not in planned:  # no room in the pool, or somebody saves it just now
+                self._room.release()
+                self._not_coming({key: awaited[key]})
         columns = zip(planned, *(c.tolist() for c in (plan.slots, plan.offsets, plan.nbytes)), strict=True)
         requests = [self._read_request(*column) for column in columns]
         self._reading.update(planned)
@@ -379,10 +386,10 @@ class Tiering:
         payload = self._pool[offset : offset + self._forms.payload_nbytes(self._control.is_packed(nbytes))]
         return ReadRequest(self._tier_key(key), payload, partial(self._arrived, key, slot, offset, nbytes))
 
-    async def _read(self, keys: Sequence[bytes], requests: Sequence[ReadRequest]) -> None:
+    async def _read(self, awaited: _Awaited, requests: Sequence[ReadRequest]) -> None:
         started = time.perf_counter()
         outcomes = await self.tier.read(requests, deadline_s=self._config.tier_timeout_s)
-        self._not_coming(keys)  # what is later than that comes for somebody else
+        self._not_coming(awaited)  # what is later than that comes for somebody else
         good = sum(outcome.reason is None for outcome in outcomes)
         self._record(Direction.LOAD, good, time.perf_counter() - started)
 
@@ -396,19 +403,23 @@ class Tiering:
                 self._spawn(self._delete([key]))
         else:
             self._control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
-        self._reading.discard(key)
+        del self._reading[key]
         self._room.release()
-        self._not_coming([key])
+        if key in self._arriving:
+            self._not_coming({key: self._arriving[key]})
 
     async def _delete(self, keys: Sequence[bytes]) -> None:
         with contextlib.suppress(EngineStateError):  # closed meanwhile
             await self.tier.delete([self._tier_key(key) for key in keys], deadline_s=self._config.tier_timeout_s)
 
-    def _not_coming(self, keys: Sequence[bytes]) -> None:
-        """Whoever waits for these need not wait any longer: they are in the pool, or they will not be."""
-        for key in keys:
-            future = self._arriving.pop(key, None)
-            if future is not None and not future.done():
+    def _not_coming(self, awaited: _Awaited) -> None:
+        """Whoever waits for these need not wait any longer: they are in the pool, or they will not be.
+
+        A block that was evicted meanwhile may be awaited anew by somebody else: that is another future.
+        """
+        for key, future in awaited.items():
+            if self._arriving.get(key) is future:
+                del self._arriving[key]
                 future.set_result(None)
 
     # -- both --------------------------------------------------------------------------------------

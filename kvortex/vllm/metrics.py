@@ -12,6 +12,7 @@ COUNTERS = {
     "saved_blocks": "Blocks saved",
     "saved_bytes": "Bytes saved, per worker",
     "failed_saves": "Blocks whose save failed",
+    "kept_as_is_blocks": "Blocks saved as they are because packing would have lost too much",
     "loaded_blocks": "Blocks loaded",
     "loaded_bytes": "Bytes loaded, per worker",
     "load_seconds": "Seconds from the plan of a load to its end, summed over loads",

@@ -72,6 +72,7 @@ class _Job:
     failed: set[int] = field(default_factory=set)
     corrupt: set[int] = field(default_factory=set)
     too_lossy: set[int] = field(default_factory=set)
+    as_is: bool = False  # of a save: packing would have lost too much of these
     first: int = 0  # of a save: the request's block that it begins with
     blocks: PlannedBlocks | None = None  # of a save, for its event
     write_id: int = NO_WRITE  # of a save: the write to the lower tier that follows it
@@ -287,7 +288,9 @@ class SchedulerHalf:
         plan = self._control.plan_save(pack_keys(hashes), block_ids, "save", as_is=as_is)
         if plan.transfer.num_blocks:
             job_id = next(self._job_ids)
-            job = self._jobs[job_id] = _Job(plan, time.perf_counter(), request.request_id, first=part.start)
+            job = self._jobs[job_id] = _Job(
+                plan, time.perf_counter(), request.request_id, as_is=as_is, first=part.start
+            )
             keys_to_write = b""
             if self._tier is not None:
                 saved = [hashes[position] for position in plan.positions.tolist()]
@@ -337,6 +340,8 @@ class SchedulerHalf:
         if self._tier is not None and job.write_id != NO_WRITE:
             self._tier.saved(job.write_id, succeeded)
         self._publish(plan, job.blocks, succeeded)
+        if job.as_is:
+            self._stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
         tracked = self._tracked.get(job.request_id)
         if tracked is not None:

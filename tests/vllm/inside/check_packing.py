@@ -1,8 +1,13 @@
 """Packed blocks: hits out of a quarter of the memory, and the exact bytes where packing would lose too much."""
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, running
+
+from kvortex.vllm.metrics import ConnectorStats
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 
@@ -14,6 +19,20 @@ def num_blocks(name: str) -> int:
 def stored_nbytes(engine: Engine) -> float:
     index = engine.control.index
     return index.committed_bytes / len(index)
+
+
+def count_stats(engine: Engine) -> Callable[[], Counter[str]]:
+    """The connector's counters since now, whoever takes them."""
+    half, total = engine.scheduler_half, Counter[str]()
+    take = half.take_stats
+
+    def counting() -> ConnectorStats | None:
+        taken = take()
+        total.update(taken.data if taken is not None else {})
+        return taken
+
+    half.take_stats = counting  # type: ignore[method-assign]
+    return lambda: total + Counter(half._stats.data)
 
 
 @pytest.mark.parametrize(("codec", "share"), [("fp8", 0.26), ("bf16", 0.5)])
@@ -32,10 +51,13 @@ def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[in
 
 def check_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
     with running(model, options={"codec": "fp8", "max_pack_error": 1e-9}) as engine:
+        counted = count_stats(engine)
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]
             engine.settle()
         assert stored_nbytes(engine) == BLOCK_SIZE * 4096
+        assert counted()["kept_as_is_blocks"] == len(engine.control.index)
+        assert counted()["failed_saves"] == 0
         before = engine.loaded_blocks
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]
