@@ -141,6 +141,7 @@ class TieringFigures:
     """What moved between the pool and a lower tier, in blocks.
 
     `shed_blocks` were not written because too much waited already; `usable` is False for a tier that did not open.
+    `causes` counts what lay behind every miss and refused write of the tier; the bytes are its own, of all processes.
     """
 
     tier: str
@@ -152,6 +153,9 @@ class TieringFigures:
     demoted_blocks: int
     waiting_blocks: int
     arriving_blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    causes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +264,9 @@ class StatsSnapshot:
             state = "" if t.usable else " (cannot be used)"
             lines.append(
                 f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
-                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting"
+                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {_readable(t.used_bytes)} of "
+                f"{_readable(t.capacity_bytes)}"
+                + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
             )
         return "\n".join(lines)
 
@@ -393,9 +399,14 @@ def _tiering_metrics(figures: TieringFigures | None) -> list[_Metric]:
         "tier_usable": ("1 if the tier could be opened.", int(figures.usable)),
         "tier_waiting_blocks": ("Blocks that wait to be written.", figures.waiting_blocks),
         "tier_arriving_blocks": ("Blocks on their way back.", figures.arriving_blocks),
+        "tier_used_bytes": ("Bytes that the tier takes.", figures.used_bytes),
+        "tier_capacity_bytes": ("Bytes that it may take.", figures.capacity_bytes),
     }
-    return [(name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()] + [
-        (name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()
+    causes: list[_Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
+    return [
+        *((name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()),
+        ("tier_causes_total", "counter", "What lay behind misses and refused writes.", causes),
+        *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
     ]
 
 

@@ -170,6 +170,7 @@ class Tiering:
 
     def figures(self) -> TieringFigures:
         """Counters since the start, and what waits now."""
+        tier = self.tier.stats()
         return TieringFigures(
             tier=self.tier.name,
             usable=self._usable,
@@ -180,6 +181,9 @@ class Tiering:
             demoted_blocks=self._demoted_blocks,
             waiting_blocks=len(self._queue) + len(self._demoted) + self._writing,
             arriving_blocks=len(self._arriving),
+            used_bytes=tier.used_bytes,
+            capacity_bytes=tier.capacity_bytes,
+            causes={cause.value: count for cause, count in tier.causes.items()},
         )
 
     # -- down --------------------------------------------------------------------------------------

@@ -174,6 +174,10 @@ async def test_a_full_tier_is_counted_and_hurts_nobody(bench: Bench) -> None:
         await engine.flush()
         figures = engine.get_stats().tiering
         assert (figures.written_blocks, figures.failed_writes) == (0, 4)
+        text = engine.get_stats().to_prometheus()
+        assert 'kvortex_tier_failed_writes_total{tier="memory"} 4' in text
+        assert 'kvortex_tier_causes_total{tier="memory",cause="no_space"}' in text
+        assert f"of {TIER_BYTES >> 20}.0 MiB" in str(engine.get_stats())
         assert (await engine.load_blocks(hashes, ids)).ok
 
 
