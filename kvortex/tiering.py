@@ -103,7 +103,7 @@ class Tiering:
         self._batch = min(FETCH_BATCH, config.fetch_blocks)
         self._room = asyncio.Semaphore(config.fetch_blocks)
         self._takes_room = asyncio.Lock()  # one after the other: two that wait with half of it each would wait for ever
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in the order of their start
         self._opened = asyncio.Event()
         self._usable = False
         self._closing = False
@@ -134,12 +134,12 @@ class Tiering:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a tier's task ended in an unexpected error", exc_info=error)
 
@@ -148,11 +148,14 @@ class Tiering:
         self._closing = True
         self._control.on_evicted = None
         self._give_up_writing()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        while tasks := [task for task in self._tasks if not task.done()]:
+            for task in tasks:
+                task.cancel()
             await asyncio.wait(tasks)
+        # Whoever waits for one of them need not wait any longer.
+        self._opened.set()
+        self._idle.set()
+        self._not_coming(self._arriving.copy())
         await self.tier.aclose()
         self._pool = self._pool[:0].copy()  # the pool can be unmapped unless a late read still holds a part of it
 
