@@ -1,0 +1,225 @@
+"""One engine in a simulated world, and what must hold of it at every step."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvortex import BlockHash, KVortexConfig, KVortexEngine
+from kvortex.control import FetchPlan
+from kvortex.hashing import Namespace, cache_key
+from kvortex.index import table
+from kvortex.sched import HostExecutor, TransferExecutor
+from kvortex.tiers.payload import payload_digest
+from kvortex.types import Direction
+from tests.simulation.executor import SimulatedExecutor
+from tests.simulation.harm import Harm
+from tests.simulation.ledger import Ledger
+from tests.simulation.scenario import BLOCK_NBYTES, BLOCK_SIZE, TIMEOUT_S, Scenario, chains, content, name_of
+from tests.simulation.tier import SimulatedTier, Store
+
+
+class Life:
+    """An engine, from its registration to the end of its last late move.
+
+    Args:
+        name: of its dice.
+        scenario: its settings and faults.
+        tensors: the paged cache; `cache` is the same memory as `uint8 [num_blocks, bytes]`.
+        store: what its tier serves; one is made if there is none.
+        harm: of the world.
+        complain: is told what is wrong.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scenario: Scenario,
+        tensors: dict[str, torch.Tensor],
+        cache: NDArray[np.uint8],
+        store: Store | None,
+        harm: Harm,
+        complain: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self.offered = 0
+        self._name = name
+        self._scenario = scenario
+        self._cache = cache
+        self._harm = harm
+        self._complain = complain
+        self._seen = -1
+        self.engine = KVortexEngine(
+            KVortexConfig(self_test=False, numa_aware=False, tier_timeout_s=TIMEOUT_S, **scenario.settings)
+        )
+        self.engine.register_kv_caches(tensors, BLOCK_SIZE, wrap_executor=self._wrap, make_tier=self._make_tier)
+        assert self.engine._tiering is not None
+        self.tiering = self.engine._tiering
+        self._offer, self.tiering._offer = self.tiering._offer, self._watch_offer  # type: ignore[method-assign]
+
+    def _wrap(self, inner: TransferExecutor) -> TransferExecutor:
+        assert isinstance(inner, HostExecutor)
+        dice = random.Random(f"{self._name}/executor")
+        self.executor = SimulatedExecutor(inner, dice, self._scenario.executor_faults, self._harm)
+        return self.executor
+
+    def _make_tier(self, namespace: Namespace) -> SimulatedTier:
+        data, control = self.engine._data, self.engine._control
+        assert data is not None
+        assert control is not None
+        self.control = control
+        self.pool = data.pool.bytes
+        self.forms = data.forms
+        self.ledger = Ledger(control, self._complain, self._became_visible)
+        self.executor.watch(self.pool, self._cache, self.ledger, (data.forms.payloads.raw, data.forms.payloads.packed))
+        self._plan_fetch, control.plan_fetch = control.plan_fetch, self._watch_fetch  # type: ignore[method-assign]
+        if self.store is None:
+            self.store = Store(self._scenario.store_blocks * BLOCK_NBYTES, namespace=namespace.digest)
+        names = {cache_key(namespace, block_hash): block_hash for chain in chains() for block_hash in chain}
+        dice = random.Random(f"{self._name}/tier")
+        self.tier = SimulatedTier(
+            self.store,
+            self.pool,
+            self.ledger,
+            self._harm,
+            dice,
+            self._scenario.tier_faults,
+            hang_s=dice.uniform(1.2, 5.0) * TIMEOUT_S,
+            hash_of=names.__getitem__,
+            waits_at_end=dice.random() < 0.5,
+        )
+        return self.tier
+
+    # -- what is watched -------------------------------------------------------------------------------
+
+    def _watch_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str) -> FetchPlan:
+        plan = self._plan_fetch(keys, packed, owner)
+        for position in plan.positions.tolist():
+            span = [asyncio.get_running_loop().time(), np.inf]
+            self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
+        return plan
+
+    def _watch_offer(self, keys: NDArray[np.uint64]) -> None:
+        tiering = self.tiering
+        tiering = self.tiering
+        new = [key.tobytes() for key in keys if key.tobytes() not in tiering._queued]
+        room = self.engine.config.tier_queue_blocks - len(tiering._queue)
+        before = tiering._shed_blocks
+        self.offered += len(set(new))
+        self.ledger.changes += 1
+        self._offer(keys)
+        usable = tiering._usable or not tiering._opened.is_set()
+        shed, least = tiering._shed_blocks - before, max(len(set(new)) - room, 0)
+        most = len(keys) if self.engine.config.tier_shed == "oldest" else max(len(new) - room, 0)
+        if usable and not least <= shed <= most:
+            self._complain(f"{len(new)} blocks offered with room for {room}: {shed} shed")
+        if set(tiering._queue) != tiering._queued:
+            self._complain("the queue and what is known to be in it differ")
+
+    # -- what must hold --------------------------------------------------------------------------------
+
+    def _became_visible(self, slots: Any, offsets: Any, nbytes: Any, digests: Any) -> None:
+        """What can be loaded from now on is what was saved."""
+        index = self.control.index._table
+        sizes = np.broadcast_to(np.asarray(nbytes), (len(slots),))
+        for slot, offset, size, digest in zip(slots, offsets, sizes, digests, strict=True):
+            block_hash = index.keys[slot].tobytes()
+            if block_hash in self._harm.corrupted:
+                continue
+            payload = self.pool[offset : offset + self.forms.payload_nbytes(self.control.is_packed(int(size)))]
+            if payload_digest(payload) != int(digest):
+                self._complain(f"block {name_of(block_hash)} is visible, and its bytes are not what its digest says")
+            if payload.size == BLOCK_NBYTES and not np.array_equal(payload, content(BlockHash(block_hash))):
+                self._complain(f"block {name_of(block_hash)} is visible with another's bytes")
+
+    def check(self) -> None:
+        """After every pass of the loop in which something of this may have changed."""
+        if self._seen == self.ledger.changes:
+            return
+        self._seen = self.ledger.changes
+        complain, engine, tiering = self._complain, self.engine, self.tiering
+        index, held = self.control.index._table, self.control.allocator._allocated
+        used = int(index.totals[table.SLOTS_USED])
+        state, pins = index.state[:used], index.pins[:used]
+        committed = state == table.COMMITTED
+        visible = np.flatnonzero(committed | (state == table.DROPPED))
+        offsets = index.offset[visible].tolist()
+        if len(set(offsets)) < len(offsets):
+            complain("two blocks have the same extent")
+        for offset, nbytes in zip(offsets, index.nbytes[visible].tolist(), strict=True):
+            if held.get(offset, (0, ""))[0] != nbytes:
+                complain(f"a block of {nbytes} bytes lies at {offset}, which is not allocated like that")
+        if self.control.index.committed_bytes != int(index.nbytes[:used][committed].sum()):
+            complain("the index has miscounted its bytes")
+        # Every extent is a block's, a reservation's, or waits for the tier after its eviction.
+        moving = self.tier.moving
+        demoted = len(tiering._demoted) + sum(not move.reads for move in moving) * tiering._exclusive
+        if len(held) != len(offsets) + self.control.index.num_pending + demoted:
+            complain(
+                f"{len(held)} extents are allocated: {len(offsets)} of blocks, {self.control.index.num_pending} "
+                f"of reservations, {demoted} of what was evicted"
+            )
+        if tiering._exclusive:
+            self._check_demoted(held, set(offsets))
+        data = engine._data
+        if data is not None and hasattr(data, "_scheduler"):
+            loads = [r for r in data._scheduler._unsettled if r.direction is Direction.LOAD]
+            pinned = sum(len(r.offsets) for r in loads)
+            pinned += 0 if tiering._exclusive else sum(not move.reads for move in moving)
+            if int(pins[committed | (state == table.DROPPED)].sum()) != pinned:
+                complain(f"{int(pins[visible].sum())} pins for {pinned} blocks that move")
+        self._check_bounds()
+
+    def _check_demoted(self, held: dict[int, tuple[int, str]], others: set[int]) -> None:
+        tiering = self.tiering
+        waiting = {block.offset: block.nbytes for block in tiering._demoted}
+        waiting |= {m.use.offset: held.get(m.use.offset, (0, ""))[0] for m in self.tier.moving if not m.reads}
+        if not others.isdisjoint(waiting):
+            self._complain("an evicted block that waits for the tier shares its extent")
+        if sum(waiting.values()) != tiering._demoted_bytes:
+            self._complain(f"{sum(waiting.values())} bytes wait for the tier, not {tiering._demoted_bytes}")
+
+    def _check_bounds(self) -> None:
+        tiering, config, complain = self.tiering, self.engine.config, self._complain
+        if len(tiering._queue) > config.tier_queue_blocks:
+            complain(f"{len(tiering._queue)} blocks wait to be written")
+        if tiering._demoted_bytes > tiering._demoted_limit:
+            complain(f"{tiering._demoted_bytes} bytes wait to be written")
+        reads = sum(move.reads for move in self.tier.moving)
+        if reads > config.fetch_blocks:
+            complain(f"{reads} blocks are on their way from the tier")
+        figures = tiering.figures()
+        counted = figures.written_blocks, figures.failed_writes, figures.fetched_blocks
+        if counted != (self.tier.writes_stored, self.tier.writes_refused, self.tier.good_reads):
+            complain(f"written, failed, fetched: counted {counted}, the tier says otherwise")
+        if not tiering._exclusive and sum(counted[:2]) > self.offered:
+            complain(f"{sum(counted[:2])} blocks written or failed of {self.offered} offered")
+        if tiering._exclusive and counted[0] + counted[1] > figures.demoted_blocks:
+            complain(f"{counted[0] + counted[1]} blocks written or failed of {figures.demoted_blocks} evicted")
+
+    def check_at_rest(self) -> None:
+        """When nobody waits and nothing moves, nothing is held but what can be loaded."""
+        tiering, complain = self.tiering, self._complain
+        index = self.control.index._table
+        left = {
+            "pins": int(index.pins[: int(index.totals[table.SLOTS_USED])].sum()),
+            "reservations": self.control.index.num_pending,
+            "blocks on their way": len(tiering._arriving) + len(tiering._reading),
+            "blocks that wait to be written": len(tiering._queue) + len(tiering._demoted),
+            "blocks being written": tiering._writing,
+            "evicted bytes": tiering._demoted_bytes,
+            "places for fetches": self.engine.config.fetch_blocks - tiering._room._value,
+            "uses": len(self.ledger.uses),
+        }
+        if any(left.values()):
+            complain(f"at rest there are left: { {name: n for name, n in left.items() if n} }")
+        figures = tiering.figures()
+        done = figures.written_blocks + figures.failed_writes
+        if figures.usable and tiering._exclusive and done != figures.demoted_blocks:
+            complain(f"{figures.demoted_blocks} blocks were evicted to the tier, {done} written or failed")
+        if figures.usable and figures.waiting_blocks:
+            complain(f"{figures.waiting_blocks} blocks wait for nothing")

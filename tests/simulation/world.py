@@ -1,0 +1,424 @@
+"""One seed: clients that use an engine whose executor and tier go wrong, and what each of them may see."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvortex import BlockHash, MissReason, SaveOutcome
+from kvortex.errors import EngineStateError
+from kvortex.index import pack_keys
+from kvortex.testing.simulation import NothingLeftToDoError, VirtualClockLoop
+from tests.simulation.executor import ExecutorFaults
+from tests.simulation.harm import Harm
+from tests.simulation.life import Life
+from tests.simulation.scenario import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    BLOCKS_EACH,
+    CHAINS,
+    CLIENTS,
+    LAYERS,
+    TIMEOUT_S,
+    WIDTH,
+    Scenario,
+    chains,
+    content,
+    is_lossy,
+    name_of,
+)
+from tests.simulation.tier import Store, TierFaults
+
+SLACK_S = 1.0  # what transfers may take beside a deadline, stalled ones included
+LONGEST_S = 60.0  # of any call, hung tiers included
+SETTLED_S = 6 * TIMEOUT_S  # after this everything that hung has ended
+MAX_PASSES = 100_000  # of the loop, in one seed: more is a loop without an end
+SHOWN_EVENTS = 40
+
+
+class ViolationError(AssertionError):
+    """Something has happened that never must; the message names the seed and how to see it again."""
+
+
+class World:
+    """Everything of one seed; `run` it once.
+
+    `tally` counts what has happened: a simulation in which something never happens proves nothing of it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.scenario = Scenario.drawn(random.Random(f"{seed}/scenario"))
+        self.tally: Counter[str] = Counter()
+        self.trace: list[tuple[float, str]] = []
+        self._harm = Harm()
+        self._store: Store | None = None
+        backing = torch.zeros(CLIENTS * BLOCKS_EACH, LAYERS, BLOCK_SIZE, WIDTH)
+        self._tensors = {f"layers.{i}": backing[:, i] for i in range(LAYERS)}
+        self._cache = backing.numpy().view(np.uint8).reshape(len(backing), BLOCK_NBYTES)
+        self._save_spans: dict[bytes, list[list[float]]] = {}
+        self._complaints: list[str] = []
+        self._lives: list[Life] = []
+        self._passes = 0
+        shuffle = random.Random(f"{seed}/order") if self.scenario.shuffled else None
+        self._loop = VirtualClockLoop(shuffle=shuffle, after_pass=self._after_pass)
+
+    # -- running ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Raises `ViolationError` for the first thing that is wrong."""
+        self._loop.set_exception_handler(lambda loop, context: self._complain(f"unexpected: {describe(context)}"))
+        with _errors_logged_to(self._logged):
+            try:
+                self._loop.run_until_complete(self._main())
+                self._after_pass()
+            except NothingLeftToDoError as error:
+                self._complain(str(error))
+            except ViolationError:
+                pass
+            finally:
+                self._abandon()
+        if self._complaints:
+            raise ViolationError(self._report())
+
+    def _after_pass(self) -> None:
+        self._passes += 1
+        if self._passes > MAX_PASSES:
+            self._complain("it does not come to an end")
+        for life in self._lives:
+            life.check()
+        if self._complaints:
+            raise ViolationError
+
+    def _abandon(self) -> None:
+        """After a violation: what is left is of no interest, but must not be heard of again."""
+        self._loop.set_exception_handler(lambda loop, context: None)
+        self._loop._after_pass = None
+        with contextlib.suppress(NothingLeftToDoError, asyncio.CancelledError):
+            while tasks := asyncio.all_tasks(self._loop):
+                for task in tasks:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=SETTLED_S))
+                if self._complaints:
+                    break
+        for life in self._lives:
+            life.engine._data = None
+        self._loop.close()
+
+    def _complain(self, what: str) -> None:
+        self._complaints.append(what)
+        self._note(f"VIOLATION {what}")
+
+    def _note(self, event: str) -> None:
+        self.trace.append((self._loop.time(), event))
+
+    def _logged(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        late = "extents still held" in text and any(life.tier.moving for life in self._lives)
+        if "cannot be used" not in text and not late:
+            self._complain(f"logged: {text} {record.exc_info[1] if record.exc_info else ''}")
+
+    def _report(self) -> str:
+        lines = [f"seed {self.seed}: {self._complaints[0]}", f"  {self.scenario}"]
+        lines += [f"  {time_s:10.4f} {event}" for time_s, event in self.trace[-SHOWN_EVENTS:]]
+        lines.append(f"replay: python -m tests.simulation.run --seed {self.seed} --trace")
+        return "\n".join(lines)
+
+    # -- lives -----------------------------------------------------------------------------------------
+
+    async def _main(self) -> None:
+        for number in range(self.scenario.lives):
+            await self._live(number)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            self._complain(f"{len(left)} tasks are left: {sorted(task.get_name() for task in left)}")
+
+    async def _live(self, number: int) -> None:
+        name = f"{self.seed}/{number}"
+        life = Life(name, self.scenario, self._tensors, self._cache, self._store, self._harm, self._complain)
+        self._lives.append(life)
+        self._store = life.store
+        assert self._store is not None
+        await self._store.open()
+        dice = random.Random(f"{name}/life")
+        clients = [
+            asyncio.create_task(self._client(life, n, random.Random(f"{name}/{n}")), name=f"client {n}")
+            for n in range(CLIENTS)
+        ]
+        thief = asyncio.create_task(self._steal(dice), name="thief")
+        try:
+            if self.scenario.shutdown:
+                await asyncio.sleep(dice.uniform(0.0, 1.0))
+                self._note("shutdown")
+                await self._bounded("shutdown", life.engine.shutdown())
+                self.tally["shutdown in the middle"] += 1
+            for client in clients:
+                await client
+        finally:
+            thief.cancel()
+            await asyncio.wait([thief])
+        if not self.scenario.shutdown:
+            await self._come_to_rest(life)
+        await self._bounded("shutdown", life.engine.shutdown())
+        await asyncio.sleep(SETTLED_S)
+        if left := life.control.allocator.leak_report():
+            self._complain(f"after the shutdown the pool holds {left}")
+        if life.ledger.uses:
+            self._complain(f"after the shutdown {len(life.ledger.uses)} transfers go on")
+        self._count(life)
+
+    async def _come_to_rest(self, life: Life) -> None:
+        """With the faults gone the engine works as if nothing had been."""
+        life.executor.faults = ExecutorFaults()
+        life.tier.faults = TierFaults()
+        self._note("rest")
+        await asyncio.sleep(SETTLED_S)
+        await self._bounded("flush", life.engine.flush())
+        await asyncio.sleep(SETTLED_S)
+        life.check_at_rest()
+        hashes, ids = list(chains()[CHAINS][:4]), list(range(4))
+        self._write(hashes, ids)
+        saved = await life.engine.save_blocks(hashes, ids)
+        if not saved.ok:
+            self._complain(f"an idle engine cannot save: {saved.counts()}")
+        await self._check_hits(life, hashes)
+        await life.engine.flush()
+        await asyncio.sleep(SETTLED_S)
+        if life.tiering._usable:
+            await self._check_tier(life)
+        await life.engine.flush()
+        await asyncio.sleep(SETTLED_S)
+        life.check_at_rest()
+
+    async def _check_tier(self, life: Life) -> None:
+        """What the tier has can be had."""
+        tried = 0
+        assert self._store is not None
+        if self._store.used_bytes + 8 * BLOCK_NBYTES > self._store.capacity_bytes:
+            return  # what is evicted to make room could drive out what is fetched
+        for block_hash in (block_hash for chain in chains() for block_hash in chain):
+            key = pack_keys([block_hash])
+            there = life.tiering.known(key)[0] and not life.control.index.prefix_length([block_hash])
+            if there and block_hash not in self._harm.corrupted and tried < 2:
+                tried += 1
+                self.tally["only in the tier at the end"] += 1
+                await self._check_hits(life, [block_hash])
+                await life.engine.flush()
+
+    async def _check_hits(self, life: Life, hashes: list[BlockHash]) -> None:
+        ids = list(range(len(hashes)))
+        self._write(hashes, ids, garbage=True)
+        loaded = await life.engine.load_blocks(hashes, ids, deadline_s=LONGEST_S)
+        if not loaded.ok:
+            self._complain(f"an idle engine does not load {list(map(name_of, hashes))}: {loaded.miss_counts()}")
+        self._check_bytes(hashes, ids, loaded.outcomes)
+
+    def _count(self, life: Life) -> None:
+        figures = life.tiering.figures()
+        for name in ("written_blocks", "failed_writes", "fetched_blocks", "shed_blocks", "demoted_blocks"):
+            self.tally[name] += getattr(figures, name)
+        self.tally["evicted"] += life.control.index.evicted_blocks
+
+    async def _steal(self, dice: random.Random) -> None:
+        """Others lose and delete blocks of the store."""
+        while self._store is not None:
+            await asyncio.sleep(dice.uniform(0.01, 0.1))
+            kept = list(self._store._kept)
+            if kept and dice.random() < self.scenario.loss:
+                await self._store.delete([dice.choice(kept)])
+                self.tally["stolen"] += 1
+
+    # -- clients ---------------------------------------------------------------------------------------
+
+    async def _client(self, life: Life, number: int, dice: random.Random) -> None:
+        mine = range(number * BLOCKS_EACH, (number + 1) * BLOCKS_EACH)
+        calls = [self._save, self._load, self._prefetch, self._look, self._flush, self._clear]
+        with contextlib.suppress(EngineStateError):  # the engine has been shut down
+            for _ in range(self.scenario.rounds):
+                if dice.random() < 0.3:
+                    await asyncio.sleep(dice.choice((0.0, 0.001, 0.1)))
+                (call,) = dice.choices(calls, (35, 35, 12, 6, 4, 1))
+                chain = chains()[dice.randrange(CHAINS)]
+                start = dice.choice((0, 0, 0, 3))
+                hashes = list(chain[start : start + dice.randint(1, len(chain) - start)])
+                if dice.random() < 0.05:
+                    hashes[-1] = hashes[0]
+                self.tally["calls"] += 1
+                await call(life, dice, hashes, dice.sample(mine, len(hashes)))
+
+    async def _bounded(self, name: str, call: Coroutine[Any, Any, Any], within_s: float = LONGEST_S) -> Any:
+        began_s = self._loop.time()
+        try:
+            return await asyncio.wait_for(call, 10 * LONGEST_S)
+        except TimeoutError:
+            self._complain(f"{name} does not come to an end")
+        finally:
+            if self._loop.time() - began_s > within_s:
+                self._complain(f"{name} took {self._loop.time() - began_s:.2f} s, not at most {within_s:.2f}")
+
+    async def _perhaps_cancelled(
+        self,
+        dice: random.Random,
+        name: str,
+        call: Coroutine[Any, Any, Any],
+        hashes: Sequence[BlockHash],
+        within_s: float,
+    ) -> Any:
+        """The call's result, or None if it was cancelled, at once or in a while."""
+        task = asyncio.create_task(self._bounded(name, call, within_s), name=name)
+        if dice.random() < 0.25:
+            await asyncio.sleep(dice.choice((0.0, dice.uniform(0, 0.005), dice.uniform(0, 1.0))))
+            if not task.done():
+                self._harm.fail(hashes)
+                self.tally[f"cancelled {name}"] += 1
+                task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self._note(f"cancelled {name} {span_of(hashes)}")
+            return None
+
+    async def _save(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._write(hashes, ids)
+        span = [self._loop.time(), np.inf]
+        for block_hash in hashes:
+            self._save_spans.setdefault(block_hash, []).append(span)
+        self._note(f"save {span_of(hashes)} from {ids}")
+        try:
+            call = life.engine.save_blocks(hashes, ids)
+            result = await self._perhaps_cancelled(dice, "save", call, hashes, LONGEST_S)
+        finally:
+            span[1] = self._loop.time()
+            self._take_back(life, ids)
+        if result is None:
+            return
+        self._note(f"saved {span_of(hashes)}: {dict(result.counts())}")
+        for block_hash, outcome in zip(hashes, result.outcomes, strict=True):
+            self.tally[f"save {outcome}"] += 1
+            unfounded = outcome is SaveOutcome.FAILED and block_hash not in self._harm.failed
+            if unfounded or outcome is SaveOutcome.TOO_LOSSY:
+                self._complain(f"the save of {name_of(block_hash)} is {outcome} for no reason")
+
+    async def _load(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._write(hashes, ids, garbage=True)
+        deadline_s = dice.choice((None, None, 0.0, 0.01, 0.2))
+        due_s = deadline_s if deadline_s is not None else life.engine.config.load_deadline_s or None
+        began_s = self._loop.time()
+        absent = ~life.control.index.contains_mask(pack_keys(hashes))
+        self._note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
+        try:
+            call = life.engine.load_blocks(hashes, ids, deadline_s=deadline_s)
+            within_s = LONGEST_S if due_s is None else due_s + SLACK_S
+            result = await self._perhaps_cancelled(dice, "load", call, hashes, within_s)
+            if result is not None:
+                self._note(f"loaded {span_of(hashes)}: {[o and o.value for o in result.outcomes]}")
+                self._check_bytes(hashes, ids, result.outcomes)
+                for block_hash, outcome, was_absent in zip(hashes, result.outcomes, absent.tolist(), strict=True):
+                    self._check_reason(life, block_hash, outcome, began_s, due_s, was_absent)
+        finally:
+            self._take_back(life, ids)
+
+    def _check_reason(
+        self,
+        life: Life,
+        block_hash: BlockHash,
+        outcome: MissReason | None,
+        began_s: float,
+        due_s: float | None,
+        was_absent: bool,
+    ) -> None:
+        """A miss may only blame what has happened."""
+        self.tally[f"load {outcome or 'hit'}"] += 1
+        now_s = self._loop.time()
+        overdue = due_s is not None and now_s >= began_s + due_s
+        reads = [s for s in life.tier.read_spans.get(block_hash, []) if s[0] <= now_s and s[1] >= began_s]
+        saves = [s for s in self._save_spans.get(block_hash, []) if s[0] <= now_s and s[1] >= began_s]
+        founded = {
+            MissReason.CORRUPT: block_hash in self._harm.corrupted,
+            MissReason.TRANSFER_FAILED: block_hash in self._harm.failed,
+            MissReason.TOO_LOSSY: is_lossy(block_hash) and self.scenario.settings["codec"] != "raw",
+            MissReason.DEADLINE: overdue or block_hash in self._harm.late,
+            MissReason.EVICTED: life.control.index.evicted_blocks > 0,
+            MissReason.PENDING: bool(reads or saves),
+        }
+        if outcome is not None and not founded.get(outcome, True):
+            self._complain(f"the load of {name_of(block_hash)} is missed as {outcome} for no reason")
+        arrives = any(s[0] <= began_s + (due_s or 0) and s[1] >= now_s and now_s < s[0] + TIMEOUT_S for s in reads)
+        awaited = was_absent and arrives and not saves and not self.scenario.tier_faults.stale
+        if outcome is MissReason.PENDING and overdue and awaited:
+            self._complain(f"{name_of(block_hash)} was on its way when the deadline passed, and is missed as {outcome}")
+
+    async def _prefetch(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._note(f"prefetch {span_of(hashes)}")
+        found = await self._perhaps_cancelled(dice, "prefetch", life.engine.prefetch(hashes), (), LONGEST_S)
+        self._note(f"prefetched {span_of(hashes)}: {found}")
+
+    async def _look(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        known = life.engine.check_blocks(hashes)
+        if len(known) != len(hashes) or life.engine.match_prefix(hashes) > len(hashes):
+            self._complain("a look-up answers another question")
+        life.engine.get_stats()
+
+    async def _flush(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        await self._perhaps_cancelled(dice, "flush", life.engine.flush(), (), LONGEST_S)
+
+    async def _clear(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._note("clear")
+        life.engine.clear()
+        if len(life.control.index):
+            self._complain("a cleared engine still has blocks")
+
+    # -- the cache -------------------------------------------------------------------------------------
+
+    def _write(self, hashes: Sequence[BlockHash], ids: Sequence[int], *, garbage: bool = False) -> None:
+        for block_hash, block_id in zip(hashes, ids, strict=True):
+            self._harm.hash_at[block_id] = block_hash
+            self._cache[block_id] = 0xEE if garbage else content(block_hash)
+
+    def _take_back(self, life: Life, ids: list[int]) -> None:
+        """The caller has control again: nothing may touch its blocks."""
+        if life.executor.touches(ids):
+            self._complain(f"a call has returned, and a transfer touches its blocks {ids}")
+        self._cache[ids] = 0xDD
+
+    def _check_bytes(
+        self, hashes: Sequence[BlockHash], ids: Sequence[int], outcomes: Sequence[MissReason | None]
+    ) -> None:
+        for block_hash, block_id, outcome in zip(hashes, ids, outcomes, strict=True):
+            if outcome is None and not np.array_equal(self._cache[block_id], content(block_hash)):
+                self._complain(f"wrong bytes for {name_of(block_hash)}")
+
+
+def span_of(hashes: Sequence[bytes]) -> str:
+    return f"{name_of(hashes[0])}-{name_of(hashes[-1])}" if hashes else "nothing"
+
+
+def describe(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    return (
+        f"{context.get('message')}: {type(error).__name__}: {error}" if error is not None else str(context["message"])
+    )
+
+
+@contextlib.contextmanager
+def _errors_logged_to(receive: Any) -> Iterator[None]:
+    """Meanwhile the library's errors go there, and its warnings, of which faults make many, nowhere."""
+    logger = logging.getLogger("kvortex")
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = receive  # type: ignore[method-assign]
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
