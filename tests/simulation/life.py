@@ -192,14 +192,12 @@ class Life:
         reads = sum(move.reads for move in self.tier.moving)
         if reads > config.fetch_blocks:
             complain(f"{reads} blocks are on their way from the tier")
-        figures = tiering.figures()
-        counted = figures.written_blocks, figures.failed_writes, figures.fetched_blocks
+        counted = tiering._written_blocks, tiering._failed_writes, tiering._fetched_blocks
         if counted != (self.tier.writes_stored, self.tier.writes_refused, self.tier.good_reads):
             complain(f"written, failed, fetched: counted {counted}, the tier says otherwise")
-        if not tiering._exclusive and sum(counted[:2]) > self.offered:
-            complain(f"{sum(counted[:2])} blocks written or failed of {self.offered} offered")
-        if tiering._exclusive and counted[0] + counted[1] > figures.demoted_blocks:
-            complain(f"{counted[0] + counted[1]} blocks written or failed of {figures.demoted_blocks} evicted")
+        offered = tiering._demoted_blocks if tiering._exclusive else self.offered
+        if counted[0] + counted[1] > offered:
+            complain(f"{counted[0] + counted[1]} blocks written or failed of {offered} offered")
 
     def check_at_rest(self) -> None:
         """When nobody waits and nothing moves, nothing is held but what can be loaded."""

@@ -70,7 +70,7 @@ class Scenario:
             ),
             store_blocks=dice.choice((6, 24, 64)),
             lives=dice.choice((1, 1, 2)),
-            rounds=dice.randint(8, 16),
+            rounds=dice.randint(6, 12),
             loss=chance(0.5),
             shutdown=dice.random() < 0.3,
             shuffled=dice.random() < 0.5,

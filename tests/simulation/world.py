@@ -5,7 +5,8 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ class World:
             if self.scenario.shutdown:
                 await asyncio.sleep(dice.uniform(0.0, 1.0))
                 self._note("shutdown")
-                await self._bounded("shutdown", life.engine.shutdown())
+                await self._bounded("shutdown", life.engine.shutdown)
                 self.tally["shutdown in the middle"] += 1
             for client in clients:
                 await client
@@ -165,7 +166,7 @@ class World:
             await asyncio.wait([thief])
         if not self.scenario.shutdown:
             await self._come_to_rest(life)
-        await self._bounded("shutdown", life.engine.shutdown())
+        await self._bounded("shutdown", life.engine.shutdown)
         await asyncio.sleep(SETTLED_S)
         if left := life.control.allocator.leak_report():
             self._complain(f"after the shutdown the pool holds {left}")
@@ -179,7 +180,7 @@ class World:
         life.tier.faults = TierFaults()
         self._note("rest")
         await asyncio.sleep(SETTLED_S)
-        await self._bounded("flush", life.engine.flush())
+        await self._bounded("flush", life.engine.flush)
         await asyncio.sleep(SETTLED_S)
         life.check_at_rest()
         hashes, ids = list(chains()[CHAINS][:4]), list(range(4))
@@ -252,10 +253,11 @@ class World:
                 self.tally["calls"] += 1
                 await call(life, dice, hashes, dice.sample(mine, len(hashes)))
 
-    async def _bounded(self, name: str, call: Coroutine[Any, Any, Any], within_s: float = LONGEST_S) -> Any:
+    async def _bounded(self, name: str, call: Callable[[], Awaitable[Any]], within_s: float = LONGEST_S) -> Any:
         began_s = self._loop.time()
         try:
-            return await asyncio.wait_for(call, 10 * LONGEST_S)
+            async with asyncio.timeout(10 * LONGEST_S):
+                return await call()
         except TimeoutError:
             self._complain(f"{name} does not come to an end")
         finally:
@@ -266,7 +268,7 @@ class World:
         self,
         dice: random.Random,
         name: str,
-        call: Coroutine[Any, Any, Any],
+        call: Callable[[], Awaitable[Any]],
         hashes: Sequence[BlockHash],
         within_s: float,
     ) -> Any:
@@ -291,7 +293,7 @@ class World:
             self._save_spans.setdefault(block_hash, []).append(span)
         self._note(f"save {span_of(hashes)} from {ids}")
         try:
-            call = life.engine.save_blocks(hashes, ids)
+            call = partial(life.engine.save_blocks, hashes, ids)
             result = await self._perhaps_cancelled(dice, "save", call, hashes, LONGEST_S)
         finally:
             span[1] = self._loop.time()
@@ -313,7 +315,7 @@ class World:
         absent = ~life.control.index.contains_mask(pack_keys(hashes))
         self._note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
         try:
-            call = life.engine.load_blocks(hashes, ids, deadline_s=deadline_s)
+            call = partial(life.engine.load_blocks, hashes, ids, deadline_s=deadline_s)
             within_s = LONGEST_S if due_s is None else due_s + SLACK_S
             result = await self._perhaps_cancelled(dice, "load", call, hashes, within_s)
             if result is not None:
@@ -356,7 +358,7 @@ class World:
 
     async def _prefetch(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._note(f"prefetch {span_of(hashes)}")
-        found = await self._perhaps_cancelled(dice, "prefetch", life.engine.prefetch(hashes), (), LONGEST_S)
+        found = await self._perhaps_cancelled(dice, "prefetch", partial(life.engine.prefetch, hashes), (), LONGEST_S)
         self._note(f"prefetched {span_of(hashes)}: {found}")
 
     async def _look(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
@@ -366,7 +368,7 @@ class World:
         life.engine.get_stats()
 
     async def _flush(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
-        await self._perhaps_cancelled(dice, "flush", life.engine.flush(), (), LONGEST_S)
+        await self._perhaps_cancelled(dice, "flush", life.engine.flush, (), LONGEST_S)
 
     async def _clear(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._note("clear")

@@ -1,0 +1,169 @@
+"""Thousands of seeds; that a seed repeats itself; and that a wrong engine is found out."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvortex.control import ControlPlane
+from kvortex.tiering import Arrival, Tiering
+from tests.simulation.run import run_seeds, run_side_by_side
+from tests.simulation.world import World
+
+SEEDS = 2000
+FEWEST = {
+    "cancelled flush": 50,
+    "cancelled load": 500,
+    "cancelled prefetch": 200,
+    "cancelled save": 500,
+    "demoted_blocks": 1000,
+    "evicted": 10000,
+    "failed_writes": 500,
+    "fetched_blocks": 2000,
+    "load corrupt": 100,
+    "load deadline": 1000,
+    "load hit": 10000,
+    "load pending": 500,
+    "load too_lossy": 20,
+    "load transfer_failed": 200,
+    "only in the tier at the end": 200,
+    "save failed": 500,
+    "save no_space": 50,
+    "save pending": 500,
+    "shed_blocks": 2000,
+    "shutdown in the middle": 200,
+    "stolen": 500,
+    "written_blocks": 5000,
+}
+"""What must happen in so many seeds, or they say nothing of it: about half of what does."""
+
+
+@pytest.mark.slow
+def test_many_seeds() -> None:
+    tally, failures = run_side_by_side(range(SEEDS), jobs=2)
+    assert not failures, failures[0]
+    assert {name: (tally[name], least) for name, least in FEWEST.items() if tally[name] < least} == {}
+
+
+def trace_of(seed: int) -> list[tuple[float, str]]:
+    world = World(seed)
+    world.run()
+    return world.trace
+
+
+def test_a_seed_repeats_itself() -> None:
+    """In this process, and in others whose sets are in another order."""
+    seeds = [3, 4, 5, 6]
+    first = [trace_of(seed) for seed in seeds]
+    assert first == [trace_of(seed) for seed in seeds]
+    program = f"from tests.simulation.test_simulation import trace_of; print([trace_of(seed) for seed in {seeds}])"
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == str(first)
+
+
+def test_seeds_differ() -> None:
+    assert trace_of(3) != trace_of(4)
+
+
+# What follows breaks the engine, in the ways in which it could break, and wants to be told of it.
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def fetch_is_visible_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_fetch = ControlPlane.plan_fetch
+
+    def plan_and_commit(self: ControlPlane, *args: Any) -> Any:
+        plan = plan_fetch(self, *args)
+        for slot, offset, nbytes in zip(plan.slots, plan.offsets, plan.nbytes, strict=True):
+            self.finish_fetch(int(slot), int(offset), int(nbytes), 0)
+        return plan
+
+    monkeypatch.setattr(ControlPlane, "plan_fetch", plan_and_commit)
+
+
+def written_blocks_stay_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlPlane, "release", nothing)
+
+
+def an_abandoned_fetch_keeps_its_extent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def abandon(self: ControlPlane, slot: int, offset: int, reason: Any) -> None:
+        self.index.abort([slot], reason)
+
+    monkeypatch.setattr(ControlPlane, "abandon_fetch", abandon)
+
+
+def evicted_blocks_are_freed_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evict(self: ControlPlane, nbytes: int, on_evicted: Any = None) -> int:
+        if nbytes <= 0:
+            return 0
+        evicted = self.index.evict(nbytes)
+        if on_evicted is not None and evicted.offsets.size:
+            on_evicted(evicted)
+        self.allocator.free_many(evicted.offsets)
+        return int(evicted.offsets.size)
+
+    monkeypatch.setattr(ControlPlane, "_evict", evict)
+
+
+def late_blocks_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Arrival, "explain", lambda self, outcomes: outcomes)
+
+
+def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish_load = ControlPlane.finish_load
+    monkeypatch.setattr(
+        ControlPlane, "finish_load", lambda self, plan, intact, succeeded: finish_load(self, plan, succeeded, succeeded)
+    )
+
+
+def nobody_is_told_that_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tiering, "_not_coming", nothing)
+
+
+def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_write = Tiering._count_write
+
+    def twice(self: Tiering, outcome: Any) -> None:
+        count_write(self, outcome)
+        count_write(self, outcome)
+
+    monkeypatch.setattr(Tiering, "_count_write", twice)
+
+
+@pytest.mark.leaves_extents
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (fetch_is_visible_at_once, "visible"),
+        (written_blocks_stay_pinned, "pins"),
+        (an_abandoned_fetch_keeps_its_extent, "extents are allocated"),
+        (evicted_blocks_are_freed_before_they_are_written, "evicted|touches|allocated"),
+        (late_blocks_are_pending, "on its way when the deadline passed"),
+        (what_is_wrong_is_loaded, "wrong bytes"),
+        (nobody_is_told_that_nothing_comes, "come to an end|waits for"),
+        (writes_are_counted_twice, "counted"),
+    ],
+)
+def test_a_broken_engine_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: Patch, complaint: str) -> None:
+    broken(monkeypatch)
+    _, failures = run_seeds(range(200))
+    assert failures, "200 seeds see nothing wrong"
+    assert any(words in failures[0] for words in complaint.split("|")), failures[0]
+    assert "replay: python -m tests.simulation.run --seed" in failures[0]
