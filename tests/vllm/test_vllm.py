@@ -32,9 +32,20 @@ def vllm_python(request: pytest.FixtureRequest) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def expected(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the answers of an engine without a connector are kept for all files of one version."""
+    return tmp_path_factory.mktemp("expected") / "answers.json"
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in INSIDE.glob("check_*.py")))
-def test_inside(vllm_python: str, name: str) -> None:
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{INSIDE}"}
+def test_inside(vllm_python: str, name: str, expected: Path) -> None:
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PYTHONPATH": f"{REPOSITORY}:{INSIDE}",
+        "KVORTEX_EXPECTED": str(expected),
+    }
     command = [vllm_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(INSIDE / "pytest.ini")]
     done = subprocess.run(
         [*command, str(INSIDE / name)], env=environment, capture_output=True, text=True, timeout=900, cwd=INSIDE

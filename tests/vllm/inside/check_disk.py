@@ -40,21 +40,6 @@ def fetched(engine: Engine) -> int:
     return engine.loaded_blocks
 
 
-def check_a_second_engine_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
-    total = sum(num_blocks(name) for name in WHOLE)
-    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
-    with running(model, options=options) as engine:
-        for name in WHOLE:
-            assert engine.generate([PROMPTS[name]]) == expected[name]
-        wait_for_files(tmp_path, total)
-        engine.settle()
-        assert engine.scheduler_half._tier.num_jobs == 0
-    with running(model, options=options) as engine:
-        for name in WHOLE:
-            assert engine.generate([PROMPTS[name]]) == expected[name]
-        assert fetched(engine) == total
-
-
 def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {
         "disk_path": str(tmp_path),
@@ -76,6 +61,8 @@ def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         wait_for_files(tmp_path, num_blocks("long"))
+        engine.settle()
+        assert engine.scheduler_half._tier.num_jobs == 0
     for path in files_in(tmp_path)[::3]:
         data = bytearray(path.read_bytes())
         data[6000] ^= 4
