@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine
-from kvortex.control import FetchPlan
+from kvortex.control import FetchPlan, LoadPlan
 from kvortex.hashing import Namespace, cache_key
 from kvortex.index import table
 from kvortex.sched import HostExecutor, TransferExecutor
@@ -77,6 +77,7 @@ class Life:
         self.ledger = Ledger(control, self._complain, self._became_visible)
         self.executor.watch(self.pool, self._cache, self.ledger, (data.forms.payloads.raw, data.forms.payloads.packed))
         self._plan_fetch, control.plan_fetch = control.plan_fetch, self._watch_fetch  # type: ignore[method-assign]
+        self._finish_load, control.finish_load = control.finish_load, self._watch_load  # type: ignore[method-assign]
         if self.store is None:
             self.store = Store(self._scenario.store_blocks * BLOCK_NBYTES, namespace=namespace.digest)
         names = {cache_key(namespace, block_hash): block_hash for chain in chains() for block_hash in chain}
@@ -88,7 +89,7 @@ class Life:
             self._harm,
             dice,
             self._scenario.tier_faults,
-            hang_s=dice.uniform(1.2, 5.0) * TIMEOUT_S,
+            hang_s=TIMEOUT_S * dice.choice((dice.uniform(1.2, 5.0), 300.0)),
             hash_of=names.__getitem__,
             waits_at_end=dice.random() < 0.5,
         )
@@ -102,6 +103,13 @@ class Life:
             span = [asyncio.get_running_loop().time(), np.inf]
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
         return plan
+
+    def _watch_load(self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]) -> Any:
+        outcomes = self._finish_load(plan, intact, succeeded)
+        wrong = plan.slots[succeeded & ~intact]
+        if (self.control.index._table.state[wrong] == table.COMMITTED).any():
+            self._complain("a block that turned out to be wrong can still be loaded")
+        return outcomes
 
     def _watch_offer(self, keys: NDArray[np.uint64]) -> None:
         tiering = self.tiering
@@ -187,7 +195,7 @@ class Life:
         tiering, config, complain = self.tiering, self.engine.config, self._complain
         if len(tiering._queue) > config.tier_queue_blocks:
             complain(f"{len(tiering._queue)} blocks wait to be written")
-        if tiering._demoted_bytes > tiering._demoted_limit:
+        if tiering._demoted_bytes > self.control.allocator.capacity_bytes // 10:
             complain(f"{tiering._demoted_bytes} bytes wait to be written")
         reads = sum(move.reads for move in self.tier.moving)
         if reads > config.fetch_blocks:

@@ -28,6 +28,7 @@ class Scenario:
     executor_faults: ExecutorFaults
     tier_faults: TierFaults
     store_blocks: int
+    warm: bool  # the store has everything from before
     lives: int
     rounds: int
     loss: float  # chance, every now and then, that a block of the store is lost or taken away by others
@@ -42,7 +43,7 @@ class Scenario:
         codec = dice.choice(("raw", "raw", "bf16"))
         return cls(
             settings={
-                "cpu_pool_bytes": 4096 * dice.randint(3, 6),
+                "cpu_pool_bytes": 4096 * dice.randint(2, 6),
                 "pin_piece_bytes": dice.choice((4096, 8192)),
                 "max_batch_bytes": BLOCK_NBYTES * dice.choice((2, 4, 16)),
                 "max_batch_requests": dice.choice((1, 8)),
@@ -69,6 +70,7 @@ class Scenario:
                 stale=chance(0.05),
             ),
             store_blocks=dice.choice((6, 24, 64)),
+            warm=dice.random() < 0.5,
             lives=dice.choice((1, 1, 2)),
             rounds=dice.randint(6, 12),
             loss=chance(0.5),

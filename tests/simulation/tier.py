@@ -96,7 +96,7 @@ class SimulatedTier(Tier):
         self._ledger = ledger
         self._harm = harm
         self._dice = dice
-        self._hang_s = hang_s
+        self.hang_s = hang_s
         self._hash_of = hash_of
         self._waits_at_end = waits_at_end
         self._waiting: deque[_Move] = deque()
@@ -212,7 +212,7 @@ class SimulatedTier(Tier):
             if move.fault is TierFault.SLOW:
                 seconds = self._dice.uniform(SHORT_S, LONG_S)
             elif move.fault is TierFault.HANG:
-                seconds = self._hang_s
+                seconds = self.hang_s
             loop.call_later(seconds, self._end, move)
 
     def _end(self, move: _Move) -> None:

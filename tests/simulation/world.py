@@ -14,8 +14,11 @@ import torch
 
 from kvortex import BlockHash, MissReason, SaveOutcome
 from kvortex.errors import EngineStateError
+from kvortex.hashing import cache_key
 from kvortex.index import pack_keys
 from kvortex.testing.simulation import NothingLeftToDoError, VirtualClockLoop
+from kvortex.tiers import WriteRequest
+from kvortex.tiers.payload import payload_digest
 from tests.simulation.executor import ExecutorFaults
 from tests.simulation.harm import Harm
 from tests.simulation.life import Life
@@ -34,13 +37,15 @@ from tests.simulation.scenario import (
     is_lossy,
     name_of,
 )
+from tests.simulation.tier import WIDTH as TIER_WIDTH
 from tests.simulation.tier import Store, TierFaults
 
 SLACK_S = 1.0  # what transfers may take beside a deadline, stalled ones included
-LONGEST_S = 60.0  # of any call, hung tiers included
-SETTLED_S = 6 * TIMEOUT_S  # after this everything that hung has ended
+LONGEST_S = 60.0  # of any call, while the tier hangs
+THEFTS = 200  # at most, in a life
 MAX_PASSES = 100_000  # of the loop, in one seed: more is a loop without an end
 SHOWN_EVENTS = 40
+ABANDONS = 10  # times that what is left after a violation is cancelled
 
 
 class ViolationError(AssertionError):
@@ -101,13 +106,13 @@ class World:
         """After a violation: what is left is of no interest, but must not be heard of again."""
         self._loop.set_exception_handler(lambda loop, context: None)
         self._loop._after_pass = None
-        with contextlib.suppress(NothingLeftToDoError, asyncio.CancelledError):
-            while tasks := asyncio.all_tasks(self._loop):
-                for task in tasks:
-                    task.cancel()
-                self._loop.run_until_complete(asyncio.wait(tasks, timeout=SETTLED_S))
-                if self._complaints:
-                    break
+        for _ in range(ABANDONS):
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(NothingLeftToDoError, asyncio.CancelledError):
+                if tasks:
+                    self._loop.run_until_complete(asyncio.wait(tasks))
         for life in self._lives:
             life.engine._data = None
         self._loop.close()
@@ -147,41 +152,56 @@ class World:
         self._store = life.store
         assert self._store is not None
         await self._store.open()
+        if self.scenario.warm and not number:
+            await self._warm_up(life)
         dice = random.Random(f"{name}/life")
         clients = [
             asyncio.create_task(self._client(life, n, random.Random(f"{name}/{n}")), name=f"client {n}")
             for n in range(CLIENTS)
         ]
         thief = asyncio.create_task(self._steal(dice), name="thief")
-        try:
-            if self.scenario.shutdown:
-                await asyncio.sleep(dice.uniform(0.0, 1.0))
-                self._note("shutdown")
-                await self._bounded("shutdown", life.engine.shutdown)
-                self.tally["shutdown in the middle"] += 1
-            for client in clients:
-                await client
-        finally:
-            thief.cancel()
-            await asyncio.wait([thief])
+        if self.scenario.shutdown:
+            await asyncio.sleep(dice.uniform(0.0, 1.0))
+            self._note("shutdown")
+            await self._bounded("shutdown", life.engine.shutdown, self._longest_s(life) + life.tier.hang_s)
+            self.tally["shutdown in the middle"] += 1
+        for client in clients:
+            await client
+        thief.cancel()
+        await asyncio.wait([thief])
         if not self.scenario.shutdown:
             await self._come_to_rest(life)
-        await self._bounded("shutdown", life.engine.shutdown)
-        await asyncio.sleep(SETTLED_S)
+        await self._bounded("shutdown", life.engine.shutdown, self._longest_s(life) + life.tier.hang_s)
+        await asyncio.sleep(2 * life.tier.hang_s)
         if left := life.control.allocator.leak_report():
             self._complain(f"after the shutdown the pool holds {left}")
         if life.ledger.uses:
             self._complain(f"after the shutdown {len(life.ledger.uses)} transfers go on")
         self._count(life)
 
+    async def _warm_up(self, life: Life) -> None:
+        """The store has every block, as others have left them there."""
+        assert self._store is not None
+        blocks = [block_hash for chain in chains()[:CHAINS] for block_hash in chain]
+        dice = random.Random(f"{self.seed}/warm")
+        for block_hash in dice.sample(blocks, len(blocks)):
+            payload = content(block_hash)
+            key = cache_key(life.engine.namespace, block_hash)
+            await self._store.write([WriteRequest(key, payload, payload_digest(payload), BLOCK_NBYTES)])
+
+    def _longest_s(self, life: Life) -> float:
+        """What a call may take; where what hangs can hold every place among the fetches, others wait for its end."""
+        held_up = life.engine.config.fetch_blocks <= TIER_WIDTH
+        return LONGEST_S + (40 * life.tier.hang_s if held_up else 0.0)
+
     async def _come_to_rest(self, life: Life) -> None:
         """With the faults gone the engine works as if nothing had been."""
         life.executor.faults = ExecutorFaults()
         life.tier.faults = TierFaults()
         self._note("rest")
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(2 * life.tier.hang_s)
         await self._bounded("flush", life.engine.flush)
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(2 * life.tier.hang_s)
         life.check_at_rest()
         hashes, ids = list(chains()[CHAINS][:4]), list(range(4))
         self._write(hashes, ids)
@@ -190,11 +210,11 @@ class World:
             self._complain(f"an idle engine cannot save: {saved.counts()}")
         await self._check_hits(life, hashes)
         await life.engine.flush()
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(2 * life.tier.hang_s)
         if life.tiering._usable:
             await self._check_tier(life)
         await life.engine.flush()
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(2 * life.tier.hang_s)
         life.check_at_rest()
 
     async def _check_tier(self, life: Life) -> None:
@@ -228,7 +248,8 @@ class World:
 
     async def _steal(self, dice: random.Random) -> None:
         """Others lose and delete blocks of the store."""
-        while self._store is not None:
+        assert self._store is not None
+        for _ in range(THEFTS):
             await asyncio.sleep(dice.uniform(0.01, 0.1))
             kept = list(self._store._kept)
             if kept and dice.random() < self.scenario.loss:
@@ -256,7 +277,7 @@ class World:
     async def _bounded(self, name: str, call: Callable[[], Awaitable[Any]], within_s: float = LONGEST_S) -> Any:
         began_s = self._loop.time()
         try:
-            async with asyncio.timeout(10 * LONGEST_S):
+            async with asyncio.timeout(10 * within_s):
                 return await call()
         except TimeoutError:
             self._complain(f"{name} does not come to an end")
@@ -316,7 +337,7 @@ class World:
         self._note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
         try:
             call = partial(life.engine.load_blocks, hashes, ids, deadline_s=deadline_s)
-            within_s = LONGEST_S if due_s is None else due_s + SLACK_S
+            within_s = self._longest_s(life) if due_s is None else due_s + SLACK_S
             result = await self._perhaps_cancelled(dice, "load", call, hashes, within_s)
             if result is not None:
                 self._note(f"loaded {span_of(hashes)}: {[o and o.value for o in result.outcomes]}")
@@ -352,13 +373,15 @@ class World:
         if outcome is not None and not founded.get(outcome, True):
             self._complain(f"the load of {name_of(block_hash)} is missed as {outcome} for no reason")
         arrives = any(s[0] <= began_s + (due_s or 0) and s[1] >= now_s and now_s < s[0] + TIMEOUT_S for s in reads)
-        awaited = was_absent and arrives and not saves and not self.scenario.tier_faults.stale
+        awaited = was_absent and arrives and len(reads) == 1 and not saves and not self.scenario.tier_faults.stale
         if outcome is MissReason.PENDING and overdue and awaited:
             self._complain(f"{name_of(block_hash)} was on its way when the deadline passed, and is missed as {outcome}")
 
     async def _prefetch(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._note(f"prefetch {span_of(hashes)}")
-        found = await self._perhaps_cancelled(dice, "prefetch", partial(life.engine.prefetch, hashes), (), LONGEST_S)
+        found = await self._perhaps_cancelled(
+            dice, "prefetch", partial(life.engine.prefetch, hashes), (), self._longest_s(life)
+        )
         self._note(f"prefetched {span_of(hashes)}: {found}")
 
     async def _look(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
