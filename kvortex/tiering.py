@@ -25,6 +25,7 @@ from kvortex.hashing import Namespace, cache_key
 from kvortex.index import Evicted
 from kvortex.stats import EngineStats, TieringFigures
 from kvortex.tiers import (
+    Cause,
     DiskTier,
     DiskTierConfig,
     ReadOutcome,
@@ -346,9 +347,13 @@ class Tiering:
         sizes = await self._sizes_of([self._tier_key(key) for key in keys])
         found = [(key, nbytes) for key, nbytes in zip(keys, sizes, strict=True) if nbytes]
         self._not_coming({key: awaited[key] for key, nbytes in zip(keys, sizes, strict=True) if not nbytes})
-        async with self._takes_room:
-            await self._take_room(len(found))
-        self._plan_reads(found, awaited)
+        try:
+            async with asyncio.timeout(self._config.tier_timeout_s), self._takes_room:
+                await self._take_room(len(found))
+        except TimeoutError:  # whatever holds the places hangs
+            self._not_coming({key: awaited[key] for key, _ in found})
+        else:
+            self._plan_reads(found, awaited)
 
     async def _sizes_of(self, tier_keys: list[bytes]) -> list[int]:
         sizes = self.tier.lookup(tier_keys)
@@ -383,7 +388,9 @@ class Tiering:
         requests = [self._read_request(*column) for column in columns]
         self._reading.update(planned)
         if requests:
-            self._spawn(self._read(planned, requests))
+            begun = asyncio.Event()
+            task = self._spawn(self._read(planned, requests, begun))
+            task.add_done_callback(partial(_settle_unread, requests, begun))
 
     def _rests_packed(self, nbytes: int) -> bool:
         raw, packed = self._forms.payloads.raw, self._forms.payloads.packed
@@ -393,7 +400,8 @@ class Tiering:
         payload = self._pool[offset : offset + self._forms.payload_nbytes(self._control.is_packed(nbytes))]
         return ReadRequest(self._tier_key(key), payload, partial(self._arrived, key, slot, offset, nbytes))
 
-    async def _read(self, awaited: _Awaited, requests: Sequence[ReadRequest]) -> None:
+    async def _read(self, awaited: _Awaited, requests: Sequence[ReadRequest], begun: asyncio.Event) -> None:
+        begun.set()
         started = time.perf_counter()
         outcomes = await self.tier.read(requests, deadline_s=self._config.tier_timeout_s)
         self._not_coming(awaited)  # what is later than that comes for somebody else
@@ -510,6 +518,12 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
         return None
     settings = DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_capacity_bytes, fsync=config.disk_fsync)
     return DiskTier(settings, namespace=namespace.digest)
+
+
+def _settle_unread(requests: Sequence[ReadRequest], begun: asyncio.Event, _: object) -> None:
+    """A read that was cancelled before its first step has asked nothing of the tier."""
+    for request in () if begun.is_set() else requests:
+        request.settle(ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.CANCELLED))
 
 
 def _as_bytes(keys: NDArray[np.uint64]) -> list[bytes]:

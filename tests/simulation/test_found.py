@@ -126,3 +126,26 @@ def test_a_flush_ends_with_the_engine() -> None:
             await flushing
 
     in_virtual_time(scene())
+
+
+def test_a_load_ends_although_what_hangs_holds_every_place_among_the_fetches() -> None:
+    async def scene() -> None:
+        async with Scene(lambda *_: TierFault.HANG, fetch_blocks=2, tier_timeout_s=1.0) as s:
+            began_s = asyncio.get_running_loop().time()
+            loaded = await s.engine.load_blocks(s.hashes, range(4))
+            assert loaded.num_loaded == 0
+            assert asyncio.get_running_loop().time() - began_s == pytest.approx(1.0)
+            await s.engine.load_blocks(s.hashes, range(4))
+
+    in_virtual_time(scene())
+
+
+def test_a_read_that_is_cancelled_before_its_first_step_gives_its_extents_back() -> None:
+    async def scene() -> None:
+        async with Scene() as s:
+            s.tiering._arriving.update(awaited := {k: asyncio.get_running_loop().create_future() for k in s.hashes})
+            await s.tiering._take_room(4)
+            s.tiering._plan_reads([(key, BLOCK_NBYTES) for key in s.hashes], awaited)
+            await s.tiering.aclose()  # before the loop's next turn; pools at zero is checked after every test
+
+    in_virtual_time(scene())
