@@ -131,8 +131,10 @@ class EventWaiter:
 
 
 def _call_all(callbacks: Sequence[Callable[[], object]]) -> None:
-    for callback in callbacks:
-        callback()
+    """In order, and each even if one before it raises."""
+    with contextlib.ExitStack() as calls:
+        for callback in reversed(callbacks):
+            calls.callback(callback)
 
 
 class CudaExecutor(TransferExecutor):

@@ -97,3 +97,22 @@ def test_closing_reports_what_was_watched_before(bench: Bench) -> None:
     closer.join(10)
     assert not closer.is_alive()
     assert seen == [(0, ""), (1, "")]
+
+
+def test_a_report_that_raises_keeps_no_other_from_its_owner(bench: Bench) -> None:
+    def broken(error: DeviceError | None) -> None:
+        raise ZeroDivisionError
+
+    bench.fire(0, 1, 2)
+    bench.waiter.watch(0, broken)
+    bench.watch(1, 2)
+    seen, raised = [], 0
+    while len(seen) < 2:
+        bench.reports.clear()
+        try:
+            bench.posts.get(timeout=10)()
+        except ZeroDivisionError:
+            raised += 1
+        seen += bench.reports
+    assert raised == 1
+    assert seen == [(1, ""), (2, "")]
