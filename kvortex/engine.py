@@ -26,7 +26,7 @@ from kvortex.layout import KVLayout
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine
-from kvortex.tiering import Arrival, Tiering, tier_of
+from kvortex.tiering import Arrival, Tiering, TierLink, tier_of
 from kvortex.tiers import Tier
 from kvortex.transfers import DataPlane
 from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
@@ -114,9 +114,10 @@ class KVortexEngine:
         self._namespace = _namespace_of(self.config, layout, codec)
         tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
         if tier is not None:
-            self._tiering = Tiering(
+            link = TierLink(
                 self.config, self._control, self._data.pool.bytes, self._data.forms, self._namespace, tier, self.stats
             )
+            self._tiering = Tiering(link)
             self._tiering.start()
         logger.info("registered %s", layout.describe())
         return layout

@@ -59,7 +59,7 @@ class Life:
         self.engine.register_kv_caches(tensors, BLOCK_SIZE, wrap_executor=self._wrap, make_tier=self._make_tier)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
-        self._offer, self.tiering._offer = self.tiering._offer, self._watch_offer  # type: ignore[method-assign]
+        self._offer, self.tiering.writes.offer = self.tiering.writes.offer, self._watch_offer  # type: ignore[method-assign]
 
     def _wrap(self, inner: TransferExecutor) -> TransferExecutor:
         assert isinstance(inner, HostExecutor)
@@ -114,18 +114,18 @@ class Life:
     def _watch_offer(self, keys: NDArray[np.uint64]) -> None:
         tiering = self.tiering
         tiering = self.tiering
-        new = [key.tobytes() for key in keys if key.tobytes() not in tiering._queued]
-        room = self.engine.config.tier_queue_blocks - len(tiering._queue)
-        before = tiering._shed_blocks
+        new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queued]
+        room = self.engine.config.tier_queue_blocks - len(tiering.writes._queue)
+        before = tiering.writes.shed_blocks
         self.offered += len(set(new))
         self.ledger.changes += 1
         self._offer(keys)
-        usable = tiering._usable or not tiering._opened.is_set()
-        shed, least = tiering._shed_blocks - before, max(len(set(new)) - room, 0)
+        usable = tiering.link.usable or not tiering.link.opened.is_set()
+        shed, least = tiering.writes.shed_blocks - before, max(len(set(new)) - room, 0)
         most = len(keys) if self.engine.config.tier_shed == "oldest" else max(len(new) - room, 0)
         if usable and not least <= shed <= most:
             self._complain(f"{len(new)} blocks offered with room for {room}: {shed} shed")
-        if set(tiering._queue) != tiering._queued:
+        if set(tiering.writes._queue) != tiering.writes._queued:
             self._complain("the queue and what is known to be in it differ")
 
     # -- what must hold --------------------------------------------------------------------------------
@@ -165,45 +165,45 @@ class Life:
             complain("the index has miscounted its bytes")
         # Every extent is a block's, a reservation's, or waits for the tier after its eviction.
         moving = self.tier.moving
-        demoted = len(tiering._demoted) + sum(not move.reads for move in moving) * tiering._exclusive
+        demoted = len(tiering.writes._demoted) + sum(not move.reads for move in moving) * tiering.is_exclusive
         if len(held) != len(offsets) + self.control.index.num_pending + demoted:
             complain(
                 f"{len(held)} extents are allocated: {len(offsets)} of blocks, {self.control.index.num_pending} "
                 f"of reservations, {demoted} of what was evicted"
             )
-        if tiering._exclusive:
+        if tiering.is_exclusive:
             self._check_demoted(held, set(offsets))
         data = engine._data
         if data is not None and hasattr(data, "_scheduler"):
             loads = [r for r in data._scheduler._unsettled if r.direction is Direction.LOAD]
             pinned = sum(len(r.offsets) for r in loads)
-            pinned += 0 if tiering._exclusive else sum(not move.reads for move in moving)
+            pinned += 0 if tiering.is_exclusive else sum(not move.reads for move in moving)
             if int(pins[committed | (state == table.DROPPED)].sum()) != pinned:
                 complain(f"{int(pins[visible].sum())} pins for {pinned} blocks that move")
         self._check_bounds()
 
     def _check_demoted(self, held: dict[int, tuple[int, str]], others: set[int]) -> None:
         tiering = self.tiering
-        waiting = {block.offset: block.nbytes for block in tiering._demoted}
+        waiting = {block.offset: block.nbytes for block in tiering.writes._demoted}
         waiting |= {m.use.offset: held.get(m.use.offset, (0, ""))[0] for m in self.tier.moving if not m.reads}
         if not others.isdisjoint(waiting):
             self._complain("an evicted block that waits for the tier shares its extent")
-        if sum(waiting.values()) != tiering._demoted_bytes:
-            self._complain(f"{sum(waiting.values())} bytes wait for the tier, not {tiering._demoted_bytes}")
+        if sum(waiting.values()) != tiering.writes._demoted_bytes:
+            self._complain(f"{sum(waiting.values())} bytes wait for the tier, not {tiering.writes._demoted_bytes}")
 
     def _check_bounds(self) -> None:
         tiering, config, complain = self.tiering, self.engine.config, self._complain
-        if len(tiering._queue) > config.tier_queue_blocks:
-            complain(f"{len(tiering._queue)} blocks wait to be written")
-        if tiering._demoted_bytes > self.control.allocator.capacity_bytes // 10:
-            complain(f"{tiering._demoted_bytes} bytes wait to be written")
+        if len(tiering.writes._queue) > config.tier_queue_blocks:
+            complain(f"{len(tiering.writes._queue)} blocks wait to be written")
+        if tiering.writes._demoted_bytes > self.control.allocator.capacity_bytes // 10:
+            complain(f"{tiering.writes._demoted_bytes} bytes wait to be written")
         reads = sum(move.reads for move in self.tier.moving)
         if reads > config.fetch_blocks:
             complain(f"{reads} blocks are on their way from the tier")
-        counted = tiering._written_blocks, tiering._failed_writes, tiering._fetched_blocks
+        counted = tiering.writes.written_blocks, tiering.writes.failed_writes, tiering.fetches.fetched_blocks
         if counted != (self.tier.writes_stored, self.tier.writes_refused, self.tier.good_reads):
             complain(f"written, failed, fetched: counted {counted}, the tier says otherwise")
-        offered = tiering._demoted_blocks if tiering._exclusive else self.offered
+        offered = tiering.writes.demoted_blocks if tiering.is_exclusive else self.offered
         if counted[0] + counted[1] > offered:
             complain(f"{counted[0] + counted[1]} blocks written or failed of {offered} offered")
 
@@ -214,18 +214,18 @@ class Life:
         left = {
             "pins": int(index.pins[: int(index.totals[table.SLOTS_USED])].sum()),
             "reservations": self.control.index.num_pending,
-            "blocks on their way": len(tiering._arriving) + len(tiering._reading),
-            "blocks that wait to be written": len(tiering._queue) + len(tiering._demoted),
-            "blocks being written": tiering._writing,
-            "evicted bytes": tiering._demoted_bytes,
-            "places for fetches": self.engine.config.fetch_blocks - tiering._room._value,
+            "blocks on their way": len(tiering.fetches._arriving) + len(tiering.fetches._reading),
+            "blocks that wait to be written": len(tiering.writes._queue) + len(tiering.writes._demoted),
+            "blocks being written": tiering.writes._writing,
+            "evicted bytes": tiering.writes._demoted_bytes,
+            "places for fetches": self.engine.config.fetch_blocks - tiering.fetches._room._value,
             "uses": len(self.ledger.uses),
         }
         if any(left.values()):
             complain(f"at rest there are left: { {name: n for name, n in left.items() if n} }")
         figures = tiering.figures()
         done = figures.written_blocks + figures.failed_writes
-        if figures.usable and tiering._exclusive and done != figures.demoted_blocks:
+        if figures.usable and tiering.is_exclusive and done != figures.demoted_blocks:
             complain(f"{figures.demoted_blocks} blocks were evicted to the tier, {done} written or failed")
         if figures.usable and figures.waiting_blocks:
             complain(f"{figures.waiting_blocks} blocks wait for nothing")

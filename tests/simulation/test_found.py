@@ -143,9 +143,10 @@ def test_a_load_ends_although_what_hangs_holds_every_place_among_the_fetches() -
 def test_a_read_that_is_cancelled_before_its_first_step_gives_its_extents_back() -> None:
     async def scene() -> None:
         async with Scene() as s:
-            s.tiering._arriving.update(awaited := {k: asyncio.get_running_loop().create_future() for k in s.hashes})
-            await s.tiering._take_room(4)
-            s.tiering._plan_reads([(key, BLOCK_NBYTES) for key in s.hashes], awaited)
+            fetches, loop = s.tiering.fetches, asyncio.get_running_loop()
+            fetches._arriving.update(awaited := {key: loop.create_future() for key in s.hashes})
+            await fetches._take_room(4)
+            fetches._plan_reads([(key, BLOCK_NBYTES) for key in s.hashes], awaited)
             await s.tiering.aclose()  # before the loop's next turn; pools at zero is checked after every test
 
     in_virtual_time(scene())

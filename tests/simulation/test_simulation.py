@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from kvortex.control import ControlPlane
-from kvortex.tiering import Arrival, Tiering
+from kvortex.tiering import Arrival
+from kvortex.tiering.fetches import Fetches
+from kvortex.tiering.write_behind import WriteBehind
 from tests.simulation.run import run_seeds, run_side_by_side
 from tests.simulation.world import World
 
@@ -134,17 +136,17 @@ def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_is_told_that_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tiering, "_not_coming", nothing)
+    monkeypatch.setattr(Fetches, "_not_coming", nothing)
 
 
 def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    count_write = Tiering._count_write
+    count_write = WriteBehind._count_write
 
-    def twice(self: Tiering, outcome: Any) -> None:
+    def twice(self: WriteBehind, outcome: Any) -> None:
         count_write(self, outcome)
         count_write(self, outcome)
 
-    monkeypatch.setattr(Tiering, "_count_write", twice)
+    monkeypatch.setattr(WriteBehind, "_count_write", twice)
 
 
 @pytest.mark.leaves_extents

@@ -1,0 +1,173 @@
+"""Between the pool and a lower tier: blocks are written behind their save, and fetched back when they are asked for.
+
+All on the event loop, and all of it bounded: blocks that wait to be written, blocks on their way back, bytes that were
+evicted and are not written yet. What is too much is shed and counted; a block that is not written is only a miss later.
+"""
+
+import asyncio
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.config import KVortexConfig
+from kvortex.errors import KVortexError
+from kvortex.hashing import Namespace
+from kvortex.stats import TieringFigures
+from kvortex.tiering.fetches import Fetch, Fetches
+from kvortex.tiering.link import TierLink, split_keys
+from kvortex.tiering.write_behind import WriteBehind
+from kvortex.tiers import DiskTier, DiskTierConfig, Tier
+from kvortex.types import MissReason
+
+logger = logging.getLogger(__name__)
+
+
+class Tiering:
+    """Moves blocks between one pool and one lower tier.
+
+    Args:
+        link: to the tier, which `start` opens and `aclose` closes; the `on_evicted` of its control plane is taken for
+            an exclusive tier.
+    """
+
+    def __init__(self, link: TierLink) -> None:
+        self.link = link
+        self.is_exclusive = link.config.tier_inclusion == "exclusive"
+        self.writes = WriteBehind(link)
+        self.fetches = Fetches(link, takes_away=self.is_exclusive)
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open the tier and begin to write; nothing has to wait for it."""
+        if self.is_exclusive:
+            self.link.control.on_evicted = self.writes.take_over
+        self.link.spawn(self._open())
+
+    async def _open(self) -> None:
+        link = self.link
+        try:
+            await link.tier.open()
+            link.usable = True
+        except KVortexError as error:
+            logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", link.tier.name, error)
+        finally:
+            link.opened.set()
+        if link.usable:
+            await self.writes.run()
+        else:
+            link.control.on_evicted = None
+            self.writes.give_up()
+
+    async def aclose(self) -> None:
+        """Drop what waits, let what moves settle, close the tier; idempotent."""
+        self.link.closing = True
+        self.link.control.on_evicted = None
+        self.writes.give_up()
+        await self.link.end_tasks()
+        # Whoever waits for one of them need not wait any longer.
+        self.link.opened.set()
+        self.writes.end()
+        self.fetches.end()
+        await self.link.aclose()
+
+    async def ready(self) -> bool:
+        """Wait until the tier is open and knows what it holds; False if it cannot be used."""
+        await self.link.opened.wait()
+        if self.link.usable:
+            await self.link.tier.scanned()
+        return self.link.usable
+
+    async def flush(self) -> None:
+        """Wait until everything that waits to be written is written or given up."""
+        await self.link.opened.wait()
+        await self.writes.flush()
+
+    def figures(self) -> TieringFigures:
+        """Counters since the start, and what waits now."""
+        tier, writes, fetches = self.link.tier.stats(), self.writes, self.fetches
+        return TieringFigures(
+            tier=self.link.tier.name,
+            usable=self.link.usable,
+            written_blocks=writes.written_blocks,
+            failed_writes=writes.failed_writes,
+            fetched_blocks=fetches.fetched_blocks,
+            shed_blocks=writes.shed_blocks,
+            demoted_blocks=writes.demoted_blocks,
+            waiting_blocks=writes.num_waiting,
+            arriving_blocks=fetches.num_arriving,
+            used_bytes=tier.used_bytes,
+            capacity_bytes=tier.capacity_bytes,
+            causes={cause.value: count for cause, count in tier.causes.items()},
+        )
+
+    # -- what moves --------------------------------------------------------------------------------
+
+    def saved(self, keys: NDArray[np.uint64]) -> None:
+        """Blocks have come into the pool: offer them to the tier, unless they have to be asked for first."""
+        if not self.is_exclusive and self.link.config.tier_admission == "always":
+            self.writes.offer(keys)
+
+    def used(self, keys: NDArray[np.uint64]) -> None:
+        """Blocks of the pool were asked for again."""
+        if not self.is_exclusive:
+            self.writes.offer(keys)
+
+    def damaged(self, keys: NDArray[np.uint64]) -> None:
+        """Blocks turned out to be wrong: the tier's copies may be where they came from."""
+        if len(keys) and self.link.usable and not self.link.closing:
+            self.link.spawn(self.link.delete(split_keys(keys)))
+
+    def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """`bool [n]`: what the tier is known to have. From memory, from any thread."""
+        return self.fetches.known(keys)
+
+    def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
+        """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
+        return self.fetches.fetch(keys)
+
+
+class Arrival:
+    """What one load waits for: the lower tier's blocks, until its deadline.
+
+    Args:
+        tiering: of the engine.
+        keys: of the call, `uint64 [n, 4]`.
+        deadline_s: from now; None waits as long as it takes.
+    """
+
+    def __init__(self, tiering: Tiering, keys: NDArray[np.uint64], deadline_s: float | None) -> None:
+        self._tiering = tiering
+        self._keys = keys
+        self._fetch = tiering.fetch(keys)
+        self._loop = asyncio.get_running_loop()
+        self._due_s = None if deadline_s is None else self._loop.time() + deadline_s
+        self._late: set[bytes] = set()
+
+    async def wait(self, keys: NDArray[np.uint64]) -> None:
+        """Wait for some of the call's blocks; what is late is remembered."""
+        if self._fetch.num_blocks:
+            timeout_s = None if self._due_s is None else max(self._due_s - self._loop.time(), 0.0)
+            self._late.update(await self._fetch.wait(split_keys(keys), timeout_s=timeout_s))
+
+    def explain(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
+        """The call's outcomes, with the deadline as the reason where a block was on its way."""
+        if not self._late:
+            return outcomes
+        return tuple(
+            MissReason.DEADLINE if outcome is not None and key in self._late else outcome
+            for key, outcome in zip(split_keys(self._keys), outcomes, strict=True)
+        )
+
+
+def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
+    """The lower tier that a configuration names, not opened; None if it names none.
+
+    Raises:
+        ConfigError: it cannot be made like that.
+    """
+    if not config.disk_path:
+        return None
+    settings = DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_capacity_bytes, fsync=config.disk_fsync)
+    return DiskTier(settings, namespace=namespace.digest)
