@@ -32,6 +32,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from kvortex.cli.transformer import cache_argument
 from kvortex.codecs import RAW, packing_for
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.layout import KVLayout
@@ -167,7 +168,7 @@ def decode(model: Any, kv: torch.Tensor, tokens: torch.Tensor, **options: bool) 
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for layer in model.model.layers
     ]
-    out = model(tokens, past_key_values=cache, **options)
+    out = model(tokens, **{cache_argument(model): cache}, **options)
     for hook in hooks:
         hook.remove()
     return Decoded(out.logits, tuple(seen)), out

@@ -1,6 +1,7 @@
 """Part one of the demo: a real transformer's KV leaves its cache, is wiped, comes back, and decoding goes on."""
 
 import asyncio
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,12 +111,17 @@ def _from_pages(model: Any, paged: dict[str, torch.Tensor], block_ids: Sequence[
     return cache
 
 
+def cache_argument(model: Any) -> str:
+    """What the model calls its KV cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def _decode(model: Any, cache: Any, token: torch.Tensor) -> torch.Tensor:
     """Logits `[DECODE_STEPS, vocab]` of greedy decoding; grows the cache."""
     logits = []
     with torch.no_grad():
         for _ in range(DECODE_STEPS):
-            out = model(token, past_key_values=cache, use_cache=True)
+            out = model(token, **{cache_argument(model): cache}, use_cache=True)
             logits.append(out.logits[0, -1])
             token = out.logits[:, -1:].argmax(-1)
     return torch.stack(logits)

@@ -138,6 +138,7 @@ def running(
             assert control.allocator.allocated_bytes == control.index.committed_bytes
     finally:
         engine.core.shutdown()
+        del engine.llm  # a caller's name for it may live on, and what it takes along would be the next engine's
         del llm, engine
         gc.collect()
 
