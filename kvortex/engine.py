@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.calls import Call
-from kvortex.codecs import RAW
 from kvortex.config import KVortexConfig
 from kvortex.control import CPU_TIER, ControlPlane, LoadPlan, SavePlan
 from kvortex.errors import EngineStateError, InvalidHashError
@@ -110,8 +109,7 @@ class KVortexEngine:
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
         self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
         self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
-        codec = self._data.packing.codec if self._data.packing else RAW
-        self._namespace = _namespace_of(self.config, layout, codec)
+        self._namespace = self._data.namespace(self.config.identity)
         tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
         if tier is not None:
             link = TierLink(
@@ -439,19 +437,3 @@ def _check_call(
     if len(hashes) != len(block_ids):
         raise InvalidHashError(f"{len(hashes)} hashes and {len(block_ids)} block ids do not pair up")
     return pack_keys(hashes), validate_block_ids(block_ids, layout.num_blocks)
-
-
-def _namespace_of(config: KVortexConfig, layout: KVLayout, codec: str) -> Namespace:
-    identity = config.identity
-    return Namespace(
-        model=identity.model,
-        weights_revision=identity.weights_revision,
-        kv_dtype="/".join(layout.dtypes),
-        layout=layout.digest,
-        block_size=layout.block_size,
-        tp_rank=identity.tp_rank,
-        tp_size=identity.tp_size,
-        pp_rank=identity.pp_rank,
-        pp_size=identity.pp_size,
-        codec=codec,
-    )

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.codecs import block_sizes, forms_of, packing_for
-from kvortex.config import KVortexConfig
+from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.driver import Device, Event, stream_handle
 from kvortex.errors import InvalidBlockIdError, LayoutError
+from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
@@ -127,6 +128,21 @@ class DataPlane:
         tensor, dim = self._tensors[name], self._block_dims[name]
         ratio = tensor.shape[dim] // self.layout.num_blocks
         return tensor.narrow(dim, block_id * ratio, ratio)
+
+    def namespace(self, identity: ModelIdentity) -> Namespace:
+        """What must agree, besides the tokens, for these blocks to be of use elsewhere."""
+        return Namespace(
+            model=identity.model,
+            weights_revision=identity.weights_revision,
+            kv_dtype="/".join(self.layout.dtypes),
+            layout=self.layout.digest,
+            block_size=self.layout.block_size,
+            tp_rank=identity.tp_rank,
+            tp_size=identity.tp_size,
+            pp_rank=identity.pp_rank,
+            pp_size=identity.pp_size,
+            codec=self.forms.codec,
+        )
 
     # -- transfers ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ BlockHash = NewType("BlockHash", bytes)
 """32 bytes of SHA-256, chained over the parent's hash, the token ids and the extra keys."""
 
 BLOCK_HASH_BYTES = 32
+PAGE_BYTES = 4096
 
 BlockId = int
 """A block's number in the paged device cache; slot = block_id * block_size + offset."""
@@ -76,6 +77,10 @@ class BlockSizes:
     @property
     def packs(self) -> bool:
         return self.packed != self.raw
+
+    def rests_packed(self, nbytes: int) -> bool:
+        """Whether a block that a lower tier says is `nbytes` large, perhaps rounded up to a page, rests packed."""
+        return self.packs and nbytes != self.raw and nbytes <= -(-self.packed // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ unpacked loses nothing more, however often a block goes round.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import Final
 
@@ -37,6 +38,14 @@ NOT_FINITE: Final = 1 << 50
 """Added to what a block lost, once a tile at most, where an element is too large: more than any sum of squares."""
 
 
+class Codec(IntEnum):
+    """How a payload encodes a block, as it is written in a frame. Numbers are never reused."""
+
+    RAW = 0
+    BF16 = 1
+    FP8 = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """What a unit of one codec is made of, for one dtype of the cache."""
@@ -55,8 +64,6 @@ FORMATS: Final = (
     Format("fp8", "float32", 8, 2, has_scales=True, largest_bits=0x7F600000),
     Format("bf16", "float32", 4, 1, has_scales=False, largest_bits=0x7F7F0000),
 )
-CODEC_NUMBERS: Final = {RAW: 0, "bf16": 1, "fp8": 2}
-"""How a frame names a codec. Numbers are never reused."""
 CODECS: Final = (RAW, *dict.fromkeys(f.codec for f in FORMATS))
 
 
@@ -97,9 +104,9 @@ class Forms:
         """Bytes of a payload."""
         return self.payloads.packed if packed else self.payloads.raw
 
-    def codec_number(self, packed: bool) -> int:
+    def codec_number(self, packed: bool) -> Codec:
         """What a frame says of a block in this form."""
-        return CODEC_NUMBERS[self.codec if packed else RAW]
+        return Codec[(self.codec if packed else RAW).upper()]
 
 
 def forms_of(layout: KVLayout, packing: Packing | None) -> Forms:

@@ -6,10 +6,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs.packing import Packing
+from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
-from kvortex.driver import Device, Kernel, KernelArguments, Stream, align_up
+from kvortex.driver import Device, Kernel, KernelArguments, Stream
 from kvortex.kernels import pack
 from kvortex.kernels._cuda import SIMULATED, compile_ptx, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
@@ -35,7 +34,7 @@ _STAGING, _IDS, _COUNT, _SCRATCH, _RESULTS = 1, 4, 5, 7, 8
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
     """A block's distance from the next in staging: its payload, rounded up as an extent is."""
-    return align_up(packing.block_nbytes if packing else layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
+    return block_sizes(layout, packing).packed
 
 
 def device_table(layout: KVLayout, packing: Packing | None = None) -> NDArray[np.int64]:

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvortex.codecs import Codec
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.kernels.digest import digest_reference
-from kvortex.tiers.base import Cause, Codec, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest, as_bytes
+from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest, as_bytes
 from kvortex.types import MissReason, SaveOutcome
 
 NAMESPACE = bytes(range(32))

@@ -14,8 +14,6 @@ from kvortex.tiers import Cause, ReadOutcome, ReadRequest
 from kvortex.types import Direction, MissReason
 
 FETCH_BATCH: Final = 16
-DIRECT_ROUNDING: Final = 4096
-"""A tier may round a payload up to what its device reads at once when it says how large a block is."""
 
 _Awaited: TypeAlias = "dict[bytes, asyncio.Future[None]]"
 
@@ -137,7 +135,8 @@ class Fetches:
             raise
 
     def _plan_reads(self, found: list[tuple[bytes, int]], awaited: _Awaited) -> None:
-        packed = np.array([self._rests_packed(nbytes) for _, nbytes in found], dtype=np.bool_)
+        sizes = self._link.forms.payloads
+        packed = np.array([sizes.rests_packed(nbytes) for _, nbytes in found], dtype=np.bool_)
         keys = [key for key, _ in found]
         plan = self._link.control.plan_fetch(join_keys(keys), packed, "fetch")
         planned = {key: awaited[key] for key in (keys[position] for position in plan.positions.tolist())}
@@ -152,10 +151,6 @@ class Fetches:
             begun = asyncio.Event()
             task = self._link.spawn(self._read(planned, requests, begun))
             task.add_done_callback(partial(_settle_unread, requests, begun))
-
-    def _rests_packed(self, nbytes: int) -> bool:
-        raw, packed = self._link.forms.payloads.raw, self._link.forms.payloads.packed
-        return packed != raw and nbytes != raw and nbytes <= -(-packed // DIRECT_ROUNDING) * DIRECT_ROUNDING
 
     def _read_request(self, key: bytes, slot: int, offset: int, nbytes: int) -> ReadRequest:
         payload = self._link.payload(offset, nbytes)

@@ -2,7 +2,6 @@
 
 from kvortex.tiers.base import (
     Cause,
-    Codec,
     ReadOutcome,
     ReadRequest,
     ScanProgress,
@@ -18,7 +17,6 @@ from kvortex.tiers.memory import MemoryTier
 
 __all__ = [
     "Cause",
-    "Codec",
     "DiskTier",
     "DiskTierConfig",
     "MemoryTier",

@@ -44,26 +44,19 @@ block that is gone. `contains` asks the store itself. Neither promises that a re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.codecs import Codec
 from kvortex.errors import InvalidHashError
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 Buffer: TypeAlias = bytearray | memoryview | NDArray[np.uint8]
 """Contiguous writable memory of bytes; in production an extent of the pinned pool."""
-
-
-class Codec(IntEnum):
-    """How a payload encodes a block, as it is written in a frame. Numbers are never reused."""
-
-    RAW = 0
-    BF16 = 1
-    FP8 = 2
 
 
 class Cause(StrEnum):

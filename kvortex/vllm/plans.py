@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from kvortex.config import ModelIdentity
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes, TransferPlan
 
@@ -70,39 +69,12 @@ class JobOutcome:
     too_lossy: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class TierIdentity:
-    """What a namespace is made of that only a worker knows: it travels to the scheduler half with the handshake."""
-
-    model: str
-    weights_revision: str
-    kv_dtype: str
-    layout: bytes
-    block_size: int
-    codec: str
-
-    def namespace(self, identity: ModelIdentity) -> Namespace:
-        """The namespace of one rank."""
-        return Namespace(
-            model=self.model,
-            weights_revision=self.weights_revision,
-            kv_dtype=self.kv_dtype,
-            layout=self.layout,
-            block_size=self.block_size,
-            codec=self.codec,
-            tp_rank=identity.tp_rank,
-            tp_size=identity.tp_size,
-            pp_rank=identity.pp_rank,
-            pp_size=identity.pp_size,
-        )
-
-
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker found when it registered its caches."""
+    """What a worker found when it registered its caches; `namespace` of its blocks in the lower tier, if it has one."""
 
     layout_digest: bytes
     sizes: BlockSizes
     num_blocks: int
     pool_bytes: int
-    tier: TierIdentity | None = None
+    namespace: Namespace | None = None

@@ -19,7 +19,7 @@ from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.memory import SharedMemory, SharedTicket
-from kvortex.types import BlockSizes, TransferPlan
+from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 from kvortex.vllm.model import is_latent, only_group
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-PAGE_BYTES = 4096
 
 
 class RankGroup(Protocol):

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.errors import ConfigError
+from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import identity_of, only_group, refuse_unserved, stored_sizes
+from kvortex.vllm.model import only_group, refuse_unserved, stored_sizes
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, TierIdentity, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
@@ -106,7 +107,6 @@ class SchedulerHalf:
         self._sizes = stored_sizes(kv_cache_config, options.engine.codec)
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
         check_supported(options.engine)
-        self._identity = identity_of(vllm_config, only_group(kv_cache_config), 0)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, _Tracked] = {}
         self._waiting_since_s: dict[str, float] = {}
@@ -143,14 +143,14 @@ class SchedulerHalf:
                 f"workers registered blocks of {found} bytes (as they are, packed), the scheduler counts "
                 f"({self._sizes.raw}, {self._sizes.packed})"
             )
-        identities = {handshake.tier for handshake in handshakes}
-        if len(identities) == 1 and self._tier is None and (identity := identities.pop()) is not None:
-            self._tier = self._plan_tier(identity)
+        namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
+        if self._tier is None and len(namespaces) == len(handshakes) > 0:
+            self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
 
-    def _plan_tier(self, identity: TierIdentity) -> TierPlanner | None:
+    def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
         engine = self._options.engine
         try:
-            index = TierIndex(engine, identity.namespace(self._identity))
+            index = TierIndex(engine, namespace)
         except ConfigError as error:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None

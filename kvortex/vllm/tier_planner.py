@@ -139,7 +139,7 @@ class TierPlanner:
         keys = self._index.keys_of(hashes[: self._max_fetching])
         sizes = self._index.known_run(keys)
         self._asked[request_id] = number + max(len(sizes) - 1, 0)
-        packed = np.array([self._sizes.packs and nbytes < self._sizes.raw for nbytes in sizes], dtype=np.bool_)
+        packed = np.array([self._sizes.rests_packed(nbytes) for nbytes in sizes], dtype=np.bool_)
         plan = self._control.plan_fetch(pack_keys(hashes[: len(sizes)]), packed, "fetch")
         if not plan.positions.size:
             return None

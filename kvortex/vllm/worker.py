@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import RAW, block_sizes, packing_for
+from kvortex.codecs import block_sizes, packing_for
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.layout import KVLayout
@@ -30,7 +30,6 @@ from kvortex.vllm.plans import (
     JobOutcome,
     LoadJob,
     SaveJob,
-    TierIdentity,
     WorkerHandshake,
 )
 from kvortex.vllm.ranks import RankGroup, Share
@@ -138,7 +137,7 @@ class WorkerHalf:
         self._thread = thread
         self._share = share
         if self._options.engine.disk_path:
-            namespace = self._tier_identity(layout).namespace(self._identity)
+            namespace = self._data.namespace(self._identity)
             self._mover = TierMover(self._options.engine, namespace, self._data.pool.bytes, self._data.forms)
             thread.run(self._mover.open())
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
@@ -163,18 +162,7 @@ class WorkerHalf:
             self._data.sizes,
             layout.num_blocks,
             self._data.pool.capacity_bytes,
-            self._tier_identity(layout) if self._mover is not None else None,
-        )
-
-    def _tier_identity(self, layout: KVLayout) -> TierIdentity:
-        packing = packing_for(layout, self._options.engine.codec)
-        return TierIdentity(
-            model=self._identity.model,
-            weights_revision=self._identity.weights_revision,
-            kv_dtype="/".join(layout.dtypes),
-            layout=layout.digest,
-            block_size=layout.block_size,
-            codec=packing.codec if packing else RAW,
+            self._data.namespace(self._identity) if self._mover is not None else None,
         )
 
     def shutdown(self) -> None:

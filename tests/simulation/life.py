@@ -113,7 +113,6 @@ class Life:
 
     def _watch_offer(self, keys: NDArray[np.uint64]) -> None:
         tiering = self.tiering
-        tiering = self.tiering
         new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queued]
         room = self.engine.config.tier_queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks

@@ -1,13 +1,8 @@
 """Packed blocks: hits out of a quarter of the memory, and the exact bytes where packing would lose too much."""
 
-from collections import Counter
-from collections.abc import Callable
-
 import pytest
 from conftest import PROMPTS
-from engine_support import BLOCK_SIZE, Engine, running
-
-from kvortex.vllm.metrics import ConnectorStats
+from engine_support import BLOCK_SIZE, Engine, count_stats, running
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 
@@ -19,20 +14,6 @@ def num_blocks(name: str) -> int:
 def stored_nbytes(engine: Engine) -> float:
     index = engine.control.index
     return index.committed_bytes / len(index)
-
-
-def count_stats(engine: Engine) -> Callable[[], Counter[str]]:
-    """The connector's counters since now, whoever takes them."""
-    half, total = engine.scheduler_half, Counter[str]()
-    take = half.take_stats
-
-    def counting() -> ConnectorStats | None:
-        taken = take()
-        total.update(taken.data if taken is not None else {})
-        return taken
-
-    half.take_stats = counting  # type: ignore[method-assign]
-    return lambda: total + Counter(half._stats.data)
 
 
 @pytest.mark.parametrize(("codec", "share"), [("fp8", 0.26), ("bf16", 0.5)])

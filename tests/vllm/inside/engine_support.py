@@ -4,7 +4,8 @@ import contextlib
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_model import VOCAB_SIZE, make_tiny_model
 
 from kvortex.control import ControlPlane
 from kvortex.types import MissReason
+from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler import SchedulerHalf
 from kvortex.vllm.worker import WorkerHalf
 
@@ -141,6 +143,20 @@ def running(
         del engine.llm  # a caller's name for it may live on, and what it takes along would be the next engine's
         del llm, engine
         gc.collect()
+
+
+def count_stats(engine: Engine) -> Callable[[], Counter[str]]:
+    """The connector's counters since now, whoever takes them."""
+    half, total = engine.scheduler_half, Counter[str]()
+    take = half.take_stats
+
+    def counting() -> ConnectorStats | None:
+        taken = take()
+        total.update(taken.data if taken is not None else {})
+        return taken
+
+    half.take_stats = counting  # type: ignore[method-assign]
+    return lambda: total + Counter(half._stats.data)
 
 
 def read_json(path: Path) -> Any:
