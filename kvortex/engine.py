@@ -161,7 +161,7 @@ class KVortexEngine:
                 plan = control.plan_save(keys[part], ids[part], "save")
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
             outcomes = list(await call.outcomes())
-            if SaveOutcome.TOO_LOSSY in outcomes:
+            if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
                 await self._save_as_is(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)

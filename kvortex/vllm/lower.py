@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 EPOCH_BYTES = 16
 SCAN_WAIT_S = 0.5  # a small store is known when the server starts, a large one becomes so while it serves
+REMEMBERED_KEYS = 1 << 20  # some 100 bytes each
 FETCH_BATCH = 16  # blocks that a tier is asked for at once: they come in order, and none waits for the last
 
 
@@ -37,6 +38,28 @@ def check_supported(config: KVortexConfig) -> None:
     for name, value in (("tier_inclusion", "inclusive"), ("tier_admission", "always")):
         if getattr(config, name) != value:
             raise ConfigError(f"in vLLM {name} can be {value!r} only, not {getattr(config, name)!r}")
+
+
+class _Memory:
+    """The last keys that were added, up to `REMEMBERED_KEYS`."""
+
+    def __init__(self) -> None:
+        self._keys: dict[bytes, None] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def add(self, keys: Iterable[bytes]) -> None:
+        self._keys.update(dict.fromkeys(keys))
+        while len(self._keys) > REMEMBERED_KEYS:
+            del self._keys[next(iter(self._keys))]
+
+    def discard(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._keys.pop(key, None)
+
+    def clear(self) -> None:
+        self._keys.clear()
 
 
 class TierIndex:
@@ -54,8 +77,8 @@ class TierIndex:
         self._tier = tier
         self._namespace = namespace
         self._epoch = b""
-        self._written: set[bytes] = set()  # by this server's workers, since the tier was last scanned or before
-        self._lost: set[bytes] = set()
+        self._written = _Memory()  # by this server's workers; the tier's own index knows of it after its next scan
+        self._lost = _Memory()
         self._thread: LoopThread | None = LoopThread()
         self._thread.run(self._open())
 
@@ -87,13 +110,13 @@ class TierIndex:
 
     def written(self, keys: Sequence[bytes]) -> None:
         """The workers have written these blocks."""
-        self._written.update(keys)
-        self._lost.difference_update(keys)
+        self._written.add(keys)
+        self._lost.discard(keys)
 
     def lost(self, keys: Sequence[bytes]) -> None:
         """The workers could not read these blocks."""
-        self._written.difference_update(keys)
-        self._lost.update(keys)
+        self._written.discard(keys)
+        self._lost.add(keys)
 
     def close(self) -> None:
         """Close the tier; idempotent."""

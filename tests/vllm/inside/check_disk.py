@@ -93,6 +93,15 @@ def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list
         assert engine.loaded_blocks - before == num_blocks("long")
 
 
+def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "REMEMBERED_KEYS", 3)
+    memory = lower._Memory()
+    memory.add([b"a", b"b", b"c", b"d"])
+    assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
+    memory.discard([b"b", b"x"])
+    assert b"b" not in memory
+
+
 def check_another_inclusion_is_refused() -> None:
     with pytest.raises(ConfigError, match="in vLLM tier_inclusion can be 'inclusive' only"):
         lower.check_supported(KVortexConfig(tier_inclusion="exclusive"))
