@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Protocol, SupportsInt, TypeAlias
 from kvortex.errors import DeviceError, DeviceUnavailableError
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
+DEFAULT_SHARED_BYTES = 48 << 10  # of dynamic shared memory that every kernel may have
 
 Stream: TypeAlias = int
 Event: TypeAlias = int
@@ -243,14 +244,31 @@ class Device:
 
     # -- kernels -----------------------------------------------------------------------------------
 
-    def load_kernel(self, ptx: str, name: str) -> Kernel:
-        """Compile PTX for this device and return one kernel of it."""
+    def load_kernel(self, ptx: str, name: str, *, shared_bytes: int = 0) -> Kernel:
+        """Compile PTX for this device and return one kernel of it, to be launched with up to `shared_bytes`."""
         module = self._call("cuModuleLoadData", ptx.encode() + b"\0")
-        return int(self._call("cuModuleGetFunction", module, name.encode()))
+        kernel = self._call("cuModuleGetFunction", module, name.encode())
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuFuncSetAttribute", kernel, attribute, shared_bytes)
+        return int(kernel)
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: "KernelArguments", stream: Stream) -> None:
-        """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns."""
-        status = self._launch(kernel, grid, 1, 1, block, 1, 1, 0, stream, arguments.address, None)
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: int,
+        block: int,
+        arguments: "KernelArguments",
+        stream: Stream,
+        *,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns.
+
+        Args:
+            shared_bytes: of dynamic shared memory a thread block; above 48 KiB, `load_kernel` has to know of it.
+        """
+        status = self._launch(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments.address, None)
         if status:
             self._fail("cuLaunchKernel", status)
 
