@@ -5,7 +5,7 @@ that a data plane carries out, here or in another process; its outcome comes bac
 `finish_load`. Not thread-safe except for the index's own reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -54,12 +54,16 @@ class SavePlan:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A load between pin and unpin; `reasons` are the pins', the rest as in a `SavePlan`."""
+    """A load between pin and unpin.
+
+    `reasons` are the pins', `digests` those of the blocks that move, as they were saved; the rest as in a `SavePlan`.
+    """
 
     transfer: TransferPlan
     reasons: NDArray[np.uint8]
     positions: NDArray[np.intp]
     slots: NDArray[np.int32]
+    digests: NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +146,17 @@ class ControlPlane:
         """
         packs = self._sizes.packs and not as_is
         nbytes = self._sizes.packed if packs else self._sizes.raw
-        reservation = self.index.reserve(keys)
-        wanted = np.flatnonzero(reservation.states == RESERVED)
-        offsets = self._make_room(wanted.size, nbytes, owner)
-        positions = wanted[: offsets.size]
-        if offsets.size < wanted.size:
-            self.index.abort(reservation.slots[wanted[offsets.size :]], None)
-        transfer = TransferPlan(
-            Direction.SAVE, block_ids[positions], offsets, np.ones(positions.size, dtype=np.bool_) if packs else None
-        )
-        return SavePlan(transfer, reservation.states, positions, reservation.slots[positions], nbytes)
+        slots, states = self.index.reserve(keys)
+        wanted = _where(states == RESERVED)
+        offsets = self._make_room(len(wanted), nbytes, owner)
+        if len(offsets) < len(wanted):
+            self.index.abort(slots[wanted[len(offsets) :]], None)
+        count = len(offsets)
+        positions = wanted[:count]
+        if count < len(states):
+            slots, block_ids = slots[positions], block_ids[positions]
+        packed = np.ones(count, dtype=np.bool_) if packs else None
+        return SavePlan(TransferPlan(Direction.SAVE, block_ids, offsets, packed), states, positions, slots, nbytes)
 
     def finish_save(
         self,
@@ -159,7 +164,7 @@ class ControlPlane:
         digests: NDArray[np.uint64],
         succeeded: NDArray[np.bool_],
         too_lossy: NDArray[np.bool_] | None = None,
-    ) -> list[SaveOutcome]:
+    ) -> Sequence[SaveOutcome]:
         """Commit what arrived, give back the rest.
 
         Args:
@@ -172,7 +177,7 @@ class ControlPlane:
             The call's outcomes.
         """
         offsets = plan.transfer.offsets
-        if succeeded.all():
+        if np.count_nonzero(succeeded) == len(succeeded):
             self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
             if len(plan.positions) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
@@ -241,11 +246,8 @@ class ControlPlane:
 
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
         """Keep blocks in place while they are read for a lower tier; what is gone is left out."""
-        slots = self.index.hold(keys)
-        positions = np.flatnonzero(slots >= 0)
-        slots = slots[positions]
-        index = self.index
-        return HeldBlocks(positions, slots, index.offsets_of(slots), index.nbytes_of(slots), index.digests_of(slots))
+        pins = self.index.hold(keys)
+        return HeldBlocks(_where(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests)
 
     def release(self, slots: NDArray[np.int32]) -> None:
         """Let held blocks go."""
@@ -269,31 +271,27 @@ class ControlPlane:
             block_ids: `int32 [n]`.
         """
         pins = self.index.pin(keys)
-        positions = np.flatnonzero(pins.slots >= 0)
-        slots = pins.slots[positions]
-        packed = None
-        if self._sizes.packs:
-            packed = self.index.nbytes_of(slots) == self._sizes.packed
-        transfer = TransferPlan(Direction.LOAD, block_ids[positions], self.index.offsets_of(slots), packed)
-        return LoadPlan(transfer, pins.reasons, positions, slots)
-
-    def expected_digests(self, plan: LoadPlan) -> NDArray[np.uint64]:
-        """Digests `uint64 [n]` of the blocks that a load moves, as they were saved."""
-        return self.index.digests_of(plan.slots)
+        positions = _where(pins.slots >= 0)
+        if len(positions) < len(block_ids):
+            block_ids = block_ids[positions]
+        packed = pins.nbytes == self._sizes.packed if self._sizes.packs else None
+        transfer = TransferPlan(Direction.LOAD, block_ids, pins.offsets, packed)
+        return LoadPlan(transfer, pins.reasons, positions, pins.hits, pins.digests)
 
     def finish_load(
         self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]
-    ) -> list[MissReason | None]:
+    ) -> Sequence[MissReason | None]:
         """Drop what arrived but is not `intact` (`bool [n]`), unpin; the call's outcomes, `None` for a hit."""
+        good = succeeded & intact
+        num_good = np.count_nonzero(good)
+        if num_good == len(plan.reasons):
+            self._remove(self.index.unpin(plan.slots))
+            return [None] * num_good
         corrupt = succeeded & ~intact
-        if corrupt.any():
-            self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
+        self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
         self._remove(self.index.unpin(plan.slots))
-        if len(plan.positions) == len(plan.reasons) and succeeded.all() and intact.all():
-            return [None] * len(plan.reasons)
         outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in plan.reasons.tolist()]
-        good = (succeeded & intact).tolist()
-        for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
+        for position, hit, damaged in zip(plan.positions.tolist(), good.tolist(), corrupt.tolist(), strict=True):
             failure = MissReason.CORRUPT if damaged else MissReason.TRANSFER_FAILED
             outcomes[position] = None if hit else failure
         return outcomes
@@ -306,8 +304,7 @@ class ControlPlane:
         For chains that were planned in parts, or grew: each part by itself is in order, but later parts are
         more recent than earlier ones.
         """
-        pins = self.index.pin(keys)
-        self._remove(self.index.unpin(pins.slots[pins.slots >= 0]))
+        self.index.touch(keys)
 
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""
@@ -317,6 +314,12 @@ class ControlPlane:
         self.allocator.free_many(offsets)
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
+
+
+def _where(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Positions that are True, which most often are all."""
+    count = len(mask)
+    return np.arange(count) if np.count_nonzero(mask) == count else np.flatnonzero(mask)
 
 
 def _save_outcomes(

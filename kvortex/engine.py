@@ -399,12 +399,12 @@ class KVortexEngine:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
-def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> list[SaveOutcome]:
+def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
     return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy)
 
 
-def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> list[MissReason | None]:
-    return control.finish_load(plan, request.digests == control.expected_digests(plan), request.succeeded)
+def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> Sequence[MissReason | None]:
+    return control.finish_load(plan, request.digests == plan.digests, request.succeeded)
 
 
 class _Creation:

@@ -231,7 +231,7 @@ async def test_a_flipped_bit_in_the_pool_is_found() -> None:
         rng = np.random.default_rng(5)
         for bit in rng.integers(0, BLOCK_NBYTES * 8, 20).tolist():
             pins = control.index.pin(pack_keys(hashes[2:3]))
-            offset = int(control.index.offsets_of(pins.slots)[0])
+            offset = int(pins.offsets[0])
             control.allocator.free_many(control.index.unpin(pins.slots))
             data.pool.bytes[offset + bit // 8] ^= 1 << (bit % 8)
             result = await engine.load_blocks(hashes, range(16, 24))

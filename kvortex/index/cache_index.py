@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
 from kvortex.index import table as steps
-from kvortex.index.keys import as_packed, pack_keys
+from kvortex.index.keys import WORDS, as_packed, pack_keys
 from kvortex.index.policy import EvictionPolicy
 from kvortex.index.table import MISS_REASONS
 from kvortex.types import MissReason
@@ -35,11 +35,16 @@ class Reservation(NamedTuple):
 class Pins(NamedTuple):
     """What became of the keys of a `pin`: slots `int32 [n]`, -1 for a miss; reasons `uint8 [n]`.
 
-    A reason is a position in MISS_REASONS, and means something for misses only.
+    A reason is a position in MISS_REASONS, and means something for misses only. Of the `k` hits alone, in order: their
+    slots `int32 [k]`, offsets and sizes `int64 [k]`, digests `uint64 [k]`.
     """
 
     slots: Slots
     reasons: NDArray[np.uint8]
+    hits: Slots
+    offsets: Offsets
+    nbytes: NDArray[np.int64]
+    digests: NDArray[np.uint64]
 
 
 class Evicted(NamedTuple):
@@ -119,7 +124,7 @@ class CacheIndex:
         Raises:
             InvalidHashError: a key is not 32 bytes.
         """
-        return int(steps.prefix_length(self._table, as_packed(keys)))
+        return int(steps.prefix_length(*self._table[:2], as_packed(keys)))
 
     def contains_mask(self, keys: Sequence[bytes] | Keys) -> NDArray[np.bool_]:
         """`[len(keys)]` bool: True where the block is committed. Keys may be `bytes`.
@@ -127,7 +132,7 @@ class CacheIndex:
         Raises:
             InvalidHashError: a key is not 32 bytes.
         """
-        mask: NDArray[np.bool_] = steps.contains_mask(self._table, as_packed(keys))
+        mask: NDArray[np.bool_] = steps.contains_mask(*self._table[:2], as_packed(keys))
         return mask
 
     def miss_reason(self, key: bytes) -> MissReason:
@@ -136,21 +141,7 @@ class CacheIndex:
         Raises:
             InvalidHashError: the key is not 32 bytes.
         """
-        return MISS_REASONS[steps.miss_reason(self._table, pack_keys([key]), 0)]
-
-    # Of slots that the caller has pinned: these do not change.
-
-    def offsets_of(self, slots: Slots) -> Offsets:
-        """Offsets `int64 [n]` of pinned blocks."""
-        return self._table.offset[self._checked(slots)]
-
-    def nbytes_of(self, slots: Slots) -> NDArray[np.int64]:
-        """Sizes `int64 [n]` of pinned blocks."""
-        return self._table.nbytes[self._checked(slots)]
-
-    def digests_of(self, slots: Slots) -> NDArray[np.uint64]:
-        """Digests `uint64 [n]` of pinned blocks."""
-        return self._table.digest[self._checked(slots)]
+        return MISS_REASONS[steps.miss_reason(*self._table[:2], pack_keys([key]), 0)]
 
     # Changes.
 
@@ -161,10 +152,13 @@ class CacheIndex:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is reserved.
         """
         keys = as_packed(keys)
+        count = len(keys)
+        slots, states = np.empty(count, np.int32), np.empty(count, np.uint8)
+        chain, evicted = np.empty(count, np.int32), np.empty(count, np.bool_)
         with self._lock:
-            self._make_room(len(keys))
-            slots, states, chain, evicted = steps.reserve(self._table, keys)
-            self._policy.insert(chain, evicted)
+            self._make_room(count)
+            length = steps.reserve(*self._table, keys, slots, states, chain, evicted)
+            self._policy.insert(chain[:length], evicted[:length])
         return Reservation(slots, states)
 
     def commit(self, slots: Slots, offsets: ArrayLike, nbytes: ArrayLike, digests: ArrayLike) -> Offsets:
@@ -183,18 +177,18 @@ class CacheIndex:
             EngineStateError: a slot is not reserved, or named twice; nothing is committed.
             InvalidHashError: the lists differ in length; nothing is committed.
         """
-        slots = self._checked(slots)
-        sizes = np.full(len(slots), nbytes, np.int64) if np.ndim(nbytes) == 0 else nbytes
-        columns = _column(offsets, np.int64), _column(sizes, np.int64), _column(digests, np.uint64)
-        if any(column.shape != slots.shape for column in columns):
+        slots, offsets, digests = _column(slots, np.int32), _column(offsets, np.int64), _column(digests, np.uint64)
+        sizes = _column(nbytes, np.int64)
+        if not len(slots) == len(offsets) == len(digests) or len(sizes) not in (1, len(slots)):
             raise InvalidHashError("slots, offsets, nbytes and digests differ in length")
-        unseen: Offsets
+        unseen, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
         with self._lock:
-            failed, unseen, idle = steps.commit(self._table, slots, *columns)
+            failed, num_unseen, num_idle = steps.commit(*self._table, slots, offsets, sizes, digests, unseen, idle)
             _raise_if(failed, slots, "is not reserved, or named twice")
-            self._policy.weigh(slots, columns[1])
-            self._policy.insert(idle)
-        return unseen
+            self._policy.weigh(slots, sizes)
+            if num_idle:
+                self._policy.insert(idle[:num_idle])
+        return unseen[:num_unseen]
 
     def abort(self, slots: Slots, reason: MissReason | None) -> None:
         """Give reservations up, remembering `reason` (if any) for later misses.
@@ -202,9 +196,9 @@ class CacheIndex:
         Raises:
             EngineStateError: a slot is not reserved, or named twice; nothing is aborted.
         """
-        slots = self._checked(slots)
+        slots = _column(slots, np.int32)
         with self._lock:
-            failed = steps.abort(self._table, slots, -1 if reason is None else MISS_REASONS.index(reason))
+            failed = steps.abort(*self._table, slots, -1 if reason is None else MISS_REASONS.index(reason))
             _raise_if(failed, slots, "is not reserved, or named twice")
             self._policy.remove(slots)
 
@@ -219,20 +213,28 @@ class CacheIndex:
         """
         keys = as_packed(keys)
         with self._lock:
-            slots, reasons, hits = steps.pin(self._table, keys)
-            self._policy.access(hits)
-        return Pins(slots, reasons)
+            pins = self._pin(keys)
+            self._policy.access(pins.hits)
+        return pins
 
-    def hold(self, keys: Keys) -> Slots:
-        """`pin` for the cache's own purposes: it does not count as an access. -1 for what is not committed.
+    def hold(self, keys: Keys) -> Pins:
+        """`pin` for the cache's own purposes: it does not count as an access.
 
         Raises:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is pinned.
         """
         with self._lock:
-            slots, _reasons, _hits = steps.pin(self._table, as_packed(keys))
-        held: Slots = slots
-        return held
+            return self._pin(as_packed(keys))
+
+    def touch(self, keys: Keys) -> None:
+        """Count committed blocks as accessed.
+
+        Raises:
+            InvalidHashError: the keys are not `uint64 [n, 4]`.
+        """
+        keys = as_packed(keys)
+        with self._lock:
+            self._policy.access(steps.committed_slots(*self._table[:2], keys))
 
     def unpin(self, slots: Slots) -> Offsets:
         """Let pinned blocks go, one pin per time named.
@@ -243,13 +245,14 @@ class CacheIndex:
         Raises:
             EngineStateError: a slot has no pin left; no pin is taken from any.
         """
-        slots = self._checked(slots)
-        freed: Offsets
+        slots = _column(slots, np.int32)
+        freed, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
         with self._lock:
-            failed, freed, idle = steps.unpin(self._table, slots)
+            failed, num_freed, num_idle = steps.unpin(self._table.rows, self._table.totals, slots, freed, idle)
             _raise_if(failed, slots, "is not pinned")
-            self._policy.insert(idle)
-        return freed
+            if num_idle:
+                self._policy.insert(idle[:num_idle])
+        return freed[:num_freed]
 
     def drop(self, slots: Slots, reason: MissReason) -> Offsets:
         """Remove committed blocks from view at once, whether pinned or not; slots that hold none are ignored.
@@ -261,7 +264,7 @@ class CacheIndex:
         Returns:
             Offsets that are free now; those of pinned blocks come back through their last `unpin`.
         """
-        slots = self._checked(slots)
+        slots = _column(slots, np.int32)
         with self._lock:
             return self._drop(slots, reason)
 
@@ -273,8 +276,7 @@ class CacheIndex:
         """
         keys = pack_keys([key])
         with self._lock:
-            slot = steps.committed_slot(self._table, keys)
-            return self._drop(np.array([slot][: slot + 1], np.int32), reason)
+            return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
 
     def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest blocks that are not pinned until `nbytes` are free, or none is left.
@@ -283,12 +285,12 @@ class CacheIndex:
             What they were, coldest first. Amortised O(1) per block, however many are pinned.
         """
         with self._lock:
-            table = self._table
-            coldest = self._policy.pop_coldest(nbytes, table.nbytes, table.pins)
-            idle = coldest[table.pins[coldest] == 0]
-            evicted = Evicted(table.offset[idle], table.keys[idle], table.nbytes[idle], table.digest[idle])
-            steps.evict(table, coldest, _EVICTED)
-        return evicted
+            rows = self._table.rows
+            coldest = self._policy.pop_coldest(nbytes, rows["nbytes"], rows["pins"])
+            extents, keys = np.empty((3, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
+            count = steps.evict(*self._table, coldest, _EVICTED, extents, keys)
+        offsets, sizes, digests = extents[:, :count]
+        return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64))
 
     def clear(self) -> Offsets:
         """Forget every block, and every reason for a miss.
@@ -302,16 +304,25 @@ class CacheIndex:
         """
         with self._lock:
             self._policy.remove(np.arange(self._table.totals[steps.SLOTS_USED], dtype=np.int32))
-            freed: Offsets = steps.clear(self._table)
+            freed: Offsets = steps.clear(self._table.rows, self._table.buckets, self._table.totals)
         return freed
 
     # Below: the lock is held.
 
+    def _pin(self, keys: Keys) -> Pins:
+        count = len(keys)
+        slots, hits, reasons = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.uint8)
+        extents = np.empty((3, count), np.int64)
+        num_hits = steps.pin(*self._table[:2], keys, slots, reasons, hits, extents)
+        if num_hits < count:
+            hits, extents = hits[:num_hits], extents[:, :num_hits]
+        return Pins(slots, reasons, hits, extents[0], extents[1], extents[2].view(np.uint64))
+
     def _drop(self, slots: Slots, reason: MissReason) -> Offsets:
         # A pinned block keeps its slot, so that its ghost takes another.
-        self._make_room(int(np.count_nonzero(self._table.pins[slots])))
+        self._make_room(int(np.count_nonzero(self._table.rows["pins"][slots])))
         freed: Offsets
-        freed, gone = steps.drop(self._table, slots, MISS_REASONS.index(reason))
+        freed, gone = steps.drop(*self._table, slots, MISS_REASONS.index(reason))
         self._policy.remove(gone)
         return freed
 
@@ -319,12 +330,6 @@ class CacheIndex:
         if self._table.room < count:
             self._table = steps.grown(self._table, self._table.capacity - self._table.room + count)
             self._policy.resize(self._table.capacity)
-
-    def _checked(self, slots: Slots) -> Slots:
-        slots = _column(slots, np.int32)
-        if slots.size and int(slots.view(np.uint32).max()) >= self._table.capacity:
-            raise EngineStateError("a slot is out of range")
-        return slots
 
 
 def _column(values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:

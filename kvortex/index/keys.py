@@ -36,6 +36,7 @@ def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
         return pack_keys(keys)
     if keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != WORDS:
         raise InvalidHashError(f"packed keys must be uint64 [n, {WORDS}], not {keys.dtype} {list(keys.shape)}")
-    packed = np.ascontiguousarray(keys).view()
-    packed.flags.writeable = False  # one array type for the kernels: they are compiled once
-    return packed
+    if keys.flags.writeable or not keys.flags.c_contiguous:
+        keys = np.ascontiguousarray(keys).view()
+        keys.flags.writeable = False  # one array type for the kernels: they are compiled once
+    return keys

@@ -39,7 +39,7 @@ class EvictionPolicy(ABC):
         """Note that a chain was used; slots that are not held are ignored."""
 
     def weigh(self, slots: Slots, nbytes: NDArray[np.int64]) -> None:  # noqa: B027 - not every policy counts bytes
-        """Learn the sizes `nbytes` `[n]` of blocks that were inserted before and have arrived; 0 until then."""
+        """Learn the sizes of blocks that were inserted before and have arrived: `nbytes` `[n]`, or `[1]` for all."""
 
     @abstractmethod
     def remove(self, slots: Slots) -> None:

@@ -163,10 +163,10 @@ def _counts_as_use(cells: Cells, slot: int, load: bool) -> Any:
 @njit(cache=True)
 def weigh(cells: Cells, totals: Totals, slots: Slots, nbytes: NDArray[np.int64]) -> None:
     for i in range(len(slots)):
-        slot = slots[i]
+        slot, size = slots[i], nbytes[i if len(nbytes) > 1 else 0]
         if cells[slot, _PLACE] != NOWHERE:
-            totals[cells[slot, _PLACE]] += nbytes[i] - cells[slot, _NBYTES]
-            cells[slot, _NBYTES] = nbytes[i]
+            totals[cells[slot, _PLACE]] += size - cells[slot, _NBYTES]
+            cells[slot, _NBYTES] = size
 
 
 # S3-FIFO. Only slots with nothing behind them stand in the first two rings; the others wait for that.

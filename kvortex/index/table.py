@@ -1,6 +1,6 @@
 """The index's entries as arrays, and the compiled steps that read and change them.
 
-An entry is a row number, its *slot*. Keys find their slots through open addressing with linear probing: a bucket
+An entry is a row, its number the *slot*. Keys find their slots through open addressing with linear probing: a bucket
 holds `32 key bits << 32 | slot + 1`, or 0. The key bits give the bucket's home as well, so rehashing and
 backward-shift deletion (Knuth, TAOCP 3, 6.4, algorithm R) never touch the keys. Keys are SHA-256, hence uniform
 already and not hashed again. There are twice as many buckets as slots: load stays at or below one half.
@@ -54,29 +54,43 @@ _HALF = np.uint64(32)
 _ONE = np.uint64(1)
 
 
+ROW = np.dtype(
+    [
+        ("key", np.uint64, 4),
+        ("offset", np.int64),  # of committed and dropped blocks, as are nbytes and digest
+        ("nbytes", np.int64),
+        ("digest", np.uint64),
+        ("pins", np.int32),
+        ("ring_at", np.int32),  # where the ring names this slot, or -1
+        ("freed", np.int32),  # of row i: the i-th in the stack of slots to use again
+        ("state", np.uint8),
+        ("parked", np.uint8),  # busy when an eviction met it, so taken out of the order
+        ("reason", np.uint8),  # valid while ring_at is
+    ],
+    align=True,
+)
+"""What is known of a slot, 72 bytes: together, because what one step needs of it lies in one or two cache lines."""
+
+Rows = NDArray[np.void]
+Buckets = NDArray[np.uint64]
+Totals = NDArray[np.int64]
+Extents = NDArray[np.int64]  # [3, n]: offsets, sizes, digests
+
+
 class Table(NamedTuple):
-    """All arrays of an index, by slot where not said otherwise: 71 bytes a slot, and 16 for its two buckets.
+    """All arrays of an index, in the order in which the steps take them.
 
     Memory of slots that were never used is not touched, so the system does not provide it.
     """
 
-    buckets: NDArray[np.uint64]  # [2 * capacity]
-    keys: Keys  # [capacity, 4]
-    state: NDArray[np.uint8]
-    pins: NDArray[np.int32]
-    offset: Offsets  # of committed and dropped blocks, as are nbytes and digest
-    nbytes: NDArray[np.int64]
-    digest: NDArray[np.uint64]
-    parked: NDArray[np.uint8]  # busy when an eviction met it, so taken out of the order
-    reason: NDArray[np.uint8]  # valid while ring_at is
-    ring_at: NDArray[np.int32]  # where the ring names this slot, or -1
-    freed: Slots  # stack of slots to use again
+    rows: Rows  # [capacity]
+    buckets: Buckets  # [2 * capacity]
     ring: Slots  # [ghost_entries], oldest at _RING_NEXT; an entry counts if its slot's ring_at points back
-    totals: NDArray[np.int64]  # [7]
+    totals: Totals  # [7]
 
     @property
     def capacity(self) -> int:
-        return len(self.state)
+        return len(self.rows)
 
     @property
     def room(self) -> int:
@@ -88,17 +102,8 @@ def new_table(capacity: int, ghost_entries: int) -> Table:
     """An empty table; `capacity` is rounded up to a power of two."""
     capacity = 1 << max(capacity - 1, 1).bit_length()
     return Table(
+        rows=np.zeros(capacity, ROW),
         buckets=np.full(2 * capacity, 0, np.uint64),
-        keys=np.zeros((capacity, 4), np.uint64),
-        state=np.zeros(capacity, np.uint8),
-        pins=np.zeros(capacity, np.int32),
-        offset=np.zeros(capacity, np.int64),
-        nbytes=np.zeros(capacity, np.int64),
-        digest=np.zeros(capacity, np.uint64),
-        parked=np.zeros(capacity, np.uint8),
-        reason=np.zeros(capacity, np.uint8),
-        ring_at=np.zeros(capacity, np.int32),
-        freed=np.zeros(capacity, np.int32),
         ring=np.full(ghost_entries, -1, np.int32),
         totals=np.zeros(7, np.int64),
     )
@@ -107,8 +112,7 @@ def new_table(capacity: int, ghost_entries: int) -> Table:
 def grown(table: Table, capacity: int) -> Table:
     """A copy of the table with at least `capacity` slots; slots keep their numbers, totals are shared."""
     new = new_table(capacity, 0)._replace(ring=table.ring, totals=table.totals)
-    for name in set(Table._fields) - {"buckets", "ring", "totals"}:
-        getattr(new, name)[: table.capacity] = getattr(table, name)
+    new.rows[: table.capacity] = table.rows
     _rehash(table.buckets, new.buckets)
     return new
 
@@ -117,7 +121,7 @@ def grown(table: Table, capacity: int) -> Table:
 
 
 @njit(cache=True)
-def _rehash(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
+def _rehash(old: Buckets, new: Buckets) -> None:
     mask = np.uint64(len(new) - 1)
     for bucket in old:
         if bucket:
@@ -128,7 +132,7 @@ def _rehash(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
 
 
 @njit(cache=True, forceinline=True)
-def _find(buckets: NDArray[np.uint64], own: Keys, keys: Keys, i: int) -> Any:
+def _find(rows: Rows, buckets: Buckets, keys: Keys, i: int) -> Any:
     """Slot of `keys[i]`, or -1."""
     mask = np.uint64(len(buckets) - 1)
     tag = keys[i, 0] & _LOW
@@ -137,32 +141,27 @@ def _find(buckets: NDArray[np.uint64], own: Keys, keys: Keys, i: int) -> Any:
         bucket = buckets[at]
         if bucket >> _HALF == tag:
             slot = np.int64(bucket & _LOW) - 1
-            if (
-                own[slot, 0] == keys[i, 0]
-                and own[slot, 1] == keys[i, 1]
-                and own[slot, 2] == keys[i, 2]
-                and own[slot, 3] == keys[i, 3]
-            ):
+            key = rows[slot].key
+            if key[0] == keys[i, 0] and key[1] == keys[i, 1] and key[2] == keys[i, 2] and key[3] == keys[i, 3]:
                 return slot
         at = (at + _ONE) & mask
     return np.int64(-1)
 
 
 @njit(cache=True, forceinline=True)
-def _enter(table: Table, slot: int) -> None:
-    mask = np.uint64(len(table.buckets) - 1)
-    tag = table.keys[slot, 0] & _LOW
+def _enter(rows: Rows, buckets: Buckets, slot: int) -> None:
+    mask = np.uint64(len(buckets) - 1)
+    tag = rows[slot].key[0] & _LOW
     at = tag & mask
-    while table.buckets[at]:
+    while buckets[at]:
         at = (at + _ONE) & mask
-    table.buckets[at] = tag << _HALF | np.uint64(slot + 1)
+    buckets[at] = tag << _HALF | np.uint64(slot + 1)
 
 
 @njit(cache=True, forceinline=True)
-def _leave(table: Table, slot: int) -> None:
-    buckets = table.buckets
+def _leave(rows: Rows, buckets: Buckets, slot: int) -> None:
     mask = np.uint64(len(buckets) - 1)
-    tag = table.keys[slot, 0] & _LOW
+    tag = rows[slot].key[0] & _LOW
     hole = tag & mask
     while buckets[hole] != tag << _HALF | np.uint64(slot + 1):
         hole = (hole + _ONE) & mask
@@ -177,289 +176,347 @@ def _leave(table: Table, slot: int) -> None:
 
 
 @njit(cache=True, forceinline=True)
-def _add(table: Table, keys: Keys, i: int) -> Any:
-    """A slot for `keys[i]`, which has none; there must be room."""
-    if table.totals[SLOTS_FREED]:
-        table.totals[SLOTS_FREED] -= 1
-        slot = np.int64(table.freed[table.totals[SLOTS_FREED]])
+def _take(rows: Rows, totals: Totals) -> Any:
+    """A slot that no key has; there must be room."""
+    if totals[SLOTS_FREED]:
+        totals[SLOTS_FREED] -= 1
+        slot = np.int64(rows[totals[SLOTS_FREED]].freed)
     else:
-        slot = table.totals[SLOTS_USED]
-        table.totals[SLOTS_USED] += 1
-    table.keys[slot] = keys[i]
-    table.ring_at[slot] = -1
-    _enter(table, slot)
+        slot = totals[SLOTS_USED]
+        totals[SLOTS_USED] += 1
+    rows[slot].ring_at = -1
     return slot
 
 
 @njit(cache=True, forceinline=True)
-def _release(table: Table, slot: int) -> None:
+def _add(rows: Rows, buckets: Buckets, totals: Totals, keys: Keys, i: int) -> Any:
+    """A slot for `keys[i]`, which has none; there must be room."""
+    slot = _take(rows, totals)
+    for word in range(4):
+        rows[slot].key[word] = keys[i, word]
+    _enter(rows, buckets, slot)
+    return slot
+
+
+@njit(cache=True, forceinline=True)
+def _release(rows: Rows, totals: Totals, slot: int) -> None:
     """Give a slot back that no bucket names."""
-    table.state[slot] = FREE
-    table.freed[table.totals[SLOTS_FREED]] = slot
-    table.totals[SLOTS_FREED] += 1
+    rows[slot].state = FREE
+    rows[totals[SLOTS_FREED]].freed = slot
+    totals[SLOTS_FREED] += 1
 
 
 @njit(cache=True, forceinline=True)
-def _remove(table: Table, slot: int) -> None:
-    _leave(table, slot)
-    _release(table, slot)
+def _remove(rows: Rows, buckets: Buckets, totals: Totals, slot: int) -> None:
+    _leave(rows, buckets, slot)
+    _release(rows, totals, slot)
 
 
 @njit(cache=True, forceinline=True)
-def _remember(table: Table, slot: int, reason: int) -> None:
+def _remember(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slot: int, reason: int) -> None:
     """Make a slot without pins a ghost; the ring's oldest makes way."""
-    if len(table.ring) == 0:
-        _remove(table, slot)
+    if len(ring) == 0:
+        _remove(rows, buckets, totals, slot)
         return
-    at = table.totals[_RING_NEXT]
-    oldest = table.ring[at]
-    if oldest >= 0 and table.ring_at[oldest] == at:
-        table.ring_at[oldest] = -1
-        if table.state[oldest] == GHOST:
-            _remove(table, oldest)
-    table.state[slot] = GHOST
-    table.reason[slot] = reason
-    table.ring_at[slot] = at
-    table.ring[at] = slot
-    table.totals[_RING_NEXT] = (at + 1) % len(table.ring)
+    at = totals[_RING_NEXT]
+    oldest = np.int64(ring[at])
+    if oldest >= 0 and rows[oldest].ring_at == at:
+        rows[oldest].ring_at = -1
+        if rows[oldest].state == GHOST:
+            _remove(rows, buckets, totals, oldest)
+    rows[slot].state = GHOST
+    rows[slot].reason = reason
+    rows[slot].ring_at = at
+    ring[at] = slot
+    totals[_RING_NEXT] = (at + 1) % len(ring)
 
 
 @njit(cache=True, forceinline=True)
-def _retire(table: Table, slot: int, reason: int) -> None:
+def _retire(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slot: int, reason: int) -> None:
     """A committed block is gone; what pins hold stays in its slot, and the key's ghost gets another one."""
-    table.totals[COMMITTED_BLOCKS] -= 1
-    table.totals[COMMITTED_BYTES] -= table.nbytes[slot]
-    table.parked[slot] = 0
-    if not table.pins[slot]:
-        _remember(table, slot, reason)
+    totals[COMMITTED_BLOCKS] -= 1
+    totals[COMMITTED_BYTES] -= rows[slot].nbytes
+    rows[slot].parked = 0
+    if not rows[slot].pins:
+        _remember(rows, buckets, ring, totals, slot, reason)
         return
-    table.state[slot] = DROPPED
-    _leave(table, slot)
-    if len(table.ring):
-        _remember(table, _add(table, table.keys, slot), reason)
+    rows[slot].state = DROPPED
+    _leave(rows, buckets, slot)
+    if len(ring):
+        ghost = _take(rows, totals)
+        for word in range(4):
+            rows[ghost].key[word] = rows[slot].key[word]
+        _enter(rows, buckets, ghost)
+        _remember(rows, buckets, ring, totals, ghost, reason)
 
 
 @njit(cache=True, forceinline=True)
-def _take_pins(table: Table, slots: Slots, reserved: bool) -> int:
+def _take_pins(rows: Rows, slots: Slots, reserved: bool) -> int:
     """Take a pin each time a slot is named, from reservations or from stored blocks, all or none.
 
-    Returns -1, or the position that had none.
+    Returns -1, or the position of what had none or is no slot.
     """
     for i in range(len(slots)):
-        state = table.state[slots[i]]
-        if not table.pins[slots[i]] or (state in (PENDING, ORPHANED)) != reserved:
+        slot = np.int64(slots[i])
+        exists = 0 <= slot < len(rows)
+        if not exists or not rows[slot].pins or (rows[slot].state in (PENDING, ORPHANED)) != reserved:
             for taken in slots[:i]:
-                table.pins[taken] += 1
+                rows[taken].pins += 1
             return i
-        table.pins[slots[i]] -= 1
+        rows[slot].pins -= 1
     return -1
+
+
+@njit(cache=True, forceinline=True)
+def _copy_extent(rows: Rows, slot: int, extents: Extents, i: int) -> None:
+    extents[0, i], extents[1, i], extents[2, i] = rows[slot].offset, rows[slot].nbytes, np.int64(rows[slot].digest)
 
 
 # Reads.
 
 
 @njit(cache=True)
-def prefix_length(table: Table, keys: Keys) -> int:
+def prefix_length(rows: Rows, buckets: Buckets, keys: Keys) -> int:
     for i in range(len(keys)):
-        slot = _find(table.buckets, table.keys, keys, i)
-        if slot < 0 or table.state[slot] != COMMITTED:
+        slot = _find(rows, buckets, keys, i)
+        if slot < 0 or rows[slot].state != COMMITTED:
             return i
     return len(keys)
 
 
 @njit(cache=True)
-def contains_mask(table: Table, keys: Keys) -> NDArray[np.bool_]:
+def contains_mask(rows: Rows, buckets: Buckets, keys: Keys) -> NDArray[np.bool_]:
     mask = np.empty(len(keys), np.bool_)
     for i in range(len(keys)):
-        slot = _find(table.buckets, table.keys, keys, i)
-        mask[i] = slot >= 0 and table.state[slot] == COMMITTED
+        slot = _find(rows, buckets, keys, i)
+        mask[i] = slot >= 0 and rows[slot].state == COMMITTED
     return mask
 
 
 @njit(cache=True)
-def miss_reason(table: Table, keys: Keys, i: int) -> Any:
-    slot = _find(table.buckets, table.keys, keys, i)
+def miss_reason(rows: Rows, buckets: Buckets, keys: Keys, i: int) -> Any:
+    slot = _find(rows, buckets, keys, i)
     if slot < 0:
         return _NEVER_STORED
-    return np.int64(table.reason[slot]) if table.state[slot] == GHOST else _PENDING
+    return np.int64(rows[slot].reason) if rows[slot].state == GHOST else _PENDING
 
 
 @njit(cache=True)
-def committed_slot(table: Table, keys: Keys) -> int:
-    """Slot of the one key, or -1."""
-    slot = _find(table.buckets, table.keys, keys, 0)
-    return slot if slot >= 0 and table.state[slot] == COMMITTED else -1
+def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
+    """Slots of those keys that are committed."""
+    slots = np.empty(len(keys), np.int32)
+    length = 0
+    for i in range(len(keys)):
+        slot = _find(rows, buckets, keys, i)
+        if slot >= 0 and rows[slot].state == COMMITTED:
+            slots[length] = slot
+            length += 1
+    return slots[:length]
 
 
-# Changes. `idle` are slots to put back into the eviction order.
+# Changes. Results go into arrays of the caller's, as long as the call: to hand an array out of a compiled step costs
+# more than the step. `idle` are slots to put back into the eviction order.
 
 
 @njit(cache=True)
-def reserve(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots, NDArray[np.bool_]]:
+def reserve(
+    rows: Rows,
+    buckets: Buckets,
+    ring: Slots,
+    totals: Totals,
+    keys: Keys,
+    slots: Slots,
+    states: NDArray[np.uint8],
+    chain: Slots,
+    evicted: NDArray[np.bool_],
+) -> int:
     """Slots that the call owns or -1, states, the chain to put into the eviction order, which of it were evicted.
 
     A ghost keeps the slot that it had, so a policy that remembers what it evicted finds it by its number.
+
+    Returns the length of the chain.
     """
-    slots, chain = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
-    states, evicted = np.empty(len(keys), np.uint8), np.empty(len(keys), np.bool_)
     length = 0
     for i in range(len(keys)):  # alone in its loop, so that the memory accesses of many keys overlap
-        slots[i] = _find(table.buckets, table.keys, keys, i)
+        slots[i] = _find(rows, buckets, keys, i)
     for i in range(len(keys)):
         slot = np.int64(slots[i])
         slots[i] = -1
         if slot < 0:
-            slot = _find(table.buckets, table.keys, keys, i)  # again: an earlier position may name it too
+            slot = _find(rows, buckets, keys, i)  # again: an earlier position may name it too
         if slot < 0:
-            slot = _add(table, keys, i)
-        state = table.state[slot]
+            slot = _add(rows, buckets, totals, keys, i)
+        state = rows[slot].state
         if state == COMMITTED:
             states[i] = STORED
         elif state in (PENDING, ORPHANED):
             states[i] = BUSY
         else:
             states[i], slots[i] = RESERVED, slot
-            table.state[slot], table.pins[slot] = PENDING, 1
-            table.totals[PENDING_BLOCKS] += 1
-        if state != ORPHANED and not table.parked[slot]:
+            rows[slot].state, rows[slot].pins = PENDING, 1
+            totals[PENDING_BLOCKS] += 1
+        if state != ORPHANED and not rows[slot].parked:
             chain[length] = slot
-            evicted[length] = state == GHOST and table.reason[slot] == _EVICTED
+            evicted[length] = state == GHOST and rows[slot].reason == _EVICTED
             length += 1
-    return slots, states, chain[:length], evicted[:length]
+    return length
 
 
 @njit(cache=True)
 def commit(
-    table: Table, slots: Slots, offsets: Offsets, nbytes: NDArray[np.int64], digests: NDArray[np.uint64]
-) -> tuple[int, Offsets, Slots]:
-    """Position of a slot that is not reserved or -1, orphaned offsets, idle slots."""
-    failed = _take_pins(table, slots, True)
-    unseen, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
+    rows: Rows,
+    buckets: Buckets,
+    ring: Slots,
+    totals: Totals,
+    slots: Slots,
+    offsets: Offsets,
+    nbytes: NDArray[np.int64],
+    digests: NDArray[np.uint64],
+    unseen: Offsets,
+    idle: Slots,
+) -> tuple[int, int, int]:
+    """Orphaned offsets, idle slots. `nbytes` may be one for all.
+
+    Returns the position of a slot that is not reserved or -1, the lengths of `unseen` and `idle`.
+    """
+    failed = _take_pins(rows, slots, True)
     num_unseen = num_idle = 0
     for i in range(len(slots) if failed < 0 else 0):
-        slot = slots[i]
-        table.totals[PENDING_BLOCKS] -= 1
-        if table.state[slot] == ORPHANED:
+        slot = np.int64(slots[i])
+        totals[PENDING_BLOCKS] -= 1
+        if rows[slot].state == ORPHANED:
             unseen[num_unseen] = offsets[i]
             num_unseen += 1
-            _remove(table, slot)
+            _remove(rows, buckets, totals, slot)
             continue
-        table.state[slot], table.ring_at[slot] = COMMITTED, -1
-        table.offset[slot], table.nbytes[slot], table.digest[slot] = offsets[i], nbytes[i], digests[i]
-        table.totals[COMMITTED_BLOCKS] += 1
-        table.totals[COMMITTED_BYTES] += nbytes[i]
-        if table.parked[slot]:
-            table.parked[slot] = 0
+        rows[slot].state, rows[slot].ring_at = COMMITTED, -1
+        rows[slot].offset, rows[slot].digest = offsets[i], digests[i]
+        rows[slot].nbytes = nbytes[i if len(nbytes) > 1 else 0]
+        totals[COMMITTED_BLOCKS] += 1
+        totals[COMMITTED_BYTES] += rows[slot].nbytes
+        if rows[slot].parked:
+            rows[slot].parked = 0
             idle[num_idle] = slot
             num_idle += 1
-    return failed, unseen[:num_unseen], idle[:num_idle]
+    return failed, num_unseen, num_idle
 
 
 @njit(cache=True)
-def abort(table: Table, slots: Slots, reason: int) -> Any:
+def abort(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int) -> Any:
     """Position of a slot that is not reserved or -1. `reason` -1 leaves the older one."""
-    failed = _take_pins(table, slots, True)
-    for slot in slots if failed < 0 else slots[:0]:
-        table.totals[PENDING_BLOCKS] -= 1
-        table.parked[slot] = 0
-        if table.state[slot] == PENDING and reason >= 0:
-            _remember(table, slot, reason)
-        elif table.state[slot] == PENDING and table.ring_at[slot] >= 0:
-            table.state[slot] = GHOST
+    failed = _take_pins(rows, slots, True)
+    for i in range(len(slots) if failed < 0 else 0):
+        slot = np.int64(slots[i])
+        totals[PENDING_BLOCKS] -= 1
+        rows[slot].parked = 0
+        if rows[slot].state == PENDING and reason >= 0:
+            _remember(rows, buckets, ring, totals, slot, reason)
+        elif rows[slot].state == PENDING and rows[slot].ring_at >= 0:
+            rows[slot].state = GHOST
         else:
-            _remove(table, slot)
+            _remove(rows, buckets, totals, slot)
     return failed
 
 
 @njit(cache=True)
-def pin(table: Table, keys: Keys) -> tuple[Slots, NDArray[np.uint8], Slots]:
-    """Slots or -1, miss reasons, and the slots of the hits alone."""
-    slots, hits = np.full(len(keys), -1, np.int32), np.empty(len(keys), np.int32)
-    reasons = np.zeros(len(keys), np.uint8)
+def pin(
+    rows: Rows, buckets: Buckets, keys: Keys, slots: Slots, reasons: NDArray[np.uint8], hits: Slots, extents: Extents
+) -> int:
+    """Slots or -1, miss reasons; of the hits alone the slots, offsets, sizes and digests. Returns their number."""
     num_hits = 0
     for i in range(len(keys)):
-        slot = _find(table.buckets, table.keys, keys, i)
-        if slot >= 0 and table.state[slot] == COMMITTED:
-            table.pins[slot] += 1
+        slot = _find(rows, buckets, keys, i)
+        slots[i], reasons[i] = -1, _NEVER_STORED
+        if slot >= 0 and rows[slot].state == COMMITTED:
+            rows[slot].pins += 1
             slots[i] = hits[num_hits] = slot
+            _copy_extent(rows, slot, extents, num_hits)
             num_hits += 1
         elif slot >= 0:
-            reasons[i] = table.reason[slot] if table.state[slot] == GHOST else _PENDING
-    return slots, reasons, hits[:num_hits]
+            reasons[i] = rows[slot].reason if rows[slot].state == GHOST else _PENDING
+    return num_hits
 
 
 @njit(cache=True)
-def unpin(table: Table, slots: Slots) -> tuple[int, Offsets, Slots]:
-    """Position of a slot that has no pin left or -1, offsets that are free now, idle slots."""
-    failed = _take_pins(table, slots, False)
-    offsets, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
-    num_offsets = num_idle = 0
-    for slot in slots if failed < 0 else slots[:0]:
-        if table.pins[slot]:
+def unpin(rows: Rows, totals: Totals, slots: Slots, freed: Offsets, idle: Slots) -> tuple[int, int, int]:
+    """Offsets that are free now, idle slots.
+
+    Returns the position of a slot that has no pin left or -1, the lengths of `freed` and `idle`.
+    """
+    failed = _take_pins(rows, slots, False)
+    num_freed = num_idle = 0
+    for i in range(len(slots) if failed < 0 else 0):
+        slot = np.int64(slots[i])
+        if rows[slot].pins:
             continue
-        if table.state[slot] == DROPPED:
-            offsets[num_offsets] = table.offset[slot]
-            num_offsets += 1
-            _release(table, slot)
-        elif table.parked[slot]:
-            table.parked[slot] = 0
+        if rows[slot].state == DROPPED:
+            freed[num_freed] = rows[slot].offset
+            num_freed += 1
+            _release(rows, totals, slot)
+        elif rows[slot].parked:
+            rows[slot].parked = 0
             idle[num_idle] = slot
             num_idle += 1
-    return failed, offsets[:num_offsets], idle[:num_idle]
+    return failed, num_freed, num_idle
 
 
 @njit(cache=True)
-def drop(table: Table, slots: Slots, reason: int) -> tuple[Offsets, Slots]:
+def drop(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int) -> tuple[Offsets, Slots]:
     """Offsets that are free now, and the slots to take out of the eviction order."""
     offsets, gone = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
     num_offsets = num_gone = 0
-    for slot in slots:
-        if table.state[slot] != COMMITTED:
+    for i in range(len(slots)):
+        slot = np.int64(slots[i])
+        if rows[slot].state != COMMITTED:
             continue
         gone[num_gone] = slot
         num_gone += 1
-        if not table.pins[slot]:
-            offsets[num_offsets] = table.offset[slot]
+        if not rows[slot].pins:
+            offsets[num_offsets] = rows[slot].offset
             num_offsets += 1
-        _retire(table, slot, reason)
+        _retire(rows, buckets, ring, totals, slot, reason)
     return offsets[:num_offsets], gone[:num_gone]
 
 
 @njit(cache=True)
-def evict(table: Table, slots: Slots, reason: int) -> Offsets:
-    """Offsets of the idle ones; the busy ones are parked."""
-    offsets = np.empty(len(slots), np.int64)
-    num_offsets = 0
-    for slot in slots:
-        if table.pins[slot]:
-            table.parked[slot] = 1
+def evict(
+    rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int, extents: Extents, keys: Keys
+) -> int:
+    """Offsets, sizes, digests and keys of the idle ones; the busy ones are parked. Returns the number of the idle."""
+    length = 0
+    for i in range(len(slots)):
+        slot = np.int64(slots[i])
+        if rows[slot].pins:
+            rows[slot].parked = 1
             continue
-        offsets[num_offsets] = table.offset[slot]
-        num_offsets += 1
-        _retire(table, slot, reason)
-    table.totals[EVICTED_BLOCKS] += num_offsets
-    return offsets[:num_offsets]
+        _copy_extent(rows, slot, extents, length)
+        for word in range(4):
+            keys[length, word] = rows[slot].key[word]
+        length += 1
+        _retire(rows, buckets, ring, totals, slot, reason)
+    totals[EVICTED_BLOCKS] += length
+    return length
 
 
 @njit(cache=True)
-def clear(table: Table) -> Offsets:
+def clear(rows: Rows, buckets: Buckets, totals: Totals) -> Offsets:
     """Offsets that are free now."""
-    offsets = np.empty(table.totals[COMMITTED_BLOCKS], np.int64)
+    offsets = np.empty(totals[COMMITTED_BLOCKS], np.int64)
     num_offsets = 0
-    table.totals[COMMITTED_BLOCKS] = table.totals[COMMITTED_BYTES] = 0
-    table.buckets[:] = 0
-    for slot in range(table.totals[SLOTS_USED]):
-        state = table.state[slot]
-        table.ring_at[slot] = -1
-        table.parked[slot] = 0
+    totals[COMMITTED_BLOCKS] = totals[COMMITTED_BYTES] = 0
+    buckets[:] = 0
+    for slot in range(totals[SLOTS_USED]):
+        state = rows[slot].state
+        rows[slot].ring_at = -1
+        rows[slot].parked = 0
         if state in (PENDING, ORPHANED):
-            table.state[slot] = ORPHANED
-            _enter(table, slot)
-        elif state == COMMITTED and table.pins[slot]:
-            table.state[slot] = DROPPED
+            rows[slot].state = ORPHANED
+            _enter(rows, buckets, slot)
+        elif state == COMMITTED and rows[slot].pins:
+            rows[slot].state = DROPPED
         elif state in (COMMITTED, GHOST):
             if state == COMMITTED:
-                offsets[num_offsets] = table.offset[slot]
+                offsets[num_offsets] = rows[slot].offset
                 num_offsets += 1
-            _release(table, slot)
+            _release(rows, totals, slot)
     return offsets[:num_offsets]

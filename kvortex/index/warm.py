@@ -23,8 +23,7 @@ def warm_up(eviction_policy: str = "lru") -> None:
     index.prefix_length(keys)
     index.miss_reason(bytes(BLOCK_HASH_BYTES))
     pinned = index.pin(keys[:1]).slots
-    index.offsets_of(pinned)
-    index.digests_of(pinned)
+    index.touch(keys[:1])
     index.drop(pinned, MissReason.CORRUPT)
     index.unpin(pinned)
     index.evict(1)

@@ -133,9 +133,9 @@ class ExtentAllocator:
         Raises:
             DoubleFreeError, ForeignExtentError: as `free`; then none is freed.
         """
-        ordered = np.sort(np.asarray(offsets, dtype=np.int64)).tolist()
-        if not ordered:
+        if not len(offsets):
             return
+        ordered = np.sort(np.asarray(offsets, dtype=np.int64)).tolist()
         if not self._allocated.keys() >= set(ordered) or len(set(ordered)) != len(ordered):
             self._refuse(ordered)
         start = end = ordered[0]

@@ -118,13 +118,13 @@ def test_a_negative_bound_is_refused() -> None:
 def test_pins_hold_and_count(policy: str) -> None:
     index = make(policy)
     store(index, 1, 2, nbytes=8)
-    slots, reasons = index.pin(keys(1, 9, 2))
-    assert slots[1] == -1
-    assert MISS_REASONS[reasons[1]] is MissReason.NEVER_STORED
-    mine = slots[slots >= 0]
-    assert index.offsets_of(mine).tolist() == [1, 2]
-    assert index.digests_of(mine).tolist() == [101, 102]
-    assert index.nbytes_of(mine).tolist() == [8, 8]
+    pins = index.pin(keys(1, 9, 2))
+    mine = pins.hits
+    assert pins.slots.tolist() == [mine[0], -1, mine[1]]
+    assert MISS_REASONS[pins.reasons[1]] is MissReason.NEVER_STORED
+    assert pins.offsets.tolist() == [1, 2]
+    assert pins.digests.tolist() == [101, 102]
+    assert pins.nbytes.tolist() == [8, 8]
     again = index.pin(keys(1)).slots
     assert index.evict(100).offsets.size == 0
     assert index.unpin(mine).size == 0
@@ -373,6 +373,6 @@ def test_a_scan_of_prompts_that_nobody_asks_again(policy: str, left: int) -> Non
     for prompt in (range(50), range(50), *(range(1000 + 20 * n, 1020 + 20 * n) for n in range(60))):
         index.unpin(index.pin(keys(*prompt)).slots[: index.prefix_length(keys(*prompt))])
         store(index, *prompt)
-        index.unpin(index.pin(keys(*prompt)).slots)  # what `ControlPlane.touch` does when a request ends
+        index.touch(keys(*prompt))  # as `ControlPlane` does when a request ends
         index.evict(len(index) - 200)
     assert index.prefix_length(keys(*range(50))) == left

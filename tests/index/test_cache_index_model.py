@@ -117,19 +117,25 @@ class AgainstNaiveModel(RuleBasedStateMachine):
 
     @rule(chain=chains)
     def pin(self, chain: list[int]) -> None:
-        slots, codes = self.index.pin(pack_keys([KEYS[k] for k in chain]))
+        pins = self.index.pin(pack_keys([KEYS[k] for k in chain]))
         pending = self._pending()
-        for k, slot, code in zip(chain, slots.tolist(), codes.tolist(), strict=True):
+        hits = zip(pins.hits.tolist(), pins.offsets.tolist(), pins.nbytes.tolist(), pins.digests.tolist(), strict=True)
+        for k, slot, code in zip(chain, pins.slots.tolist(), pins.reasons.tolist(), strict=True):
             if k in self.committed:
                 entry = self.committed[k]
                 entry[2] += 1
                 self.pins.append((slot, entry, k))
-                assert self.index.offsets_of(np.array([slot]))[0] == entry[0]
-                assert self.index.digests_of(np.array([slot]))[0] == entry[0] + 7
+                assert next(hits) == (slot, entry[0], entry[1], entry[0] + 7)
             else:
                 assert slot == -1
                 expected = MissReason.PENDING if k in pending else self.ghosts.get(k, MissReason.NEVER_STORED)
                 assert MISS_REASONS[code] is expected
+        assert not list(hits)
+        self.order.access([self.slots[k] for k in chain if k in self.committed])
+
+    @rule(chain=chains)
+    def touch(self, chain: list[int]) -> None:
+        self.index.touch(pack_keys([KEYS[k] for k in chain]))
         self.order.access([self.slots[k] for k in chain if k in self.committed])
 
     @precondition(lambda self: self.pins)

@@ -107,7 +107,7 @@ class Life:
     def _watch_load(self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]) -> Any:
         outcomes = self._finish_load(plan, intact, succeeded)
         wrong = plan.slots[succeeded & ~intact]
-        if (self.control.index._table.state[wrong] == table.COMMITTED).any():
+        if (self.control.index._table.rows["state"][wrong] == table.COMMITTED).any():
             self._complain("a block that turned out to be wrong can still be loaded")
         return outcomes
 
@@ -131,10 +131,10 @@ class Life:
 
     def _became_visible(self, slots: Any, offsets: Any, nbytes: Any, digests: Any) -> None:
         """What can be loaded from now on is what was saved."""
-        index = self.control.index._table
+        rows = self.control.index._table.rows
         sizes = np.broadcast_to(np.asarray(nbytes), (len(slots),))
         for slot, offset, size, digest in zip(slots, offsets, sizes, digests, strict=True):
-            block_hash = index.keys[slot].tobytes()
+            block_hash = rows[slot]["key"].tobytes()
             if block_hash in self._harm.corrupted:
                 continue
             payload = self.pool[offset : offset + self.forms.payload_nbytes(self.control.is_packed(int(size)))]
@@ -150,17 +150,17 @@ class Life:
         self._seen = self.ledger.changes
         complain, engine, tiering = self._complain, self.engine, self.tiering
         index, held = self.control.index._table, self.control.allocator._allocated
-        used = int(index.totals[table.SLOTS_USED])
-        state, pins = index.state[:used], index.pins[:used]
+        rows = index.rows[: int(index.totals[table.SLOTS_USED])]
+        state, pins = rows["state"], rows["pins"]
         committed = state == table.COMMITTED
         visible = np.flatnonzero(committed | (state == table.DROPPED))
-        offsets = index.offset[visible].tolist()
+        offsets = rows["offset"][visible].tolist()
         if len(set(offsets)) < len(offsets):
             complain("two blocks have the same extent")
-        for offset, nbytes in zip(offsets, index.nbytes[visible].tolist(), strict=True):
+        for offset, nbytes in zip(offsets, rows["nbytes"][visible].tolist(), strict=True):
             if held.get(offset, (0, ""))[0] != nbytes:
                 complain(f"a block of {nbytes} bytes lies at {offset}, which is not allocated like that")
-        if self.control.index.committed_bytes != int(index.nbytes[:used][committed].sum()):
+        if self.control.index.committed_bytes != int(rows["nbytes"][committed].sum()):
             complain("the index has miscounted its bytes")
         # Every extent is a block's, a reservation's, or waits for the tier after its eviction.
         moving = self.tier.moving
@@ -211,7 +211,7 @@ class Life:
         tiering, complain = self.tiering, self._complain
         index = self.control.index._table
         left = {
-            "pins": int(index.pins[: int(index.totals[table.SLOTS_USED])].sum()),
+            "pins": int(index.rows["pins"][: int(index.totals[table.SLOTS_USED])].sum()),
             "reservations": self.control.index.num_pending,
             "blocks on their way": len(tiering.fetches._arriving) + len(tiering.fetches._reading),
             "blocks that wait to be written": len(tiering.writes._queue) + len(tiering.writes._demoted),

@@ -168,7 +168,7 @@ def flip_a_bit(engine: Engine, key: bytes) -> None:
     from kvortex.index import pack_keys
 
     pins = engine.control.index.pin(pack_keys([key]))
-    offset = int(engine.control.index.offsets_of(pins.slots)[0])
+    offset = int(pins.offsets[0])
     engine.control.allocator.free_many(engine.control.index.unpin(pins.slots))
     data = engine.worker_half._data
     assert data is not None
