@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,8 +125,8 @@ def python_seconds(count: int = 4_000_000) -> float:
     return time.perf_counter() - started
 
 
-async def wake_up_delays(engine: KVortexEngine) -> list[float]:
-    """Seconds that a sleeping thread wakes up late beside saves."""
+async def wake_up_delays(engine: KVortexEngine, beside: str | None) -> list[float]:
+    """Seconds that a sleeping thread wakes up late, beside transfers in one direction or alone."""
     delays: list[float] = []
     stop = threading.Event()
 
@@ -136,7 +136,7 @@ async def wake_up_delays(engine: KVortexEngine) -> list[float]:
             time.sleep(1e-3)
             delays.append(time.perf_counter() - due)
 
-    async with traffic(engine, "save"):
+    async with traffic(engine, beside) if beside else nullcontext():
         thread = threading.Thread(target=sleeper)
         thread.start()
         await asyncio.sleep(2)
@@ -192,10 +192,12 @@ async def bench_python(kv: dict[str, torch.Tensor], arguments: argparse.Namespac
             share, rate = await slow_down(engine, direction, python_seconds)
             setting = f"{direction} at {rate:.1f} GB/s"
             rows.append(Row("Python thread slowed down", setting, 100 * share, "%", "<= 3"))
-        delays = await wake_up_delays(engine)
-        for name, position in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)):
-            late = delays[int(position * (len(delays) - 1))] * 1e6
-            rows.append(Row("another thread wakes up late", f"save, {name}", late, "us", "< 200"))
+        for beside in (None, "save", "load"):
+            delays = await wake_up_delays(engine, beside)
+            for name, position in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)):
+                late = delays[int(position * (len(delays) - 1))] * 1e6
+                target = "< 200 more" if beside else ""
+                rows.append(Row("another thread wakes up late", f"{beside or 'alone'}, {name}", late, "us", target))
     return rows
 
 
