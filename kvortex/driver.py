@@ -4,19 +4,32 @@ Handles and addresses are plain ints. The context is the device's primary one, w
 call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
 machine without a driver can import KVortex.
 
-The calls that every batch makes a dozen times go to the driver through ctypes and keep the GIL: they take a
-microsecond each, and giving the GIL up in each would let every other thread cut in a dozen times a batch.
+What every batch needs has an address in `Device.calls`, for compiled code that makes many calls at once. The few of
+these that Python makes too go to the driver through ctypes and keep the GIL: they take a microsecond each, and
+giving the GIL up in each would let every other thread cut in.
 """
 
 import contextlib
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, SupportsInt, TypeAlias
+from typing import Any, Protocol, SupportsInt, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvortex.errors import DeviceError, DeviceUnavailableError
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
+RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # in `Device.calls`
+_CALLS = (
+    "cuEventRecord",
+    "cuStreamWaitEvent",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuMemcpyAsync",
+    "cuLaunchKernel",
+)
 DEFAULT_SHARED_BYTES = 48 << 10  # of dynamic shared memory that every kernel may have
 
 Stream: TypeAlias = int
@@ -51,6 +64,8 @@ class Device:
     Args:
         ordinal: CUDA's number of the device.
 
+    `calls` are addresses `int64 [6]` of the driver's functions.
+
     Raises:
         DeviceUnavailableError: no driver, no such device, or `cuda-bindings` is missing.
     """
@@ -70,30 +85,34 @@ class Device:
             self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         except (DeviceError, RuntimeError) as error:
             raise DeviceUnavailableError(f"CUDA device {ordinal} cannot be used: {error}") from error
-        self._bind_hot_calls()
+        self._bind_calls()
         self.make_current()
 
-    def _bind_hot_calls(self) -> None:
+    def _bind_calls(self) -> None:
         pointer, word = ctypes.c_void_p, ctypes.c_uint
         library = ctypes.PyDLL("libcuda.so.1")
-        self._record, self._wait, self._query = library.cuEventRecord, library.cuStreamWaitEvent, library.cuEventQuery
-        self._copy, self._launch = library.cuMemcpyAsync, library.cuLaunchKernel
+        addresses = [ctypes.cast(getattr(library, name), pointer).value for name in _CALLS]
+        self.calls: NDArray[np.int64] = np.array(addresses, dtype=np.int64)
+        self._record, self._copy, self._launch = library.cuEventRecord, library.cuMemcpyAsync, library.cuLaunchKernel
         self._record.argtypes = (pointer, pointer)
-        self._wait.argtypes = (pointer, pointer, word)
-        self._query.argtypes = (pointer,)
         self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer)
         self._launch.argtypes = (pointer, *[word] * 7, pointer, pointer, pointer)
 
     def _call(self, name: str, *args: Any) -> Any:
         status, *values = getattr(self._driver, name)(*args)
         if status:
-            self._fail(name, status)
+            raise self._error(name, status)
         return values[0] if values else None
 
-    def _fail(self, name: str, status: Any) -> NoReturn:
-        _, text = self._driver.cuGetErrorName(self._driver.CUresult(int(status)))
-        words = text.decode() if isinstance(text, bytes) else str(status)
-        raise DeviceError(f"{name} failed: {words}")
+    def error(self, call: int, status: int) -> DeviceError:
+        """What it means that a function of `calls`, given by its position, returned `status`."""
+        return self._error(_CALLS[call], status)
+
+    def _error(self, name: str, status: Any) -> DeviceError:
+        words = str(int(status))
+        with contextlib.suppress(ValueError):  # a driver that is newer than its bindings
+            words = self._driver.CUresult(int(status)).name
+        return DeviceError(f"{name} failed: {words}")
 
     def make_current(self) -> None:
         """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
@@ -162,20 +181,7 @@ class Device:
     def record_event(self, event: Event, stream: Stream) -> None:
         status = self._record(event, stream)
         if status:
-            self._fail("cuEventRecord", status)
-
-    def wait_event(self, stream: Stream, event: Event) -> None:
-        """Make later work of `stream` wait for what `event` recorded last; nothing blocks on the host."""
-        status = self._wait(stream, event, 0)
-        if status:
-            self._fail("cuStreamWaitEvent", status)
-
-    def has_fired(self, event: Event) -> bool:
-        """Whether everything before the event's last recording is done; keeps the GIL."""
-        status = self._query(event)
-        if status not in (0, NOT_READY):
-            self._fail("cuEventQuery", status)
-        return bool(status == 0)
+            raise self._error("cuEventRecord", status)
 
     def synchronize_event(self, event: Event) -> None:
         """Block the calling thread, without the GIL, until the event has fired."""
@@ -191,7 +197,7 @@ class Device:
         """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
         status = self._copy(destination, source, nbytes, stream)
         if status:
-            self._fail("cuMemcpyAsync", status)
+            raise self._error("cuMemcpyAsync", status)
 
     def copy_batch_async(
         self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: Stream
@@ -253,24 +259,12 @@ class Device:
             self._call("cuFuncSetAttribute", kernel, attribute, shared_bytes)
         return int(kernel)
 
-    def launch(
-        self,
-        kernel: Kernel,
-        grid: int,
-        block: int,
-        arguments: "KernelArguments",
-        stream: Stream,
-        *,
-        shared_bytes: int = 0,
-    ) -> None:
-        """Start a one-dimensional kernel; `arguments` may be changed as soon as this returns.
-
-        Args:
-            shared_bytes: of dynamic shared memory a thread block; above 48 KiB, `load_kernel` has to know of it.
-        """
-        status = self._launch(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments.address, None)
+    def launch(self, launch: "Launch", stream: Stream) -> None:
+        """Start a kernel; its arguments may be changed as soon as this returns."""
+        kernel, grid, block, shared_bytes, arguments = launch.words.tolist()
+        status = self._launch(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, None)
         if status:
-            self._fail("cuLaunchKernel", status)
+            raise self._error("cuLaunchKernel", status)
 
 
 class KernelArguments:
@@ -284,6 +278,26 @@ class KernelArguments:
 
     def __setitem__(self, position: int, value: int) -> None:
         self._slots[position] = value
+
+
+class Launch:
+    """How a one-dimensional kernel is started.
+
+    Args:
+        kernel: what `Device.load_kernel` returned.
+        grid: thread blocks.
+        block: threads of each.
+        arguments: of the kernel.
+        shared_bytes: of dynamic shared memory a thread block; above 48 KiB, `load_kernel` has to know of it.
+
+    `words` are these as `int64 [5]`: handle, grid, block, shared bytes, address of the arguments.
+    """
+
+    def __init__(
+        self, kernel: Kernel, grid: int, block: int, arguments: KernelArguments, *, shared_bytes: int = 0
+    ) -> None:
+        self._arguments = arguments  # kept alive
+        self.words = np.array([kernel, grid, block, shared_bytes, arguments.address], dtype=np.int64)
 
 
 def align_up(nbytes: int, alignment: int) -> int:

@@ -79,21 +79,19 @@ class DataPlane:
             undo.callback(self.pool.close)
             self._executor = self._make_executor(config)
             undo.callback(self._executor.close)
-            self._scheduler = TransferScheduler(
-                _make_batcher(config), wrap_executor(self._executor) if wrap_executor else self._executor
-            )
             if config.self_test:
                 with self.pool.exclusive():
                     self._self_test()
+            self._scheduler = TransferScheduler(
+                _make_batcher(config), wrap_executor(self._executor) if wrap_executor else self._executor
+            )
             undo.pop_all()
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
-        post = asyncio.get_running_loop().call_soon_threadsafe
         if self.device is None:
             packs = HostPackKernels(self.layout, self.packing, self.pool.bytes) if self.packing else None
             return HostExecutor(
                 HostKernels(self.layout, self.pool.bytes),
-                post,
                 pack_kernels=packs,
                 max_pack_error=config.max_pack_error,
             )
@@ -104,7 +102,6 @@ class DataPlane:
             num_streams=config.num_transfer_streams,
             staging_nbytes=config.max_batch_bytes,
             thread_blocks=config.kernel_thread_blocks,
-            post=post,
             packing=self.packing,
             max_pack_error=config.max_pack_error,
         )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
-from kvortex.driver import Device, Kernel, KernelArguments, Stream
+from kvortex.driver import Device, Kernel, KernelArguments, Launch, Stream
 from kvortex.kernels import pack
 from kvortex.kernels._cuda import SIMULATED, compile_ptx, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
@@ -58,11 +58,11 @@ class BatchSlot:
         self.results: NDArray[np.uint64] = words[: _RESULT_WORDS * max_blocks].reshape(max_blocks, _RESULT_WORDS)
         self.ids: NDArray[np.int32] = words[_RESULT_WORDS * max_blocks :].view(np.int32)
         self.max_blocks = min(max_blocks, MAX_BATCH_BLOCKS)
-        self.addresses = {
-            _IDS: self._address + 8 * _RESULT_WORDS * max_blocks,
-            _SCRATCH: scratch,
-            _RESULTS: self._address,
-        }
+        self.addresses = (
+            (_IDS, self._address + 8 * _RESULT_WORDS * max_blocks),
+            (_SCRATCH, scratch),
+            (_RESULTS, self._address),
+        )
         device.fill_async(scratch, 0, 8 * scratch_words(max_blocks), stream)
 
     def close(self) -> None:
@@ -86,15 +86,16 @@ class DeviceKernels:
     ) -> None:
         self._device = device
         self._num_blocks = layout.num_blocks
-        self._thread_blocks = thread_blocks
         self._block_nbytes = staging_block_nbytes(layout, packing)
         payload_nbytes = packing.block_nbytes if packing else layout.block_nbytes
         self._length_term = np.uint64(payload_nbytes // 8 * LENGTH & MASK)
-        self._gather, self._scatter = _load_kernels(device, packing)
         self._measures_errors = packing is not None
         num_tiles = len(device_table(layout, packing))
         distance = self._block_nbytes // (8 if packing else LANE_BYTES)
         self._arguments = KernelArguments(arena_base(layout), 0, tiles, num_tiles, 0, 0, distance, 0, 0)
+        self._gather, self._scatter = (
+            Launch(kernel, thread_blocks, THREADS, self._arguments) for kernel in _load_kernels(device, packing)
+        )
 
     def gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
         """Start copying blocks to `staging` (device address, 16-byte aligned), one after the other.
@@ -103,30 +104,42 @@ class DeviceKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: more blocks than `MAX_BATCH_BLOCKS`.
+            ValueError: more blocks than the slot holds.
         """
-        ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
-        self._launch(self._gather, ids, staging, slot, stream)
+        self._start(self.prepare_gather(block_ids, staging, slot), len(block_ids), stream)
 
     def scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
         """Start copying blocks out of `staging`; the digests are of what was read, to be compared.
 
         Raises as `gather`, and `InvalidBlockIdError` for an id named twice.
         """
-        self._launch(self._scatter, validate_block_ids(block_ids, self._num_blocks), staging, slot, stream)
+        self._start(self.prepare_scatter(block_ids, staging, slot), len(block_ids), stream)
 
-    def _launch(self, kernel: Kernel, ids: NDArray[np.int32], staging: int, slot: BatchSlot, stream: Stream) -> None:
-        if ids.size > slot.max_blocks:
-            raise ValueError(f"{ids.size} blocks in one batch; it holds {slot.max_blocks}")
-        if not ids.size:
-            return
-        slot.ids[: ids.size] = ids
+    def _start(self, launch: Launch, count: int, stream: Stream) -> None:
+        if count:
+            self._device.launch(launch, stream)
+
+    def prepare_gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
+        """What `gather` starts, for the caller to start before anything else is prepared; raises as it does."""
+        ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
+        self._fill_in(ids, staging, slot)
+        return self._gather
+
+    def prepare_scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
+        """What `scatter` starts, as `prepare_gather`."""
+        self._fill_in(validate_block_ids(block_ids, self._num_blocks), staging, slot)
+        return self._scatter
+
+    def _fill_in(self, ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> None:
+        count = ids.size
+        if count > slot.max_blocks:
+            raise ValueError(f"{count} blocks in one batch; it holds {slot.max_blocks}")
+        slot.ids[:count] = ids
         arguments = self._arguments
         arguments[_STAGING] = staging
-        arguments[_COUNT] = ids.size
-        for position, address in slot.addresses.items():
+        arguments[_COUNT] = count
+        for position, address in slot.addresses:
             arguments[position] = address
-        self._device.launch(kernel, self._thread_blocks, THREADS, arguments, stream)
 
     def digests(self, slot: BatchSlot, count: int) -> NDArray[np.uint64]:
         """Digests `uint64 [count]` of the slot's finished batch."""

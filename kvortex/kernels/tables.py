@@ -2,8 +2,10 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from kvortex.errors import InvalidBlockIdError
@@ -67,21 +69,36 @@ def validate_block_ids(
     ids = np.asarray(block_ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise InvalidBlockIdError(f"block ids are a flat list of integers, not {ids.dtype} of shape {ids.shape}")
-    if not ids.size:
-        return np.empty(0, dtype=np.int32)
-    if ids.dtype == np.int32 and ids.flags.c_contiguous:
-        in_range = int(ids.view(np.uint32).max()) < num_blocks  # a negative id is a large one
-    else:
-        in_range = ids.min() >= 0 and ids.max() < num_blocks
-    if not in_range:
-        outside = (ids < 0) | (ids >= num_blocks)
+    if ids.dtype != np.int32 or not ids.flags.c_contiguous:
+        ids = _narrowed(ids, num_blocks)
+    position = _find_wrong(ids if ids.flags.writeable else ids.copy(), num_blocks, not allow_duplicates)
+    if position >= 0:
+        wrong = int(ids[position])
+        why = "is named twice" if 0 <= wrong < num_blocks else f"is not in [0, {num_blocks})"
+        raise InvalidBlockIdError(f"block id {wrong} {why}")
+    return ids
+
+
+def _narrowed(ids: NDArray[Any], num_blocks: int) -> NDArray[np.int32]:
+    outside = (ids < 0) | (ids >= num_blocks)
+    if outside.any():
         raise InvalidBlockIdError(f"block id {ids[outside][0]} is not in [0, {num_blocks})")
-    if ids.size > 1 and not allow_duplicates:
-        ordered = np.sort(ids)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if twice.size:
-            raise InvalidBlockIdError(f"block id {twice[0]} is named twice")
-    return ids.astype(np.int32, copy=False)
+    return ids.astype(np.int32)
+
+
+@njit(cache=True)
+def _find_wrong(ids: NDArray[np.int32], num_blocks: int, each_once: bool) -> int:
+    """Position of the first id out of range or named twice, -1 if there is none."""
+    seen = np.zeros((num_blocks + 63) // 64 if each_once else 1, np.uint64)
+    for position, block_id in enumerate(ids):
+        if not 0 <= block_id < num_blocks:
+            return position
+        if each_once:
+            word, bit = block_id >> 6, np.uint64(1) << np.uint64(block_id & 63)
+            if seen[word] & bit:
+                return position
+            seen[word] |= bit
+    return -1
 
 
 def array_at(address: int, nbytes: int) -> NDArray[np.uint64]:

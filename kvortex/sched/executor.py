@@ -1,7 +1,7 @@
 """What carries out batches: the contract that the CUDA, the host and the test executors share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -27,19 +27,18 @@ class Completion(Protocol):
 SourceRead: TypeAlias = Callable[[], None]
 """Called on the loop, if a request of the batch asked for it, when a save has read the cache's blocks."""
 
-Post: TypeAlias = Callable[[Callable[[], object]], object]
-"""Runs a callback on the thread that issues batches, such as `loop.call_soon_threadsafe`; from any thread."""
-
 
 class TransferExecutor(ABC):
     """Carries out batches. All methods are called on one thread.
 
     After `issue` a batch always ends in exactly one call of its completion, cancelled callers or not; until
-    then it may touch the cache's blocks and the pool's extents. Callbacks go through `post`, which may be
-    exchanged while nothing is under way.
+    then it may touch the cache's blocks and the pool's extents.
+
+    Callbacks run in `poll`, which is called when the descriptor `fd` is readable: by an event loop that watches
+    it, or by a thread that waits for it. `fd` is open until `close`.
     """
 
-    post: Post
+    fd: int
 
     @abstractmethod
     def free_slots(self, direction: Direction) -> int:
@@ -54,8 +53,25 @@ class TransferExecutor(ABC):
         """
 
     @abstractmethod
+    def poll(self) -> None:
+        """Run the callbacks that are due, in order and without blocking. What one raises keeps no other back."""
+
+    @abstractmethod
     def close(self) -> None:
-        """Block until what is under way has ended and release everything; idempotent. From any thread."""
+        """Block until what is under way has ended and release everything; idempotent. From any thread.
+
+        Callbacks that `poll` has not run are lost.
+        """
+
+
+def call_all(calls: Iterator[Callable[[], object]]) -> None:
+    """In order, and each even if one before it raises."""
+    for call in calls:
+        try:
+            call()
+        except BaseException:
+            call_all(calls)
+            raise
 
 
 def batch_arrays(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

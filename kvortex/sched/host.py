@@ -1,5 +1,7 @@
 """Batches on plain host memory: the CPU twins, straight between cache and extents, on one worker thread."""
 
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
@@ -9,7 +11,8 @@ from numpy.typing import NDArray
 
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.sched.batcher import Batch
-from kvortex.sched.executor import Completion, Post, SourceRead, TransferExecutor, batch_arrays
+from kvortex.sched.doorbell import Doorbell
+from kvortex.sched.executor import Completion, SourceRead, TransferExecutor, batch_arrays, call_all
 from kvortex.types import Direction
 
 _Moved: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.bool_] | None]
@@ -22,7 +25,6 @@ class HostExecutor(TransferExecutor):
         kernels: of the registered layout and the pool.
         pack_kernels: likewise; None where nothing is packed.
         max_pack_error: a block that loses more is reported as too lossy.
-        post: delivers callbacks.
     """
 
     _DEPTH = 2  # one running, one ready behind it: the worker does not wait for the loop
@@ -30,7 +32,6 @@ class HostExecutor(TransferExecutor):
     def __init__(
         self,
         kernels: HostKernels,
-        post: Post,
         *,
         pack_kernels: HostPackKernels | None = None,
         max_pack_error: float = 0.0,
@@ -38,9 +39,12 @@ class HostExecutor(TransferExecutor):
         self._kernels = kernels
         self._pack_kernels = pack_kernels
         self._max_pack_error = max_pack_error
-        self.post = post
+        self._doorbell = Doorbell()
+        self.fd = self._doorbell.fd
+        self._ended: deque[Callable[[], None]] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvortex-host")
         self._in_flight = 0
+        self._closed = False
 
     def free_slots(self, direction: Direction) -> int:
         return self._DEPTH - self._in_flight
@@ -48,7 +52,14 @@ class HostExecutor(TransferExecutor):
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
         self._in_flight += 1
         future = self._worker.submit(self._move, batch)
-        future.add_done_callback(lambda done: self.post(partial(self._finish, done, on_done, on_source_read)))
+        future.add_done_callback(partial(self._report, on_done, on_source_read))
+
+    def _report(self, on_done: Completion, on_source_read: SourceRead, done: Future[_Moved]) -> None:
+        self._ended.append(partial(self._finish, done, on_done, on_source_read))
+        self._doorbell.ring()
+
+    def poll(self) -> None:
+        call_all(self._ended.popleft() for _ in range(self._doorbell.take()))
 
     def _move(self, batch: Batch) -> _Moved:
         arrays = batch_arrays(batch)
@@ -72,6 +83,10 @@ class HostExecutor(TransferExecutor):
             on_done(*done.result())
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._worker.shutdown()
+        self._doorbell.close()
         for kernels in ("_kernels", "_pack_kernels"):
             self.__dict__.pop(kernels, None)  # they hold a view of the pool

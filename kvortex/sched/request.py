@@ -112,16 +112,3 @@ class TransferRequest:
             self.settled.set()
             if self.on_settled is not None:
                 self.on_settled(self)
-
-
-def merge_runs(offsets: NDArray[np.int64], block_nbytes: int, piece_bytes: int) -> list[tuple[int, int]]:
-    """Runs of extents that follow each other in one piece of the pool, as `(first block, number of blocks)`."""
-    count = len(offsets)
-    neighbours = offsets[1:] - offsets[:-1] == block_nbytes
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first // piece_bytes == last // piece_bytes and last - first == (count - 1) * block_nbytes and neighbours.all():
-        return [(0, count)]
-    breaks = ~neighbours | (offsets[1:] % piece_bytes == 0)
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
-    stops = [*starts[1:], count]
-    return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]

@@ -45,6 +45,8 @@ class TransferScheduler:
         self._pump_handle: asyncio.Handle | None = None
         self._linger_handle: asyncio.TimerHandle | None = None
         self._closing = False
+        self._fd: int | None = executor.fd
+        self._loop.add_reader(executor.fd, executor.poll)
 
     @property
     def num_requests(self) -> int:
@@ -102,6 +104,9 @@ class TransferScheduler:
         for handle in (self._pump_handle, self._linger_handle):
             if handle is not None:
                 handle.cancel()
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            self._fd = None
         await asyncio.to_thread(self._executor.close)
 
     # -- the pump ----------------------------------------------------------------------------------

@@ -31,12 +31,7 @@ class FaultInjectingExecutor(TransferExecutor):
         self._fault_of = fault_of
         self._held: list[Callable[[], None]] = []
         self.batches: list[Batch] = []
-        self.post = inner.post
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "post":
-            self._inner.post = self.post
+        self.fd = inner.fd
 
     @property
     def num_held(self) -> int:
@@ -58,6 +53,9 @@ class FaultInjectingExecutor(TransferExecutor):
         if fault is Fault.REFUSE:
             raise DeviceError("injected: the batch cannot be started")
         self._inner.issue(batch, partial(self._finish, fault, on_done), on_source_read)
+
+    def poll(self) -> None:
+        self._inner.poll()
 
     def _finish(
         self,

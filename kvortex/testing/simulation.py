@@ -56,6 +56,12 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         self.call_soon(_call_into, future, func, args)
         return future
 
+    def add_reader(self, fd: Any, callback: Callable[[*Ts], Any], *args: *Ts) -> None:
+        """Nothing ever becomes readable."""
+
+    def remove_reader(self, fd: Any) -> bool:
+        return True
+
     def _run_once(self) -> None:
         self._forget_cancelled()
         if not self._ready and not self._stopping:

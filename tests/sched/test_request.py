@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvortex.sched import TransferRequest
-from kvortex.sched.request import merge_runs
+from kvortex.sched.native import merge_runs
 from kvortex.types import Direction
 
 
@@ -82,4 +82,4 @@ def test_dropping_all_of_it_settles_at_once() -> None:
     ],
 )
 def test_runs_end_at_gaps_and_at_the_borders_of_pieces(offsets: list[int], runs: list[tuple[int, int]]) -> None:
-    assert merge_runs(np.array(offsets, dtype=np.int64), 128, 1024) == runs
+    assert list(map(tuple, merge_runs(np.array(offsets, dtype=np.int64), 128, 1024).tolist())) == runs

@@ -1,6 +1,7 @@
 """The pump, with an executor that is worked by hand."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class ManualExecutor(TransferExecutor):
     """Batches end when the test says so."""
 
     def __init__(self, slots: int = 2) -> None:
-        self.post = lambda call: call()
+        self.fd = os.eventfd(0)  # never readable: callbacks run when the test says so
         self.slots = slots
         self.open: list[tuple[Batch, Callable, Callable]] = []
         self.issued = 0
@@ -45,8 +46,13 @@ class ManualExecutor(TransferExecutor):
         batch, on_done, _ = self.open.pop(position)
         on_done(error or np.arange(batch.num_blocks, dtype=np.uint64) + 1)
 
+    def poll(self) -> None:
+        raise AssertionError
+
     def close(self) -> None:
         assert not self.open
+        if not self.closed:
+            os.close(self.fd)
         self.closed = True
 
 
@@ -210,7 +216,7 @@ async def test_the_host_executor_moves_and_reports() -> None:
     layout = KVLayout.from_tensors(tensors, 16)
     pool = np.zeros(8 * layout.block_nbytes, dtype=np.uint8)
     kernels = HostKernels(layout, pool)
-    executor = HostExecutor(kernels, asyncio.get_running_loop().call_soon_threadsafe)
+    executor = HostExecutor(kernels)
     scheduler = TransferScheduler(Batcher(linger_s=0.0), executor)
     ids = np.array([3, 1], dtype=np.int32)
     offsets = np.array([0, layout.block_nbytes], dtype=np.int64)

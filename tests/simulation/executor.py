@@ -47,7 +47,7 @@ class SimulatedExecutor(TransferExecutor):
         self._harm = harm
         self._in_flight = dict.fromkeys(Direction, 0)
         self._busy_block_ids: list[set[int]] = []
-        self.post = inner.post
+        self.fd = inner.fd
 
     def watch(self, pool: NDArray[np.uint8], cache: NDArray[np.uint8], ledger: Ledger, sizes: tuple[int, int]) -> None:
         """What it moves between: the pool, the cache as `[num_blocks, bytes]`; payload sizes, raw and packed."""
@@ -106,6 +106,9 @@ class SimulatedExecutor(TransferExecutor):
             on_done(digests, too_lossy)
 
         loop.call_later(slow * self._dice.uniform(0.0001, 0.002), move)
+
+    def poll(self) -> None:
+        self._inner.poll()
 
     def _draw(self) -> Fault | None:
         roll, faults = self._dice.random(), self.faults

@@ -1,0 +1,233 @@
+"""The driver calls of a batch and the wait for its end, compiled: a batch costs Python a call or two.
+
+A C function is called by its address, so that what is compiled can be cached. A result is an int: the driver's
+status (0 is success) in what calls the driver.
+"""
+
+import ctypes
+import select
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
+
+POLL, READ, WRITE = range(3)
+"""Positions in `libc_calls()`."""
+
+STOP: Final = 0
+"""No event: the end of what is watched."""
+
+_READABLE: Final = select.POLLIN << 32  # a `struct pollfd` as one word: with the descriptor below
+_ONE_KIND: Final = 1 << 32
+
+
+def libc_calls() -> NDArray[np.int64]:
+    """Addresses `int64 [3]` of the C library's functions that `report_events` needs."""
+    libc = ctypes.CDLL(None)
+    functions = (libc.poll, libc.read, libc.write)
+    return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], dtype=np.int64)
+
+
+@intrinsic
+def call(_context: Any, address: Any, arguments: Any) -> Any:
+    """`(int64, tuple of integers)` -> int64: what the C function at `address` returns as an `int`."""
+    # Integers of any width and pointers go into 64-bit registers and stack slots alike on x86-64 and AArch64.
+    word, result = ir.IntType(64), ir.IntType(32)
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        given = cgutils.unpack_tuple(builder, values[1])
+        words = [
+            context.cast(builder, value, kind, types.int64)
+            for value, kind in zip(given, signature.args[1], strict=True)
+        ]
+        pointer = ir.FunctionType(result, [word] * len(words)).as_pointer()
+        return builder.sext(builder.call(builder.inttoptr(values[0], pointer), words), word)
+
+    return types.int64(types.int64, arguments), generate
+
+
+@njit(nogil=True, cache=True)
+def report_events(
+    driver: NDArray[np.int64],
+    libc: NDArray[np.int64],
+    events: NDArray[np.int64],
+    statuses: NDArray[np.int32],
+    work_fd: int,
+    done_fd: int,
+    unit: int,
+) -> bool:
+    """Sleep on events in turn until `STOP` comes; returns False if a report could not be written.
+
+    Args:
+        driver: addresses of the driver's functions.
+        libc: of the C library's.
+        events: `[capacity]`, a ring of handles, filled in order.
+        statuses: `[capacity]`, in which the result of waiting for each is stored.
+        work_fd: counts the handles that have been stored in `events`.
+        done_fd: is told of every status stored, `unit` each: once for all that have fired.
+    """
+    word, readable = np.zeros(1, np.int64), np.full(1, work_fd | _READABLE)
+    place, known = 0, 0
+    while True:
+        if known == 0:
+            call(libc[POLL], (readable.ctypes.data, 1, -1))  # interrupted or not: the count tells
+        fired = 0
+        while True:
+            if known == 0 and call(libc[READ], (work_fd, word.ctypes.data, 8)) == 8:
+                known = word[0]
+            if known == 0 or events[place] == STOP:
+                break
+            status = call(driver[QUERY if fired else SYNCHRONIZE], (events[place],))
+            if fired and status == NOT_READY:
+                break
+            statuses[place] = status
+            place = (place + 1) % events.size
+            known -= 1
+            fired += 1
+        if fired:
+            word[0] = fired * unit
+            if call(libc[WRITE], (done_fd, word.ctypes.data, 8)) != 8:
+                return False
+        if known and events[place] == STOP:
+            return True
+
+
+@njit(cache=True)
+def queue_save(
+    driver: NDArray[np.int64],
+    after: NDArray[np.int64],
+    streams: tuple[int, int],
+    events: tuple[int, int, int],
+    launch: NDArray[np.int64],
+    memory: tuple[int, int],
+    sizes: tuple[int, int],
+    offsets: NDArray[np.int64],
+) -> int:
+    """Queue gather and copies of a save; 0, or what went wrong, for `failed_call`. Keeps the GIL.
+
+    Args:
+        driver: addresses of the driver's functions.
+        after: events that the gather waits for.
+        streams: for the kernel, for the copies.
+        events: the end of the staging buffer's last batch, or 0; then those to record when staging is filled, and
+            when all is done.
+        launch: the kernel's, see `kvortex.driver.Launch`.
+        memory: addresses of the staging buffer and of the pool.
+        sizes: bytes of a block in both, and of a piece of the pool, which no copy may cross.
+        offsets: of the blocks in the pool.
+    """
+    kernels, copies = streams
+    emptied, staged, done = events
+    failure: int = (
+        _wait_all(driver, kernels, after)
+        or _wait(driver, kernels, emptied)
+        or _launch(driver, launch, kernels)
+        or _record(driver, staged, kernels)
+        or _wait(driver, copies, staged)
+        or _copy_runs(driver, memory, sizes, offsets, copies, False)
+        or _record(driver, done, copies)
+    )
+    return failure
+
+
+@njit(cache=True)
+def queue_load(
+    driver: NDArray[np.int64],
+    after: NDArray[np.int64],
+    streams: tuple[int, int],
+    events: tuple[int, int, int],
+    launch: NDArray[np.int64],
+    memory: tuple[int, int],
+    sizes: tuple[int, int],
+    offsets: NDArray[np.int64],
+) -> int:
+    """Queue copies and scatter of a load, as `queue_save`."""
+    kernels, copies = streams
+    emptied, staged, done = events
+    failure: int = (
+        _wait(driver, copies, emptied)
+        or _copy_runs(driver, memory, sizes, offsets, copies, True)
+        or _record(driver, staged, copies)
+        or _wait_all(driver, kernels, after)
+        or _wait(driver, kernels, staged)
+        or _launch(driver, launch, kernels)
+        or _record(driver, done, kernels)
+    )
+    return failure
+
+
+def failed_call(failure: int) -> tuple[int, int]:
+    """Which of the driver's functions failed, by its position, and with which status."""
+    return divmod(failure, _ONE_KIND)
+
+
+@njit(cache=True)
+def _checked(driver: NDArray[np.int64], kind: int, arguments: tuple[int, ...]) -> int:
+    status = call(driver[kind], arguments)
+    return kind * _ONE_KIND + status if status else 0
+
+
+@njit(cache=True)
+def _wait(driver: NDArray[np.int64], stream: int, event: int) -> int:
+    return _checked(driver, WAIT, (stream, event, 0)) if event else 0
+
+
+@njit(cache=True)
+def _wait_all(driver: NDArray[np.int64], stream: int, events: NDArray[np.int64]) -> int:
+    failure = 0
+    for event in events:
+        failure = failure or _wait(driver, stream, event)
+    return failure
+
+
+@njit(cache=True)
+def _record(driver: NDArray[np.int64], event: int, stream: int) -> int:
+    failure: int = _checked(driver, RECORD, (event, stream))
+    return failure
+
+
+@njit(cache=True)
+def _launch(driver: NDArray[np.int64], launch: NDArray[np.int64], stream: int) -> int:
+    kernel, grid, block, shared_bytes, arguments = launch[0], launch[1], launch[2], launch[3], launch[4]
+    failure: int = _checked(driver, LAUNCH, (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, 0))
+    return failure
+
+
+@njit(cache=True)
+def _copy_runs(
+    driver: NDArray[np.int64],
+    memory: tuple[int, int],
+    sizes: tuple[int, int],
+    offsets: NDArray[np.int64],
+    stream: int,
+    loads: bool,
+) -> int:
+    staging, pool = memory
+    block_nbytes, piece_nbytes = sizes
+    failure = 0
+    for first, count in merge_runs(offsets, block_nbytes, piece_nbytes):
+        target, source = pool + offsets[first], staging + first * block_nbytes
+        if loads:
+            target, source = source, target
+        failure = failure or _checked(driver, COPY, (target, source, count * block_nbytes, stream))
+    return failure
+
+
+@njit(cache=True)
+def merge_runs(offsets: NDArray[np.int64], block_nbytes: int, piece_nbytes: int) -> NDArray[np.int64]:
+    """Runs of extents that follow each other in one piece of the pool: `[n, 2]`, first block and number of blocks."""
+    runs = np.empty((offsets.size, 2), np.int64)
+    count = 0
+    for i in range(offsets.size):
+        if i and offsets[i] - offsets[i - 1] == block_nbytes and offsets[i] % piece_nbytes:
+            runs[count - 1, 1] += 1
+        else:
+            runs[count] = i, 1
+            count += 1
+    return runs[:count]

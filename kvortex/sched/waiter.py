@@ -1,0 +1,75 @@
+"""The thread that sleeps on CUDA events, and what is to be called when they have fired."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+
+from kvortex.driver import SYNCHRONIZE, Device, Event
+from kvortex.errors import DeviceError
+from kvortex.sched.doorbell import Doorbell
+from kvortex.sched.native import STOP, libc_calls, report_events
+
+Fired: TypeAlias = Callable[[DeviceError | None], object]
+
+
+class EventWaiter:
+    """Reports events in the order in which they were watched, each with the error if the device failed.
+
+    Its thread works without the GIL: beside a busy thread of Python code, every time that it needed it would cost
+    milliseconds. It sleeps on an event, looks for what else has fired, and rings once for all of it.
+
+    Args:
+        device: of the events.
+        name: of the thread.
+        doorbell: rung with `unit` an event that has fired, for `fired`.
+        unit: 1, or more if others ring it too.
+        capacity: events that are watched at a time, at most.
+    """
+
+    def __init__(self, device: Device, name: str, doorbell: Doorbell, *, unit: int, capacity: int) -> None:
+        self._device = device
+        self._capacity = capacity
+        self._events = np.zeros(capacity + 1, dtype=np.int64)  # one more, to stop
+        self._statuses = np.zeros(capacity + 1, dtype=np.int32)
+        self._callbacks: deque[Fired] = deque()
+        self._next_event = 0
+        self._next_status = 0
+        self._work = Doorbell()
+        self._thread = threading.Thread(target=self._run, args=(doorbell.fd, unit), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, done_fd: int, unit: int) -> None:
+        self._device.make_current()
+        calls = self._device.calls, libc_calls()
+        if not report_events(*calls, self._events, self._statuses, self._work.fd, done_fd, unit):
+            raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
+
+    def watch(self, event: Event, callback: Fired) -> None:
+        """Have `fired` hand `callback` out once `event` has fired."""
+        assert len(self._callbacks) < self._capacity
+        self._callbacks.append(callback)
+        self._push(event)
+
+    def _push(self, event: Event) -> None:
+        self._events[self._next_event] = event
+        self._next_event = (self._next_event + 1) % len(self._events)
+        self._work.ring()
+
+    def fired(self, count: int) -> Iterator[Callable[[], object]]:
+        """What is to be called for the next `count` events, as many as the doorbell was rung for."""
+        for _ in range(count):
+            status = int(self._statuses[self._next_status])
+            self._next_status = (self._next_status + 1) % len(self._statuses)
+            error = self._device.error(SYNCHRONIZE, status) if status else None
+            yield partial(self._callbacks.popleft(), error)
+
+    def close(self) -> None:
+        """Block until what is watched has fired, and end the thread; once. What `fired` has not handed out is lost."""
+        if self._thread.is_alive():  # it is not in a forked child, where the doorbell is the parent's
+            self._push(STOP)
+            self._thread.join()
+        self._work.close()
