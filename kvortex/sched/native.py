@@ -5,7 +5,6 @@ status (0 is success) in what calls the driver.
 """
 
 import ctypes
-import select
 from typing import Any, Final
 
 import numpy as np
@@ -17,20 +16,19 @@ from numpy.typing import NDArray
 
 from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
 
-POLL, READ, WRITE = range(3)
+SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""
 
 STOP: Final = 0
 """No event: the end of what is watched."""
 
-_READABLE: Final = select.POLLIN << 32  # a `struct pollfd` as one word: with the descriptor below
 _ONE_KIND: Final = 1 << 32
 
 
 def libc_calls() -> NDArray[np.int64]:
     """Addresses `int64 [3]` of the C library's functions that `report_events` needs."""
     libc = ctypes.CDLL(None)
-    functions = (libc.poll, libc.read, libc.write)
+    functions = (libc.sem_wait, libc.sem_trywait, libc.write)
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], dtype=np.int64)
 
 
@@ -58,7 +56,7 @@ def report_events(
     libc: NDArray[np.int64],
     events: NDArray[np.int64],
     statuses: NDArray[np.int32],
-    work_fd: int,
+    work: int,
     done_fd: int,
     unit: int,
 ) -> bool:
@@ -69,33 +67,30 @@ def report_events(
         libc: of the C library's.
         events: `[capacity]`, a ring of handles, filled in order.
         statuses: `[capacity]`, in which the result of waiting for each is stored.
-        work_fd: counts the handles that have been stored in `events`.
+        work: address of a semaphore that counts the handles stored in `events`.
         done_fd: is told of every status stored, `unit` each: once for all that have fired.
     """
-    word, readable = np.zeros(1, np.int64), np.full(1, work_fd | _READABLE)
-    place, known = 0, 0
+    told = np.zeros(1, np.int64)
+    place, taken = 0, False  # whether the semaphore has been decremented for the event at `place`
     while True:
-        if known == 0:
-            call(libc[POLL], (readable.ctypes.data, 1, -1))  # interrupted or not: the count tells
-        fired = 0
-        while True:
-            if known == 0 and call(libc[READ], (work_fd, word.ctypes.data, 8)) == 8:
-                known = word[0]
-            if known == 0 or events[place] == STOP:
-                break
-            status = call(driver[QUERY if fired else SYNCHRONIZE], (events[place],))
-            if fired and status == NOT_READY:
+        while not taken and call(libc[SEM_WAIT], (work,)):
+            pass  # interrupted by a signal
+        if events[place] == STOP:
+            return True
+        statuses[place] = call(driver[SYNCHRONIZE], (events[place],))
+        place = (place + 1) % events.size
+        fired, taken = 1, False
+        while call(libc[SEM_TRYWAIT], (work,)) == 0:
+            taken = True
+            status = call(driver[QUERY], (events[place],)) if events[place] != STOP else NOT_READY
+            if status == NOT_READY:
                 break
             statuses[place] = status
             place = (place + 1) % events.size
-            known -= 1
-            fired += 1
-        if fired:
-            word[0] = fired * unit
-            if call(libc[WRITE], (done_fd, word.ctypes.data, 8)) != 8:
-                return False
-        if known and events[place] == STOP:
-            return True
+            fired, taken = fired + 1, False
+        told[0] = fired * unit
+        if call(libc[WRITE], (done_fd, told.ctypes.data, 8)) != 8:
+            return False
 
 
 @njit(cache=True)

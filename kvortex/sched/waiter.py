@@ -1,5 +1,6 @@
 """The thread that sleeps on CUDA events, and what is to be called when they have fired."""
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from kvortex.driver import SYNCHRONIZE, Device, Event
 from kvortex.errors import DeviceError
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.native import STOP, libc_calls, report_events
+
+_SEMAPHORE_BYTES = 64  # no `sem_t` is larger
 
 Fired: TypeAlias = Callable[[DeviceError | None], object]
 
@@ -38,14 +41,18 @@ class EventWaiter:
         self._callbacks: deque[Fired] = deque()
         self._next_event = 0
         self._next_status = 0
-        self._work = Doorbell()
+        libc = ctypes.PyDLL(None)  # its calls keep the GIL: none blocks
+        self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
+        libc.sem_init(self._semaphore, 0, 0)
+        self._work_is_there = partial(libc.sem_post, self._semaphore)
         self._thread = threading.Thread(target=self._run, args=(doorbell.fd, unit), name=name, daemon=True)
         self._thread.start()
 
     def _run(self, done_fd: int, unit: int) -> None:
         self._device.make_current()
         calls = self._device.calls, libc_calls()
-        if not report_events(*calls, self._events, self._statuses, self._work.fd, done_fd, unit):
+        work = ctypes.addressof(self._semaphore)
+        if not report_events(*calls, self._events, self._statuses, work, done_fd, unit):
             raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
 
     def watch(self, event: Event, callback: Fired) -> None:
@@ -57,7 +64,7 @@ class EventWaiter:
     def _push(self, event: Event) -> None:
         self._events[self._next_event] = event
         self._next_event = (self._next_event + 1) % len(self._events)
-        self._work.ring()
+        self._work_is_there()
 
     def fired(self, count: int) -> Iterator[Callable[[], object]]:
         """What is to be called for the next `count` events, as many as the doorbell was rung for."""
@@ -69,7 +76,5 @@ class EventWaiter:
 
     def close(self) -> None:
         """Block until what is watched has fired, and end the thread; once. What `fired` has not handed out is lost."""
-        if self._thread.is_alive():  # it is not in a forked child, where the doorbell is the parent's
-            self._push(STOP)
-            self._thread.join()
-        self._work.close()
+        self._push(STOP)
+        self._thread.join()

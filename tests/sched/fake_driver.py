@@ -1,7 +1,6 @@
 """A driver without a device: events are semaphores that a test fires, and waiting for them takes no GIL."""
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ class FakeDriver:
         self._num_handles += 1
         return self._num_handles << 20
 
-    create_stream = create_memory_pool = allocate_async = load_kernel = _handle
+    create_stream = create_memory_pool = allocate_async = _handle
 
     def allocate_host(self, nbytes: int) -> int:
         memory = np.zeros(nbytes, dtype=np.uint8)
@@ -133,6 +132,3 @@ class FakeDriver:
 
     destroy_stream = destroy_event = destroy_memory_pool = synchronize_stream = _nothing
     free_async = fill_async = copy_async = _nothing
-
-
-Callback = Callable[[DeviceError | None], object]
