@@ -32,7 +32,7 @@ def _pattern(block: int) -> float:
 
 async def _move(plane: DataPlane, direction: Direction, block_ids: list[int], places: list[int]) -> TransferRequest:
     ended: list[TransferRequest] = []
-    offsets = np.array(places, dtype=np.int64) * plane.block_nbytes
+    offsets = np.array(places, dtype=np.int64) * plane.sizes.raw
     plan = TransferPlan(direction, np.array(block_ids, dtype=np.int32), offsets)
     after = plane.record_event()
     await plane.wait([await plane.start(plan, after, ended.append)])
