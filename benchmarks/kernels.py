@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py [--segment-bytes 65536,16384,4096] [--json FILE]
 
-GB/s count bytes read and written. `ratio` is against a device copy of as many bytes read and written. `SM-ms/GiB` is
-multiprocessors times milliseconds for one GiB of KV: what the kernel takes from the model that shares the GPU.
+GB/s count bytes read and written. `ratio` is against a device copy of 128 MiB. `ms/GiB` is the time for one GiB
+of KV, during which the kernel takes the card from the model that shares it.
 """
 
 import argparse
@@ -13,16 +13,17 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from transfer import environment
 
 from kvortex.codecs import packing_for
-from kvortex.config import KVortexConfig
 from kvortex.driver import Device
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 
@@ -34,10 +35,10 @@ BATCH_BYTES = 128 << 20
 class Row:
     kernel: str
     segment_bytes: int
-    thread_blocks: int
+    blocks: int
     gb_per_s: float
     ratio: float
-    sm_ms_per_gib: float
+    ms_per_gib: float
 
 
 def median_s(run: Callable[[], None], stream: int, device: Device, repeats: int = 9) -> float:
@@ -61,9 +62,9 @@ def device_copy_rate(device: Device, stream: int, nbytes: int) -> float:
     return 2 * nbytes / seconds
 
 
-def bench(device: Device, stream: int, segment: int, grids: list[int], copy_rate: float, codec: str) -> list[Row]:
-    """Rows of one segment size and codec, at every grid."""
-    blocks = 2 * BATCH_BYTES // (SEGMENTS_A_BLOCK * segment)
+def bench(device: Device, stream: int, segment: int, copy_rate: float, codec: str) -> list[Row]:
+    """Rows of one segment size and codec: a full batch, and a sixteenth of one."""
+    blocks = 2 * min(BATCH_BYTES // (SEGMENTS_A_BLOCK * segment), MAX_BATCH_BLOCKS)
     rng = torch.Generator(device="cuda").manual_seed(segment)
     kv = {
         f"layers.{i}": torch.randn((blocks, 16, segment // 32), device="cuda", generator=rng).to(torch.bfloat16)
@@ -78,25 +79,22 @@ def bench(device: Device, stream: int, segment: int, grids: list[int], copy_rate
     scratch = torch.empty(8 * scratch_words(count), dtype=torch.uint8, device="cuda")
     rows = []
     with contextlib.closing(BatchSlot(device, count, scratch.data_ptr(), stream)) as slot:
-        for grid in grids:
-            kernels = DeviceKernels(layout, device, tiles.data_ptr(), grid, packing)
-            names = ("gather", "scatter") if packing is None else (f"pack {codec}", f"unpack {codec}")
+        kernels = DeviceKernels(layout, device, tiles.data_ptr(), packing)
+        names = ("gather", "scatter") if packing is None else (f"pack {codec}", f"unpack {codec}")
+        stored = packing.block_nbytes if packing else layout.block_nbytes
+        for moved in (count, max(count // 16, 1)):
             for name, launch in zip(names, (kernels.gather, kernels.scatter), strict=True):
-                seconds = median_s(
-                    lambda launch=launch: launch(ids, staging.data_ptr(), slot, stream=stream), stream, device
-                )
-                stored = packing.block_nbytes if packing else layout.block_nbytes
-                rate = count * (layout.block_nbytes + stored) / seconds
-                used = min(grid, device.multiprocessors)
-                cost = used * seconds * 1e3 / (count * layout.block_nbytes / 2**30)
-                rows.append(Row(name, segment, grid, rate / 1e9, rate / copy_rate, cost))
+                run = partial(launch, ids[:moved], staging.data_ptr(), slot, stream=stream)
+                seconds = median_s(run, stream, device)
+                rate = moved * (layout.block_nbytes + stored) / seconds
+                cost = seconds * 1e3 / (moved * layout.block_nbytes / 2**30)
+                rows.append(Row(name, segment, moved, rate / 1e9, rate / copy_rate, cost))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segment-bytes", default="65536,16384,4096")
-    parser.add_argument("--thread-blocks", default=f"{KVortexConfig().kernel_thread_blocks},32,132,264,528,1056")
     parser.add_argument("--codecs", default="raw,fp8")
     parser.add_argument("--json", help="write the figures to this file too")
     arguments = parser.parse_args()
@@ -112,15 +110,13 @@ def main() -> None:
         row
         for codec in arguments.codecs.split(",")
         for segment in map(int, arguments.segment_bytes.split(","))
-        for row in bench(
-            device, stream, segment, [int(g) for g in arguments.thread_blocks.split(",")], copy_rate, codec
-        )
+        for row in bench(device, stream, segment, copy_rate, codec)
     ]
-    print(f"{'kernel':<12} {'segment':>8} {'grid':>5} {'GB/s':>7} {'ratio':>6} {'SM-ms/GiB':>10}")
+    print(f"{'kernel':<12} {'segment':>8} {'blocks':>6} {'GB/s':>7} {'ratio':>6} {'ms/GiB':>7}")
     for row in rows:
         print(
-            f"{row.kernel:<12} {row.segment_bytes:>8} {row.thread_blocks:>5} {row.gb_per_s:>7.0f} {row.ratio:>6.3f} "
-            f"{row.sm_ms_per_gib:>10.1f}"
+            f"{row.kernel:<12} {row.segment_bytes:>8} {row.blocks:>6} {row.gb_per_s:>7.0f} {row.ratio:>6.3f} "
+            f"{row.ms_per_gib:>7.2f}"
         )
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -1,8 +1,8 @@
 """What transfers cost whoever shares the machine, and how short ones fare. Needs a GPU.
 
-    python benchmarks/serving.py [--codec fp8] [--thread-blocks 4,8,16,32] [--json FILE]
+    python benchmarks/serving.py [--codec fp8] [--json FILE]
 
-- matmul: a loop of bfloat16 matrix products, alone and while saves or loads run at full speed, by grid size
+- matmul: a loop of bfloat16 matrix products, alone and while saves or loads run at full speed
 - python: a thread of pure Python, alone and beside transfers; how late another thread wakes up
 - short: one load of 8 blocks, against its bytes at the ceiling and 100 us more
 - start: from creating an engine with a large pool to its first save
@@ -176,12 +176,11 @@ async def bench_matmul(kv: dict[str, torch.Tensor], arguments: argparse.Namespac
             share, rate = await slow_down(engine, direction, matmul_seconds, PlainCopies)
             setting = f"plain copies, {direction} at {rate:.1f} GB/s"
             rows.append(Row("matmul slowed down", setting, 100 * share, "%"))
-    for grid in map(int, arguments.thread_blocks.split(",")):
-        async with engine_over(kv, kernel_thread_blocks=grid, codec=arguments.codec) as engine:
-            for direction in ("save", "load"):
-                share, rate = await slow_down(engine, direction, matmul_seconds)
-                setting = f"{direction} at {rate:.1f} GB/s, {grid} thread blocks"
-                rows.append(Row("matmul slowed down", setting, 100 * share, "%", "<= 2"))
+    async with engine_over(kv, codec=arguments.codec) as engine:
+        for direction in ("save", "load"):
+            share, rate = await slow_down(engine, direction, matmul_seconds)
+            setting = f"{direction} at {rate:.1f} GB/s"
+            rows.append(Row("matmul slowed down", setting, 100 * share, "%", "<= 2"))
     return rows
 
 
@@ -258,7 +257,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--codec", default="raw")
-    parser.add_argument("--thread-blocks", default="4,8,16,32")
     parser.add_argument("--pool-bytes", type=int, default=16 << 30)
     parser.add_argument("--json", help="write the figures to this file too")
     arguments = parser.parse_args()

@@ -220,7 +220,6 @@ async def bench_engine(arguments: argparse.Namespace, segment: int, block_bytes:
         cpu_pool_bytes=2 * blocks * padded + 2 * KVortexConfig().pin_piece_bytes,
         max_batch_bytes=arguments.batch_bytes,
         num_transfer_streams=arguments.streams,
-        kernel_thread_blocks=arguments.thread_blocks,
         codec=arguments.codec,
         watermark=1.0,
     )
@@ -287,7 +286,6 @@ def main() -> None:
     parser.add_argument("--total-bytes", type=int, default=4 << 30, help="moved in one pass")
     parser.add_argument("--batch-bytes", type=int, default=KVortexConfig().max_batch_bytes)
     parser.add_argument("--streams", type=int, default=KVortexConfig().num_transfer_streams)
-    parser.add_argument("--thread-blocks", type=int, default=KVortexConfig().kernel_thread_blocks)
     parser.add_argument("--requests", type=int, default=1, help="calls that share the bytes of a pass")
     parser.add_argument("--codec", default="raw", help="raw, fp8 (a bfloat16 cache) or bf16 (a float32 cache)")
     parser.add_argument("--repeats", type=int, default=5)

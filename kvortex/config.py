@@ -57,8 +57,6 @@ class KVortexConfig:
         linger_s: how long a batch that is not full waits for more while its direction is busy.
         max_consecutive_loads: load batches that may go before a waiting save batch where both share a resource.
         max_outstanding_requests: saves and loads in progress; further callers wait.
-        kernel_thread_blocks: grid of the gather and scatter kernels, in thread blocks of 512 threads. Few,
-            because serving shares the GPU; enough to keep the link full.
         watermark: share of the pool above which eviction begins.
         eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time.
         eviction_policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far
@@ -93,7 +91,6 @@ class KVortexConfig:
     linger_s: float = 0.0005
     max_consecutive_loads: int = 4
     max_outstanding_requests: int = 1024
-    kernel_thread_blocks: int = 16
     watermark: float = 0.8
     eviction_ratio: float = 0.2
     eviction_policy: str = "lru"
@@ -122,7 +119,6 @@ class KVortexConfig:
             "max_batch_bytes",
             "max_consecutive_loads",
             "max_outstanding_requests",
-            "kernel_thread_blocks",
             "disk_capacity_bytes",
             "tier_queue_blocks",
             "fetch_blocks",

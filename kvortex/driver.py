@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, SupportsInt, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,6 @@ _CALLS = (
     "cuMemcpyAsync",
     "cuLaunchKernel",
 )
-DEFAULT_SHARED_BYTES = 48 << 10  # of dynamic shared memory that every kernel may have
 
 Stream: TypeAlias = int
 Event: TypeAlias = int
@@ -250,30 +249,36 @@ class Device:
 
     # -- kernels -----------------------------------------------------------------------------------
 
-    def load_kernel(self, ptx: str, name: str, *, shared_bytes: int = 0) -> Kernel:
-        """Compile PTX for this device and return one kernel of it, to be launched with up to `shared_bytes`."""
+    def load_kernel(self, ptx: str, name: str) -> Kernel:
+        """Compile PTX for this device and return one kernel of it."""
         module = self._call("cuModuleLoadData", ptx.encode() + b"\0")
-        kernel = self._call("cuModuleGetFunction", module, name.encode())
-        if shared_bytes > DEFAULT_SHARED_BYTES:
-            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call("cuFuncSetAttribute", kernel, attribute, shared_bytes)
-        return int(kernel)
+        return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, launch: "Launch", stream: Stream) -> None:
         """Start a kernel; its arguments may be changed as soon as this returns."""
-        kernel, grid, block, shared_bytes, arguments = launch.words.tolist()
-        status = self._launch(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, None)
+        kernel, grid, threads, arguments = launch.words.tolist()
+        status = self._launch(kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, None)
         if status:
             raise self._error("cuLaunchKernel", status)
 
 
 class KernelArguments:
-    """Eight-byte kernel arguments in one place, so that a launch changes values and builds nothing."""
+    """Kernel arguments in one place, so that a launch changes values and builds nothing.
 
-    def __init__(self, *values: SupportsInt) -> None:
-        self._slots = (ctypes.c_uint64 * len(values))(*(int(v) for v in values))
-        first = ctypes.addressof(self._slots)
-        self._pointers = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+    Args:
+        values: of eight bytes each; or an array, which is an argument as a whole and may be changed in place.
+    """
+
+    def __init__(self, *values: int | NDArray[np.generic]) -> None:
+        self._arrays = [value for value in values if isinstance(value, np.ndarray)]  # kept alive
+        self._slots = (ctypes.c_uint64 * len(values))()
+        self._pointers = (ctypes.c_void_p * len(values))()
+        for i, value in enumerate(values):
+            if isinstance(value, np.ndarray):
+                self._pointers[i] = value.ctypes.data
+            else:
+                self._slots[i] = value
+                self._pointers[i] = ctypes.addressof(self._slots) + 8 * i
         self.address = ctypes.addressof(self._pointers)
 
     def __setitem__(self, position: int, value: int) -> None:
@@ -285,19 +290,19 @@ class Launch:
 
     Args:
         kernel: what `Device.load_kernel` returned.
-        grid: thread blocks.
-        block: threads of each.
+        threads: of a thread block.
         arguments: of the kernel.
-        shared_bytes: of dynamic shared memory a thread block; above 48 KiB, `load_kernel` has to know of it.
 
-    `words` are these as `int64 [5]`: handle, grid, block, shared bytes, address of the arguments.
+    `words` are these as `int64 [4]`: handle, thread blocks, threads of each, address of the arguments.
     """
 
-    def __init__(
-        self, kernel: Kernel, grid: int, block: int, arguments: KernelArguments, *, shared_bytes: int = 0
-    ) -> None:
+    def __init__(self, kernel: Kernel, threads: int, arguments: KernelArguments) -> None:
         self._arguments = arguments  # kept alive
-        self.words = np.array([kernel, grid, block, shared_bytes, arguments.address], dtype=np.int64)
+        self.words = np.array([kernel, 0, threads, arguments.address], dtype=np.int64)
+
+    def set_grid(self, thread_blocks: int) -> None:
+        """How many thread blocks there are."""
+        self.words[1] = thread_blocks
 
 
 def align_up(nbytes: int, alignment: int) -> int:

@@ -101,7 +101,6 @@ class DataPlane:
             self.device,
             num_streams=config.num_transfer_streams,
             staging_nbytes=config.max_batch_bytes,
-            thread_blocks=config.kernel_thread_blocks,
             packing=self.packing,
             max_pack_error=config.max_pack_error,
         )

@@ -19,7 +19,6 @@ from kvortex.errors import ConfigError
         ("linger_s", -0.1),
         ("max_consecutive_loads", 0),
         ("max_outstanding_requests", 0),
-        ("kernel_thread_blocks", 0),
         ("watermark", 0.0),
         ("watermark", 1.1),
         ("eviction_ratio", 0.0),
@@ -91,7 +90,7 @@ def test_bad_mappings(settings: dict[str, object], message: str) -> None:
     [
         {"ghost_entries": 0, "linger_s": 0.0, "watermark": 1.0, "pin_piece_bytes": 4096, "cpu_pool_bytes": 1},
         {"num_transfer_streams": 1, "max_batch_requests": 1, "max_batch_bytes": 1, "max_consecutive_loads": 1},
-        {"max_outstanding_requests": 1, "kernel_thread_blocks": 1, "eviction_ratio": 0.001, "watermark": 0.001},
+        {"max_outstanding_requests": 1, "eviction_ratio": 0.001, "watermark": 0.001},
     ],
 )
 def test_the_edges_of_the_ranges_are_inside(settings: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND
 
 SIMULATED: Final = bool(numba_config.ENABLE_CUDASIM)
 WARP: Final = 32
+_TABLE: Final = "KVORTEX_TABLE"  # stands for the name of the parameter that is a table
 FIRST_WITH_FP8: Final = (8, 9)
 FIRST_WITH_PAIRS: Final = (9, 0)
 
@@ -36,6 +37,8 @@ class DeviceOps:
 
     Over a warp, all of whose lanes take part: `warp_sum(lane, word)`, `warp_largest(lane, int32)`, `group_largest` over
     16 lanes, `other_half(lane, word)` of the lane 16 away.
+
+    `table_entry(table, index)` is an int32 of a table that is part of the kernel's arguments.
     """
 
     load: Any
@@ -49,6 +52,7 @@ class DeviceOps:
     warp_largest: Any
     group_largest: Any
     other_half: Any
+    table_entry: Any
     int32: Any
     int64: Any
     word: Any
@@ -113,6 +117,7 @@ def _simulated_ops() -> DeviceOps:
         warp_largest=lambda lane, value: max(exchange(lane, value)),
         group_largest=lambda lane, value: max(exchange(lane, value)[lane // 16 * 16 :][:16]),
         other_half=lambda lane, value: exchange(lane, value)[lane ^ 16],
+        table_entry=lambda table, index: int(table[index]),
         int32=int,
         int64=int,
         word=int,
@@ -180,6 +185,17 @@ def _device_ops() -> DeviceOps:
         return u64(words_pointer, i64, u64), codegen
 
     @intrinsic
+    def table_entry(typing_context: Any, table: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            # An entry's own parameters have addresses (PTX ISA, ld.param); `compile_ptx` puts the name in.
+            offset = builder.shl(arguments[1], ir.Constant(ir.IntType(64), 2))
+            text = f"{{ .reg .u64 at; mov.b64 at, {_TABLE}; add.u64 at, at, $1; ld.param.s32 $0, [at]; }}"
+            kind = ir.FunctionType(ir.IntType(32), [offset.type])
+            return builder.asm(kind, text, "=r,l", [offset], side_effect=False)
+
+        return i32(types.CPointer(i32), i64), codegen
+
+    @intrinsic
     def larger(typing_context: Any, first: Any, second: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.select(builder.icmp_signed(">", *arguments), *arguments)
@@ -232,6 +248,7 @@ def _device_ops() -> DeviceOps:
         warp_largest=warp_largest,
         group_largest=group_largest,
         other_half=other_half,
+        table_entry=table_entry,
         int32=types.int32,
         int64=types.int64,
         word=types.uint64,
@@ -293,11 +310,11 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 def pointer_signature(arguments: str) -> Any:
-    """A kernel signature from one letter an argument: `u` uint64*, `l` int64*, `i` int32*, `n` int64 value."""
+    """A kernel signature from one letter an argument: `u` uint64*, `l` int64*, `t` int32 table, `n` int64 value."""
     kinds = {
         "u": types.CPointer(types.uint64),
         "l": types.CPointer(types.int64),
-        "i": types.CPointer(types.int32),
+        "t": types.CPointer(types.int32),
         "n": types.int64,
     }
     return types.void(*(kinds[letter] for letter in arguments))
@@ -309,7 +326,7 @@ def compile_ptx(
     compute_capability: tuple[int, int],
     *,
     threads: int,
-    resident: int,
+    table_entries: int,
 ) -> tuple[str, str]:
     """PTX of a kernel and the name of its entry point.
 
@@ -317,8 +334,8 @@ def compile_ptx(
         function: the kernel's body.
         arguments: one letter each, see `pointer_signature`.
         compute_capability: of the device.
-        threads: of a thread block, at most.
-        resident: thread blocks that a multiprocessor must be able to hold; it limits the registers of a thread.
+        threads: of a thread block, at most; it limits the registers of a thread.
+        table_entries: of the table among the arguments, which the launch copies: 4,096 bytes of arguments in all.
     """
     ptx, _ = cuda.compile(
         function,
@@ -331,8 +348,12 @@ def compile_ptx(
     text = ptx.decode() if isinstance(ptx, bytes) else str(ptx)
     entry = next(line for line in text.splitlines() if ".entry" in line)
     name = entry.split(".entry", 1)[1].split("(")[0].strip()
+    table = f"{name}_param_{arguments.index('t')}"
+    text = text.replace(f".param .u64 {table}", f".param .align 8 .b8 {table}[{4 * table_entries}]")
+    text = text.replace(_TABLE, table)
     body = text.index("{", text.index(entry))
-    return f"{text[:body]}.maxntid {threads}, 1, 1\n.minnctapersm {resident}\n{text[body:]}", name
+    # With one thread block a multiprocessor required, and no more, ptxas gives it the registers that it wants.
+    return f"{text[:body]}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{text[body:]}", name
 
 
 def simulate(function: Callable[..., None], grid: int, block: int, *arguments: Any) -> None:

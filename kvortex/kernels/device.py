@@ -1,6 +1,7 @@
 """Launchers of the CUDA kernels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from kvortex.kernels import pack
 from kvortex.kernels._cuda import SIMULATED, compile_ptx, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
 from kvortex.kernels.digest import LENGTH, MASK
+from kvortex.kernels.ptx_cache import cached_ptx
 from kvortex.kernels.tables import (
     LANE_BYTES,
     MAX_BATCH_BLOCKS,
@@ -22,14 +24,13 @@ from kvortex.kernels.tables import (
     tile_table,
     validate_block_ids,
 )
-from kvortex.kernels.tiles import scratch_words
+from kvortex.kernels.tiles import grid_size, scratch_words
 from kvortex.layout import KVLayout
 
 THREADS: Final = 32 if SIMULATED else 512
 _RESULT_WORDS: Final = 3  # of a block: digest, what was lost, what there was
-_HOST_BYTES: Final = 8 * (_RESULT_WORDS + 1)  # of a block: results and id
-_ARGUMENTS: Final = "uulninnuu"
-_STAGING, _IDS, _COUNT, _SCRATCH, _RESULTS = 1, 4, 5, 7, 8
+_ARGUMENTS: Final = "uulntnnuu"
+_STAGING, _COUNT, _SCRATCH, _RESULTS = 1, 5, 7, 8
 
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
@@ -43,7 +44,7 @@ def device_table(layout: KVLayout, packing: Packing | None = None) -> NDArray[np
 
 
 class BatchSlot:
-    """Memory of one batch in flight: ids in and results out in pinned host memory, scratch on the device.
+    """Memory of one batch in flight: results in pinned host memory, scratch on the device.
 
     Args:
         device: of the scratch.
@@ -53,16 +54,11 @@ class BatchSlot:
 
     def __init__(self, device: Device, max_blocks: int, scratch: int, stream: Stream) -> None:
         self._device = device
-        self._address = device.allocate_host(max_blocks * _HOST_BYTES)
-        words = array_at(self._address, max_blocks * _HOST_BYTES)
-        self.results: NDArray[np.uint64] = words[: _RESULT_WORDS * max_blocks].reshape(max_blocks, _RESULT_WORDS)
-        self.ids: NDArray[np.int32] = words[_RESULT_WORDS * max_blocks :].view(np.int32)
+        nbytes = 8 * _RESULT_WORDS * max_blocks
+        self._address = device.allocate_host(nbytes)
+        self.results: NDArray[np.uint64] = array_at(self._address, nbytes).reshape(max_blocks, _RESULT_WORDS)
         self.max_blocks = min(max_blocks, MAX_BATCH_BLOCKS)
-        self.addresses = (
-            (_IDS, self._address + 8 * _RESULT_WORDS * max_blocks),
-            (_SCRATCH, scratch),
-            (_RESULTS, self._address),
-        )
+        self.addresses = ((_SCRATCH, scratch), (_RESULTS, self._address))
         device.fill_async(scratch, 0, 8 * scratch_words(max_blocks), stream)
 
     def close(self) -> None:
@@ -77,24 +73,22 @@ class DeviceKernels:
         layout: of tensors that stay alive as long as this object.
         device: where they lie.
         tiles: device address of `device_table(layout, packing)`.
-        thread_blocks: grid size, in thread blocks of 512 threads.
         packing: of the layout; None leaves blocks as they are.
     """
 
-    def __init__(
-        self, layout: KVLayout, device: Device, tiles: int, thread_blocks: int, packing: Packing | None = None
-    ) -> None:
+    def __init__(self, layout: KVLayout, device: Device, tiles: int, packing: Packing | None = None) -> None:
         self._device = device
         self._num_blocks = layout.num_blocks
         self._block_nbytes = staging_block_nbytes(layout, packing)
         payload_nbytes = packing.block_nbytes if packing else layout.block_nbytes
         self._length_term = np.uint64(payload_nbytes // 8 * LENGTH & MASK)
         self._measures_errors = packing is not None
-        num_tiles = len(device_table(layout, packing))
+        self._num_tiles = len(device_table(layout, packing))
+        self._ids = np.zeros(MAX_BATCH_BLOCKS, dtype=np.int32)
         distance = self._block_nbytes // (8 if packing else LANE_BYTES)
-        self._arguments = KernelArguments(arena_base(layout), 0, tiles, num_tiles, 0, 0, distance, 0, 0)
+        self._arguments = KernelArguments(arena_base(layout), 0, tiles, self._num_tiles, self._ids, 0, distance, 0, 0)
         self._gather, self._scatter = (
-            Launch(kernel, thread_blocks, THREADS, self._arguments) for kernel in _load_kernels(device, packing)
+            Launch(kernel, THREADS, self._arguments) for kernel in _load_kernels(device, packing)
         )
 
     def gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
@@ -122,24 +116,24 @@ class DeviceKernels:
     def prepare_gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
         """What `gather` starts, for the caller to start before anything else is prepared; raises as it does."""
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
-        self._fill_in(ids, staging, slot)
-        return self._gather
+        return self._filled_in(self._gather, ids, staging, slot)
 
     def prepare_scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
         """What `scatter` starts, as `prepare_gather`."""
-        self._fill_in(validate_block_ids(block_ids, self._num_blocks), staging, slot)
-        return self._scatter
+        return self._filled_in(self._scatter, validate_block_ids(block_ids, self._num_blocks), staging, slot)
 
-    def _fill_in(self, ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> None:
+    def _filled_in(self, launch: Launch, ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
         count = ids.size
         if count > slot.max_blocks:
             raise ValueError(f"{count} blocks in one batch; it holds {slot.max_blocks}")
-        slot.ids[:count] = ids
+        self._ids[:count] = ids
         arguments = self._arguments
         arguments[_STAGING] = staging
         arguments[_COUNT] = count
         for position, address in slot.addresses:
             arguments[position] = address
+        launch.set_grid(grid_size(count, self._num_tiles, THREADS))
+        return launch
 
     def digests(self, slot: BatchSlot, count: int) -> NDArray[np.uint64]:
         """Digests `uint64 [count]` of the slot's finished batch."""
@@ -154,13 +148,18 @@ class DeviceKernels:
 
 def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kernel]:
     capability = device.compute_capability
-    bodies = [(GATHER, 2), (SCATTER, 2)]
-    if packing:
-        fmt = packing.format
-        bodies = [(pack.pack_kernel(fmt, capability), 1), (pack.unpack_kernel(fmt, capability), 2)]
+    fmt = packing.format if packing else None
+
+    def compiled(scatters: bool) -> tuple[str, str]:
+        if fmt is None:
+            body = SCATTER if scatters else GATHER
+        else:
+            body = (pack.unpack_kernel if scatters else pack.pack_kernel)(fmt, capability)
+        return compile_ptx(body, _ARGUMENTS, capability, threads=THREADS, table_entries=MAX_BATCH_BLOCKS)
+
     gather, scatter = (
-        device.load_kernel(*compile_ptx(body, _ARGUMENTS, capability, threads=THREADS, resident=resident))
-        for body, resident in bodies
+        device.load_kernel(*cached_ptx((scatters, fmt, capability, THREADS), partial(compiled, scatters)))
+        for scatters in (False, True)
     )
     return gather, scatter
 
@@ -168,9 +167,8 @@ def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kern
 class SimulatedKernels:
     """The same kernels in numba's simulator, on host memory: for tests without a GPU, small shapes only."""
 
-    def __init__(self, layout: KVLayout, thread_blocks: int = 2, packing: Packing | None = None) -> None:
+    def __init__(self, layout: KVLayout, packing: Packing | None = None) -> None:
         self._num_blocks = layout.num_blocks
-        self._thread_blocks = thread_blocks
         self._packing = packing
         self._tiles = device_table(layout, packing)
         self._arena = array_at(arena_base(layout), arena_nbytes(layout))
@@ -195,7 +193,7 @@ class SimulatedKernels:
         tiles = self._tiles
         if ids.size:
             simulate(
-                kernel, self._thread_blocks, THREADS,
+                kernel, grid_size(ids.size, len(tiles), THREADS), THREADS,
                 self._arena, staging.view(np.uint64), tiles.reshape(-1), len(tiles), ids, ids.size, self._distance,
                 scratch, results.reshape(-1),
             )  # fmt: skip

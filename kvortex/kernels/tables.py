@@ -13,7 +13,7 @@ from kvortex.layout import KVLayout
 
 LANE_BYTES = 16  # one access of one thread
 TILE_LANES = 256  # a warp's share: eight accesses a lane, all in flight together
-MAX_BATCH_BLOCKS = 4096  # of one launch: their ids are kept in shared memory
+MAX_BATCH_BLOCKS = 1000  # of one launch: their ids are among its arguments, 4,096 bytes in all
 
 
 def arena_base(layout: KVLayout) -> int:

@@ -5,7 +5,9 @@ from typing import Any
 
 from kvortex.codecs.packing import NOT_FINITE
 from kvortex.kernels._cuda import DEVICE_OPS, cuda, int32, int32_constant, word_constant
-from kvortex.kernels.tables import MAX_BATCH_BLOCKS
+
+WARP_TILES = 4
+"""Neighbouring tiles that a warp moves: their sums stay in registers, and its work is over in microseconds."""
 
 
 def scratch_words(max_blocks: int) -> int:
@@ -13,18 +15,24 @@ def scratch_words(max_blocks: int) -> int:
     return 3 * max_blocks + 1
 
 
+def grid_size(num_blocks: int, num_tiles: int, threads: int) -> int:
+    """Thread blocks that move all tiles of a batch."""
+    return -(-num_blocks * num_tiles // (threads // 32 * WARP_TILES))
+
+
 def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | None = None) -> Callable[..., None]:
     """The body of a kernel that moves all tiles of all blocks in one launch.
 
-    The tiles of a batch are shared out evenly, a stretch of neighbouring ones a warp. Its sums stay in registers until
-    it comes to another block; then one lane adds them to that block's, without waiting. The thread block that ends
-    last reports the sums of all blocks to host memory and clears the scratch words, so that nothing has to be set or
-    fetched by further operations on the stream.
+    Each warp moves a few neighbouring tiles and is done: the hardware hands out thread blocks in order, so what is on
+    its way at one moment lies close together, and a model's kernels get their multiprocessors back within microseconds.
+    Sums stay in registers until a warp comes to another block; then one lane adds them to that block's, without
+    waiting. The thread block that ends last reports the sums of all blocks to host memory and clears the scratch words,
+    so that nothing has to be set or fetched by further operations on the stream.
 
     Arguments of the kernel: arena and staging, as 16-byte lanes or words as `move_tile` takes them; the tile table and
-    its length; block ids in host memory and their number; a block's distance in staging; scratch, `scratch_words` of
-    the blocks, zero; results in host memory, three words a block: digest, and for packing what was lost and what there
-    was.
+    its length; block ids, which are part of the arguments themselves, and their number; a block's distance in staging;
+    scratch, `scratch_words` of the blocks, zero; results in host memory, three words a block: digest, and for packing
+    what was lost and what there was.
 
     Args:
         name: of the kernel.
@@ -35,6 +43,7 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
     """
     ops = DEVICE_OPS
     fetch_add, warp_sum, warp_largest, as_int64 = ops.fetch_add, ops.warp_sum, ops.warp_largest, ops.int64
+    table_entry = ops.table_entry
     as_word, nothing = ops.word, int32_constant(0)
     zero, one, not_finite = word_constant(0), word_constant(1), word_constant(NOT_FINITE)
     packs, limit = largest_bits is not None, int32_constant(largest_bits or 0)
@@ -50,20 +59,16 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
         scratch: Any,
         results: Any,
     ) -> None:
-        block_ids = cuda.shared.array(MAX_BATCH_BLOCKS, int32)
         is_last = cuda.shared.array(1, int32)
-        for i in range(cuda.threadIdx.x, num_blocks, cuda.blockDim.x):
-            block_ids[i] = ids[i]
-        cuda.syncthreads()
         lane = as_int64(cuda.threadIdx.x % 32)
-        warps = as_int64(cuda.gridDim.x * cuda.blockDim.x // 32)
         warp = as_int64((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // 32)
-        item, stop = warp * num_blocks * num_tiles // warps, (warp + 1) * num_blocks * num_tiles // warps
+        item = WARP_TILES * warp
+        stop = min(item + WARP_TILES, num_blocks * num_tiles)
         b = item // num_tiles
         t = item - b * num_tiles
         while item < stop:
             run = min(stop - item, num_tiles - t)
-            block_id = as_int64(block_ids[b])
+            block_id = as_int64(table_entry(ids, b))
             total, lost, there, worst = zero, zero, zero, nothing
             for row in range(columns * t, columns * (t + run), columns):
                 part, gone, been, largest = move_tile(arena, staging, tiles, row, block_id, b * distance, lane)

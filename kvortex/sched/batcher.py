@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.sched.request import TransferRequest
 from kvortex.types import Direction
 
@@ -61,7 +62,7 @@ class Batcher:
         *,
         max_requests: int = 32,
         max_bytes: int = 128 << 20,
-        max_blocks: int = 4096,
+        max_blocks: int = MAX_BATCH_BLOCKS,
         linger_s: float = 0.0005,
         max_consecutive_loads: int = 4,
     ) -> None:

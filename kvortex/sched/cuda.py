@@ -82,7 +82,6 @@ class CudaExecutor(TransferExecutor):
         device: where the tensors lie.
         num_streams: that carry copies.
         staging_nbytes: of one buffer: the largest batch.
-        thread_blocks: of a kernel's grid.
         packing: of the layout; None where nothing is packed.
         max_pack_error: a block that loses more is reported as too lossy.
 
@@ -98,7 +97,6 @@ class CudaExecutor(TransferExecutor):
         *,
         num_streams: int,
         staging_nbytes: int,
-        thread_blocks: int,
         packing: Packing | None = None,
         max_pack_error: float = 0.0,
     ) -> None:
@@ -135,8 +133,7 @@ class CudaExecutor(TransferExecutor):
                     offsets = np.empty(max_blocks, dtype=np.int64)
                     lane.idle.append(_InFlight(slot, self._event(undo), self._event(undo), offsets))
             self._kernels = [
-                DeviceKernels(layout, device, address, thread_blocks, form)
-                for address, form in zip(addresses, forms, strict=True)
+                DeviceKernels(layout, device, address, form) for address, form in zip(addresses, forms, strict=True)
             ]
             device.synchronize_stream(setup)
             undo.callback(self._synchronize)

@@ -189,8 +189,8 @@ def _record(driver: NDArray[np.int64], event: int, stream: int) -> int:
 
 @njit(cache=True)
 def _launch(driver: NDArray[np.int64], launch: NDArray[np.int64], stream: int) -> int:
-    kernel, grid, block, shared_bytes, arguments = launch[0], launch[1], launch[2], launch[3], launch[4]
-    failure: int = _checked(driver, LAUNCH, (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, 0))
+    kernel, grid, threads, arguments = launch[0], launch[1], launch[2], launch[3]
+    failure: int = _checked(driver, LAUNCH, (kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, 0))
     return failure
 
 

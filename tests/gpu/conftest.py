@@ -12,6 +12,7 @@ from kvortex.codecs import Packing
 from kvortex.driver import Device
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.kernels.tiles import scratch_words
 from kvortex.layout import KVLayout
 
@@ -19,18 +20,16 @@ from kvortex.layout import KVLayout
 class KernelBench:
     """Runs one launch at a time and brings staging to the host."""
 
-    def __init__(
-        self, layout: KVLayout, thread_blocks: int, undo: contextlib.ExitStack, packing: Packing | None = None
-    ) -> None:
+    def __init__(self, layout: KVLayout, undo: contextlib.ExitStack, packing: Packing | None = None) -> None:
         self._device = Device(0)
         self._stream = self._device.create_stream()
         undo.callback(self._device.destroy_stream, self._stream)
         self._size = staging_block_nbytes(layout, packing)
         tiles = torch.from_numpy(device_table(layout, packing)).cuda()
-        self._scratch = torch.zeros(8 * scratch_words(64), dtype=torch.uint8, device="cuda")
+        self._scratch = torch.zeros(8 * scratch_words(MAX_BATCH_BLOCKS), dtype=torch.uint8, device="cuda")
         self._tiles = tiles
-        self._kernels = DeviceKernels(layout, self._device, tiles.data_ptr(), thread_blocks, packing)
-        self._slot = BatchSlot(self._device, 64, self._scratch.data_ptr(), self._stream)
+        self._kernels = DeviceKernels(layout, self._device, tiles.data_ptr(), packing)
+        self._slot = BatchSlot(self._device, MAX_BATCH_BLOCKS, self._scratch.data_ptr(), self._stream)
         undo.callback(self._slot.close)
         torch.cuda.synchronize()
 
@@ -57,4 +56,4 @@ class KernelBench:
 @pytest.fixture
 def gpu_bench() -> Iterator[Callable[..., KernelBench]]:
     with contextlib.ExitStack() as undo:
-        yield lambda layout, thread_blocks, packing=None: KernelBench(layout, thread_blocks, undo, packing)
+        yield lambda layout, packing=None: KernelBench(layout, undo, packing)

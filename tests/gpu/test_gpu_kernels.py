@@ -6,6 +6,7 @@ import torch
 
 from kvortex.errors import InvalidBlockIdError
 from kvortex.kernels.digest import digest_reference
+from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.layout import KVLayout
 
 pytestmark = pytest.mark.gpu
@@ -39,12 +40,11 @@ def payload_of(layout: KVLayout, tensors: dict[str, torch.Tensor], block_id: int
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("count", [1, 7, 20])
-@pytest.mark.parametrize("thread_blocks", [1, 16, 132])
-def test_gather_and_scatter_match_the_reference(name: str, count: int, thread_blocks: int, gpu_bench) -> None:
+def test_gather_and_scatter_match_the_reference(name: str, count: int, gpu_bench) -> None:
     shape, block_dim, dtype, block_size = LAYOUTS[name]
     tensors = make(shape, dtype, layers=3)
     layout = KVLayout.from_tensors(tensors, block_size, num_blocks=20, block_dim=block_dim)
-    bench = gpu_bench(layout, thread_blocks)
+    bench = gpu_bench(layout)
     ids = np.random.default_rng(count).permutation(20)[:count].astype(np.int32)
     staging, digests = bench.gather(ids)
     expected = [payload_of(layout, tensors, int(b)) for b in ids]
@@ -63,7 +63,7 @@ def test_gather_and_scatter_match_the_reference(name: str, count: int, thread_bl
 def test_a_second_launch_finds_clean_scratch(gpu_bench) -> None:
     tensors = make((64, 16, 576), torch.bfloat16, layers=2)
     layout = KVLayout.from_tensors(tensors, 16)
-    bench = gpu_bench(layout, 16)
+    bench = gpu_bench(layout)
     ids = np.arange(64, dtype=np.int32)
     _, first = bench.gather(ids)
     for _ in range(5):
@@ -74,7 +74,7 @@ def test_a_second_launch_finds_clean_scratch(gpu_bench) -> None:
 def test_a_flipped_bit_in_staging_changes_its_block_alone(gpu_bench) -> None:
     tensors = make((8, 16, 64), torch.bfloat16, layers=2)
     layout = KVLayout.from_tensors(tensors, 16)
-    bench = gpu_bench(layout, 4)
+    bench = gpu_bench(layout)
     ids = np.arange(8, dtype=np.int32)
     staging, digests = bench.gather(ids)
     for bit in (0, 7, 8 * layout.block_nbytes - 1):
@@ -86,9 +86,23 @@ def test_a_flipped_bit_in_staging_changes_its_block_alone(gpu_bench) -> None:
 
 def test_bad_ids_are_refused_before_launch(gpu_bench) -> None:
     layout = KVLayout.from_tensors(make((8, 16, 64), torch.bfloat16, layers=1), 16)
-    bench = gpu_bench(layout, 4)
+    bench = gpu_bench(layout)
     with pytest.raises(InvalidBlockIdError, match="8 is not in"):
         bench.gather(np.array([8], dtype=np.int32))
     staging, _ = bench.gather(np.array([1, 1], dtype=np.int32))
     with pytest.raises(InvalidBlockIdError, match="twice"):
         bench.scatter(np.array([1, 1], dtype=np.int32), staging)
+
+
+def test_a_batch_as_large_as_they_come(gpu_bench) -> None:
+    tensors = make((MAX_BATCH_BLOCKS + 8, 16, 80), torch.uint8, layers=2)
+    layout = KVLayout.from_tensors(tensors, 16)
+    bench = gpu_bench(layout)
+    ids = np.random.default_rng(0).permutation(layout.num_blocks)[:MAX_BATCH_BLOCKS].astype(np.int32)
+    staging, digests = bench.gather(ids)
+    for row, digest, block in zip(staging, digests, ids, strict=True):
+        payload = payload_of(layout, tensors, int(block))
+        assert row[: layout.block_nbytes].tobytes() == payload
+        assert int(digest) == digest_reference(payload)
+    with pytest.raises(ValueError, match="in one batch"):
+        bench.gather(np.arange(MAX_BATCH_BLOCKS + 1, dtype=np.int32))

@@ -14,6 +14,7 @@ import torch
 
 from kvortex.errors import DeviceError, InvalidBlockIdError
 from kvortex.kernels import device as device_kernels
+from kvortex.kernels.tiles import grid_size
 from kvortex.layout import KVLayout
 from kvortex.sched import Batch, CudaExecutor, TransferRequest
 from kvortex.sched.batcher import Slice
@@ -35,7 +36,6 @@ class Bench:
             self.driver,
             num_streams=3,
             staging_nbytes=16 * SIZE,
-            thread_blocks=4,
         )
         self.ended: list[Any] = []
 
@@ -89,7 +89,7 @@ def test_a_save_gathers_and_then_copies_a_run_at_a_time(bench: Bench) -> None:
     kernels, copies = calls[0][1], calls[4][1]
     assert calls[0] == ("wait", kernels, AFTER, 0)
     assert calls[1] == ("wait", kernels, AFTER + 1, 0)
-    assert calls[2][1:9] == (0x6A, 4, 1, 1, device_kernels.THREADS, 1, 1, 0)
+    assert calls[2][1:9] == (0x6A, grid_size(5, 1, device_kernels.THREADS), 1, 1, device_kernels.THREADS, 1, 1, 0)
     assert calls[2][9] == kernels != copies
     staged = calls[3][1]
     assert calls[3] == ("record", staged, kernels)
