@@ -4,47 +4,115 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
-from kvortex.driver import Event
+import numpy as np
+
+from kvortex.control import CPU_TIER
 from kvortex.sched import TransferRequest
+from kvortex.stats import EngineStats
 from kvortex.transfers import DataPlane
 from kvortex.types import TransferPlan
 
-FIRST_PART_BYTES = 32 << 20
-BATCHES_OF_A_PART = 8
-"""A long call is planned in parts: a little first, then twice as much each time, up to eight batches, and towards the
-end half of what is left, down to one batch. The first makes the link wait for its plan, the last makes the caller wait
-for its commit; what is between costs nobody anything, and the less the fewer they are."""
+FIRST_PART_BYTES = 16 << 20
+FIRST_PART_BLOCKS = 64
+PART_GROWTH = 8
+MAX_PART_BLOCKS = 4096
+"""A long call is planned in parts, each a few times as long as the one before: the link waits for the plan of the first
+alone, and to plan eight times as many blocks takes less time than to move the first. What is long is planned, and
+becomes visible, in steps of `MAX_PART_BLOCKS`."""
 
 T = TypeVar("T")
 
 
-class Call(Generic[T]):
-    """The transfers that one `save_blocks` or `load_blocks` is made of."""
+class Callers:
+    """Whoever is in a save or load of one engine: so many have their turn, others wait for it.
 
-    def __init__(self, data: DataPlane, after: Event | None, max_batch_bytes: int) -> None:
-        self.requests: list[TransferRequest] = []
+    Args:
+        max_turns: at a time.
+    """
+
+    def __init__(self, max_turns: int) -> None:
+        self._turns = asyncio.Semaphore(max_turns)
+        self._count = 0
+        self._gone = asyncio.Event()
+        self._gone.set()
+
+    async def enter(self) -> None:
+        """Wait for a turn, to be ended with `leave`."""
+        self._count += 1
+        self._gone.clear()
+        try:
+            await self._turns.acquire()
+        except BaseException:
+            self._forget_one()
+            raise
+
+    def leave(self) -> None:
+        self._turns.release()
+        self._forget_one()
+
+    def _forget_one(self) -> None:
+        self._count -= 1
+        if not self._count:
+            self._gone.set()
+
+    async def gone(self) -> None:
+        """Wait until nobody is left, those that wait for a turn included."""
+        await self._gone.wait()
+
+
+class Call(Generic[T]):
+    """The transfers that one `save_blocks` or `load_blocks` is made of; what it has started ends with its block.
+
+    Args:
+        callers: where it takes its turn.
+        data: carries it out.
+        stats: count what it moved.
+        stream: of the caller, see `DataPlane.record_event`.
+    """
+
+    def __init__(self, callers: Callers, data: DataPlane, stats: EngineStats, stream: object) -> None:
+        self._callers = callers
         self._data = data
-        self._after = after
-        self._first_part_bytes = min(FIRST_PART_BYTES, max_batch_bytes)
-        self._block_nbytes = data.sizes.packed
-        self._batch = max(max_batch_bytes // self._block_nbytes, 1)
+        self._stats = stats
+        self._stream = stream
+        self._requests: list[TransferRequest] = []
         self._outcomes: list[Sequence[T]] = []
-        self.started_s = time.perf_counter()
+
+    async def __aenter__(self) -> Self:
+        self._after = self._data.record_event(self._stream)
+        try:
+            await self._callers.enter()
+        except BaseException:
+            self._data.release_event(self._after)
+            raise
+        self._started_s = time.perf_counter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                await self._data.cancel_and_wait(self._requests)
+        finally:
+            self._record()
+            self._data.release_event(self._after)
+            self._callers.leave()
 
     @property
     def num_parts(self) -> int:
-        return len(self.requests)
+        return len(self._requests)
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
-        """A long call is planned piece by piece, so that the first blocks move while the last are looked up."""
-        start, step = 0, max(self._first_part_bytes // self._block_nbytes, 1)
+        """What to plan at a time, so that the first blocks move while the last are looked up."""
+        start, step = 0, max(FIRST_PART_BYTES // self._data.sizes.packed, FIRST_PART_BLOCKS)
         while start < num_blocks:
             yield slice(start, start + step)
             start += step
-            rest = max((num_blocks - start) // 2, self._batch)
-            step = min(2 * step, rest, BATCHES_OF_A_PART * self._batch)
+            step = min(PART_GROWTH * step, MAX_PART_BLOCKS)
 
     async def start(self, plan: TransferPlan, finish: Callable[[TransferRequest], Sequence[T]], *, more: bool) -> None:
         """Begin a part; `finish` turns what came of it into outcomes, once, whatever happens.
@@ -57,11 +125,29 @@ class Call(Generic[T]):
         def settled(request: TransferRequest) -> None:
             self._outcomes[number] = finish(request)
 
-        self.requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
+        self._requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
         if more:
             await asyncio.sleep(0)
 
     async def outcomes(self) -> tuple[T, ...]:
         """Those of all parts, in order, once everything has settled."""
-        await self._data.wait(self.requests)
+        await self._data.wait(self._requests)
         return tuple(itertools.chain.from_iterable(self._outcomes))
+
+    def _record(self) -> None:
+        """Count what was moved, when everything has settled."""
+        wanted = moved = lossy = 0
+        for request in self._requests:
+            wanted += len(request.offsets)
+            moved += request.num_succeeded
+            if request.packed is not None:
+                lossy += int(np.count_nonzero(request.too_lossy))
+        if wanted:
+            self._stats.record_transfer(
+                self._requests[0].direction,
+                CPU_TIER,
+                blocks=moved,
+                nbytes=moved * self._data.layout.block_nbytes,
+                seconds=time.perf_counter() - self._started_s,
+                failures=wanted - moved - lossy,
+            )

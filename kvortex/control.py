@@ -7,7 +7,7 @@ that a data plane carries out, here or in another process; its outcome comes bac
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from kvortex.index import (
     CacheIndex,
     Evicted,
     EvictionPacer,
+    Pins,
     make_policy,
     warm_up,
 )
@@ -37,33 +38,34 @@ MAX_EVICTIONS_A_PLAN: Final = 4
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
 
 
-@dataclass(frozen=True, slots=True)
-class SavePlan:
+class SavePlan(NamedTuple):
     """A save between reservation and commit.
 
-    `states` are the reservation's, `uint8 [call]`; `positions` those of the call's blocks that move, `slots`
-    their places in the index, `nbytes` the size of their extents.
+    `states` are the reservation's, `int64 [call]`; `slots` the places in the index of the blocks that move, `nbytes`
+    the size of their extents.
     """
 
     transfer: TransferPlan
-    states: NDArray[np.uint8]
-    positions: NDArray[np.intp]
-    slots: NDArray[np.int32]
+    states: NDArray[np.int64]
+    slots: NDArray[np.int64]
     nbytes: int
 
+    @property
+    def positions(self) -> NDArray[np.intp]:
+        """Those of the call's blocks that move."""
+        return np.flatnonzero(self.states == RESERVED)[: len(self.slots)]
 
-@dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """A load between pin and unpin.
 
-    `reasons` are the pins', `digests` those of the blocks that move, as they were saved; the rest as in a `SavePlan`.
-    """
+class LoadPlan(NamedTuple):
+    """A load between pin and unpin: the hits move."""
 
     transfer: TransferPlan
-    reasons: NDArray[np.uint8]
-    positions: NDArray[np.intp]
-    slots: NDArray[np.int32]
-    digests: NDArray[np.uint64]
+    pins: Pins
+
+    @property
+    def positions(self) -> NDArray[np.intp]:
+        """Those of the call's blocks that move."""
+        return np.flatnonzero(self.pins.slots >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class FetchPlan:
     """Blocks on their way from a lower tier: their positions in the call, slots, offsets and sizes in the pool."""
 
     positions: NDArray[np.intp]
-    slots: NDArray[np.int32]
+    slots: NDArray[np.int64]
     offsets: NDArray[np.int64]
     nbytes: NDArray[np.int64]
 
@@ -81,7 +83,7 @@ class HeldBlocks:
     """Blocks that stay where they are until `release`: positions in the call, and what the index knows of them."""
 
     positions: NDArray[np.intp]
-    slots: NDArray[np.int32]
+    slots: NDArray[np.int64]
     offsets: NDArray[np.int64]
     nbytes: NDArray[np.int64]
     digests: NDArray[np.uint64]
@@ -146,23 +148,23 @@ class ControlPlane:
         """
         packs = self._sizes.packs and not as_is
         nbytes = self._sizes.packed if packs else self._sizes.raw
-        slots, states = self.index.reserve(keys)
-        wanted = _where(states == RESERVED)
-        offsets = self._make_room(len(wanted), nbytes, owner)
-        if len(offsets) < len(wanted):
-            self.index.abort(slots[wanted[len(offsets) :]], None)
-        count = len(offsets)
-        positions = wanted[:count]
-        if count < len(states):
-            slots, block_ids = slots[positions], block_ids[positions]
-        packed = np.ones(count, dtype=np.bool_) if packs else None
-        return SavePlan(TransferPlan(Direction.SAVE, block_ids, offsets, packed), states, positions, slots, nbytes)
+        reservation = self.index.reserve(keys)
+        slots = reservation.owned
+        offsets = self._make_room(reservation.num_owned, nbytes, owner)
+        if len(offsets) < len(slots):
+            self.index.abort(slots[len(offsets) :], None)
+            slots = slots[: len(offsets)]
+        packed = np.ones(len(offsets), dtype=np.bool_) if packs else None
+        plan = SavePlan(TransferPlan(Direction.SAVE, block_ids, offsets, packed), reservation.states, slots, nbytes)
+        if len(slots) < len(block_ids):
+            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
+        return plan
 
     def finish_save(
         self,
         plan: SavePlan,
         digests: NDArray[np.uint64],
-        succeeded: NDArray[np.bool_],
+        succeeded: NDArray[np.bool_] | None = None,
         too_lossy: NDArray[np.bool_] | None = None,
     ) -> Sequence[SaveOutcome]:
         """Commit what arrived, give back the rest.
@@ -170,18 +172,18 @@ class ControlPlane:
         Args:
             plan: of the save.
             digests: `uint64 [n]`.
-            succeeded: `bool [n]`, what arrived and may be used.
+            succeeded: `bool [n]`, what arrived and may be used; None for all.
             too_lossy: `bool [n]`, what did not because packing loses too much of it.
 
         Returns:
             The call's outcomes.
         """
         offsets = plan.transfer.offsets
-        if np.count_nonzero(succeeded) == len(succeeded):
+        if succeeded is None:
             self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
-            if len(plan.positions) == len(plan.states):
+            if len(plan.slots) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
-            return _save_outcomes(plan, succeeded, too_lossy)
+            return _save_outcomes(plan, np.ones(len(offsets), dtype=np.bool_), None)
         unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], plan.nbytes, digests[succeeded])
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
@@ -236,20 +238,22 @@ class ControlPlane:
 
     def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
         """A fetched block has arrived: it is visible now."""
-        slots = np.array([slot], dtype=np.int32)
-        self.allocator.free_many(self.index.commit(slots, [offset], nbytes, np.array([digest], dtype=np.uint64)))
+        slots = np.array([slot])
+        self.allocator.free_many(
+            self.index.commit(slots, np.array([offset]), nbytes, np.array([digest], dtype=np.uint64))
+        )
 
     def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None:
         """A fetched block will not arrive."""
-        self.index.abort(np.array([slot], dtype=np.int32), reason)
+        self.index.abort(np.array([slot]), reason)
         self.allocator.free_many([offset])
 
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
         """Keep blocks in place while they are read for a lower tier; what is gone is left out."""
         pins = self.index.hold(keys)
-        return HeldBlocks(_where(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests)
+        return HeldBlocks(np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests)
 
-    def release(self, slots: NDArray[np.int32]) -> None:
+    def release(self, slots: NDArray[np.int64]) -> None:
         """Let held blocks go."""
         self._remove(self.index.unpin(slots))
 
@@ -271,27 +275,38 @@ class ControlPlane:
             block_ids: `int32 [n]`.
         """
         pins = self.index.pin(keys)
-        positions = _where(pins.slots >= 0)
-        if len(positions) < len(block_ids):
-            block_ids = block_ids[positions]
         packed = pins.nbytes == self._sizes.packed if self._sizes.packs else None
-        transfer = TransferPlan(Direction.LOAD, block_ids, pins.offsets, packed)
-        return LoadPlan(transfer, pins.reasons, positions, pins.hits, pins.digests)
+        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, packed), pins)
+        if pins.num_hits < len(block_ids):
+            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
+        return plan
 
     def finish_load(
-        self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]
+        self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
     ) -> Sequence[MissReason | None]:
-        """Drop what arrived but is not `intact` (`bool [n]`), unpin; the call's outcomes, `None` for a hit."""
-        good = succeeded & intact
-        num_good = np.count_nonzero(good)
-        if num_good == len(plan.reasons):
-            self._remove(self.index.unpin(plan.slots))
-            return [None] * num_good
+        """Drop what arrived but is not intact, unpin.
+
+        Args:
+            plan: of the load.
+            intact: `bool [n]`, what is as it was saved; None for all.
+            succeeded: `bool [n]`, what arrived; None for all.
+
+        Returns:
+            The call's outcomes, `None` for a hit.
+        """
+        pins = plan.pins
+        if intact is None and succeeded is None and pins.num_hits == len(pins):
+            self._remove(self.index.unpin(pins.hits))
+            return [None] * pins.num_hits
+        everything = np.ones(pins.num_hits, dtype=np.bool_)
+        intact, succeeded = everything if intact is None else intact, everything if succeeded is None else succeeded
         corrupt = succeeded & ~intact
-        self.index.drop(plan.slots[corrupt], MissReason.CORRUPT)
-        self._remove(self.index.unpin(plan.slots))
-        outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in plan.reasons.tolist()]
-        for position, hit, damaged in zip(plan.positions.tolist(), good.tolist(), corrupt.tolist(), strict=True):
+        if corrupt.any():
+            self.index.drop(pins.hits[corrupt], MissReason.CORRUPT)
+        self._remove(self.index.unpin(pins.hits))
+        outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in pins.reasons.tolist()]
+        good = (succeeded & intact).tolist()
+        for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
             failure = MissReason.CORRUPT if damaged else MissReason.TRANSFER_FAILED
             outcomes[position] = None if hit else failure
         return outcomes
@@ -314,12 +329,6 @@ class ControlPlane:
         self.allocator.free_many(offsets)
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
-
-
-def _where(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Positions that are True, which most often are all."""
-    count = len(mask)
-    return np.arange(count) if np.count_nonzero(mask) == count else np.flatnonzero(mask)
 
 
 def _save_outcomes(

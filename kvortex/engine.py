@@ -1,11 +1,9 @@
 """The engine: control plane and data plane in one process, as an asyncio API and a blocking one."""
 
 import asyncio
-import contextlib
 import logging
-import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.calls import Call
+from kvortex.calls import Call, Callers
 from kvortex.config import KVortexConfig
-from kvortex.control import CPU_TIER, ControlPlane, LoadPlan, SavePlan
+from kvortex.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.errors import EngineStateError, InvalidHashError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
@@ -50,10 +48,7 @@ class KVortexEngine:
         self.config = config
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
-        self._outstanding = asyncio.Semaphore(config.max_outstanding_requests)
-        self._callers = 0
-        self._no_callers = asyncio.Event()
-        self._no_callers.set()
+        self._callers = Callers(config.max_outstanding_requests)
         self._control: ControlPlane | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
@@ -156,19 +151,20 @@ class KVortexEngine:
         """
         control, data = self._planes()
         keys, ids = _check_call(data.layout, hashes, block_ids)
-        async with self._call(data, stream) as call:
+        call: Call[SaveOutcome] = Call(self._callers, data, self.stats, stream)
+        async with call:
             for part in call.parts(len(ids)):
                 plan = control.plan_save(keys[part], ids[part], "save")
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
-            outcomes = list(await call.outcomes())
+            outcomes = await call.outcomes()
             if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
-                await self._save_as_is(control, call, keys, ids, outcomes)
+                outcomes = await self._save_as_is(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
         if self._tiering is not None:
             self._tiering.saved(keys[[outcome is SaveOutcome.STORED for outcome in outcomes]])
             self._tiering.used(keys[[outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes]])
-        return SaveResult(tuple(outcomes))
+        return SaveResult(outcomes)
 
     async def _save_as_is(
         self,
@@ -176,16 +172,16 @@ class KVortexEngine:
         call: Call[SaveOutcome],
         keys: NDArray[np.uint64],
         ids: NDArray[np.int32],
-        outcomes: list[SaveOutcome],
-    ) -> None:
-        """Keep unpacked what packing would change too much."""
+        outcomes: tuple[SaveOutcome, ...],
+    ) -> tuple[SaveOutcome, ...]:
+        """Keep unpacked what packing would change too much; the outcomes, then."""
         lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
         plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True)
         await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
         again = (await call.outcomes())[len(outcomes) :]
-        for position, outcome in zip(np.flatnonzero(lossy).tolist(), again, strict=True):
-            outcomes[position] = outcome
         self.stats.record_kept_as_is(again.count(SaveOutcome.STORED))
+        seconds = iter(again)
+        return tuple(next(seconds) if outcome is SaveOutcome.TOO_LOSSY else outcome for outcome in outcomes)
 
     async def load_blocks(
         self,
@@ -215,7 +211,8 @@ class KVortexEngine:
         control, data = self._planes()
         keys, ids = _check_call(data.layout, hashes, block_ids)
         arrival = self._arrival(keys, deadline_s)
-        async with self._call(data, stream) as call:
+        call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream)
+        async with call:
             for part in call.parts(len(ids)):
                 if arrival is not None:
                     await arrival.wait(keys[part])
@@ -277,43 +274,6 @@ class KVortexEngine:
         if control.index.prefix_length([block_hash]):
             return None
         return control.index.miss_reason(block_hash)
-
-    @contextlib.asynccontextmanager
-    async def _call(self, data: DataPlane, stream: object) -> AsyncIterator[Call[Any]]:
-        """One save or load: its place among those in progress, and what it has started ends with it."""
-        after = data.record_event(stream)
-        self._callers += 1
-        self._no_callers.clear()
-        try:
-            async with self._outstanding:
-                call: Call[Any] = Call(data, after, self.config.max_batch_bytes)
-                try:
-                    yield call
-                except BaseException:
-                    await data.cancel_and_wait(call.requests)
-                    raise
-                finally:
-                    self._record(call)
-        finally:
-            data.release_event(after)
-            self._callers -= 1
-            if not self._callers:
-                self._no_callers.set()
-
-    def _record(self, call: Call[Any]) -> None:
-        """Count what a call moved, when everything of it has settled."""
-        wanted = sum(request.succeeded.size for request in call.requests)
-        if wanted and self._data is not None:
-            moved = sum(int(np.count_nonzero(request.succeeded)) for request in call.requests)
-            lossy = sum(int(np.count_nonzero(request.too_lossy)) for request in call.requests)
-            self.stats.record_transfer(
-                call.requests[0].direction,
-                CPU_TIER,
-                blocks=moved,
-                nbytes=moved * self._data.layout.block_nbytes,
-                seconds=time.perf_counter() - call.started_s,
-                failures=wanted - moved - lossy,
-            )
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -385,7 +345,7 @@ class KVortexEngine:
     async def _release(self) -> None:
         if self._data is None or self._control is None:
             return
-        await self._no_callers.wait()
+        await self._callers.gone()
         if self._tiering is not None:
             await self._tiering.aclose()
         self._control.clear()
@@ -400,11 +360,16 @@ class KVortexEngine:
 
 
 def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
+    if request.num_succeeded == len(plan.slots):
+        return control.finish_save(plan, request.digests)
     return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy)
 
 
 def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> Sequence[MissReason | None]:
-    return control.finish_load(plan, request.digests == plan.digests, request.succeeded)
+    digests, expected = request.digests, plan.pins.digests
+    if request.num_succeeded == plan.pins.num_hits and digests.tobytes() == expected.tobytes():
+        return control.finish_load(plan)
+    return control.finish_load(plan, digests == expected, request.succeeded)
 
 
 class _Creation:

@@ -298,7 +298,9 @@ class EngineStats:
     ) -> None:
         """Adds one transfer of `blocks` blocks, `nbytes` bytes; `failures` blocks of it did not arrive."""
         with self._lock:
-            stats = self._transfers.setdefault((direction, tier), TransferStats())
+            stats = self._transfers.get((direction, tier))
+            if stats is None:
+                stats = self._transfers[direction, tier] = TransferStats()
             stats.record(blocks=blocks, nbytes=nbytes, seconds=seconds, failures=failures)
 
     def record_kept_as_is(self, blocks: int) -> None:

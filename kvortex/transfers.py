@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.driver import Device, Event, stream_handle
-from kvortex.errors import InvalidBlockIdError, LayoutError
+from kvortex.errors import LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
+from kvortex.kernels.targets import Targets
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
@@ -67,7 +68,7 @@ class DataPlane:
         self._tensors = dict(tensors)
         self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
         self._events: list[Event] = []
-        self._targets = np.zeros(layout.num_blocks, dtype=np.bool_)  # blocks that a load may be writing
+        self._targets = Targets(layout.num_blocks)
         self.pool = PinnedPool(
             config.cpu_pool_bytes,
             device=self.device,
@@ -194,11 +195,11 @@ class DataPlane:
             packed_nbytes=self.sizes.packed,
         )
         try:
-            if request.num_blocks:
+            if request.num_blocks and not self.pool.is_ready(self.pool.capacity_bytes):
                 end = int(plan.offsets.max()) + self.sizes.raw
                 await self.pool.ready(min(end, self.pool.capacity_bytes))
             if plan.direction is Direction.LOAD:
-                self._claim_targets(plan.block_ids)
+                self._targets.claim(plan.block_ids)
                 request.on_settled = partial(self._release_targets, plan.block_ids, on_settled)
             self._scheduler.submit(request)
         except BaseException:
@@ -218,16 +219,10 @@ class DataPlane:
         """Give requests up and wait for what is under way; not cut short by a cancellation."""
         await self._scheduler.cancel_and_wait(requests)
 
-    def _claim_targets(self, block_ids: NDArray[np.int32]) -> None:
-        taken = block_ids[self._targets[block_ids]]
-        if taken.size:
-            raise InvalidBlockIdError(f"block id {taken[0]} is being written by another load")
-        self._targets[block_ids] = True
-
     def _release_targets(
         self, block_ids: NDArray[np.int32], then: Callable[[TransferRequest], None], request: TransferRequest
     ) -> None:
-        self._targets[block_ids] = False
+        self._targets.release(block_ids)
         then(request)
 
     # -- the rest ----------------------------------------------------------------------------------

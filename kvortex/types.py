@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,8 +83,7 @@ class BlockSizes:
         return self.packs and nbytes != self.raw and nbytes <= -(-self.packed // PAGE_BYTES) * PAGE_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class TransferPlan:
+class TransferPlan(NamedTuple):
     """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""
 
     direction: Direction

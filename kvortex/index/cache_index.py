@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
 from kvortex.index import table as steps
@@ -15,36 +15,93 @@ from kvortex.index.table import MISS_REASONS
 from kvortex.types import MissReason
 
 Keys = NDArray[np.uint64]
-Slots = NDArray[np.int32]
+Slots = NDArray[np.int64]
 Offsets = NDArray[np.int64]
 
 _EVICTED = MISS_REASONS.index(MissReason.EVICTED)
+_NO_OFFSETS = np.empty(0, np.int64)
 
 
-class Reservation(NamedTuple):
-    """What became of the keys of a `reserve`: slots `int32 [n]` that the call owns or -1, states `uint8 [n]`.
+class Reservation:
+    """What became of the keys of a `reserve`.
 
     A state is RESERVED (the call must `commit` or `abort` the slot), STORED (committed already) or BUSY (reserved
     by someone else, or at an earlier position of the call).
     """
 
-    slots: Slots
-    states: NDArray[np.uint8]
+    __slots__ = ("_results", "num_owned")
+
+    def __init__(self, results: steps.Results, num_owned: int) -> None:
+        self._results = results
+        self.num_owned = num_owned
+
+    @property
+    def slots(self) -> Slots:
+        """`int64 [n]`: those that the call owns, or -1."""
+        slots: Slots = self._results[steps.RESERVE_SLOTS]
+        return slots
+
+    @property
+    def states(self) -> NDArray[np.int64]:
+        """`int64 [n]`."""
+        states: NDArray[np.int64] = self._results[steps.RESERVE_STATES]
+        return states
+
+    @property
+    def owned(self) -> Slots:
+        """Slots `int64 [num_owned]` that the call owns, in order."""
+        slots: Slots = self._results[steps.RESERVE_OWNED, : self.num_owned]
+        return slots
 
 
-class Pins(NamedTuple):
-    """What became of the keys of a `pin`: slots `int32 [n]`, -1 for a miss; reasons `uint8 [n]`.
+class Pins:
+    """What became of the keys of a `pin`: of all, and of the `k` hits alone, in order.
 
-    A reason is a position in MISS_REASONS, and means something for misses only. Of the `k` hits alone, in order: their
-    slots `int32 [k]`, offsets and sizes `int64 [k]`, digests `uint64 [k]`.
+    A reason is a position in MISS_REASONS, and means something for misses only.
     """
 
-    slots: Slots
-    reasons: NDArray[np.uint8]
-    hits: Slots
-    offsets: Offsets
-    nbytes: NDArray[np.int64]
-    digests: NDArray[np.uint64]
+    __slots__ = ("_results", "num_hits")
+
+    def __init__(self, results: steps.Results, num_hits: int) -> None:
+        self._results = results
+        self.num_hits = num_hits
+
+    def __len__(self) -> int:
+        """`n`."""
+        return len(self._results[0])
+
+    @property
+    def slots(self) -> Slots:
+        """`int64 [n]`, -1 for a miss."""
+        slots: Slots = self._results[steps.PIN_SLOTS]
+        return slots
+
+    @property
+    def reasons(self) -> NDArray[np.int64]:
+        """`int64 [n]`."""
+        reasons: NDArray[np.int64] = self._results[steps.PIN_REASONS]
+        return reasons
+
+    @property
+    def hits(self) -> Slots:
+        """Slots `int64 [k]`."""
+        slots: Slots = self._results[steps.PIN_HITS, : self.num_hits]
+        return slots
+
+    @property
+    def offsets(self) -> Offsets:
+        """`int64 [k]`."""
+        return self._results[steps.PIN_OFFSETS, : self.num_hits]
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """`int64 [k]`."""
+        return self._results[steps.PIN_NBYTES, : self.num_hits]
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """`uint64 [k]`."""
+        return self._results[steps.PIN_DIGESTS, : self.num_hits].view(np.uint64)
 
 
 class Evicted(NamedTuple):
@@ -61,7 +118,7 @@ class CacheIndex:
 
     An entry has a *slot*, a number that names it while it is reserved or pinned; after that the slot may be used
     for another key. Keys come as `uint64 [n, 4]` (see `pack_keys`), or as `bytes` where that is said, slots as
-    `int32 [n]`. An offset says where a block lies; the index only hands it back.
+    `int64 [n]`. An offset says where a block lies; the index only hands it back.
 
     Reads (`prefix_length`, `contains_mask`, `miss_reason`, `len`, figures) take no lock and are safe from any
     thread: each is one compiled step under the GIL. All else takes one lock. Methods that take several keys expect
@@ -95,6 +152,7 @@ class CacheIndex:
         self._policy = policy
         self._lock = threading.Lock()
         self._table = steps.new_table(expected_entries, ghost_entries)
+        self._results = np.empty((2, 64), np.int64)
         policy.resize(self._table.capacity)
 
     # Reads. No lock: each takes one look at `self._table`, and a table that was replaced no longer changes.
@@ -152,16 +210,16 @@ class CacheIndex:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is reserved.
         """
         keys = as_packed(keys)
-        count = len(keys)
-        slots, states = np.empty(count, np.int32), np.empty(count, np.uint8)
-        chain, evicted = np.empty(count, np.int32), np.empty(count, np.bool_)
+        results = np.empty((5, len(keys)), np.int64)
         with self._lock:
-            self._make_room(count)
-            length = steps.reserve(*self._table, keys, slots, states, chain, evicted)
-            self._policy.insert(chain[:length], evicted[:length])
-        return Reservation(slots, states)
+            self._make_room(len(keys))
+            owned, length = steps.reserve(*self._table, keys, results)
+            self._policy.insert(results[steps.RESERVE_CHAIN, :length], results[steps.RESERVE_EVICTED, :length])
+        return Reservation(results, owned)
 
-    def commit(self, slots: Slots, offsets: ArrayLike, nbytes: ArrayLike, digests: ArrayLike) -> Offsets:
+    def commit(
+        self, slots: Slots, offsets: Offsets, nbytes: int | NDArray[np.int64], digests: NDArray[np.uint64]
+    ) -> Offsets:
         """Make reserved blocks visible.
 
         Args:
@@ -177,18 +235,15 @@ class CacheIndex:
             EngineStateError: a slot is not reserved, or named twice; nothing is committed.
             InvalidHashError: the lists differ in length; nothing is committed.
         """
-        slots, offsets, digests = _column(slots, np.int32), _column(offsets, np.int64), _column(digests, np.uint64)
-        sizes = _column(nbytes, np.int64)
+        sizes = nbytes if isinstance(nbytes, np.ndarray) else np.array([nbytes])
         if not len(slots) == len(offsets) == len(digests) or len(sizes) not in (1, len(slots)):
             raise InvalidHashError("slots, offsets, nbytes and digests differ in length")
-        unseen, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
         with self._lock:
-            failed, num_unseen, num_idle = steps.commit(*self._table, slots, offsets, sizes, digests, unseen, idle)
+            results = self._scratch(len(slots))
+            failed, unseen, idle = steps.commit(*self._table, slots, offsets, sizes, digests, results)
             _raise_if(failed, slots, "is not reserved, or named twice")
             self._policy.weigh(slots, sizes)
-            if num_idle:
-                self._policy.insert(idle[:num_idle])
-        return unseen[:num_unseen]
+            return self._freed(unseen, idle)
 
     def abort(self, slots: Slots, reason: MissReason | None) -> None:
         """Give reservations up, remembering `reason` (if any) for later misses.
@@ -196,7 +251,6 @@ class CacheIndex:
         Raises:
             EngineStateError: a slot is not reserved, or named twice; nothing is aborted.
         """
-        slots = _column(slots, np.int32)
         with self._lock:
             failed = steps.abort(*self._table, slots, -1 if reason is None else MISS_REASONS.index(reason))
             _raise_if(failed, slots, "is not reserved, or named twice")
@@ -245,14 +299,10 @@ class CacheIndex:
         Raises:
             EngineStateError: a slot has no pin left; no pin is taken from any.
         """
-        slots = _column(slots, np.int32)
-        freed, idle = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
         with self._lock:
-            failed, num_freed, num_idle = steps.unpin(self._table.rows, self._table.totals, slots, freed, idle)
+            failed, freed, idle = steps.unpin(self._table.rows, self._table.totals, slots, self._scratch(len(slots)))
             _raise_if(failed, slots, "is not pinned")
-            if num_idle:
-                self._policy.insert(idle[:num_idle])
-        return freed[:num_freed]
+            return self._freed(freed, idle)
 
     def drop(self, slots: Slots, reason: MissReason) -> Offsets:
         """Remove committed blocks from view at once, whether pinned or not; slots that hold none are ignored.
@@ -264,7 +314,6 @@ class CacheIndex:
         Returns:
             Offsets that are free now; those of pinned blocks come back through their last `unpin`.
         """
-        slots = _column(slots, np.int32)
         with self._lock:
             return self._drop(slots, reason)
 
@@ -287,9 +336,9 @@ class CacheIndex:
         with self._lock:
             rows = self._table.rows
             coldest = self._policy.pop_coldest(nbytes, rows["nbytes"], rows["pins"])
-            extents, keys = np.empty((3, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
-            count = steps.evict(*self._table, coldest, _EVICTED, extents, keys)
-        offsets, sizes, digests = extents[:, :count]
+            results, keys = np.empty((3, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
+            count = steps.evict(*self._table, coldest, _EVICTED, results, keys)
+        offsets, sizes, digests = results[:, :count]
         return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64))
 
     def clear(self) -> Offsets:
@@ -303,20 +352,27 @@ class CacheIndex:
             Offsets that are free now.
         """
         with self._lock:
-            self._policy.remove(np.arange(self._table.totals[steps.SLOTS_USED], dtype=np.int32))
+            self._policy.remove(np.arange(self._table.totals[steps.SLOTS_USED], dtype=np.int64))
             freed: Offsets = steps.clear(self._table.rows, self._table.buckets, self._table.totals)
         return freed
 
     # Below: the lock is held.
 
     def _pin(self, keys: Keys) -> Pins:
-        count = len(keys)
-        slots, hits, reasons = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.uint8)
-        extents = np.empty((3, count), np.int64)
-        num_hits = steps.pin(*self._table[:2], keys, slots, reasons, hits, extents)
-        if num_hits < count:
-            hits, extents = hits[:num_hits], extents[:, :num_hits]
-        return Pins(slots, reasons, hits, extents[0], extents[1], extents[2].view(np.uint64))
+        results = np.empty((6, len(keys)), np.int64)
+        return Pins(results, steps.pin(*self._table[:2], keys, results))
+
+    def _scratch(self, count: int) -> steps.Results:
+        """Two rows for offsets and slots, of which there seldom are any."""
+        if count > self._results.shape[1]:
+            self._results = np.empty((2, 2 * count), np.int64)
+        return self._results
+
+    def _freed(self, num_offsets: int, num_idle: int) -> Offsets:
+        """Put idle slots back into the order; the offsets beside them in the scratch."""
+        if num_idle:
+            self._policy.insert(self._results[1, :num_idle])
+        return self._results[0, :num_offsets].copy() if num_offsets else _NO_OFFSETS
 
     def _drop(self, slots: Slots, reason: MissReason) -> Offsets:
         # A pinned block keeps its slot, so that its ghost takes another.
@@ -330,10 +386,6 @@ class CacheIndex:
         if self._table.room < count:
             self._table = steps.grown(self._table, self._table.capacity - self._table.room + count)
             self._policy.resize(self._table.capacity)
-
-
-def _column(values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
-    return np.ascontiguousarray(values, dtype)
 
 
 def _raise_if(failed: int, slots: Slots, what: str) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-Slots = NDArray[np.int32]
+Slots = NDArray[np.int64]
 
 
 class EvictionPolicy(ABC):
     """An order over slots, coldest first. Not thread-safe: the index calls it under its lock.
 
-    Slots are `int32 [n]`, from 0 up to the capacity last given to `resize`. The slots of one `insert` or
+    Slots are `int64 [n]`, from 0 up to the capacity last given to `resize`. The slots of one `insert` or
     `access` are a prefix chain, root first. A prefix cache can use a head without its tail but never a tail
     without its head, so after the call a slot must not be colder than one behind it.
     """
@@ -23,14 +23,14 @@ class EvictionPolicy(ABC):
         """Make room for slots below `capacity`; never smaller than before, and what is held stays."""
 
     @abstractmethod
-    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
+    def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         """Take in a chain; a slot that is held already counts as accessed.
 
         Slots that `pop_coldest` removed while they were busy come back through this as well, once they are idle.
 
         Args:
             slots: the chain.
-            evicted: `[n]`, True where a slot names the same block as when `pop_coldest` last removed it: the index
+            evicted: `[n]`, not 0 where a slot names the same block as when `pop_coldest` last removed it: the index
                 still knows why it went. None: nowhere.
         """
 
@@ -76,7 +76,7 @@ class LRUPolicy(EvictionPolicy):
         links[: len(self._links)] = self._links
         self._links = links
 
-    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
+    def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         _touch(self._links, self._count, slots, True)
 
     def access(self, slots: Slots) -> None:
@@ -141,7 +141,7 @@ def _pop_coldest(
     nbytes: NDArray[np.int64],
     pins: NDArray[np.int32],
 ) -> Slots:
-    popped = np.empty(count[0], np.int32)
+    popped = np.empty(count[0], np.int64)
     length = idle_bytes = 0
     while idle_bytes < target_bytes and count[0]:
         row = links[0, _HOTTER]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvortex.index import policy_steps as steps
 from kvortex.index.policy import EvictionPolicy, Slots
 
-_NONE_EVICTED = np.zeros(0, np.bool_)
+_NONE_EVICTED = np.zeros(0, np.int64)
 
 
 class _TwoQueues(EvictionPolicy):
@@ -55,7 +55,7 @@ class S3FIFOPolicy(_TwoQueues):
     Every operation is O(1) a slot; a pop pays for the passes that earlier uses have earned.
     """
 
-    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
+    def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         steps.s3_insert(self._cells, self._totals, slots, _NONE_EVICTED if evicted is None else evicted)
 
     def access(self, slots: Slots) -> None:
@@ -85,7 +85,7 @@ class ARCPolicy(_TwoQueues):
     Every operation is O(1) a slot.
     """
 
-    def insert(self, slots: Slots, evicted: NDArray[np.bool_] | None = None) -> None:
+    def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         steps.arc_insert(self._cells, self._totals, slots, _NONE_EVICTED if evicted is None else evicted)
 
     def access(self, slots: Slots) -> None:

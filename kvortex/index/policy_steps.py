@@ -229,7 +229,7 @@ def s3_use(cells: Cells, totals: Totals, slots: Slots, clock: int, load: bool) -
 
 
 @njit(cache=True)
-def s3_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.bool_]) -> None:
+def s3_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.int64]) -> None:
     clock = totals[CLOCK]
     for i in range(len(slots)):
         slot = np.int64(slots[i])
@@ -238,7 +238,7 @@ def s3_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.bo
             _s3_join(cells, totals, slot, place - _PARKED)
             cells[slot, _LAST] = _LOADED  # not a use
         elif place > SECOND:
-            known = place == GHOST_FIRST and len(evicted) and evicted[i]
+            known = place == GHOST_FIRST and len(evicted) and evicted[i] != 0
             _forget_ghost(cells, totals, slot)
             _give_birth(cells, totals, slot)
             _s3_join(cells, totals, slot, SECOND if known else FIRST)
@@ -258,7 +258,7 @@ def s3_remove(cells: Cells, totals: Totals, slots: Slots) -> None:
 def s3_pop(
     cells: Cells, totals: Totals, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
 ) -> Slots:
-    popped = np.empty(totals[HELD], np.int32)
+    popped = np.empty(totals[HELD], np.int64)
     length = idle_bytes = 0
     capacity = totals[FIRST] + totals[SECOND]
     while idle_bytes < target_bytes and totals[HELD]:
@@ -338,7 +338,7 @@ def arc_use(cells: Cells, totals: Totals, slots: Slots, clock: int, load: bool) 
 
 
 @njit(cache=True)
-def arc_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.bool_]) -> None:
+def arc_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.int64]) -> None:
     clock = totals[CLOCK]
     for i in range(len(slots)):
         slot = np.int64(slots[i])
@@ -348,7 +348,7 @@ def arc_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.b
             _link_hot(cells, place - _PARKED, slot)
             cells[slot, _LAST] = _LOADED  # not a use
         elif place > SECOND:
-            known = place != NOWHERE and len(evicted) and evicted[i]
+            known = place != NOWHERE and len(evicted) and evicted[i] != 0
             if known:
                 _arc_learn(cells, totals, slot)
             _forget_ghost(cells, totals, slot)
@@ -380,7 +380,7 @@ def _arc_victim(cells: Cells, totals: Totals) -> Any:
 def arc_pop(
     cells: Cells, totals: Totals, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
 ) -> Slots:
-    popped = np.empty(totals[HELD], np.int32)
+    popped = np.empty(totals[HELD], np.int64)
     length = idle_bytes = 0
     capacity = totals[_CAPACITY] = totals[FIRST] + totals[SECOND]
     while idle_bytes < target_bytes and totals[HELD]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvortex.types import MissReason
 
 Keys = NDArray[np.uint64]
-Slots = NDArray[np.int32]
+Slots = NDArray[np.int64]
 Offsets = NDArray[np.int64]
 
 # What a slot holds. A reservation counts as one pin, so that a slot is busy exactly while it has pins.
@@ -74,7 +74,7 @@ ROW = np.dtype(
 Rows = NDArray[np.void]
 Buckets = NDArray[np.uint64]
 Totals = NDArray[np.int64]
-Extents = NDArray[np.int64]  # [3, n]: offsets, sizes, digests
+Results = NDArray[np.int64]  # [k, n], what its rows are is the step's affair
 
 
 class Table(NamedTuple):
@@ -85,7 +85,7 @@ class Table(NamedTuple):
 
     rows: Rows  # [capacity]
     buckets: Buckets  # [2 * capacity]
-    ring: Slots  # [ghost_entries], oldest at _RING_NEXT; an entry counts if its slot's ring_at points back
+    ring: NDArray[np.int32]  # [ghost_entries], oldest at _RING_NEXT; an entry counts if its slot's ring_at points back
     totals: Totals  # [7]
 
     @property
@@ -213,7 +213,7 @@ def _remove(rows: Rows, buckets: Buckets, totals: Totals, slot: int) -> None:
 
 
 @njit(cache=True, forceinline=True)
-def _remember(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slot: int, reason: int) -> None:
+def _remember(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slot: int, reason: int) -> None:
     """Make a slot without pins a ghost; the ring's oldest makes way."""
     if len(ring) == 0:
         _remove(rows, buckets, totals, slot)
@@ -232,7 +232,7 @@ def _remember(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slot: i
 
 
 @njit(cache=True, forceinline=True)
-def _retire(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slot: int, reason: int) -> None:
+def _retire(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slot: int, reason: int) -> None:
     """A committed block is gone; what pins hold stays in its slot, and the key's ghost gets another one."""
     totals[COMMITTED_BLOCKS] -= 1
     totals[COMMITTED_BYTES] -= rows[slot].nbytes
@@ -268,8 +268,8 @@ def _take_pins(rows: Rows, slots: Slots, reserved: bool) -> int:
 
 
 @njit(cache=True, forceinline=True)
-def _copy_extent(rows: Rows, slot: int, extents: Extents, i: int) -> None:
-    extents[0, i], extents[1, i], extents[2, i] = rows[slot].offset, rows[slot].nbytes, np.int64(rows[slot].digest)
+def _copy_extent(rows: Rows, slot: int, results: Results, i: int) -> None:
+    results[0, i], results[1, i], results[2, i] = rows[slot].offset, rows[slot].nbytes, np.int64(rows[slot].digest)
 
 
 # Reads.
@@ -304,7 +304,7 @@ def miss_reason(rows: Rows, buckets: Buckets, keys: Keys, i: int) -> Any:
 @njit(cache=True)
 def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
     """Slots of those keys that are committed."""
-    slots = np.empty(len(keys), np.int32)
+    slots = np.empty(len(keys), np.int64)
     length = 0
     for i in range(len(keys)):
         slot = _find(rows, buckets, keys, i)
@@ -314,70 +314,67 @@ def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
     return slots[:length]
 
 
-# Changes. Results go into arrays of the caller's, as long as the call: to hand an array out of a compiled step costs
-# more than the step. `idle` are slots to put back into the eviction order.
+# Changes. Results go into the rows of an array of the caller's, as long as the call: one array made there costs less
+# than what a compiled step has to do to hand out several. `idle` are slots to put back into the eviction order.
+
+RESERVE_SLOTS, RESERVE_STATES, RESERVE_OWNED, RESERVE_CHAIN, RESERVE_EVICTED = range(5)
+PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS = range(6)
 
 
 @njit(cache=True)
 def reserve(
-    rows: Rows,
-    buckets: Buckets,
-    ring: Slots,
-    totals: Totals,
-    keys: Keys,
-    slots: Slots,
-    states: NDArray[np.uint8],
-    chain: Slots,
-    evicted: NDArray[np.bool_],
-) -> int:
-    """Slots that the call owns or -1, states, the chain to put into the eviction order, which of it were evicted.
+    rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, keys: Keys, results: Results
+) -> tuple[int, int]:
+    """Slots that the call owns or -1, states, the slots that it owns; the chain to put into the eviction order, which
+    of it were evicted.
 
     A ghost keeps the slot that it had, so a policy that remembers what it evicted finds it by its number.
 
-    Returns the length of the chain.
+    Returns the number of slots that the call owns, and the length of the chain.
     """
-    length = 0
+    owned = length = 0
     for i in range(len(keys)):  # alone in its loop, so that the memory accesses of many keys overlap
-        slots[i] = _find(rows, buckets, keys, i)
+        results[RESERVE_SLOTS, i] = _find(rows, buckets, keys, i)
     for i in range(len(keys)):
-        slot = np.int64(slots[i])
-        slots[i] = -1
+        slot = results[RESERVE_SLOTS, i]
+        results[RESERVE_SLOTS, i] = -1
         if slot < 0:
             slot = _find(rows, buckets, keys, i)  # again: an earlier position may name it too
         if slot < 0:
             slot = _add(rows, buckets, totals, keys, i)
         state = rows[slot].state
         if state == COMMITTED:
-            states[i] = STORED
+            results[RESERVE_STATES, i] = STORED
         elif state in (PENDING, ORPHANED):
-            states[i] = BUSY
+            results[RESERVE_STATES, i] = BUSY
         else:
-            states[i], slots[i] = RESERVED, slot
+            results[RESERVE_STATES, i] = RESERVED
+            results[RESERVE_SLOTS, i] = results[RESERVE_OWNED, owned] = slot
+            owned += 1
             rows[slot].state, rows[slot].pins = PENDING, 1
             totals[PENDING_BLOCKS] += 1
         if state != ORPHANED and not rows[slot].parked:
-            chain[length] = slot
-            evicted[length] = state == GHOST and rows[slot].reason == _EVICTED
+            results[RESERVE_CHAIN, length] = slot
+            results[RESERVE_EVICTED, length] = state == GHOST and rows[slot].reason == _EVICTED
             length += 1
-    return length
+    return owned, length
 
 
 @njit(cache=True)
 def commit(
     rows: Rows,
     buckets: Buckets,
-    ring: Slots,
+    ring: NDArray[np.int32],
     totals: Totals,
     slots: Slots,
     offsets: Offsets,
     nbytes: NDArray[np.int64],
     digests: NDArray[np.uint64],
-    unseen: Offsets,
-    idle: Slots,
+    results: Results,
 ) -> tuple[int, int, int]:
     """Orphaned offsets, idle slots. `nbytes` may be one for all.
 
-    Returns the position of a slot that is not reserved or -1, the lengths of `unseen` and `idle`.
+    Returns the position of a slot that is not reserved or -1, how many offsets and slots there are.
     """
     failed = _take_pins(rows, slots, True)
     num_unseen = num_idle = 0
@@ -385,7 +382,7 @@ def commit(
         slot = np.int64(slots[i])
         totals[PENDING_BLOCKS] -= 1
         if rows[slot].state == ORPHANED:
-            unseen[num_unseen] = offsets[i]
+            results[0, num_unseen] = offsets[i]
             num_unseen += 1
             _remove(rows, buckets, totals, slot)
             continue
@@ -396,13 +393,13 @@ def commit(
         totals[COMMITTED_BYTES] += rows[slot].nbytes
         if rows[slot].parked:
             rows[slot].parked = 0
-            idle[num_idle] = slot
+            results[1, num_idle] = slot
             num_idle += 1
     return failed, num_unseen, num_idle
 
 
 @njit(cache=True)
-def abort(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int) -> Any:
+def abort(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slots: Slots, reason: int) -> Any:
     """Position of a slot that is not reserved or -1. `reason` -1 leaves the older one."""
     failed = _take_pins(rows, slots, True)
     for i in range(len(slots) if failed < 0 else 0):
@@ -419,29 +416,27 @@ def abort(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slot
 
 
 @njit(cache=True)
-def pin(
-    rows: Rows, buckets: Buckets, keys: Keys, slots: Slots, reasons: NDArray[np.uint8], hits: Slots, extents: Extents
-) -> int:
+def pin(rows: Rows, buckets: Buckets, keys: Keys, results: Results) -> int:
     """Slots or -1, miss reasons; of the hits alone the slots, offsets, sizes and digests. Returns their number."""
-    num_hits = 0
+    hits = 0
     for i in range(len(keys)):
         slot = _find(rows, buckets, keys, i)
-        slots[i], reasons[i] = -1, _NEVER_STORED
+        results[PIN_SLOTS, i], results[PIN_REASONS, i] = -1, _NEVER_STORED
         if slot >= 0 and rows[slot].state == COMMITTED:
             rows[slot].pins += 1
-            slots[i] = hits[num_hits] = slot
-            _copy_extent(rows, slot, extents, num_hits)
-            num_hits += 1
+            results[PIN_SLOTS, i] = results[PIN_HITS, hits] = slot
+            _copy_extent(rows, slot, results[PIN_OFFSETS:], hits)
+            hits += 1
         elif slot >= 0:
-            reasons[i] = rows[slot].reason if rows[slot].state == GHOST else _PENDING
-    return num_hits
+            results[PIN_REASONS, i] = rows[slot].reason if rows[slot].state == GHOST else _PENDING
+    return hits
 
 
 @njit(cache=True)
-def unpin(rows: Rows, totals: Totals, slots: Slots, freed: Offsets, idle: Slots) -> tuple[int, int, int]:
+def unpin(rows: Rows, totals: Totals, slots: Slots, results: Results) -> tuple[int, int, int]:
     """Offsets that are free now, idle slots.
 
-    Returns the position of a slot that has no pin left or -1, the lengths of `freed` and `idle`.
+    Returns the position of a slot that has no pin left or -1, how many offsets and slots there are.
     """
     failed = _take_pins(rows, slots, False)
     num_freed = num_idle = 0
@@ -450,20 +445,22 @@ def unpin(rows: Rows, totals: Totals, slots: Slots, freed: Offsets, idle: Slots)
         if rows[slot].pins:
             continue
         if rows[slot].state == DROPPED:
-            freed[num_freed] = rows[slot].offset
+            results[0, num_freed] = rows[slot].offset
             num_freed += 1
             _release(rows, totals, slot)
         elif rows[slot].parked:
             rows[slot].parked = 0
-            idle[num_idle] = slot
+            results[1, num_idle] = slot
             num_idle += 1
     return failed, num_freed, num_idle
 
 
 @njit(cache=True)
-def drop(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int) -> tuple[Offsets, Slots]:
+def drop(
+    rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slots: Slots, reason: int
+) -> tuple[Offsets, Slots]:
     """Offsets that are free now, and the slots to take out of the eviction order."""
-    offsets, gone = np.empty(len(slots), np.int64), np.empty(len(slots), np.int32)
+    offsets, gone = np.empty(len(slots), np.int64), np.empty(len(slots), np.int64)
     num_offsets = num_gone = 0
     for i in range(len(slots)):
         slot = np.int64(slots[i])
@@ -480,7 +477,14 @@ def drop(rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots
 
 @njit(cache=True)
 def evict(
-    rows: Rows, buckets: Buckets, ring: Slots, totals: Totals, slots: Slots, reason: int, extents: Extents, keys: Keys
+    rows: Rows,
+    buckets: Buckets,
+    ring: NDArray[np.int32],
+    totals: Totals,
+    slots: Slots,
+    reason: int,
+    results: Results,
+    keys: Keys,
 ) -> int:
     """Offsets, sizes, digests and keys of the idle ones; the busy ones are parked. Returns the number of the idle."""
     length = 0
@@ -489,7 +493,7 @@ def evict(
         if rows[slot].pins:
             rows[slot].parked = 1
             continue
-        _copy_extent(rows, slot, extents, length)
+        _copy_extent(rows, slot, results, length)
         for word in range(4):
             keys[length, word] = rows[slot].key[word]
         length += 1

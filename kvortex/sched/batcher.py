@@ -1,7 +1,7 @@
 """Which blocks go together, and when: a pure function of what waits, of the clock and of what is busy."""
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.sched.request import TransferRequest
@@ -11,8 +11,7 @@ MIN_BATCH_BYTES = 16 << 20
 """Ramps start and end here: 0.3 ms of the link, more than it takes to prepare the next batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Blocks `[start, stop)` of a request."""
 
     request: TransferRequest
@@ -24,8 +23,7 @@ class Slice:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What one gather or scatter moves: blocks that all rest as they are, or all packed; `nbytes` of the pool."""
 
     direction: Direction
@@ -35,7 +33,7 @@ class Batch:
 
     @property
     def num_blocks(self) -> int:
-        return sum(part.num_blocks for part in self.slices)
+        return sum([part.stop - part.start for part in self.slices])
 
 
 class Batcher:
@@ -94,9 +92,9 @@ class Batcher:
         self._last_batch_bytes[direction] = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Nothing waits in either direction."""
-        return not any(self._queues.values())
+    def waiting(self) -> list[Direction]:
+        """Directions in which something waits."""
+        return [direction for direction, queue in self._queues.items() if queue]
 
     def queued_bytes(self, direction: Direction) -> int:
         """Bytes that wait in one direction."""
@@ -153,25 +151,26 @@ class Batcher:
         bytes_left, blocks_left = self._byte_limit(direction), self._max_blocks
         slices: list[Slice] = []
         nbytes = 0
-        packed = queue[0].next_is_packed
-        while queue and blocks_left and len(slices) < self._max_requests:
+        packed = False
+        while queue and blocks_left and bytes_left > 0 and len(slices) < self._max_requests:
             request = queue[0]
-            if request.next_is_packed != packed:
+            alike, is_packed = request.next_alike()
+            if slices and is_packed != packed:
                 break
-            block_nbytes = request.next_nbytes
-            fitting = min(bytes_left // block_nbytes, blocks_left, request.blocks_alike)
+            packed = is_packed
+            block_nbytes = request.packed_nbytes if packed else request.block_nbytes
+            fitting = min(bytes_left // block_nbytes, blocks_left, alike)
             if fitting == 0 and slices:
                 break
             taken = max(fitting, 1)  # a block larger than the limit still goes, alone
-            slices.append(Slice(request, request.next_block, request.next_block + taken))
-            request.next_block += taken
+            start = request.next_block
+            request.next_block = start + taken
             request.blocks_in_flight += taken
+            slices.append(Slice(request, start, start + taken))
             moved = taken * block_nbytes
             nbytes, bytes_left, blocks_left = nbytes + moved, bytes_left - moved, blocks_left - taken
             if request.blocks_waiting == 0:
                 queue.popleft()
-            if bytes_left <= 0:
-                break
         self._queued_bytes[direction] -= nbytes
         self._last_batch_bytes[direction] = nbytes
         return Batch(direction, tuple(slices), nbytes, packed)

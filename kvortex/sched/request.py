@@ -27,7 +27,7 @@ class TransferRequest:
         packed_nbytes: what a packed block takes in the pool.
         wants_source_released: report as soon as a save has read the cache; otherwise with its end.
 
-    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) are filled as batches finish. A request is
+    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) tell what batches have moved. A request is
     *settled* when no batch can touch the cache or the extents any more, however the transfer ended.
     `source_released` is set, for a save, when the cache's blocks have been read and may be overwritten.
     """
@@ -42,9 +42,6 @@ class TransferRequest:
     wants_source_released: bool = False
     packed: NDArray[np.bool_] | None = None
     packed_nbytes: int = 0
-    digests: NDArray[np.uint64] = field(init=False)
-    succeeded: NDArray[np.bool_] = field(init=False)
-    too_lossy: NDArray[np.bool_] = field(init=False)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     source_released: asyncio.Event = field(default_factory=asyncio.Event)
     errors: list[Exception] = field(default_factory=list)
@@ -52,12 +49,12 @@ class TransferRequest:
     queued_at_s: float = 0.0
     next_block: int = 0  # first block that is in no batch yet
     blocks_in_flight: int = 0
-    blocks_unread: int = 0
+    blocks_unread: int = field(init=False)
+    _digests: NDArray[np.uint64] | None = None  # nothing has arrived
+    _succeeded: NDArray[np.bool_] | None = None  # nothing but what has arrived at once: most often everything
+    _too_lossy: NDArray[np.bool_] | None = None  # nothing
 
     def __post_init__(self) -> None:
-        self.digests = np.zeros(len(self.block_ids), dtype=np.uint64)
-        self.succeeded = np.zeros(len(self.block_ids), dtype=np.bool_)
-        self.too_lossy = np.zeros(len(self.block_ids), dtype=np.bool_)
         self.blocks_unread = len(self.block_ids)
 
     @property
@@ -77,24 +74,50 @@ class TransferRequest:
         packed = int(np.count_nonzero(self.packed[self.next_block : self.num_blocks]))
         return packed * self.packed_nbytes + (self.blocks_waiting - packed) * self.block_nbytes
 
-    @property
-    def next_is_packed(self) -> bool:
-        """Whether the next block that a batch takes rests packed."""
-        return self.packed is not None and bool(self.packed[self.next_block])
-
-    @property
-    def next_nbytes(self) -> int:
-        """What the next block takes in the pool."""
-        return self.packed_nbytes if self.next_is_packed else self.block_nbytes
-
-    @property
-    def blocks_alike(self) -> int:
-        """Waiting blocks before the first that rests in another way than the next one."""
+    def next_alike(self) -> tuple[int, bool]:
+        """How many of the next blocks rest in the same way, and whether that is packed."""
         if self.packed is None:
-            return self.blocks_waiting
+            return self.blocks_waiting, False
         waiting = self.packed[self.next_block : self.num_blocks]
         other = np.flatnonzero(waiting != waiting[0])
-        return int(other[0]) if other.size else len(waiting)
+        return int(other[0]) if other.size else len(waiting), bool(waiting[0])
+
+    def arrived(self, start: int, digests: NDArray[np.uint64], too_lossy: NDArray[np.bool_] | None) -> None:
+        """Note what a batch has moved: the blocks from `start`, as many as there are `digests`, which it gives away."""
+        size, stop = len(self.offsets), start + len(digests)
+        if len(digests) == size and too_lossy is None:
+            self._digests = digests
+            return
+        if self._digests is None:
+            self._digests, self._succeeded = np.zeros(size, np.uint64), np.zeros(size, np.bool_)
+        assert self._succeeded is not None
+        self._digests[start:stop] = digests
+        self._succeeded[start:stop] = True
+        if too_lossy is not None:
+            self._succeeded[start:stop] = ~too_lossy
+            self._too_lossy = np.zeros(size, np.bool_) if self._too_lossy is None else self._too_lossy
+            self._too_lossy[start:stop] = too_lossy
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """Of the blocks that have arrived; the others' mean nothing."""
+        return np.zeros(len(self.offsets), np.uint64) if self._digests is None else self._digests
+
+    @property
+    def num_succeeded(self) -> int:
+        if self._digests is None:
+            return 0
+        return len(self.offsets) if self._succeeded is None else int(np.count_nonzero(self._succeeded))
+
+    @property
+    def succeeded(self) -> NDArray[np.bool_]:
+        """Blocks that have arrived and may be used."""
+        return np.full(len(self.offsets), self._digests is not None) if self._succeeded is None else self._succeeded
+
+    @property
+    def too_lossy(self) -> NDArray[np.bool_]:
+        """Blocks of a save that have arrived, but lose too much by being packed."""
+        return np.zeros(len(self.offsets), np.bool_) if self._too_lossy is None else self._too_lossy
 
     def drop_waiting(self) -> None:
         """Give up the blocks that no batch has taken; they stay not succeeded."""

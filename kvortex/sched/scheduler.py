@@ -17,8 +17,6 @@ from kvortex.types import Direction
 
 logger = logging.getLogger(__name__)
 
-_DIRECTIONS = tuple(Direction)
-
 KEEPS_LINK_BUSY = 2
 """Batches in flight in a direction that hide what preparing the next one costs: one moves, one is ready."""
 
@@ -42,7 +40,6 @@ class TransferScheduler:
         self._loop = asyncio.get_running_loop()
         self._in_flight = dict.fromkeys(Direction, 0)
         self._unsettled: set[TransferRequest] = set()
-        self._pump_handle: asyncio.Handle | None = None
         self._linger_handle: asyncio.TimerHandle | None = None
         self._closing = False
         self._fd: int | None = executor.fd
@@ -101,9 +98,7 @@ class TransferScheduler:
         """Take no more, finish what is there, close the executor; idempotent."""
         self._closing = True
         await self.drain()
-        for handle in (self._pump_handle, self._linger_handle):
-            if handle is not None:
-                handle.cancel()
+        self._stop_lingering()
         if self._fd is not None:
             self._loop.remove_reader(self._fd)
             self._fd = None
@@ -111,40 +106,31 @@ class TransferScheduler:
 
     # -- the pump ----------------------------------------------------------------------------------
 
-    def _pump_soon(self) -> None:
-        if self._pump_handle is None:
-            self._pump_handle = self._loop.call_soon(self._pump)
-
     def _pump(self) -> None:
-        if self._pump_handle is not None:
-            self._pump_handle.cancel()
-            self._pump_handle = None
-        if self._batcher.is_empty:
-            return
-        while True:
-            free = {d for d in _DIRECTIONS if self._executor.free_slots(d) > 0}
-            busy = {d for d in _DIRECTIONS if self._in_flight[d] >= KEEPS_LINK_BUSY}
+        self._stop_lingering()
+        while waiting := self._batcher.waiting:
+            free = {d for d in waiting if self._executor.free_slots(d) > 0}
+            busy = {d for d in free if self._in_flight[d] >= KEEPS_LINK_BUSY}
             batch = self._batcher.next_batch(self._loop.time(), free, busy)
             if batch is None:
+                # Only a batch that could go now but waits for company needs the clock; the end of another pumps too.
+                due_s = self._batcher.next_due_s(free)
+                if due_s is not None:
+                    self._linger_handle = self._loop.call_at(due_s, self._pump)
                 break
             self._issue(batch)
-        self._set_linger(free)
 
-    def _set_linger(self, free: set[Direction]) -> None:
-        # Only a batch that could go now but waits for company needs the clock; a full executor wakes us itself.
-        due_s = self._batcher.next_due_s(free)
+    def _stop_lingering(self) -> None:
         if self._linger_handle is not None:
             self._linger_handle.cancel()
             self._linger_handle = None
-        if due_s is not None:
-            self._linger_handle = self._loop.call_at(due_s, self._pump_soon)
 
     def _issue(self, batch: Batch) -> None:
         self._in_flight[batch.direction] += 1
         try:
             self._executor.issue(batch, partial(self._finish, batch), partial(self._source_read, batch))
         except KVortexError as error:
-            self._finish(batch, error)
+            self._end(batch, error, None)
 
     def _source_read(self, batch: Batch) -> None:
         for part in batch.slices:
@@ -155,6 +141,10 @@ class TransferScheduler:
     def _finish(
         self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None = None, /
     ) -> None:
+        self._end(batch, outcome, too_lossy)
+        self._pump()  # in this turn of the loop: the next one costs a look at its files
+
+    def _end(self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None) -> None:
         self._in_flight[batch.direction] -= 1
         if not self._in_flight[batch.direction]:
             self._batcher.restart_ramp(batch.direction)
@@ -162,22 +152,18 @@ class TransferScheduler:
             level = logging.WARNING if isinstance(outcome, DeviceError) else logging.ERROR
             logger.log(level, "a %s batch of %d blocks failed: %s", batch.direction.value, batch.num_blocks, outcome)
         position = 0
-        for part in batch.slices:
-            request = part.request
+        for request, start, stop in batch.slices:
+            after = position + stop - start
             if isinstance(outcome, Exception):
                 request.errors.append(outcome)
             else:
-                request.digests[part.start : part.stop] = outcome[position : position + part.num_blocks]
-                request.succeeded[part.start : part.stop] = True
-                if too_lossy is not None:
-                    lossy = too_lossy[position : position + part.num_blocks]
-                    request.too_lossy[part.start : part.stop] = lossy
-                    request.succeeded[part.start : part.stop] = ~lossy
-            position += part.num_blocks
-            request.blocks_in_flight -= part.num_blocks
+                request.arrived(
+                    start, outcome[position:after], None if too_lossy is None else too_lossy[position:after]
+                )
+            position = after
+            request.blocks_in_flight -= stop - start
             request.settle_if_done()
             self._forget_settled(request)
-        self._pump_soon()
 
     def _forget_settled(self, request: TransferRequest) -> None:
         if request.settled.is_set():

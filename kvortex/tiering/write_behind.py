@@ -155,7 +155,7 @@ class WriteBehind:
         return WriteRequest(link.key_of(key), link.payload(offset, nbytes), digest, raw_nbytes, codec, done)
 
     def _queued_done(self, slot: int, outcome: WriteOutcome) -> None:
-        self._link.control.release(np.array([slot], dtype=np.int32))
+        self._link.control.release(np.array([slot]))
         self._count_write(outcome)
 
     def _demoted_done(self, block: _Demoted, outcome: WriteOutcome) -> None:

@@ -36,7 +36,8 @@ def store(index: CacheIndex, *numbers: int, nbytes: int = 1) -> None:
 
 def test_reserved_blocks_are_invisible_until_committed() -> None:
     index = make()
-    slots, states = index.reserve(keys(1, 2))
+    reservation = index.reserve(keys(1, 2))
+    slots, states = reservation.slots, reservation.states
     assert states.tolist() == [RESERVED, RESERVED]
     assert not index.contains_mask([key(1), key(2)]).any()
     assert index.miss_reason(key(1)) is MissReason.PENDING
@@ -326,7 +327,8 @@ def test_a_storm_evicts_no_pin_and_leaves_no_hole(policy: str, seed: int) -> Non
         chain = [key(n, f"talk {talk} ") for n in range(lengths[talk])]
         known = index.prefix_length(chain)
         pinned.append((chain[:known], index.pin(pack_keys(chain[:known])).slots))
-        slots, states = index.reserve(pack_keys(chain))
+        reservation = index.reserve(pack_keys(chain))
+        slots, states = reservation.slots, reservation.states
         mine = slots[states == RESERVED]
         offsets = np.arange(next_offset, next_offset + mine.size)
         next_offset += mine.size

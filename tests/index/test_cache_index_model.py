@@ -61,7 +61,9 @@ class AgainstNaiveModel(RuleBasedStateMachine):
 
     @rule(chain=chains)
     def reserve(self, chain: list[int]) -> None:
-        slots, states = self.index.reserve(pack_keys([KEYS[k] for k in chain]))
+        reservation = self.index.reserve(pack_keys([KEYS[k] for k in chain]))
+        slots, states = reservation.slots, reservation.states
+        assert reservation.owned.tolist() == [slot for slot in slots.tolist() if slot >= 0]
         pending = self._pending()
         seen = set(pending)
         evicted = [self.ghosts.get(k) is MissReason.EVICTED and k not in chain[:i] for i, k in enumerate(chain)]

@@ -18,7 +18,7 @@ chains = st.lists(st.integers(0, CAPACITY - 1), max_size=6)
 
 
 def array(*numbers: int) -> np.ndarray:
-    return np.array(numbers, dtype=np.int32)
+    return np.array(numbers, dtype=np.int64)
 
 
 def make(name: str = "lru", capacity: int = CAPACITY) -> EvictionPolicy:
@@ -159,7 +159,7 @@ def survivors_of_a_scan(name: str) -> int:
         if len(policy) > 100:
             pop(policy, 1, capacity=1024)
     held = len(policy)
-    policy.remove(np.arange(50, dtype=np.int32))
+    policy.remove(np.arange(50))
     return held - len(policy)
 
 

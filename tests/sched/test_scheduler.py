@@ -421,7 +421,6 @@ async def test_closing_leaves_no_timer() -> None:
     await scheduler.aclose()
     await scheduler.aclose()
     assert scheduler._linger_handle is None or scheduler._linger_handle.cancelled()
-    assert scheduler._pump_handle is None or scheduler._pump_handle.cancelled()
 
 
 async def test_a_ramp_starts_again_when_its_direction_has_come_to_rest() -> None:

@@ -104,9 +104,13 @@ class Life:
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
         return plan
 
-    def _watch_load(self, plan: LoadPlan, intact: NDArray[np.bool_], succeeded: NDArray[np.bool_]) -> Any:
+    def _watch_load(
+        self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
+    ) -> Any:
         outcomes = self._finish_load(plan, intact, succeeded)
-        wrong = plan.slots[succeeded & ~intact]
+        if intact is None or succeeded is None:
+            return outcomes
+        wrong = plan.pins.hits[succeeded & ~intact]
         if (self.control.index._table.rows["state"][wrong] == table.COMMITTED).any():
             self._complain("a block that turned out to be wrong can still be loaded")
         return outcomes

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvortex.control import ControlPlane
@@ -106,7 +107,7 @@ def written_blocks_stay_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def an_abandoned_fetch_keeps_its_extent(monkeypatch: pytest.MonkeyPatch) -> None:
     def abandon(self: ControlPlane, slot: int, offset: int, reason: Any) -> None:
-        self.index.abort([slot], reason)
+        self.index.abort(np.array([slot]), reason)
 
     monkeypatch.setattr(ControlPlane, "abandon_fetch", abandon)
 
@@ -131,7 +132,7 @@ def late_blocks_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
 def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     finish_load = ControlPlane.finish_load
     monkeypatch.setattr(
-        ControlPlane, "finish_load", lambda self, plan, intact, succeeded: finish_load(self, plan, succeeded, succeeded)
+        ControlPlane, "finish_load", lambda self, plan, intact=None, succeeded=None: finish_load(self, plan, None, succeeded)
     )
 
 
