@@ -21,7 +21,7 @@ from kvortex.memory import DeviceStagingPool, PinnedPool
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.executor import Completion, SourceRead, TransferExecutor, batch_arrays, call_all
-from kvortex.sched.native import failed_call, queue_load, queue_save
+from kvortex.sched.native import failed_call, queue_batch
 from kvortex.sched.waiter import EventWaiter
 from kvortex.types import Direction
 
@@ -202,16 +202,15 @@ class CudaExecutor(TransferExecutor):
 
     def _queue(self, batch: Batch, lane: _Lane, flight: _InFlight) -> None:
         kernels, (buffer, copies) = self._kernels[batch.packed], lane.next_buffer()
-        if batch.direction is Direction.SAVE:
-            prepare, queue = kernels.prepare_gather, queue_save
-        else:
-            prepare, queue = kernels.prepare_scatter, queue_load
+        loads = batch.direction is Direction.LOAD
         block_ids, offsets = batch_arrays(batch)
+        prepare = kernels.prepare_scatter if loads else kernels.prepare_gather
         launch = prepare(block_ids, buffer.address, flight.slot)
         flight.offsets[: len(offsets)] = offsets
         after = [part.request.after for part in batch.slices if part.request.after is not None]
-        failure = queue(
+        failure = queue_batch(
             self._device.calls,
+            loads,
             np.array(after, dtype=np.int64),
             (lane.kernel_stream, copies),
             (buffer.emptied, flight.staged, flight.done),

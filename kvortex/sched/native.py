@@ -56,6 +56,7 @@ def report_events(
     libc: NDArray[np.int64],
     events: NDArray[np.int64],
     statuses: NDArray[np.int32],
+    told: NDArray[np.int64],
     work: int,
     done_fd: int,
     unit: int,
@@ -67,10 +68,10 @@ def report_events(
         libc: of the C library's.
         events: `[capacity]`, a ring of handles, filled in order.
         statuses: `[capacity]`, in which the result of waiting for each is stored.
+        told: `[1]`, for what `done_fd` is told.
         work: address of a semaphore that counts the handles stored in `events`.
         done_fd: is told of every status stored, `unit` each: once for all that have fired.
     """
-    told = np.zeros(1, np.int64)
     place, taken = 0, False  # whether the semaphore has been decremented for the event at `place`
     while True:
         while not taken and call(libc[SEM_WAIT], (work,)):
@@ -94,8 +95,9 @@ def report_events(
 
 
 @njit(cache=True)
-def queue_save(
+def queue_batch(
     driver: NDArray[np.int64],
+    loads: bool,
     after: NDArray[np.int64],
     streams: tuple[int, int],
     events: tuple[int, int, int],
@@ -104,11 +106,15 @@ def queue_save(
     sizes: tuple[int, int],
     offsets: NDArray[np.int64],
 ) -> int:
-    """Queue gather and copies of a save; 0, or what went wrong, for `failed_call`. Keeps the GIL.
+    """Queue a batch in two stages: what fills staging and what empties it; 0, or a failure for `failed_call`.
+
+    Keeps the GIL. For a save the kernel, a gather, is the first stage and the copies are the second; for a load the
+    copies come first, then the kernel, a scatter.
 
     Args:
         driver: addresses of the driver's functions.
-        after: events that the gather waits for.
+        loads: or saves.
+        after: events that the kernel waits for.
         streams: for the kernel, for the copies.
         events: the end of the staging buffer's last batch, or 0; then those to record when staging is filled, and
             when all is done.
@@ -119,41 +125,18 @@ def queue_save(
     """
     kernels, copies = streams
     emptied, staged, done = events
-    failure: int = (
-        _wait_all(driver, kernels, after)
-        or _wait(driver, kernels, emptied)
-        or _launch(driver, launch, kernels)
-        or _record(driver, staged, kernels)
-        or _wait(driver, copies, staged)
-        or _copy_runs(driver, memory, sizes, offsets, copies, False)
-        or _record(driver, done, copies)
-    )
-    return failure
-
-
-@njit(cache=True)
-def queue_load(
-    driver: NDArray[np.int64],
-    after: NDArray[np.int64],
-    streams: tuple[int, int],
-    events: tuple[int, int, int],
-    launch: NDArray[np.int64],
-    memory: tuple[int, int],
-    sizes: tuple[int, int],
-    offsets: NDArray[np.int64],
-) -> int:
-    """Queue copies and scatter of a load, as `queue_save`."""
-    kernels, copies = streams
-    emptied, staged, done = events
-    failure: int = (
-        _wait(driver, copies, emptied)
-        or _copy_runs(driver, memory, sizes, offsets, copies, True)
-        or _record(driver, staged, copies)
-        or _wait_all(driver, kernels, after)
-        or _wait(driver, kernels, staged)
-        or _launch(driver, launch, kernels)
-        or _record(driver, done, kernels)
-    )
+    failure = 0
+    for stage in range(2):
+        moves = (stage == 0) == loads
+        stream = copies if moves else kernels
+        before, behind = (staged, done) if stage else (emptied, staged)
+        if before:
+            failure = failure or _checked(driver, WAIT, (stream, before, 0))
+        if moves:
+            failure = failure or _copy_runs(driver, loads, stream, memory, sizes, offsets)
+        else:
+            failure = failure or _launch(driver, stream, after, launch)
+        failure = failure or _checked(driver, RECORD, (behind, stream))
     return failure
 
 
@@ -169,60 +152,41 @@ def _checked(driver: NDArray[np.int64], kind: int, arguments: tuple[int, ...]) -
 
 
 @njit(cache=True)
-def _wait(driver: NDArray[np.int64], stream: int, event: int) -> int:
-    return _checked(driver, WAIT, (stream, event, 0)) if event else 0
-
-
-@njit(cache=True)
-def _wait_all(driver: NDArray[np.int64], stream: int, events: NDArray[np.int64]) -> int:
+def _launch(driver: NDArray[np.int64], stream: int, after: NDArray[np.int64], launch: NDArray[np.int64]) -> int:
     failure = 0
-    for event in events:
-        failure = failure or _wait(driver, stream, event)
-    return failure
-
-
-@njit(cache=True)
-def _record(driver: NDArray[np.int64], event: int, stream: int) -> int:
-    failure: int = _checked(driver, RECORD, (event, stream))
-    return failure
-
-
-@njit(cache=True)
-def _launch(driver: NDArray[np.int64], launch: NDArray[np.int64], stream: int) -> int:
+    for event in after:
+        failure = failure or _checked(driver, WAIT, (stream, event, 0))
     kernel, grid, threads, arguments = launch[0], launch[1], launch[2], launch[3]
-    failure: int = _checked(driver, LAUNCH, (kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, 0))
-    return failure
+    return failure or _checked(driver, LAUNCH, (kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, 0))
 
 
 @njit(cache=True)
 def _copy_runs(
     driver: NDArray[np.int64],
+    loads: bool,
+    stream: int,
     memory: tuple[int, int],
     sizes: tuple[int, int],
     offsets: NDArray[np.int64],
-    stream: int,
-    loads: bool,
 ) -> int:
+    """Copy blocks that follow each other in one piece of the pool at once."""
     staging, pool = memory
     block_nbytes, piece_nbytes = sizes
-    failure = 0
-    for first, count in merge_runs(offsets, block_nbytes, piece_nbytes):
+    first, failure = 0, 0
+    while first < offsets.size and not failure:
+        count = run_length(offsets, first, block_nbytes, piece_nbytes)
         target, source = pool + offsets[first], staging + first * block_nbytes
         if loads:
             target, source = source, target
-        failure = failure or _checked(driver, COPY, (target, source, count * block_nbytes, stream))
+        failure = _checked(driver, COPY, (target, source, count * block_nbytes, stream))
+        first += count
     return failure
 
 
 @njit(cache=True)
-def merge_runs(offsets: NDArray[np.int64], block_nbytes: int, piece_nbytes: int) -> NDArray[np.int64]:
-    """Runs of extents that follow each other in one piece of the pool: `[n, 2]`, first block and number of blocks."""
-    runs = np.empty((offsets.size, 2), np.int64)
-    count = 0
-    for i in range(offsets.size):
-        if i and offsets[i] - offsets[i - 1] == block_nbytes and offsets[i] % piece_nbytes:
-            runs[count - 1, 1] += 1
-        else:
-            runs[count] = i, 1
-            count += 1
-    return runs[:count]
+def run_length(offsets: NDArray[np.int64], first: int, block_nbytes: int, piece_nbytes: int) -> int:
+    """How many extents from `first` on follow each other in one piece of the pool."""
+    end = first + 1
+    while end < offsets.size and offsets[end] - offsets[end - 1] == block_nbytes and offsets[end] % piece_nbytes:
+        end += 1
+    return end - first

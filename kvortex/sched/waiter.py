@@ -52,7 +52,8 @@ class EventWaiter:
         self._device.make_current()
         calls = self._device.calls, libc_calls()
         work = ctypes.addressof(self._semaphore)
-        if not report_events(*calls, self._events, self._statuses, work, done_fd, unit):
+        told = np.zeros(1, dtype=np.int64)
+        if not report_events(*calls, self._events, self._statuses, told, work, done_fd, unit):
             raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
 
     def watch(self, event: Event, callback: Fired) -> None:

@@ -11,7 +11,6 @@ from kvortex.config import KVortexConfig
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.sched import Batcher, TransferRequest
 from kvortex.sched.batcher import MIN_BATCH_BYTES
-from kvortex.sched.native import merge_runs
 from kvortex.types import Direction
 
 LOAD, SAVE = Direction.LOAD, Direction.SAVE
@@ -199,19 +198,6 @@ def test_everything_goes_once_in_order_within_limits(
         got = [(r, b) for r, start, stop in taken if r.direction is direction for b in range(start, stop)]
         assert got == wanted
         assert batcher.queued_bytes(direction) == 0
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=30, unique=True), st.integers(1, 12))
-def test_runs(places: list[int], piece_blocks: int) -> None:
-    offsets = np.array(places, dtype=np.int64) * 128
-    piece = piece_blocks * 128
-    expected: list[tuple[int, int]] = []
-    for i, offset in enumerate(offsets.tolist()):
-        if i and offset == offsets[i - 1] + 128 and offset // piece == offsets[i - 1] // piece:
-            expected[-1] = (expected[-1][0], expected[-1][1] + 1)
-        else:
-            expected.append((i, 1))
-    assert list(map(tuple, merge_runs(offsets, 128, piece).tolist())) == expected
 
 
 def test_a_request_settles_once() -> None:

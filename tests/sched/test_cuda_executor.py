@@ -113,8 +113,8 @@ def test_a_load_copies_and_then_scatters(bench: Bench) -> None:
     assert calls[0] == ("copy", staging, POOL + 4 * SIZE, 2 * SIZE, copies)
     assert calls[1] == ("copy", staging + 2 * SIZE, POOL + 9 * SIZE, SIZE, copies)
     assert calls[2] == ("record", staged, copies)
-    assert calls[3] == ("wait", kernels, AFTER, 0)
-    assert calls[4] == ("wait", kernels, staged, 0)
+    assert calls[3] == ("wait", kernels, staged, 0)
+    assert calls[4] == ("wait", kernels, AFTER, 0)
     assert calls[5][1] == 0x5C
     assert calls[6][2] == kernels != copies
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from kvortex.sched import TransferRequest
-from kvortex.sched.native import merge_runs
 from kvortex.types import Direction
 
 
@@ -68,18 +67,3 @@ def test_dropping_all_of_it_settles_at_once() -> None:
     assert r.source_released.is_set()
     assert len(r.succeeded) == len(r.digests) == 5
     assert not r.succeeded.any()
-
-
-@pytest.mark.parametrize(
-    ("offsets", "runs"),
-    [
-        ([0], [(0, 1)]),
-        ([0, 128, 256], [(0, 3)]),
-        ([256, 128, 0], [(0, 1), (1, 1), (2, 1)]),
-        ([0, 256], [(0, 1), (1, 1)]),
-        ([768, 896, 1024, 1152], [(0, 2), (2, 2)]),
-        ([1024, 1152, 0, 128], [(0, 2), (2, 2)]),
-    ],
-)
-def test_runs_end_at_gaps_and_at_the_borders_of_pieces(offsets: list[int], runs: list[tuple[int, int]]) -> None:
-    assert list(map(tuple, merge_runs(np.array(offsets, dtype=np.int64), 128, 1024).tolist())) == runs
