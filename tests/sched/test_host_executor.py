@@ -1,6 +1,7 @@
 """Transfers on host memory, through the scheduler: both ways, with faults, with kernels that raise."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 
@@ -128,6 +129,8 @@ async def test_closing_waits_for_what_runs_and_gives_up_the_pool() -> None:
     assert (bench.pool.reshape(BLOCKS, -1)[1:3] == bench.payloads[1:3]).all()
     assert ended == [], "completions come through `poll`"
     executor.close()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(executor.fd)
     assert not hasattr(executor, "_kernels")
 
 
