@@ -65,7 +65,7 @@ def test_a_flipped_bit_changes_its_block_alone(gpu_bench) -> None:
     layout, _cuda = on_the_device(tensors, host.block_size)
     packing = packing_for(layout, codec)
     assert packing is not None
-    bench = gpu_bench(layout, 4, packing)
+    bench = gpu_bench(layout, packing)
     ids = np.arange(BLOCKS, dtype=np.int32)
     staging, digests = bench.gather(ids)
     for bit in (0, 64 * packing.code_words + 3, 8 * packing.block_nbytes - 1):
