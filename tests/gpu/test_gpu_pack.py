@@ -52,7 +52,7 @@ def test_special_values_are_told_by_block_and_forgotten_after(name: str, gpu_ben
     tensors["layers.1"][2].view(-1)[-1] = float("nan")
     tensors["layers.0"][4].view(-1)[0] = float("-inf")
     layout, _cuda = on_the_device(tensors, host.block_size)
-    bench = gpu_bench(layout, 16, packing_for(layout, codec))
+    bench = gpu_bench(layout, packing_for(layout, codec))
     for _ in range(3):
         bench.gather(np.arange(BLOCKS, dtype=np.int32))
         assert np.flatnonzero(~(bench.errors(BLOCKS) < 1)).tolist() == [2, 4]
