@@ -23,7 +23,7 @@ def pack_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:
         raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes") from None
     if set(map(len, keys)) - {BLOCK_HASH_BYTES}:
         raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes")
-    return np.frombuffer(joined, dtype=np.uint64).reshape(len(keys), WORDS)
+    return np.ndarray((len(keys), WORDS), np.uint64, joined)
 
 
 def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -79,9 +79,10 @@ class ExtentAllocator:
                 break
             runs.append(self._take(start, size, min(self._hole_size[start] // size, missing), owner))
             missing -= len(runs[-1])
-        if not runs:
-            return np.empty(0, dtype=np.int64)
-        return np.concatenate([np.arange(run.start, run.stop, run.step, dtype=np.int64) for run in runs])
+        parts = [np.arange(run.start, run.stop, run.step, dtype=np.int64) for run in runs]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _first_fit(self, size: int) -> int | None:
         start = self._run_fit(size, size)
@@ -99,12 +100,13 @@ class ExtentAllocator:
         return None
 
     def _take(self, start: int, size: int, count: int, owner: str) -> range:
-        rest = self._remove_hole(start) - size * count
         run = range(start, start + size * count, size)
         self._allocated.update(dict.fromkeys(run, (size, owner)))
         self.allocated_bytes += size * count
-        if rest:
-            self._insert_hole(run.stop, rest)
+        if self._hole_size[start] > size * count:
+            self._shorten_hole(start, run.stop)
+        else:
+            self._remove_hole(start)
         return run
 
     def _why_not(self, nbytes: int) -> str:
@@ -189,6 +191,12 @@ class ExtentAllocator:
         for wanted, below in self._no_fit_below.items():
             if wanted <= size and start < below:
                 self._no_fit_below[wanted] = start
+
+    def _shorten_hole(self, start: int, new_start: int) -> None:
+        size = self._hole_size.pop(start) - (new_start - start)
+        self._hole_size[new_start] = size
+        self._hole_ending[new_start + size] = new_start
+        self._hole_starting[bisect_left(self._hole_starting, start)] = new_start
 
     def _remove_hole(self, start: int) -> int:
         size = self._hole_size.pop(start)

@@ -7,6 +7,9 @@ from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.sched.request import TransferRequest
 from kvortex.types import Direction
 
+_LOADS_FIRST = (Direction.LOAD, Direction.SAVE)
+_SAVES_FIRST = (Direction.SAVE, Direction.LOAD)
+
 MIN_BATCH_BYTES = 16 << 20
 """Ramps start and end here: 0.3 ms of the link, more than it takes to prepare the next batch."""
 
@@ -109,9 +112,14 @@ class Batcher:
             busy: directions with enough batches in flight to keep the link going; only these let a batch
                 that is not full wait for company.
         """
-        for direction in self._in_order(free):
-            if self._is_due(direction, now_s, direction in busy):
-                self._count(direction)
+        saves_first = self._consecutive_loads >= self._max_consecutive_loads
+        for direction in _SAVES_FIRST if saves_first else _LOADS_FIRST:
+            queue = self._queues[direction]
+            if queue and direction in free and self._is_due(direction, now_s, direction in busy):
+                saves_wait = bool(self._queues[Direction.SAVE])
+                self._consecutive_loads = (
+                    self._consecutive_loads + 1 if direction is Direction.LOAD and saves_wait else 0
+                )
                 return self._cut(direction)
         return None
 
@@ -119,16 +127,6 @@ class Batcher:
         """When a batch that waits for company in a free direction goes anyway; None when none waits."""
         heads = [queue[0].queued_at_s for d, queue in self._queues.items() if queue and d in free]
         return min(heads) + self._linger_s if heads else None
-
-    def _in_order(self, free: set[Direction]) -> list[Direction]:
-        order = [Direction.LOAD, Direction.SAVE]
-        if self._consecutive_loads >= self._max_consecutive_loads:
-            order.reverse()
-        return [direction for direction in order if direction in free and self._queues[direction]]
-
-    def _count(self, direction: Direction) -> None:
-        saves_wait = bool(self._queues[Direction.SAVE])
-        self._consecutive_loads = self._consecutive_loads + 1 if direction is Direction.LOAD and saves_wait else 0
 
     def _is_due(self, direction: Direction, now_s: float, busy: bool) -> bool:
         queue = self._queues[direction]

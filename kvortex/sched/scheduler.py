@@ -108,8 +108,7 @@ class TransferScheduler:
 
     def _pump(self) -> None:
         self._stop_lingering()
-        while waiting := self._batcher.waiting:
-            free = {d for d in waiting if self._executor.free_slots(d) > 0}
+        while free := {d for d in self._batcher.waiting if self._executor.free_slots(d) > 0}:
             busy = {d for d in free if self._in_flight[d] >= KEEPS_LINK_BUSY}
             batch = self._batcher.next_batch(self._loop.time(), free, busy)
             if batch is None:
