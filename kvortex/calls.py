@@ -18,10 +18,11 @@ from kvortex.types import TransferPlan
 FIRST_PART_BYTES = 16 << 20
 FIRST_PART_BLOCKS = 64
 PART_GROWTH = 8
+MAX_PART_BYTES = 1 << 30
 MAX_PART_BLOCKS = 4096
-"""A long call is planned in parts, each a few times as long as the one before: the link waits for the plan of the first
-alone, and to plan eight times as many blocks takes less time than to move the first. What is long is planned, and
-becomes visible, in steps of `MAX_PART_BLOCKS`."""
+"""A long call is planned in parts. The link waits for the plan of the first; to plan one that is `PART_GROWTH` times as
+long takes less time than to move it. What a part stores becomes visible together, and the loop does nothing else while
+it is planned: hence the bounds."""
 
 T = TypeVar("T")
 
@@ -108,11 +109,13 @@ class Call(Generic[T]):
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """What to plan at a time, so that the first blocks move while the last are looked up."""
-        start, step = 0, max(FIRST_PART_BYTES // self._data.sizes.packed, FIRST_PART_BLOCKS)
+        block_nbytes = self._data.sizes.packed
+        start, step = 0, max(FIRST_PART_BYTES // block_nbytes, FIRST_PART_BLOCKS)
+        longest = max(min(MAX_PART_BYTES // block_nbytes, MAX_PART_BLOCKS), step)
         while start < num_blocks:
             yield slice(start, start + step)
             start += step
-            step = min(PART_GROWTH * step, MAX_PART_BLOCKS)
+            step = min(PART_GROWTH * step, longest)
 
     async def start(self, plan: TransferPlan, finish: Callable[[TransferRequest], Sequence[T]], *, more: bool) -> None:
         """Begin a part; `finish` turns what came of it into outcomes, once, whatever happens.

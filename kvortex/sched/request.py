@@ -84,6 +84,8 @@ class TransferRequest:
 
     def arrived(self, start: int, digests: NDArray[np.uint64], too_lossy: NDArray[np.bool_] | None) -> None:
         """Note what a batch has moved: the blocks from `start`, as many as there are `digests`, which it gives away."""
+        if too_lossy is not None and not np.count_nonzero(too_lossy):
+            too_lossy = None
         size, stop = len(self.offsets), start + len(digests)
         if len(digests) == size and too_lossy is None:
             self._digests = digests

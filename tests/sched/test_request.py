@@ -67,3 +67,29 @@ def test_dropping_all_of_it_settles_at_once() -> None:
     assert r.source_released.is_set()
     assert len(r.succeeded) == len(r.digests) == 5
     assert not r.succeeded.any()
+
+
+def test_what_arrives_at_once_is_kept_as_it_is() -> None:
+    r = request(3, [])
+    assert (r.num_succeeded, r.digests.tolist(), r.succeeded.any()) == (0, [0, 0, 0], False)
+    digests = np.array([7, 8, 9], dtype=np.uint64)
+    r.arrived(0, digests, None)
+    assert r.digests is digests
+    assert (r.num_succeeded, r.succeeded.all(), r.too_lossy.any()) == (3, True, False)
+
+
+def test_what_arrives_bit_by_bit_is_put_together() -> None:
+    r = request(5, [])
+    r.arrived(3, np.array([4, 5], dtype=np.uint64), None)
+    assert (r.num_succeeded, r.succeeded.tolist()) == (2, [False] * 3 + [True] * 2)
+    r.arrived(0, np.array([1, 2], dtype=np.uint64), np.array([False, True]))
+    assert r.digests.tolist() == [1, 2, 0, 4, 5]
+    assert r.succeeded.tolist() == [True, False, False, True, True]
+    assert r.too_lossy.tolist() == [False, True, False, False, False]
+    assert r.num_succeeded == 3
+
+
+def test_a_whole_batch_may_be_lossy() -> None:
+    r = request(2, [])
+    r.arrived(0, np.array([1, 2], dtype=np.uint64), np.array([True, False]))
+    assert (r.num_succeeded, r.too_lossy.tolist()) == (1, [True, False])

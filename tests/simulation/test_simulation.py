@@ -132,7 +132,9 @@ def late_blocks_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
 def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     finish_load = ControlPlane.finish_load
     monkeypatch.setattr(
-        ControlPlane, "finish_load", lambda self, plan, intact=None, succeeded=None: finish_load(self, plan, None, succeeded)
+        ControlPlane,
+        "finish_load",
+        lambda self, plan, intact=None, succeeded=None: finish_load(self, plan, None, succeeded),
     )
 
 

@@ -1,0 +1,52 @@
+"""How long calls are cut, and who has a turn."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvortex.calls import FIRST_PART_BLOCKS, FIRST_PART_BYTES, MAX_PART_BLOCKS, MAX_PART_BYTES, Call, Callers
+from kvortex.stats import EngineStats
+
+MIB = 1 << 20
+
+
+def parts(num_blocks: int, block_nbytes: int) -> list[slice]:
+    data: Any = SimpleNamespace(sizes=SimpleNamespace(packed=block_nbytes))
+    call: Call[None] = Call(Callers(1), data, EngineStats(), None)
+    return list(call.parts(num_blocks))
+
+
+@pytest.mark.parametrize("block_nbytes", [4096, 2 * MIB, 48 * MIB, 2 << 30])
+@pytest.mark.parametrize("num_blocks", [0, 1, 63, 64, 65, 5000, 100_001])
+def test_parts_follow_each_other_within_bounds(num_blocks: int, block_nbytes: int) -> None:
+    cut = parts(num_blocks, block_nbytes)
+    assert [n for part in cut for n in range(num_blocks)[part]] == list(range(num_blocks))
+    first = max(FIRST_PART_BYTES // block_nbytes, FIRST_PART_BLOCKS)
+    for part in cut:
+        assert part.stop - part.start <= max(MAX_PART_BLOCKS, first)
+        assert (part.stop - part.start) * block_nbytes <= max(MAX_PART_BYTES, first * block_nbytes)
+
+
+def test_a_long_call_has_few_parts_and_a_short_one_has_one() -> None:
+    assert parts(64, 2 * MIB) == [slice(0, 64)]
+    assert [part.start for part in parts(2048, 2 * MIB)] == [0, 64, 576, 1088, 1600]
+
+
+async def test_so_many_have_a_turn_and_all_are_waited_for() -> None:
+    callers = Callers(1)
+    await callers.gone()
+    await callers.enter()
+    second = asyncio.create_task(callers.enter())
+    third = asyncio.create_task(callers.enter())
+    gone = asyncio.create_task(callers.gone())
+    await asyncio.sleep(0)
+    third.cancel()
+    callers.leave()
+    await second
+    await asyncio.sleep(0.001)
+    assert third.cancelled()
+    assert not gone.done(), "the second has its turn"
+    callers.leave()
+    await gone
