@@ -36,25 +36,30 @@ class EventWaiter:
     def __init__(self, device: Device, name: str, doorbell: Doorbell, *, unit: int, capacity: int) -> None:
         self._device = device
         self._capacity = capacity
-        self._events = np.zeros(capacity + 1, dtype=np.int64)  # one more, to stop
+        self._events = np.full(capacity + 1, STOP, dtype=np.int64)  # one more, to stop
         self._statuses = np.zeros(capacity + 1, dtype=np.int32)
         self._callbacks: deque[Fired] = deque()
         self._next_event = 0
         self._next_status = 0
         libc = ctypes.PyDLL(None)  # its calls keep the GIL: none blocks
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
-        libc.sem_init(self._semaphore, 0, 0)
+        libc.sem_init(self._semaphore, 0, 1)
         self._work_is_there = partial(libc.sem_post, self._semaphore)
+        self._report(doorbell.fd, unit)  # stops at once: compiled here, where an error is seen
         self._thread = threading.Thread(target=self._run, args=(doorbell.fd, unit), name=name, daemon=True)
         self._thread.start()
 
     def _run(self, done_fd: int, unit: int) -> None:
         self._device.make_current()
-        calls = self._device.calls, libc_calls()
-        work = ctypes.addressof(self._semaphore)
-        told = np.zeros(1, dtype=np.int64)
-        if not report_events(*calls, self._events, self._statuses, told, work, done_fd, unit):
+        if not self._report(done_fd, unit):
             raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
+
+    def _report(self, done_fd: int, unit: int) -> bool:
+        told, work = np.zeros(1, dtype=np.int64), ctypes.addressof(self._semaphore)
+        ended: bool = report_events(
+            self._device.calls, libc_calls(), self._events, self._statuses, told, work, done_fd, unit
+        )
+        return ended
 
     def watch(self, event: Event, callback: Fired) -> None:
         """Have `fired` hand `callback` out once `event` has fired."""

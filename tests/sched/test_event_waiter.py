@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvortex.sched import waiter
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.executor import call_all
 from kvortex.sched.waiter import EventWaiter
@@ -226,3 +227,15 @@ def test_a_doorbell_counts() -> None:
     doorbell.close()
     with pytest.raises(OSError, match="takes no count"):
         doorbell.ring()
+
+
+def test_what_keeps_it_from_working_is_raised_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise OSError("no space for what is compiled")
+
+    monkeypatch.setattr(waiter, "report_events", refuse)
+    threads, doorbell = threading.active_count(), Doorbell()
+    with pytest.raises(OSError, match="no space"):
+        EventWaiter(FakeDriver(), "test-events", doorbell, unit=1, capacity=1)
+    assert threading.active_count() == threads
+    doorbell.close()
