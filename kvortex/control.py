@@ -179,6 +179,7 @@ class ControlPlane:
             The call's outcomes.
         """
         offsets = plan.transfer.offsets
+        succeeded = _unless_all(succeeded)
         if succeeded is None:
             self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
             if len(plan.slots) == len(plan.states):
@@ -294,7 +295,7 @@ class ControlPlane:
         Returns:
             The call's outcomes, `None` for a hit.
         """
-        pins = plan.pins
+        pins, intact, succeeded = plan.pins, _unless_all(intact), _unless_all(succeeded)
         if intact is None and succeeded is None and pins.num_hits == len(pins):
             self._remove(self.index.unpin(pins.hits))
             return [None] * pins.num_hits
@@ -329,6 +330,10 @@ class ControlPlane:
         self.allocator.free_many(offsets)
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
+
+
+def _unless_all(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    return None if mask is None or np.count_nonzero(mask) == len(mask) else mask
 
 
 def _save_outcomes(
