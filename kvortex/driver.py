@@ -117,6 +117,16 @@ class Device:
         """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
         self._call("cuCtxSetCurrent", self._context)
 
+    def enter_thread(self) -> None:
+        """`make_current` in a thread of our own, whose calls shall not break a graph that another thread captures.
+
+        While torch captures one, calls such as pinning are forbidden to all threads but those that say so (CUDA
+        driver API, cuThreadExchangeStreamCaptureMode), and spoil the capture.
+        """
+        self.make_current()
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuThreadExchangeStreamCaptureMode", mode)
+
     def close(self) -> None:
         """Give the primary context back."""
         self._call("cuDevicePrimaryCtxRelease", self._device)

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -70,29 +69,26 @@ def validate_block_ids(
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise InvalidBlockIdError(f"block ids are a flat list of integers, not {ids.dtype} of shape {ids.shape}")
     if ids.dtype != np.int32 or not ids.flags.c_contiguous:
-        ids = _narrowed(ids, num_blocks)
-    position = _find_wrong(ids if ids.flags.writeable else ids.copy(), num_blocks, not allow_duplicates)
+        ids = np.ascontiguousarray(ids, np.int64)
+    if not ids.flags.writeable:
+        ids = ids.copy()  # one array type for the compiled step
+    narrowed = ids if ids.dtype == np.int32 else np.empty(len(ids), np.int32)
+    position = _narrow(ids, narrowed, num_blocks, not allow_duplicates)
     if position >= 0:
         wrong = int(ids[position])
         why = "is named twice" if 0 <= wrong < num_blocks else f"is not in [0, {num_blocks})"
         raise InvalidBlockIdError(f"block id {wrong} {why}")
-    return ids
-
-
-def _narrowed(ids: NDArray[Any], num_blocks: int) -> NDArray[np.int32]:
-    outside = (ids < 0) | (ids >= num_blocks)
-    if outside.any():
-        raise InvalidBlockIdError(f"block id {ids[outside][0]} is not in [0, {num_blocks})")
-    return ids.astype(np.int32)
+    return narrowed
 
 
 @njit(cache=True)
-def _find_wrong(ids: NDArray[np.int32], num_blocks: int, each_once: bool) -> int:
-    """Position of the first id out of range or named twice, -1 if there is none."""
+def _narrow(ids: NDArray[np.integer], narrowed: NDArray[np.int32], num_blocks: int, each_once: bool) -> int:
+    """Copy ids; position of the first that is out of range or named twice, -1 if there is none."""
     seen = np.zeros((num_blocks + 63) // 64 if each_once else 1, np.uint64)
     for position, block_id in enumerate(ids):
         if not 0 <= block_id < num_blocks:
             return position
+        narrowed[position] = block_id
         if each_once:
             word, bit = block_id >> 6, np.uint64(1) << np.uint64(block_id & 63)
             if seen[word] & bit:

@@ -87,7 +87,7 @@ class PinnedPool:
     def _pin_all(self, device: Device) -> None:
         started, pause_s = time.perf_counter(), 0.0
         try:
-            device.make_current()
+            device.enter_thread()
             for start in range(0, self.capacity_bytes, self.piece_bytes):
                 nbytes = min(self.piece_bytes, self.capacity_bytes - start)
                 make_present(self.address + start, nbytes)

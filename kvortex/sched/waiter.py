@@ -50,7 +50,7 @@ class EventWaiter:
         self._thread.start()
 
     def _run(self, done_fd: int, unit: int) -> None:
-        self._device.make_current()
+        self._device.enter_thread()
         if not self._report(done_fd, unit):
             raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
 

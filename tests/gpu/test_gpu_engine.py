@@ -171,3 +171,32 @@ async def test_packed_round_trip(codec: str, dtype: torch.dtype) -> None:
         for name, tensor in kv.items():
             host[name].copy_(tensor)
         assert (gather_reference(layout, range(128))[0] == want).all()
+
+
+async def test_graphs_are_captured_while_memory_is_pinned_and_blocks_move() -> None:
+    kv = make_cache()
+    work, side = torch.zeros(1024, device="cuda"), torch.cuda.Stream()
+    captured_while_pinning = 0
+
+    def capture() -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(200):
+                work.add_(1)
+        return graph
+
+    async with KVortexEngine.create(config(cpu_pool_bytes=6 << 30, pin_piece_bytes=64 * MIB)) as engine:
+        engine.register_kv_caches(kv, 16)
+        pinning = asyncio.create_task(engine.wait_pinned())
+        for number in range(20):
+            still_pinning = not pinning.done()
+            hashes = hash_blocks(np.arange(16 * 8), extra_keys=(number,))
+            saving = asyncio.create_task(engine.save_blocks(hashes, range(8), stream=side))
+            graph = await asyncio.to_thread(capture)
+            captured_while_pinning += still_pinning
+            assert (await saving).ok
+            graph.replay()
+        await pinning
+        torch.cuda.synchronize()
+    assert captured_while_pinning
+    assert work.unique().tolist() == [20 * 200]

@@ -42,6 +42,9 @@ class RecordingDevice:
     def make_current(self) -> None:
         self._note("make_current")
 
+    def enter_thread(self) -> None:
+        self._note("enter_thread")
+
     def register_host(self, address: int, nbytes: int) -> None:
         if self.gate is not None:
             assert self.gate.acquire(timeout=10)
@@ -69,7 +72,8 @@ def test_the_context_is_bound_in_the_thread_that_pins_and_in_the_one_that_closes
     pool = PinnedPool(PAGE, device=device)
     pool.wait_ready(PAGE)
     pool.close()
-    assert device.threads["register_host"] | device.threads["unregister_host"] == device.threads["make_current"]
+    assert device.threads["register_host"] == device.threads["enter_thread"]
+    assert device.threads["unregister_host"] == device.threads["make_current"]
     assert device.threads["register_host"] != device.threads["unregister_host"]
 
 

@@ -33,6 +33,7 @@ class FakeDevice:
         self.pools = 0
 
     def make_current(self) -> None: ...
+    def enter_thread(self) -> None: ...
 
     def numa_node(self) -> int | None:
         return None

@@ -109,6 +109,8 @@ class FakeDriver:
     def make_current(self) -> None:
         pass
 
+    enter_thread = make_current
+
     def _handle(self, *_: object, **__: object) -> int:
         self._num_handles += 1
         return self._num_handles << 20
