@@ -16,12 +16,8 @@ from numpy.typing import NDArray
 
 from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
 
-SEM_WAIT, SEM_TRYWAIT, WRITE, SCHED_YIELD = range(4)
+SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""
-
-LOOKS: Final = 200
-"""How often an event is looked at before the thread sleeps on it, if nothing was watched before: half a millisecond at
-most, in which a short transfer ends. To be woken up by the device takes 20 to 40 us longer."""
 
 STOP: Final = 0
 """No event: the end of what is watched."""
@@ -30,9 +26,9 @@ _ONE_KIND: Final = 1 << 32
 
 
 def libc_calls() -> NDArray[np.int64]:
-    """Addresses `int64 [4]` of the C library's functions that `report_events` needs."""
+    """Addresses `int64 [3]` of the C library's functions that `report_events` needs."""
     libc = ctypes.CDLL(None)
-    functions = (libc.sem_wait, libc.sem_trywait, libc.write, libc.sched_yield)
+    functions = (libc.sem_wait, libc.sem_trywait, libc.write)
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], dtype=np.int64)
 
 
@@ -78,17 +74,11 @@ def report_events(
     """
     place, taken = 0, False  # whether the semaphore has been decremented for the event at `place`
     while True:
-        was_idle, status = not taken, NOT_READY
         while not taken and call(libc[SEM_WAIT], (work,)):
             pass  # interrupted by a signal
         if events[place] == STOP:
             return True
-        for _ in range(LOOKS if was_idle else 0):
-            status = call(driver[QUERY], (events[place],))
-            if status != NOT_READY:
-                break
-            call(libc[SCHED_YIELD], (0,))
-        statuses[place] = call(driver[SYNCHRONIZE], (events[place],)) if status == NOT_READY else status
+        statuses[place] = call(driver[SYNCHRONIZE], (events[place],))
         place = (place + 1) % events.size
         fired, taken = 1, False
         while call(libc[SEM_TRYWAIT], (work,)) == 0:

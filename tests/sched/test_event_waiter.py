@@ -73,14 +73,6 @@ def test_events_come_in_order_and_together_when_they_have_fired(bench: Bench) ->
     assert [bench.driver.times_slept_on(event) for event in bench.events[:4]] == [1, 0, 0, 1]
 
 
-def test_what_has_fired_by_the_time_it_is_looked_at_is_not_slept_on(bench: Bench) -> None:
-    for number in range(4):
-        bench.fire(number)
-        bench.watch(number)
-        assert bench.turn() == [(number, "")]
-    assert [bench.driver.times_slept_on(event) for event in bench.events[:4]] == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("slept_on", [True, False])
 def test_an_error_is_reported_with_its_event_alone(bench: Bench, slept_on: bool) -> None:
     if slept_on:
