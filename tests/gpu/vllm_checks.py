@@ -1,8 +1,9 @@
-"""The connector inside vLLM on a GPU, where a test on a CPU cannot go: FP8 caches and sleep mode.
+"""The connector inside vLLM on a GPU, where a test on a CPU cannot go: FP8 caches, packing and sleep mode.
 
     python tests/gpu/vllm_checks.py           # needs vLLM and one GPU; no model is downloaded
+    python tests/gpu/vllm_checks.py auto:fp8  # one of the engines alone: cache dtype and codec
 
-Each cache dtype gets an engine in a process of its own: half a minute each, twice that where nothing is compiled yet.
+Each gets an engine in a process of its own: half a minute each, twice that where nothing is compiled yet.
 A line a case; the exit status is 1 if tokens differ, hits did not happen, or the device reports an error.
 """
 
@@ -16,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("auto", "fp8")
+ENGINES = ("auto:raw", "fp8:raw", "auto:fp8")  # cache dtype and codec
+LIKELY = 20
 BLOCK_SIZE = 16
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,12 +60,13 @@ def scale_weights(model: Any) -> None:
 class Checks:
     """An engine and what was found out with it."""
 
-    def __init__(self, dtype: str, model: str) -> None:
+    def __init__(self, engine: str, model: str) -> None:
         self._began_s = time.monotonic()
         import vllm
         from vllm.config import KVTransferConfig
 
-        self.dtype = dtype
+        dtype, self.codec = engine.split(":")
+        self.engine = engine
         self.failures = 0
         self._vllm = vllm
         self._random = random.Random(1)
@@ -71,7 +74,7 @@ class Checks:
             kv_connector="KVortexConnector",
             kv_connector_module_path="kvortex.vllm",
             kv_role="kv_both",
-            kv_connector_extra_config={"cpu_pool_bytes": "2GiB"},
+            kv_connector_extra_config={"cpu_pool_bytes": "2GiB", "codec": self.codec},
         )
         self.llm = vllm.LLM(
             model=model,
@@ -112,6 +115,13 @@ class Checks:
         (output,) = self.llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
+    def likely_first(self, tokens: list[int]) -> set[int]:
+        """The most likely tokens after a prompt."""
+        parameters = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=LIKELY, detokenize=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+        (position,) = output.outputs[0].logprobs
+        return {token for token, value in position.items() if value.rank <= LIKELY}
+
     def forget_on_device(self) -> None:
         """Let saves be counted, then drop the GPU's prefix cache: from here on only KVortex can help."""
         time.sleep(0.1)
@@ -122,7 +132,7 @@ class Checks:
         good = equal and loaded == wanted
         self.failures += not good
         print(
-            f"{self.dtype:6} {case:38} tokens {'equal ' if equal else 'DIFFER'} blocks loaded {loaded:4} of {wanted:4}"
+            f"{self.engine:8} {case:38} tokens {'equal ' if equal else 'DIFFER'} blocks loaded {loaded:4} of {wanted:4}"
             f"   {'ok' if good else 'FAILED'} at {time.monotonic() - self._began_s:.1f} s",
             flush=True,
         )
@@ -145,6 +155,27 @@ class Checks:
             # vLLM computes at least one token: of a prompt of whole blocks the last one is loaded all the same.
             self.check_hits(f"repeated prompt of {length}", tokens, answers[-1], length // BLOCK_SIZE)
         self.report("answers depend on the prompt", len({tuple(answer) for answer in answers}) == len(answers), 0, 0)
+
+    def packed(self) -> None:
+        """Packing loses a little: most of the likely tokens stay, where other blocks would leave none of them."""
+        same_tokens = kept = 0
+        for length in (1000, 1024, 1025, 6000):
+            tokens = self.prompt(length)
+            self.ask(tokens)
+            answer, likely = self.ask(tokens), self.likely_first(tokens)
+            self.forget_on_device()
+            before = self.loaded
+            again = self.ask(tokens)
+            loaded = self.loaded - before
+            self.forget_on_device()
+            kept += len(likely & self.likely_first(tokens))
+            same_tokens += sum(a == b for a, b in zip(answer, again, strict=True))
+            self.report(f"packed prompt of {length}", True, loaded, length // BLOCK_SIZE)
+        self.report(f"{kept} of {4 * LIKELY} likely first tokens kept", 2 * kept > 4 * LIKELY, 0, 0)
+        index = self._scheduler._control.index
+        packed_nbytes = self._worker._data.sizes.packed
+        self.report("blocks rest packed", index.committed_bytes == packed_nbytes * len(index), 0, 0)
+        print(f"{self.engine:8} {same_tokens} of 48 answered tokens as without packing")
 
     def shared_prefix(self) -> None:
         prefix = self.prompt(1600)
@@ -190,7 +221,8 @@ class Checks:
     def run(self) -> int:
         import torch
 
-        for case in (self.repeated, self.shared_prefix, self.sleep, self.sleep_during_a_save):
+        exact = (self.repeated, self.shared_prefix, self.sleep, self.sleep_during_a_save)
+        for case in exact if self.codec == "raw" else (self.packed,):
             case()
         torch.cuda.synchronize()
         self.llm.llm_engine.engine_core.engine_core.shutdown()
@@ -204,8 +236,8 @@ def main() -> int:
     environment = {**os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(CONFIG))
-        for dtype in DTYPES:
-            done = subprocess.run([sys.executable, __file__, dtype, folder], env=environment)
+        for engine in sys.argv[1:] or ENGINES:
+            done = subprocess.run([sys.executable, __file__, engine, folder], env=environment)
             status |= done.returncode != 0
     print(f"{'FAILED' if status else 'all good'}, {time.monotonic() - began_s:.0f} s")
     return status

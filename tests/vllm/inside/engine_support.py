@@ -50,6 +50,7 @@ def _let_engines_follow_each_other() -> None:
 
 _let_engines_follow_each_other()
 BLOCK_SIZE = 32
+LIKELY = 20
 
 
 def make_model(directory: Path) -> str:
@@ -89,6 +90,13 @@ class Engine:
         inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def likely_first(self, tokens: Sequence[int]) -> set[int]:
+        """The most likely tokens after a prompt."""
+        parameters = vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=LIKELY)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(tokens)}], parameters, use_tqdm=False)
+        (position,) = output.outputs[0].logprobs
+        return {token for token, value in position.items() if value.rank <= LIKELY}
 
     @property
     def loaded_blocks(self) -> int:
