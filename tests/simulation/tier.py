@@ -252,7 +252,10 @@ class SimulatedTier(Tier):
             self._harm.fail([block_hash])
             as_bytes(request.buffer)[outcome.payload_bytes // 2 :] = GARBAGE
             return replace(outcome, payload_bytes=outcome.payload_bytes // 2)
-        self.good_reads += 1
+        if outcome.payload_bytes == len(as_bytes(request.buffer)):
+            self.good_reads += 1
+        else:
+            self._harm.fail([block_hash])  # likewise: it rests packed, and was asked for as it is
         return outcome
 
     def _write(self, move: _Move, request: WriteRequest) -> WriteOutcome:
