@@ -69,6 +69,7 @@ class World:
         self._tensors = {f"layers.{i}": backing[:, i] for i in range(LAYERS)}
         self._cache = backing.numpy().view(np.uint8).reshape(len(backing), BLOCK_NBYTES)
         self._save_spans: dict[bytes, list[list[float]]] = {}
+        self._last_asked_s: dict[bytes, float] = {}  # by a load or a prefetch
         self._complaints: list[str] = []
         self._lives: list[Life] = []
         self._passes = 0
@@ -334,6 +335,7 @@ class World:
         due_s = deadline_s if deadline_s is not None else life.engine.config.load_deadline_s or None
         began_s = self._loop.time()
         absent = ~life.control.index.contains_mask(pack_keys(hashes))
+        self._last_asked_s.update(dict.fromkeys(hashes, began_s))
         self._note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
         try:
             call = partial(life.engine.load_blocks, hashes, ids, deadline_s=deadline_s)
@@ -374,11 +376,13 @@ class World:
             self._complain(f"the load of {name_of(block_hash)} is missed as {outcome} for no reason")
         arrives = any(s[0] <= began_s + (due_s or 0) and s[1] >= now_s and now_s < s[0] + TIMEOUT_S for s in reads)
         awaited = was_absent and arrives and len(reads) == 1 and not saves and not self.scenario.tier_faults.stale
+        awaited = awaited and self._last_asked_s[block_hash] <= began_s  # else it may come for somebody else
         if outcome is MissReason.PENDING and overdue and awaited:
             self._complain(f"{name_of(block_hash)} was on its way when the deadline passed, and is missed as {outcome}")
 
     async def _prefetch(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._note(f"prefetch {span_of(hashes)}")
+        self._last_asked_s.update(dict.fromkeys(hashes, self._loop.time()))
         found = await self._perhaps_cancelled(
             dice, "prefetch", partial(life.engine.prefetch, hashes), (), self._longest_s(life)
         )
