@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,6 @@ ENVIRONMENT = {
 }
 
 
-def scale_weights(model: Any) -> None:
-    """Dummy weights are so small that every prompt goes on alike; these make answers depend on their context."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data.fill_(1) if parameter.ndim == 1 else parameter.data.mul_(40)
-
-
 class Checks:
     """An engine and what was found out with it."""
 
@@ -64,6 +58,8 @@ class Checks:
         self._began_s = time.monotonic()
         import vllm
         from vllm.config import KVTransferConfig
+
+        from kvortex.testing.dummy_weights import scale_weights
 
         dtype, self.codec = engine.split(":")
         self.engine = engine
@@ -91,7 +87,7 @@ class Checks:
             kv_transfer_config=connector,
             disable_log_stats=False,
         )
-        self.llm.apply_model(scale_weights)
+        self.llm.apply_model(partial(scale_weights, factor=40.0))
 
     @property
     def _scheduler(self) -> Any:

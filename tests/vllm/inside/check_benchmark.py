@@ -1,0 +1,46 @@
+"""The benchmark of vLLM with connectors, small, as a user runs it: two engines that start together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvortex.vllm.versions import IS_NEWER
+
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "vllm_ttft.py"
+
+pytestmark = pytest.mark.skipif(
+    not IS_NEWER, reason="the older version's operators have stand-ins in one process only, this takes more"
+)
+
+
+def run(*options: str) -> "subprocess.CompletedProcess[str]":
+    settings = json.dumps({"dtype": "float32", "enforce_eager": True, "block_size": 32})
+    command = [sys.executable, str(BENCHMARK), "--shape", "tiny", "--lengths", "256", "--repeats", "1"]
+    command += ["--prompts", "2", "--pool-bytes", str(128 << 20), "--engine", settings]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=400)
+
+
+def check_rows_are_measured_and_written(tmp_path: Path) -> None:
+    done = run("--rows", "none,kvortex", "--together", "2", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    none, kvortex = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert none["lengths"][0]["hit_ms"] is None
+    assert none["all_hits_per_s"] is None
+    (length,) = kvortex["lengths"]
+    assert length["answers"] == length["answers_equal"] == 4
+    assert length["cached_tokens"] == 256
+    assert kvortex["all_hits_per_s"] > 0
+    assert kvortex["counters"]["vllm:kvortex_loaded_blocks"] >= 4 * 256 // 32
+    assert "4 of 4" in done.stdout
+
+
+def check_a_row_that_fails_is_told_with_its_errors() -> None:
+    done = run("--rows", "none", "--engine", json.dumps({"dtype": "nonsense"}))
+    assert done.returncode == 1
+    assert "none failed" in done.stderr
+    assert "Error" in done.stderr.split("none failed", 1)[1]
