@@ -216,8 +216,9 @@ def run_row(arguments: argparse.Namespace) -> None:
         print(json.dumps(asdict(row)), file=out, flush=True)
 
 
-def start_row(name: str, model: str, options: list[str], log: Path) -> "subprocess.Popen[str]":
-    environment = {**os.environ, **ENVIRONMENT}
+def start_row(name: str, model: str, options: list[str], pool_bytes: int, log: Path) -> "subprocess.Popen[str]":
+    lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(pool_bytes / GIB)}
+    environment = {**os.environ, **ENVIRONMENT, **lmcache}
     if name.endswith(":v1"):
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # -P: what vLLM imports must not be found beside this file (transformers looks for a package `kernels`).
@@ -228,9 +229,10 @@ def start_row(name: str, model: str, options: list[str], log: Path) -> "subproce
         )
 
 
-def measure_rows(names: Sequence[str], model: str, options: list[str], logs: Path) -> list[Row]:
+def measure_rows(names: Sequence[str], model: str, options: list[str], pool_bytes: int, logs: Path) -> list[Row]:
     """Rows whose engines start at the same time."""
-    running = {name: start_row(name, model, options, logs / f"{name.replace(':', '_')}.log") for name in names}
+    files = {name: logs / f"{name.replace(':', '_')}.log" for name in names}
+    running = {name: start_row(name, model, options, pool_bytes, file) for name, file in files.items()}
     rows = []
     try:
         states = {name: process.stdout.readline() for name, process in running.items() if process.stdout}
@@ -238,8 +240,7 @@ def measure_rows(names: Sequence[str], model: str, options: list[str], logs: Pat
         for name, process in running.items():
             answer, _ = process.communicate("go\n" if states[name] else None)
             if process.returncode or not answer:
-                log = logs / f"{name.replace(':', '_')}.log"
-                wrong = [line for line in log.read_text().splitlines() if "Error" in line]
+                wrong = [line for line in files[name].read_text().splitlines() if "Error" in line]
                 print(f"{name} failed; keep its log with --logs FOLDER:", *wrong[:6], sep="\n  ", file=sys.stderr)
                 continue
             values = json.loads(answer)
@@ -351,7 +352,7 @@ def main() -> None:
         options += [f"--prompts={arguments.prompts}", f"--pool-bytes={arguments.pool_bytes}"]
         options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}"]
         for first in range(0, len(names), arguments.together):
-            rows += measure_rows(names[first : first + arguments.together], folder, options, logs)
+            rows += measure_rows(names[first : first + arguments.together], folder, options, arguments.pool_bytes, logs)
     if arguments.json:
         found = {"environment": about, "link_ms_per_gib": link_ms, "rows": [asdict(row) for row in rows]}
         Path(arguments.json).write_text(json.dumps(found, indent=1))

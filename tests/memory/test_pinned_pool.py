@@ -21,6 +21,7 @@ class RecordingDevice:
     def __init__(self, *, node: int | None = None, gate: threading.Semaphore | None = None) -> None:
         self.node = node
         self.gate = gate
+        self.registering = threading.Event()
         self.closed = False
         self.fails = False
         self.calls: list[tuple[str, int]] = []
@@ -46,6 +47,7 @@ class RecordingDevice:
         self._note("enter_thread")
 
     def register_host(self, address: int, nbytes: int) -> None:
+        self.registering.set()
         if self.gate is not None:
             assert self.gate.acquire(timeout=10)
         if self.fails:
@@ -99,6 +101,7 @@ def test_closing_during_the_first_piece_pins_no_second() -> None:
     gate = threading.Semaphore(0)
     device = RecordingDevice(gate=gate)
     pool = PinnedPool(4 * PAGE, device=device, piece_bytes=PAGE)
+    assert device.registering.wait(10)
     closing = threading.Thread(target=pool.close)
     closing.start()
     while not pool._stopping:
