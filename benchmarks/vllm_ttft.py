@@ -8,10 +8,11 @@ A row is a connector in an engine of its own: `none`, `kvortex`, `kvortex-fp8`, 
 nothing is downloaded; `--shape tiny` is for a quick look on any device.
 
 For each length the time to first token of a prompt that is new (cold), that the device's own prefix cache still has
-(the floor), and that only the connector has (hit), as medians; then tokens per second of a batch of prompts that are
-all new, and of the same prompts when only the connector has them. Answers after a hit are compared with those after the
-floor. `--together` starts that many engines at once, to share the time that starting takes; they are measured one after
-the other, and `--engine` has to say how much memory each may take.
+(the floor), and that only the connector has (hit); then tokens per second of batches of prompts that are all new, and
+of the same prompts when only the connector has them. Medians are printed, all samples are in the file of `--json`.
+Answers after a hit are compared with those after the floor. `--together` starts that many engines at once and measures
+them in turns, so that what the machine does meanwhile meets them alike; `--engine` has to say how much memory each may
+take.
 """
 
 import argparse
@@ -23,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,28 +64,41 @@ ENVIRONMENT = {
 
 @dataclass
 class Length:
-    """Prompts of one length: milliseconds, and how answers of `ANSWER` tokens compare."""
+    """Prompts of one length: milliseconds to the first token.
+
+    `tokens_equal` says for each answer after a hit how many of its `ANSWER` tokens are those of the answer before.
+    """
 
     tokens: int
-    cold_ms: float
-    floor_ms: float
-    hit_ms: float | None = None
+    cold_ms: list[float] = field(default_factory=list)
+    floor_ms: list[float] = field(default_factory=list)
+    hit_ms: list[float] = field(default_factory=list)
+    tokens_equal: list[int] = field(default_factory=list)
     cached_tokens: int = 0
-    answers: int = 0
-    answers_equal: int = 0
-    tokens_equal: int = 0
+
+    def add(self, more: "Length") -> None:
+        """Take over the samples of `more`."""
+        self.cold_ms += more.cold_ms
+        self.floor_ms += more.floor_ms
+        self.hit_ms += more.hit_ms
+        self.tokens_equal += more.tokens_equal
+        self.cached_tokens = more.cached_tokens
 
 
 @dataclass
 class Row:
-    """One connector; tokens a second of prompts and answers together."""
+    """One connector; tokens a second of prompts and answers together, one figure a batch."""
 
     name: str
     start_s: float = 0.0
     lengths: list[Length] = field(default_factory=list)
-    no_hits_per_s: float = 0.0
-    all_hits_per_s: float | None = None
+    no_hits_per_s: list[float] = field(default_factory=list)
+    all_hits_per_s: list[float] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def has_connector(self) -> bool:
+        return self.name.partition(":")[0] != "none"
 
 
 def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
@@ -122,8 +138,9 @@ class Engine:
         self._vllm = vllm
         self._random = random.Random(1)
         self._vocab_size = SHAPES[arguments.shape]["vocab_size"]
-        self.has_connector = transfer is not None
-        self.llm = vllm.LLM(
+        self._has_connector = transfer is not None
+        self._batch: list[list[int]] = []
+        self._llm = vllm.LLM(
             model=arguments.model,
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -133,137 +150,176 @@ class Engine:
             enable_prefix_caching=True,
             **settings,
         )
-        self.llm.apply_model(scale_weights)
+        self._llm.apply_model(scale_weights)
 
-    def prompt(self, length: int) -> list[int]:
+    def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(10, self._vocab_size) for _ in range(length)]
 
-    def generate(self, prompts: Sequence[list[int]], count: int) -> list[Any]:
+    def _generate(self, prompts: Sequence[list[int]], count: int) -> list[Any]:
         parameters = self._vllm.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
         inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
-        return list(self.llm.generate(inputs, parameters, use_tqdm=False))
+        return list(self._llm.generate(inputs, parameters, use_tqdm=False))
 
-    def first_token_ms(self, tokens: list[int]) -> tuple[float, list[int], int]:
+    def _first_token_ms(self, tokens: list[int]) -> tuple[float, list[int], int]:
         """Milliseconds to the first token, the answer, and how many tokens were cached."""
-        (output,) = self.generate([tokens], ANSWER)
+        (output,) = self._generate([tokens], ANSWER)
         return output.metrics.first_token_latency * 1e3, list(output.outputs[0].token_ids), output.num_cached_tokens
 
-    def forget_on_device(self) -> None:
+    def _forget_on_device(self) -> None:
         """Only the connector has anything from here on."""
         time.sleep(0.1)  # saves end
-        self.generate([self.prompt(3)], 2)  # and are counted
-        if not self.llm.reset_prefix_cache():
+        self._generate([self._prompt(3)], 2)  # and are counted
+        if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache")
 
-    def measure_length(self, length: int, repeats: int) -> Length:
-        for _ in range(2):
-            self.first_token_ms(self.prompt(length))
-        cold, floor, hit = [], [], []
-        found = Length(length, 0, 0)
-        for _ in range(repeats):
-            tokens = self.prompt(length)
-            cold.append(self.first_token_ms(tokens)[0])
-            self.first_token_ms(tokens)
-            for _ in range(4):
-                milliseconds, reference, _ = self.first_token_ms(tokens)
-                floor.append(milliseconds)
-                if self.has_connector:
-                    self.forget_on_device()
-                    milliseconds, answer, found.cached_tokens = self.first_token_ms(tokens)
-                    hit.append(milliseconds)
-                    found.answers += 1
-                    found.answers_equal += answer == reference
-                    found.tokens_equal += sum(a == b for a, b in zip(answer, reference, strict=True))
-        found.cold_ms, found.floor_ms = statistics.median(cold), statistics.median(floor)
-        found.hit_ms = statistics.median(hit) if hit else None
-        return found
+    def first_tokens(self, length: int) -> dict[str, Any]:
+        """One prompt that is new, then four times as the device's prefix cache and as the connector have it."""
+        tokens = self._prompt(length)
+        found = Length(length, [self._first_token_ms(tokens)[0]])
+        self._first_token_ms(tokens)
+        for _ in range(4):
+            milliseconds, reference, _ = self._first_token_ms(tokens)
+            found.floor_ms.append(milliseconds)
+            if self._has_connector:
+                self._forget_on_device()
+                milliseconds, answer, found.cached_tokens = self._first_token_ms(tokens)
+                found.hit_ms.append(milliseconds)
+                found.tokens_equal.append(sum(a == b for a, b in zip(answer, reference, strict=True)))
+        return asdict(found)
 
-    def tokens_per_s(self, prompts: Sequence[list[int]]) -> float:
-        self.forget_on_device()
+    def warm_up(self, length: int) -> None:
+        for _ in range(2):
+            self._first_token_ms(self._prompt(length))
+
+    def tokens_per_s(self, length: int, prompts: int, again: bool) -> float:
+        """Of the last batch `again`, with the connector's help, or of one that is new."""
+        if not again:
+            self._batch = [self._prompt(length) for _ in range(prompts)]
+        self._forget_on_device()
         started = time.perf_counter()
-        self.generate(prompts, THROUGHPUT_ANSWER)
-        return len(prompts) * (len(prompts[0]) + THROUGHPUT_ANSWER) / (time.perf_counter() - started)
+        self._generate(self._batch, THROUGHPUT_ANSWER)
+        return prompts * (length + THROUGHPUT_ANSWER) / (time.perf_counter() - started)
 
     def counters(self) -> dict[str, float]:
         """KVortex's own counters, by name."""
         found: dict[str, float] = {}
-        for metric in self.llm.get_metrics():
+        for metric in self._llm.get_metrics():
             if metric.name.startswith("vllm:kvortex_") and hasattr(metric, "value"):
                 found[metric.name] = found.get(metric.name, 0) + metric.value
         return found
 
-    def measure(self, row: Row, arguments: argparse.Namespace) -> None:
-        for length in arguments.lengths:
-            row.lengths.append(self.measure_length(length, arguments.repeats))
-        length = min(2048, max(arguments.lengths))
-        batches = [[self.prompt(length) for _ in range(arguments.prompts)] for _ in range(2)]
-        row.no_hits_per_s = max(self.tokens_per_s(batch) for batch in batches)
-        if self.has_connector:
-            row.all_hits_per_s = max(self.tokens_per_s(batches[1]) for _ in range(2))
-        row.counters = self.counters()
-
 
 def run_row(arguments: argparse.Namespace) -> None:
-    """A row's process: starts its engine, says so, waits for its turn on standard input, prints the row."""
+    """A row's process: starts its engine, says how long that took, answers what standard input asks for."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is a log
     started = time.monotonic()
     engine = Engine(arguments)
-    row = Row(arguments.row, start_s=time.monotonic() - started)
-    print("started", file=out, flush=True)
-    if sys.stdin.readline():
-        engine.measure(row, arguments)
-        print(json.dumps(asdict(row)), file=out, flush=True)
+    print(json.dumps(time.monotonic() - started), file=out, flush=True)
+    for line in sys.stdin:
+        name, *values = json.loads(line)
+        print(json.dumps(getattr(engine, name)(*values)), file=out, flush=True)
 
 
-def start_row(name: str, model: str, options: list[str], pool_bytes: int, log: Path) -> "subprocess.Popen[str]":
-    lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(pool_bytes / GIB)}
-    environment = {**os.environ, **ENVIRONMENT, **lmcache}
-    if name.endswith(":v1"):
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    # -P: what vLLM imports must not be found beside this file (transformers looks for a package `kernels`).
-    command = [sys.executable, "-P", __file__, *options, "--row", name, "--model", model]
-    with log.open("w") as errors:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+class RunningRow:
+    """A row whose engine runs in a process of its own."""
+
+    def __init__(self, name: str, options: list[str], arguments: argparse.Namespace, log: Path) -> None:
+        self.row = Row(name)
+        self._log = log
+        lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(arguments.pool_bytes / GIB)}
+        environment = {**os.environ, **ENVIRONMENT, **lmcache}
+        if name.endswith(":v1"):
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        # -P: what vLLM imports must not be found beside this file (transformers looks for a package `kernels`).
+        command = [sys.executable, "-P", __file__, *options, "--row", name]
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if line:
+            return json.loads(line)
+        wrong = [line for line in self._log.read_text().splitlines() if "Error" in line]
+        raise RuntimeError("\n  ".join([f"{self.row.name} failed; keep its log with --logs FOLDER:", *wrong[:6]]))
+
+    def _ask(self, name: str, *values: Any) -> Any:
+        """What that method of the engine returns. Raises RuntimeError if the process has ended."""
+        with suppress(BrokenPipeError):  # it has ended: the answer, which does not come, tells why
+            print(json.dumps([name, *values]), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def begin(self) -> None:
+        self.row.start_s = self._answer()
+
+    def warm_up(self, length: int) -> None:
+        self._ask("warm_up", length)
+        self.row.lengths.append(Length(length))
+
+    def add_first_tokens(self) -> None:
+        found = self.row.lengths[-1]
+        found.add(Length(**self._ask("first_tokens", found.tokens)))
+
+    def add_throughput(self, length: int, prompts: int) -> None:
+        self.row.no_hits_per_s.append(self._ask("tokens_per_s", length, prompts, False))
+        if self.row.has_connector:
+            self.row.all_hits_per_s.append(self._ask("tokens_per_s", length, prompts, True))
+
+    def end(self) -> None:
+        self.row.counters = self._ask("counters")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
-def measure_rows(names: Sequence[str], model: str, options: list[str], pool_bytes: int, logs: Path) -> list[Row]:
-    """Rows whose engines start at the same time."""
-    files = {name: logs / f"{name.replace(':', '_')}.log" for name in names}
-    running = {name: start_row(name, model, options, pool_bytes, file) for name, file in files.items()}
-    rows = []
+def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.Namespace, logs: Path) -> list[Row]:
+    """Rows whose engines start at the same time and are measured in turns."""
+    started = [RunningRow(name, options, arguments, logs / f"{name.replace(':', '_')}.log") for name in names]
+    running = list(started)
+
+    def in_turns(turn: Callable[[RunningRow], None]) -> None:
+        for engine in list(running):
+            try:
+                turn(engine)
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                running.remove(engine)
+
     try:
-        states = {name: process.stdout.readline() for name, process in running.items() if process.stdout}
-        time.sleep(10 if len(names) > 1 else 0)  # pools are pinned in the background
-        for name, process in running.items():
-            answer, _ = process.communicate("go\n" if states[name] else None)
-            if process.returncode or not answer:
-                wrong = [line for line in files[name].read_text().splitlines() if "Error" in line]
-                print(f"{name} failed; keep its log with --logs FOLDER:", *wrong[:6], sep="\n  ", file=sys.stderr)
-                continue
-            values = json.loads(answer)
-            rows.append(Row(**{**values, "lengths": [Length(**length) for length in values["lengths"]]}))
-            print_row(rows[-1])
+        in_turns(RunningRow.begin)
+        time.sleep(10 if len(running) > 1 else 0)  # pools are pinned in the background
+        for length in arguments.lengths:
+            in_turns(partial(RunningRow.warm_up, length=length))
+            for _ in range(arguments.repeats):
+                in_turns(RunningRow.add_first_tokens)
+        length = min(2048, max(arguments.lengths))
+        for _ in range(arguments.batches):
+            in_turns(partial(RunningRow.add_throughput, length=length, prompts=arguments.prompts))
+        in_turns(RunningRow.end)
     finally:
-        for process in running.values():
-            process.kill()
-            process.wait()
-    return rows
+        for engine in started:
+            engine.kill()
+    for engine in running:
+        print_row(engine.row)
+    return [engine.row for engine in running]
 
 
 def print_row(row: Row) -> None:
+    median = statistics.median
     for found in row.lengths:
-        line = f"{row.name:<14} {found.tokens:>6} {found.cold_ms:>9.1f} {found.floor_ms:>8.1f}"
-        if found.hit_ms is not None:
-            line += (
-                f" {found.hit_ms:>8.1f} {found.hit_ms - found.floor_ms:>11.1f} "
-                f"{found.answers_equal} of {found.answers}, tokens {found.tokens_equal} of {ANSWER * found.answers}"
-            )
+        floor_ms = median(found.floor_ms)
+        line = f"{row.name:<14} {found.tokens:>6} {median(found.cold_ms):>9.1f} {floor_ms:>8.1f}"
+        if found.hit_ms:
+            hit_ms, same = median(found.hit_ms), sum(count == ANSWER for count in found.tokens_equal)
+            answers = len(found.tokens_equal)
+            line += f" {hit_ms:>8.1f} {hit_ms - floor_ms:>11.1f} {same} of {answers}"
+            line += f", tokens {sum(found.tokens_equal)} of {ANSWER * answers}"
         print(line)
-    hits = "" if row.all_hits_per_s is None else f", {row.all_hits_per_s:,.0f} with all of them cached"
-    print(f"{row.name:<14} {row.no_hits_per_s:,.0f} tokens/s of new prompts{hits}; start {row.start_s:.0f} s")
+    hits = f", {median(row.all_hits_per_s):,.0f} with all of them cached" if row.all_hits_per_s else ""
+    print(f"{row.name:<14} {median(row.no_hits_per_s):,.0f} tokens/s of new prompts{hits}; start {row.start_s:.0f} s")
     for name, value in row.counters.items():
         if value:
             print(f"{row.name:<14}   {name} {value:,.0f}")
@@ -324,6 +380,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=3, help="prompts of a length, each hit four times")
     parser.add_argument("--prompts", type=int, default=64, help="of a batch for throughput")
+    parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--pool-bytes", type=int, default=40 * GIB)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
@@ -348,11 +405,10 @@ def main() -> None:
         logs = arguments.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         write_model(Path(folder), arguments.shape)
-        options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--repeats={arguments.repeats}"]
-        options += [f"--prompts={arguments.prompts}", f"--pool-bytes={arguments.pool_bytes}"]
-        options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}"]
+        options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool-bytes={arguments.pool_bytes}"]
+        options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}", f"--model={folder}"]
         for first in range(0, len(names), arguments.together):
-            rows += measure_rows(names[first : first + arguments.together], folder, options, arguments.pool_bytes, logs)
+            rows += measure_rows(names[first : first + arguments.together], options, arguments, logs)
     if arguments.json:
         found = {"environment": about, "link_ms_per_gib": link_ms, "rows": [asdict(row) for row in rows]}
         Path(arguments.json).write_text(json.dumps(found, indent=1))

@@ -159,7 +159,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         if self._scheduler_half is not None:
             return self._scheduler_half.take_stats()
-        return None if IS_NEWER else ConnectorStats()  # older: without a worker's, the scheduler's are not asked for
+        return ConnectorStats()  # 0.15 and 0.23 ask for the scheduler half's only beside a worker's
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:

@@ -214,12 +214,20 @@ class Checks:
         self.ask(tokens)
         self.check_hits("after it", tokens, reference, 8000 // BLOCK_SIZE)
 
+    def counted(self) -> None:
+        """What was loaded and saved is in vLLM's metrics, too."""
+        self.forget_on_device()
+        counters = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
+        self.report("saved blocks in vLLM's metrics", counters["vllm:kvortex_saved_blocks"] > 0, 0, 0)
+        self.report("loaded blocks in vLLM's metrics", True, int(counters["vllm:kvortex_loaded_blocks"]), self.loaded)
+
     def run(self) -> int:
         import torch
 
         exact = (self.repeated, self.shared_prefix, self.sleep, self.sleep_during_a_save)
         for case in exact if self.codec == "raw" else (self.packed,):
             case()
+        self.counted()
         torch.cuda.synchronize()
         self.llm.llm_engine.engine_core.engine_core.shutdown()
         return self.failures

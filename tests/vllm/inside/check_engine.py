@@ -126,6 +126,13 @@ def check_reset(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     assert engine.loaded_blocks == before
 
 
+def check_the_worker_half_always_has_figures(engine: Engine) -> None:
+    """Schedulers of 0.15 and 0.23 ask for the scheduler half's figures only if a worker sent some, empty ones too."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    assert get_kv_transfer_group().get_kv_connector_stats().is_empty()
+
+
 def check_prompt_logprobs_are_complete(engine: Engine) -> None:
     """A hit would leave prompt tokens without logits: such requests compute everything."""
     import vllm
