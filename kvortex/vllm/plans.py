@@ -10,7 +10,7 @@ from kvortex.types import BlockSizes, TransferPlan
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Blocks to save once this step's forward has written them.
+    """Blocks, of one request or more, to save once this step's forward has written them.
 
     With `keys`, 32 bytes a block, those that are saved are then written to the lower tier as the job `write_id`.
     """

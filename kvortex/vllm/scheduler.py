@@ -1,29 +1,28 @@
 """The scheduler half: knows what is cached and plans every save and load. Synchronous, microseconds a call."""
 
-import hashlib
 import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.control import ControlPlane, LoadPlan, SavePlan
+from kvortex.control import ControlPlane, SavePlan
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash, MissReason
+from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
+from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, as_keys, group_parts
 from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import only_group, refuse_unserved, stored_sizes
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, LoadJob, SaveJob, WorkerHandshake
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
@@ -43,46 +42,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Tracked:
-    """One request, from its first allocation to its end."""
-
-    request: "Request"
-    block_ids: list[int] = field(default_factory=list)
-    num_planned: int = 0  # leading blocks that were saved, or found saved
-    too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
-    loading: int | None = None  # its load job
-    computes: bool = False  # a load failed: it is not offered again
-    scheduled: bool = False  # since its blocks were allocated
-
-    def blocks_to_go_on(self, block_size: int) -> int:
-        """Blocks that it must have to compute its known tokens and one more."""
-        return max(int(self.request.num_tokens) // block_size + 1, len(self.block_ids))
-
-
-@dataclass
-class _Job:
-    """A job that is under way in the workers."""
-
-    plan: SavePlan | LoadPlan
-    started_s: float
-    request_id: str = ""
-    reports: int = 0
-    failed: set[int] = field(default_factory=set)
-    corrupt: set[int] = field(default_factory=set)
-    too_lossy: set[int] = field(default_factory=set)
-    as_is: bool = False  # of a save: packing would have lost too much of these
-    first: int = 0  # of a save: the request's block that it begins with
-    blocks: PlannedBlocks | None = None  # of a save, for its event
-    write_id: int = NO_WRITE  # of a save: the write to the lower tier that follows it
-
-    def add(self, outcome: JobOutcome) -> None:
-        self.reports += 1
-        self.failed.update(outcome.failed)
-        self.corrupt.update(outcome.corrupt)
-        self.too_lossy.update(outcome.too_lossy)
 
 
 class SchedulerHalf:
@@ -108,9 +67,9 @@ class SchedulerHalf:
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         self._waiting_since_s: dict[str, float] = {}
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
         self._plan = ConnectorPlan()
@@ -165,7 +124,7 @@ class SchedulerHalf:
         if request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
             return 0, False
         first = num_computed_tokens // self._block_size
-        keys = _keys(request.block_hashes[first:])
+        keys = as_keys(request.block_hashes[first:])
         found = self._control.index.prefix_length(keys)
         if found < len(keys) and (
             self._is_worth_waiting(request.request_id, keys[found])
@@ -204,7 +163,7 @@ class SchedulerHalf:
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Pin what was promised and plan its load into the blocks just allocated."""
-        tracked = self._tracked.setdefault(request.request_id, _Tracked(request))
+        tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         self._waiting_since_s.pop(request.request_id, None)
         tracked.block_ids = list(blocks.get_block_ids()[0])
@@ -214,23 +173,23 @@ class SchedulerHalf:
         elif tracked.loading is None:
             self._count_misses(request)
 
-    def _plan_load(self, tracked: _Tracked, count: int) -> None:
+    def _plan_load(self, tracked: TrackedRequest, count: int) -> None:
         # The blocks allocated beyond the local hit are exactly those to be loaded.
         block_ids = np.array(tracked.block_ids[-count:], dtype=np.int32)
         first = len(tracked.block_ids) - count
-        keys = _keys(tracked.request.block_hashes[first : first + count])
+        keys = as_keys(tracked.request.block_hashes[first : first + count])
         plan = self._control.plan_load(pack_keys(keys), block_ids)
         job_id = next(self._job_ids)
         missing = np.delete(block_ids, plan.positions)
         request_id = tracked.request.request_id
         self._plan.loads.append(LoadJob(job_id, request_id, plan.transfer, tuple(missing.tolist())))
         self._plan.fresh_block_ids.update(block_ids.tolist())
-        self._jobs[job_id] = _Job(plan, time.perf_counter(), request_id)
+        self._jobs[job_id] = Job(plan, time.perf_counter(), request_id)
         tracked.loading = job_id
 
     def _count_misses(self, request: "Request") -> None:
         first = request.num_computed_tokens // self._block_size
-        keys = _keys(request.block_hashes[first:])
+        keys = as_keys(request.block_hashes[first:])
         found = self._control.index.prefix_length(keys)
         if found < len(keys):
             self._stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
@@ -241,11 +200,22 @@ class SchedulerHalf:
         """This step's jobs: loads planned since the last one, and saves of the blocks that it completes."""
         self._follow_tables(scheduler_output)
         drafts = scheduler_output.scheduled_spec_decode_tokens
+        parts: list[SavePart] = []
+        as_is: list[SavePart] = []
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.scheduled = True
-                self._plan_save(tracked, num_tokens - len(drafts.get(request_id, ())))
+                full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
+                if tracked.too_lossy:
+                    as_is += self._parts_as_is(tracked, full)
+                if full > tracked.num_planned:
+                    parts.append(self._part(tracked, slice(tracked.num_planned, full)))
+                    tracked.num_planned = full
+        for group in group_parts(parts):
+            self._plan_save(group)
+        for group in group_parts(as_is):
+            self._plan_save(group, as_is=True)
         plan, self._plan = self._plan, ConnectorPlan()
         return plan
 
@@ -269,42 +239,36 @@ class SchedulerHalf:
             if (tracked := self._tracked.get(request_id)) is not None:
                 tracked.block_ids = list(block_ids[0]) if resumed else tracked.block_ids + list(block_ids[0])
 
-    def _plan_save(self, tracked: _Tracked, num_tokens: int) -> None:
+    def _num_full_blocks(self, tracked: TrackedRequest, num_tokens: int) -> int:
         request = tracked.request
         computed = request.num_computed_tokens + num_tokens
         if not self._options.save_decoded:
             computed = min(computed, request.num_prompt_tokens)
-        full = min(computed // self._block_size, len(request.block_hashes), len(tracked.block_ids))
-        self._save_as_is(tracked, full)
-        if full <= tracked.num_planned:
-            return
-        self._save(tracked, slice(tracked.num_planned, full))
-        tracked.num_planned = full
+        return int(min(computed // self._block_size, len(request.block_hashes), len(tracked.block_ids)))
 
-    def _save(self, tracked: _Tracked, part: slice, *, as_is: bool = False) -> None:
-        request = tracked.request
-        block_ids = np.array(tracked.block_ids[part], dtype=np.int32)
-        hashes = _keys(request.block_hashes[part])
-        plan = self._control.plan_save(pack_keys(hashes), block_ids, "save", as_is=as_is)
-        if plan.transfer.num_blocks:
-            job_id = next(self._job_ids)
-            job = self._jobs[job_id] = _Job(
-                plan, time.perf_counter(), request.request_id, as_is=as_is, first=part.start
-            )
-            keys_to_write = b""
-            if self._tier is not None:
-                saved = [hashes[position] for position in plan.positions.tolist()]
-                keys_to_write, job.write_id = self._tier.plan_write(saved)
-            self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
-            if self._events is not None:
-                job.blocks = PlannedBlocks.of(request, part, self._block_size)
-
-    def _save_as_is(self, tracked: _Tracked, full: int) -> None:
-        # Packing would have lost too much of these. A request that was preempted meanwhile has not got them all again.
-        for number in sorted(tracked.too_lossy):
-            if number < full:
-                self._save(tracked, slice(number, number + 1), as_is=True)
+    def _parts_as_is(self, tracked: TrackedRequest, full: int) -> list[SavePart]:
+        # A request that was preempted meanwhile has not got all of its blocks again.
+        numbers = [number for number in sorted(tracked.too_lossy) if number < full]
         tracked.too_lossy.clear()
+        return [self._part(tracked, slice(number, number + 1)) for number in numbers]
+
+    def _part(self, tracked: TrackedRequest, blocks: slice) -> SavePart:
+        event = PlannedBlocks.of(tracked.request, blocks, self._block_size) if self._events is not None else None
+        return SavePart(tracked, blocks, as_keys(tracked.request.block_hashes[blocks]), event)
+
+    def _plan_save(self, parts: list[SavePart], *, as_is: bool = False) -> None:
+        keys = [key for part in parts for key in part.keys]
+        block_ids = np.array([n for part in parts for n in part.tracked.block_ids[part.blocks]], dtype=np.int32)
+        plan = self._control.plan_save(pack_keys(keys), block_ids, "save", as_is=as_is)
+        if not plan.transfer.num_blocks:
+            return
+        job_id = next(self._job_ids)
+        job = self._jobs[job_id] = Job(plan, time.perf_counter(), as_is=as_is, parts=parts)
+        keys_to_write = b""
+        if self._tier is not None:
+            saved = [keys[position] for position in plan.positions.tolist()]
+            keys_to_write, job.write_id = self._tier.plan_write(saved)
+        self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -321,7 +285,7 @@ class SchedulerHalf:
                 self._finish(job)
         report_aborted_loads(connector_output, self._aborted)
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         count = job.plan.transfer.num_blocks
         succeeded = np.ones(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
@@ -332,32 +296,39 @@ class SchedulerHalf:
             intact[list(job.corrupt)] = False
             self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
 
-    def _finish_save(self, job: _Job, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
+    def _finish_save(self, job: Job, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
         count = len(succeeded)
         lossy = np.zeros(count, dtype=np.bool_)
         lossy[list(job.too_lossy)] = True
         self._control.finish_save(plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
         if self._tier is not None and job.write_id != NO_WRITE:
             self._tier.saved(job.write_id, succeeded)
-        self._publish(plan, job.blocks, succeeded)
         if job.as_is:
             self._stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
-        tracked = self._tracked.get(job.request_id)
-        if tracked is not None:
-            tracked.too_lossy.update((job.first + plan.positions[lossy]).tolist())
+        if job.too_lossy or self._events is not None:
+            self._tell_parts(job, plan, succeeded, lossy)
 
-    def _publish(self, plan: SavePlan, blocks: PlannedBlocks | None, succeeded: NDArray[np.bool_]) -> None:
-        if self._events is not None and blocks is not None:
+    def _tell_parts(self, job: Job, plan: SavePlan, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]) -> None:
+        positions, start = plan.positions, 0
+        for part in job.parts:
+            mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))
+            numbers = positions[mine] - start
+            part.tracked.too_lossy.update((part.blocks.start + numbers[lossy[mine]]).tolist())
+            self._publish(part, numbers[succeeded[mine]], plan.transfer.offsets[mine][succeeded[mine]])
+            start += len(part.keys)
+
+    def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
+        if self._events is not None and part.event is not None:
             # A block that was orphaned by a reset has come and gone: it is not at its offset.
-            seen = succeeded & self._control.index.contains_mask(_keys(blocks.hashes))[plan.positions]
-            self._events.stored(blocks, plan.positions[seen].tolist(), plan.transfer.offsets[seen].tolist())
+            seen = self._control.index.contains_mask(part.keys)[numbers]
+            self._events.stored(part.event, numbers[seen].tolist(), offsets[seen].tolist())
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
         """KV events since the last call; none unless vLLM publishes them."""
         return self._events.take() if self._events is not None else ()
 
-    def _finish_load(self, job: _Job, outcomes: Sequence[MissReason | None]) -> None:
+    def _finish_load(self, job: Job, outcomes: Sequence[MissReason | None]) -> None:
         tracked = self._tracked.get(job.request_id)
         if tracked is not None:
             tracked.loading = None
@@ -375,7 +346,7 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._control.touch(pack_keys(_keys(request.block_hashes[: tracked.num_planned])))
+        self._control.touch(pack_keys(as_keys(request.block_hashes[: tracked.num_planned])))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)
@@ -400,8 +371,3 @@ class SchedulerHalf:
         self._control.clear()
         if self._tier is not None:
             self._tier.close()
-
-
-def _keys(hashes: Sequence[bytes]) -> list[BlockHash]:
-    """vLLM's hashes as keys: SHA-256 as it is, shorter ones hashed to full width."""
-    return [BlockHash(h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest()) for h in hashes]

@@ -43,11 +43,12 @@ class Played:
         return step
 
     def report(self, *, saves: bool = True, loads: bool = True, **faults: Any) -> WorkerReport:
-        """Everything open has ended; `failed` and `corrupt` are positions, `invalid_block_ids` as vLLM has it."""
+        """Everything open has ended; `failed`, `corrupt`, `lossy` are positions, `invalid_block_ids` as vLLM has it."""
         outcomes: list[JobOutcome] = []
         received: set[str] = set()
         if saves:
-            outcomes += [JobOutcome(job) for job in self.open_saves]
+            lossy = faults.get("lossy", ())
+            outcomes += [JobOutcome(job, lossy, (), lossy) for job in self.open_saves]
             self.open_saves = []
         if loads:
             failed, corrupt = faults.get("failed", ()), faults.get("corrupt", ())
@@ -121,6 +122,60 @@ def check_decoded_blocks_are_saved(played: Callable[..., Played]) -> None:
         p.harness.add_request("a", tokens(40), max_tokens=70)
         p.run("a")
         assert len(p.half._control.index) == blocks
+
+
+def check_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> None:
+    p = played()
+    for number in range(4):
+        p.harness.add_request(f"r{number}", tokens(2 * BLOCK_SIZE - 1, number), max_tokens=2 * BLOCK_SIZE)
+    moved: list[int] = []
+    while not p.harness.requests["r3"].is_finished():
+        step = p.step()
+        assert len(step.metadata.saves) <= 1
+        moved += [job.transfer.num_blocks for job in step.metadata.saves]
+        for job in step.metadata.saves:
+            owners = [p.harness.block_ids(f"r{number}") for number in range(4)]
+            assert [sum(n in owner for n in job.transfer.block_ids.tolist()) for owner in owners].count(0) == 0
+    p.step()
+    assert moved == [4, 4, 4]
+    for number in range(4):
+        p.harness.add_request(f"again {number}", tokens(2 * BLOCK_SIZE - 1, number), max_tokens=1)
+        p.run(f"again {number}")
+    assert p.half.stats.snapshot().hits == 4
+
+
+def check_larger_saves_are_not_put_together(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvortex.vllm.jobs.MIN_SAVE_BLOCKS", 3)
+    p = played()
+    for number, blocks in enumerate((3, 1, 1, 1, 2)):
+        p.harness.add_request(str(number), tokens(BLOCK_SIZE * blocks + 1, number), max_tokens=1)
+    step = p.step()
+    assert [job.transfer.num_blocks for job in step.metadata.saves] == [3, 3, 2]
+
+
+def check_a_block_that_two_requests_compute_is_saved_once(played: Callable[..., Played]) -> None:
+    p = played(extra={"pending_wait_s": 0})
+    for number in range(2):
+        p.harness.add_request(f"r{number}", tokens(BLOCK_SIZE + 9), max_tokens=1)
+    step = p.step()
+    assert [job.transfer.num_blocks for job in step.metadata.saves] == [1]
+    p.step()
+    assert len(p.half._control.index) == 1
+
+
+def check_what_packing_would_lose_is_saved_as_it_is(played: Callable[..., Played]) -> None:
+    p = played(extra={"codec": "fp8"})
+    for number in range(3):
+        p.harness.add_request(f"r{number}", tokens(2 * BLOCK_SIZE + 1, number), max_tokens=3)
+    p.step(lossy=(1, 4))  # the second block of the first request, the first of the third one
+    (job,) = p.step().metadata.saves
+    assert job.transfer.packed is None
+    lossy = [p.harness.block_ids("r0")[1], p.harness.block_ids("r2")[0]]
+    assert job.transfer.block_ids.tolist() == lossy
+    p.run("r2")
+    control = p.half._control
+    assert control.index.committed_bytes == 4 * p.half._sizes.packed + 2 * p.half._sizes.raw
+    p.half.reset_cache()
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
@@ -278,8 +333,11 @@ def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
     assert all(request.is_finished() for request in p.harness.requests.values())
 
 
-def check_events_tell_what_the_cache_holds(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"cpu_pool_bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}
+@pytest.mark.parametrize(("together", "pool_blocks"), [(1, 16), (4, 40)])
+def check_events_tell_what_the_cache_holds(
+    played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, together: int, pool_blocks: int
+) -> None:
+    extra = {"cpu_pool_bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}
     p = played(kv_events=True, extra=extra)
     events: list[Any] = []
     original = p.half.take_events
@@ -290,9 +348,12 @@ def check_events_tell_what_the_cache_holds(played: Callable[..., Played], monkey
         return taken
 
     monkeypatch.setattr(p.half, "take_events", spy)
-    for number in range(8):
-        p.harness.add_request(f"r{number}", tokens(100, number), max_tokens=40)
-        p.run(f"r{number}")
+    for number in range(0, 12, together):
+        names = [f"r{n}" for n in range(number, number + together)]
+        for n, name in enumerate(names, number):
+            p.harness.add_request(name, tokens(100, n), max_tokens=40)
+        for name in names:
+            p.run(name)
     held: set[Any] = set()
     for event in events:
         assert event.medium == "CPU"
