@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -235,7 +236,13 @@ class RunningRow:
         command = [sys.executable, "-P", __file__, *options, "--row", name]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
             )
 
     def _answer(self) -> Any:
@@ -270,15 +277,20 @@ class RunningRow:
     def end(self) -> None:
         self.row.counters = self._ask("counters")
 
-    def kill(self) -> None:
-        self._process.kill()
+    def close(self, timeout_s: float) -> None:
+        """End the engine and every process that vLLM has started for it."""
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=timeout_s)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.Namespace, logs: Path) -> list[Row]:
     """Rows whose engines start at the same time and are measured in turns."""
-    started = [RunningRow(name, options, arguments, logs / f"{name.replace(':', '_')}.log") for name in names]
-    running = list(started)
+    started: list[RunningRow] = []
+    running: list[RunningRow] = []
+    patience_s = 0.0
 
     def in_turns(turn: Callable[[RunningRow], None]) -> None:
         for engine in list(running):
@@ -289,6 +301,9 @@ def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.N
                 running.remove(engine)
 
     try:
+        for name in names:
+            started.append(RunningRow(name, options, arguments, logs / f"{name.replace(':', '_')}.log"))
+        running += started
         in_turns(RunningRow.begin)
         time.sleep(10 if len(running) > 1 else 0)  # pools are pinned in the background
         for length in arguments.lengths:
@@ -299,9 +314,10 @@ def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.N
         for _ in range(arguments.batches):
             in_turns(partial(RunningRow.add_throughput, length=length, prompts=arguments.prompts))
         in_turns(RunningRow.end)
+        patience_s = 60.0
     finally:
         for engine in started:
-            engine.kill()
+            engine.close(patience_s)
     for engine in running:
         print_row(engine.row)
     return [engine.row for engine in running]

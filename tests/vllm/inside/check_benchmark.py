@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,20 @@ def run(*options: str) -> "subprocess.CompletedProcess[str]":
     settings = json.dumps({"dtype": "float32", "enforce_eager": True, "block_size": 32})
     command = [sys.executable, str(BENCHMARK), "--shape", "tiny", "--lengths", "256", "--repeats", "1"]
     command += ["--batches", "2", "--prompts", "2", "--pool-bytes", str(128 << 20), "--engine", settings]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=400)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVORTEX_BENCHMARK": str(os.getpid())}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=400)
+    assert not processes_with(f"KVORTEX_BENCHMARK={os.getpid()}")
+    return done
+
+
+def processes_with(variable: str) -> list[str]:
+    """Processes that run with a variable set; one that ends meanwhile does not count."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text())
+    return found
 
 
 def check_rows_are_measured_and_written(tmp_path: Path) -> None:
