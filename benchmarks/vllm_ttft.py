@@ -98,8 +98,13 @@ class Row:
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str:
+        """The connector, whatever the model runner."""
+        return self.name.partition(":")[0]
+
+    @property
     def has_connector(self) -> bool:
-        return self.name.partition(":")[0] != "none"
+        return self.kind != "none"
 
 
 def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
@@ -129,17 +134,17 @@ class Engine:
         import vllm
         from vllm.config import KVTransferConfig
 
-        from kvortex.testing.dummy_weights import scale_weights
+        from kvortex.testing.dummy_model import scale_weights
 
-        kind = arguments.row.partition(":")[0]
-        transfer = connector(kind, arguments.pool_bytes)
+        row = Row(arguments.row)
+        transfer = connector(row.kind, arguments.pool_bytes)
         settings = json.loads(arguments.engine)
         if transfer is not None:
             settings["kv_transfer_config"] = KVTransferConfig(**transfer)
         self._vllm = vllm
         self._random = random.Random(1)
         self._vocab_size = SHAPES[arguments.shape]["vocab_size"]
-        self._has_connector = transfer is not None
+        self._has_connector = row.has_connector
         self._batch: list[list[int]] = []
         self._llm = vllm.LLM(
             model=arguments.model,
@@ -358,36 +363,23 @@ def versions() -> dict[str, str]:
 
 
 def link_ms_per_gib() -> float | None:
-    """Milliseconds of one GiB in large pinned copies to the device, measured in a process of its own."""
+    """Milliseconds of one GiB in large pinned copies to the device, measured in a process of its own; None on a CPU."""
     code = (
         "import torch, time\n"
-        "host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)\n"
-        "card = torch.empty_like(host, device='cuda')\n"
-        "times = []\n"
-        "for _ in range(6):\n"
-        "    torch.cuda.synchronize(); began = time.perf_counter()\n"
-        "    card.copy_(host, non_blocking=True); torch.cuda.synchronize(); times.append(time.perf_counter() - began)\n"
-        "print(sorted(times)[2] * 1e3)\n"
+        "if torch.cuda.is_available():\n"
+        "    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)\n"
+        "    card = torch.empty_like(host, device='cuda')\n"
+        "    times = []\n"
+        "    for _ in range(6):\n"
+        "        torch.cuda.synchronize()\n"
+        "        began = time.perf_counter()\n"
+        "        card.copy_(host, non_blocking=True)\n"
+        "        torch.cuda.synchronize()\n"
+        "        times.append(time.perf_counter() - began)\n"
+        "    print(sorted(times)[2] * 1e3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
-
-
-def write_model(directory: Path, shape: str) -> None:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **SHAPES[shape],
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(printed) if printed else None
 
 
 def main() -> None:
@@ -409,6 +401,8 @@ def main() -> None:
     if arguments.row:
         run_row(arguments)
         return
+    from kvortex.testing.dummy_model import write_llama
+
     names = arguments.rows.split(",")
     link_ms = link_ms_per_gib()
     about = versions()
@@ -420,7 +414,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = arguments.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
-        write_model(Path(folder), arguments.shape)
+        write_llama(Path(folder), **SHAPES[arguments.shape])
         options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool-bytes={arguments.pool_bytes}"]
         options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}", f"--model={folder}"]
         for first in range(0, len(names), arguments.together):

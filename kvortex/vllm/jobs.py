@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from kvortex.control import LoadPlan, SavePlan
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash
@@ -85,4 +85,5 @@ def group_parts(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
 
 def as_keys(hashes: Sequence[bytes]) -> list[BlockHash]:
     """vLLM's hashes as keys: SHA-256 as it is, shorter ones hashed to full width."""
-    return [BlockHash(h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest()) for h in hashes]
+    keys = [h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest() for h in hashes]
+    return cast("list[BlockHash]", keys)  # a BlockHash each would take longer than the list itself

@@ -7,7 +7,6 @@ Each gets an engine in a process of its own: half a minute each, twice that wher
 A line a case; the exit status is 1 if tokens differ, hits did not happen, or the device reports an error.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -21,9 +20,7 @@ from typing import Any
 ENGINES = ("auto:raw", "fp8:raw", "auto:fp8")  # cache dtype and codec
 LIKELY = 20
 BLOCK_SIZE = 16
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "num_hidden_layers": 8,
@@ -31,14 +28,6 @@ CONFIG = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 32000,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -59,7 +48,7 @@ class Checks:
         import vllm
         from vllm.config import KVTransferConfig
 
-        from kvortex.testing.dummy_weights import scale_weights
+        from kvortex.testing.dummy_model import scale_weights
 
         dtype, self.codec = engine.split(":")
         self.engine = engine
@@ -236,10 +225,12 @@ class Checks:
 def main() -> int:
     if len(sys.argv) == 3:
         return 1 if Checks(sys.argv[1], sys.argv[2]).run() else 0
+    from kvortex.testing.dummy_model import write_llama
+
     began_s, status = time.monotonic(), 0
     environment = {**os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(CONFIG))
+        write_llama(Path(folder), **MODEL)
         for engine in sys.argv[1:] or ENGINES:
             done = subprocess.run([sys.executable, __file__, engine, folder], env=environment)
             status |= done.returncode != 0
