@@ -28,10 +28,18 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What else must agree for stored bytes to be reusable; it becomes part of the namespace."""
+    """What else must agree for stored bytes to be reusable; it becomes part of the namespace.
+
+    Args:
+        model: its name.
+        weights_revision: what tells its weights from others of that name, such as a commit.
+        fingerprint: of whatever else changes the bytes: configuration, quantisation, position encoding.
+        tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
+    """
 
     model: str = "unnamed"
     weights_revision: str = ""
+    fingerprint: str = ""
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0

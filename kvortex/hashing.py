@@ -120,12 +120,14 @@ class Namespace:
     pp_size: int = 1
     codec: str = "raw"
     """Name of the codec that stored blocks are encoded with."""
+    fingerprint: str = ""
+    """Of whatever else changes the bytes, such as the model's configuration; `""` where nothing is said."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("model", "weights_revision", "kv_dtype", "codec"):
+        for name in ("model", "weights_revision", "kv_dtype", "codec", "fingerprint"):
             value = getattr(self, name)
-            if not isinstance(value, str) or (not value and name != "weights_revision"):
+            if not isinstance(value, str) or (not value and name not in ("weights_revision", "fingerprint")):
                 raise ConfigError(f"{name} must be a non-empty str, not {value!r}")
         if not isinstance(self.layout, bytes) or not self.layout:
             raise ConfigError(f"layout must be the segment table's digest as bytes, not {self.layout!r}")

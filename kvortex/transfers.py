@@ -139,6 +139,7 @@ class DataPlane:
             pp_rank=identity.pp_rank,
             pp_size=identity.pp_size,
             codec=self.forms.codec,
+            fingerprint=identity.fingerprint,
         )
 
     # -- transfers ---------------------------------------------------------------------------------

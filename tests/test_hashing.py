@@ -235,7 +235,7 @@ def test_bad_arguments(arguments, tokens):
 NAMESPACE_CHANGES = {
     "model": "llama2", "weights_revision": "", "kv_dtype": "float16", "layout": b"\x01" * 32,
     "block_size": 32, "tp_rank": 2, "tp_size": 8, "pp_rank": 1, "pp_size": 2,
-    "codec": "fp8", "schema_version": 2,
+    "codec": "fp8", "schema_version": 2, "fingerprint": "other settings",
 }  # fmt: skip
 
 
@@ -256,7 +256,8 @@ def test_a_namespace_does_not_confuse_neighbouring_fields():
     "change",
     [
         {"model": ""}, {"model": None}, {"weights_revision": None}, {"kv_dtype": ""}, {"codec": ""},
-        {"layout": b""}, {"layout": "x"}, {"block_size": 0}, {"block_size": True}, {"tp_rank": 4},
+        {"fingerprint": None}, {"layout": b""}, {"layout": "x"}, {"block_size": 0}, {"block_size": True},
+        {"tp_rank": 4},
         {"tp_rank": -1}, {"tp_size": 0}, {"pp_rank": 1}, {"pp_size": 0},
         {"schema_version": 0}, {"block_size": 16.0},
     ],
