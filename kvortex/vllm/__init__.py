@@ -1,10 +1,21 @@
-"""KVortex as a KV connector of vLLM:
+"""KVortex as a KV connector of vLLM, known to it by its name:
 
-vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVortexConnector",
-    "kv_connector_module_path": "kvortex.vllm", "kv_role": "kv_both",
+vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVortexConnector", "kv_role": "kv_both",
     "kv_connector_extra_config": {"cpu_pool_bytes": "16GiB"}}'
 """
 
-from kvortex.vllm.connector import KVortexConnector
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvortex.vllm.connector import KVortexConnector
 
 __all__ = ["KVortexConnector"]
+
+
+def __getattr__(name: str) -> object:
+    # vLLM imports `kvortex.vllm.plugin` in all of its processes, at a time when the connector would be too much.
+    if name == "KVortexConnector":
+        from kvortex.vllm import connector
+
+        return connector.KVortexConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

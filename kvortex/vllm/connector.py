@@ -1,7 +1,9 @@
 """The class that vLLM loads: a facade over the half that its role asks for."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +15,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvortex.errors import EngineStateError
+from kvortex.vllm.logs import follow_vllm_logging
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
+from kvortex.vllm.model import why_not_reused
 from kvortex.vllm.options import ConnectorOptions
+from kvortex.vllm.passive import PassiveScheduler, PassiveWorker
 from kvortex.vllm.plans import ConnectorPlan, WorkerHandshake
-from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, watch_sleep
+from kvortex.vllm.versions import (
+    IS_NEWER,
+    WorkerReports,
+    connector_around,
+    pass_reports_through,
+    recompute_failed_loads,
+    watch_sleep,
+)
+from kvortex.vllm.weights import WeightsWatch, watch_resets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,6 +44,8 @@ if TYPE_CHECKING:
     from kvortex.vllm.scheduler import SchedulerHalf
     from kvortex.vllm.worker import WorkerHalf
 
+logger = logging.getLogger(__name__)
+
 
 class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """KVortex as vLLM's KV connector; see `ConnectorOptions` for what `kv_connector_extra_config` takes.
@@ -44,31 +59,46 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig | None" = None
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        follow_vllm_logging()
         if kv_cache_config is None:
             raise EngineStateError("this vLLM gives a connector no kv_cache_config; KVortex needs 0.15 or newer")
         transfer = vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config if transfer else {})
         # The halves bring numba with them, which vLLM's CPU worker must not find loaded before it has started.
-        self._scheduler_half: SchedulerHalf | None = None
-        self._worker_half: WorkerHalf | None = None
-        self._end_watch: Callable[[], None] = lambda: None
-        if role == KVConnectorRole.SCHEDULER:
+        self._scheduler_half: SchedulerHalf | PassiveScheduler | None = None
+        self._worker_half: WorkerHalf | PassiveWorker | None = None
+        self._weights: WeightsWatch | None = None
+        self._end_watches = contextlib.ExitStack()
+        around = connector_around()
+        if around is not None:
+            pass_reports_through(around)
+        if (why := why_not_reused(vllm_config, kv_cache_config)) != "":
+            if role == KVConnectorRole.SCHEDULER:
+                logger.warning("KVortex stores nothing: %s", why)
+                self._scheduler_half = PassiveScheduler()
+            else:
+                self._worker_half = PassiveWorker()
+        elif role == KVConnectorRole.SCHEDULER:
+            recompute_failed_loads(vllm_config, around)
             scheduler = importlib.import_module("kvortex.vllm.scheduler")
-            self._scheduler_half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options)
+            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, waits_for_hello=around is not None)
+            self._scheduler_half = half
+            self._end_watches.callback(watch_resets(half.vllm_was_reset))
         else:
             worker = importlib.import_module("kvortex.vllm.worker")
             ranks = importlib.import_module("kvortex.vllm.ranks")
-            group = ranks.group_of_equals(vllm_config, kv_cache_config)
-            self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, group)
+            peers = ranks.peers_of(vllm_config, kv_cache_config)
+            says_hello = around is not None
+            self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, peers, says_hello=says_hello)
 
     @property
-    def _scheduler(self) -> "SchedulerHalf":
+    def _scheduler(self) -> "SchedulerHalf | PassiveScheduler":
         if self._scheduler_half is None:
             raise EngineStateError("this is the worker half")
         return self._scheduler_half
 
     @property
-    def _worker(self) -> "WorkerHalf":
+    def _worker(self) -> "WorkerHalf | PassiveWorker":
         if self._worker_half is None:
             raise EngineStateError("this is the scheduler half")
         return self._worker_half
@@ -81,9 +111,14 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # -- worker ------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register_kv_caches(kv_caches)
-        self._end_watch()
-        self._end_watch = watch_sleep(self._vllm_config.model_config, self._worker.fall_asleep, self._worker.wake)
+        worker = self._worker
+        worker.register_kv_caches(kv_caches)
+        self._end_watches.close()
+        if isinstance(worker, PassiveWorker):
+            return
+        self._end_watches.callback(watch_sleep(self._vllm_config.model_config, worker.fall_asleep, worker.wake))
+        self._weights = WeightsWatch(self._vllm_config, worker.forget)
+        self._end_watches.callback(self._weights.end)
 
     def unregister_kv_caches(self) -> None:
         """The cache's memory is about to go; for all that is known here, other weights may follow."""
@@ -99,6 +134,8 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().bind_connector_metadata(connector_metadata)
         if not isinstance(connector_metadata, ConnectorPlan):
             raise EngineStateError(f"a plan of another connector: {type(connector_metadata).__name__}")
+        if connector_metadata.looks_at_weights and self._weights is not None:
+            self._weights.look()
         self._worker.begin_step(connector_metadata)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
@@ -119,19 +156,25 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_block_ids()
 
-    def build_connector_worker_meta(self) -> OutcomeMessage | None:
-        return self._worker.take_outcomes()
+    def build_connector_worker_meta(self) -> WorkerReports | None:
+        return self._worker.take_reports()
 
-    def get_kv_connector_kv_cache_events(self) -> OutcomeMessage | None:
-        return None if IS_NEWER else self._worker.take_outcomes()
+    def get_kv_connector_kv_cache_events(self) -> WorkerReports | None:
+        return None if IS_NEWER else self._worker.take_reports()
 
     # -- scheduler ---------------------------------------------------------------------------------
 
-    def set_xfer_handshake_metadata(self, metadata: Mapping[int, WorkerHandshake]) -> None:
-        self._scheduler.accept_handshake(list(metadata.values()))
+    def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
+        self._accept_handshakes(metadata.values())
 
-    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], WorkerHandshake]) -> None:
-        self._scheduler.accept_handshake(list(metadata.values()))
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        self._accept_handshakes(metadata.values())
+
+    def _accept_handshakes(self, handshakes: Iterable[KVConnectorHandshakeMetadata]) -> None:
+        # Beside other connectors theirs may come here.
+        self._scheduler.accept_handshake([h for h in handshakes if isinstance(h, WorkerHandshake)])
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
@@ -150,6 +193,10 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
         return self._scheduler.take_events()
+
+    def has_pending_push_work(self) -> bool:
+        """An idle engine goes on stepping until its last saves have been reported."""
+        return self._scheduler.has_work()
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset_cache()
@@ -172,7 +219,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
-        self._end_watch()
+        self._end_watches.close()
         if self._worker_half is not None:
             self._worker_half.shutdown()
         if self._scheduler_half is not None:

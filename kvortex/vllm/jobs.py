@@ -30,6 +30,7 @@ class TrackedRequest:
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
     scheduled: bool = False  # since its blocks were allocated
+    has_stale_kv: bool = False  # computed with weights that are others now: none of it is saved
 
     def blocks_to_go_on(self, block_size: int) -> int:
         """Blocks that it must have to compute its known tokens and one more."""

@@ -56,6 +56,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     loads: list[LoadJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)
     fetches: list[FetchJob] = field(default_factory=list)
+    looks_at_weights: bool = False  # vLLM's own cache was emptied: perhaps because the weights have changed
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,18 @@ class JobOutcome:
     too_lossy: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class WeightsChanged:
+    """What one worker says when its model has got other weights: whatever was planned so far is of the old ones."""
+
+
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker found when it registered its caches; `namespace` of its blocks in the lower tier, if it has one."""
+    """What a worker found when it registered its caches; `namespace` of its blocks in the lower tier, if it has one.
+
+    `sizes` are those that hold the blocks of all pipeline stages, `pool_bytes` how much of what is planned with them
+    its pool holds.
+    """
 
     layout_digest: bytes
     sizes: BlockSizes

@@ -1,4 +1,4 @@
-"""Ranks of a tensor-parallel group that all hold the same KV: one pool for them all, each saves its share.
+"""The other workers of an engine. Ranks that all hold the same KV keep one pool, and each saves its share.
 
 Multi-head latent attention keeps one latent vector a token, and every rank of the group computes it. Stored once,
 a pool holds as many times more as there are ranks, and each rank's link carries its share of the saves. Every rank
@@ -6,13 +6,13 @@ loads all blocks, over its own link, and compares them with the digests of whoev
 """
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from kvortex.config import KVortexConfig
 from kvortex.driver import align_up
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class RankGroup(Protocol):
-    """The processes that hold the same KV."""
+    """Processes that can tell each other something."""
 
     rank: int
     size: int
@@ -41,13 +41,12 @@ class RankGroup(Protocol):
         ...
 
 
-class TensorParallelGroup:
-    """vLLM's tensor-parallel group, over its CPU backend."""
+class Coordinated:
+    """One of vLLM's process groups, over its CPU backend."""
 
-    def __init__(self) -> None:
-        group = get_tp_group()
-        self.rank, self.size = int(group.rank_in_group), int(group.world_size)
-        self._cpu_group = group.cpu_group
+    def __init__(self, coordinator: Any) -> None:
+        self.rank, self.size = int(coordinator.rank_in_group), int(coordinator.world_size)
+        self._cpu_group = coordinator.cpu_group
 
     def exchange(self, value: T) -> list[T]:
         """See `RankGroup`."""
@@ -56,11 +55,22 @@ class TensorParallelGroup:
         return values  # type: ignore[return-value]
 
 
-def group_of_equals(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> RankGroup | None:
-    """The group of a worker whose peers hold the same KV; None if its KV is its own."""
-    if vllm_config.parallel_config.tensor_parallel_size == 1 or not is_latent(only_group(kv_cache_config)):
-        return None
-    return TensorParallelGroup()
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Who else there is: the ranks that hold the same KV, and the stages that hold other layers; None for nobody."""
+
+    equals: RankGroup | None = None
+    stages: RankGroup | None = None
+
+
+def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Peers:
+    """The groups of a worker in this process."""
+    parallel = vllm_config.parallel_config
+    latent = parallel.tensor_parallel_size > 1 and is_latent(only_group(kv_cache_config))
+    return Peers(
+        equals=Coordinated(get_tp_group()) if latent else None,
+        stages=Coordinated(get_pp_group()) if parallel.pipeline_parallel_size > 1 else None,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,12 +78,14 @@ class Share:
     """What one rank saves of what all hold, and the digests of all that is saved.
 
     Args:
+        config: the settings of its pool.
         digests: `uint64 [places]`, one for every place a block can have in the pool.
         place_nbytes: of the smallest block: no two have the same place.
         rank, size: the rank saves the blocks at every `size`-th place.
         memory: pool and digests of all ranks; None where they are this rank's own.
     """
 
+    config: KVortexConfig
     digests: NDArray[np.uint64]
     place_nbytes: int
     rank: int = 0
@@ -83,7 +95,7 @@ class Share:
     @classmethod
     def own(cls, config: KVortexConfig, sizes: BlockSizes) -> Self:
         """For a rank that keeps its KV to itself."""
-        return cls(np.zeros(_num_places(config, sizes), dtype=np.uint64), sizes.packed)
+        return cls(config, np.zeros(_num_places(config, sizes), dtype=np.uint64), sizes.packed)
 
     @classmethod
     def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, sizes: BlockSizes) -> Self:
@@ -99,12 +111,18 @@ class Share:
         memory = _open_memory(group, pool_bytes + num_places * 8)
         reached = group.exchange((memory is not None, layout.digest))
         if memory is None or any(answer != (True, layout.digest) for answer in reached):
-            logger.warning("ranks on different machines or with different layouts: each stores a copy of its own")
+            divided = config.cpu_pool_bytes // group.size
+            logger.warning(
+                "ranks on different machines or with different layouts: each stores a copy of its own, of %d bytes "
+                "(cpu_pool_bytes divided by %d ranks)",
+                divided,
+                group.size,
+            )
             if memory is not None:
                 memory.close()
-            return cls.own(config, sizes)
+            return cls.own(replace(config, cpu_pool_bytes=divided), sizes)
         digests = np.frombuffer(memory.map(pool_bytes, num_places * 8), dtype=np.uint64)
-        return cls(digests, sizes.packed, group.rank, group.size, memory)
+        return cls(config, digests, sizes.packed, group.rank, group.size, memory)
 
     def places(self, plan: TransferPlan) -> NDArray[np.int64]:
         """Where in `digests` those of a plan's blocks are."""

@@ -15,21 +15,21 @@ from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
-from kvortex.types import BlockHash, MissReason
+from kvortex.types import BlockHash, BlockSizes, MissReason
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, as_keys, group_parts
 from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import only_group, refuse_unserved, stored_sizes
+from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     RESERVES_FOR_LOADS,
     hash_root_is_random,
-    message_in,
     report_aborted_loads,
+    reports_in,
 )
 
 if TYPE_CHECKING:
@@ -48,22 +48,31 @@ class SchedulerHalf:
     """Plans over vLLM's own block hashes.
 
     Args:
-        vllm_config: the engine's configuration. Its `kv_load_failure_policy` is set to "recompute": a failed
-            load costs time, never an answer.
+        vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
+        waits_for_hello: what the workers registered comes with their first step: nothing is planned before.
 
     Raises:
         ConfigError: a model that cannot be served, see `only_group` and `refuse_unserved`.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: ConnectorOptions) -> None:
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+        options: ConnectorOptions,
+        *,
+        waits_for_hello: bool = False,
+    ) -> None:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
-        self._block_size = int(only_group(kv_cache_config).kv_cache_spec.block_size)
+        self._block_size = int(layer_specs(only_group(kv_cache_config))[0].block_size)
         self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._sizes = stored_sizes(kv_cache_config, options.engine.codec)
+        self._ready = not waits_for_hello
+        self._weights_changed = False  # since vLLM's own cache was last emptied
+        self._sizes = expected_sizes(kv_cache_config, options.engine.codec)
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
@@ -79,10 +88,6 @@ class SchedulerHalf:
         self._events = EventLog(self._block_size) if events is not None and events.enable_kv_cache_events else None
         if self._events is not None:
             self._control.on_removed = self._events.removed
-        transfer = vllm_config.kv_transfer_config
-        if transfer is not None and transfer.kv_load_failure_policy != "recompute":
-            logger.info("kv_load_failure_policy is set to 'recompute': blocks that cannot be loaded are computed")
-            transfer.kv_load_failure_policy = "recompute"
         if hash_root_is_random(vllm_config.cache_config.prefix_caching_hash_algo):
             logger.warning(
                 "vLLM's block hashes start from a random root: they serve this process only. "
@@ -90,21 +95,30 @@ class SchedulerHalf:
             )
 
     def accept_handshake(self, handshakes: Sequence[WorkerHandshake]) -> None:
-        """Compare what the workers registered with what was assumed of them.
+        """Learn what the workers registered: how large their blocks are, how much their pools hold.
 
         Raises:
-            ConfigError: workers disagree, or a block is larger than the scheduler can know.
+            ConfigError: workers disagree.
         """
+        if not handshakes:
+            return
         sizes = {handshake.sizes for handshake in handshakes}
-        if sizes - {self._sizes}:
+        if len(sizes) > 1:
             found = sorted((s.raw, s.packed) for s in sizes)
-            raise ConfigError(
-                f"workers registered blocks of {found} bytes (as they are, packed), the scheduler counts "
-                f"({self._sizes.raw}, {self._sizes.packed})"
-            )
+            raise ConfigError(f"workers registered blocks of {found} bytes (as they are, packed): they must agree")
+        self._plan_with(sizes.pop(), min(handshake.pool_bytes for handshake in handshakes))
         namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
-        if self._tier is None and len(namespaces) == len(handshakes) > 0:
+        if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
+        self._ready = True
+
+    def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:
+        if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
+            return
+        removed = self._control.on_removed
+        self._sizes = sizes
+        self._control = ControlPlane.from_config(self._options.engine, pool_bytes, sizes)
+        self._control.on_removed = removed
 
     def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
         engine = self._options.engine
@@ -121,7 +135,7 @@ class SchedulerHalf:
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
         tracked = self._tracked.get(request.request_id)
-        if request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
+        if not self._ready or request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
             return 0, False
         first = num_computed_tokens // self._block_size
         keys = as_keys(request.block_hashes[first:])
@@ -206,6 +220,7 @@ class SchedulerHalf:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.scheduled = True
+            if tracked is not None and self._ready and not tracked.has_stale_kv:
                 full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
                 if tracked.too_lossy:
                     as_is += self._parts_as_is(tracked, full)
@@ -274,8 +289,13 @@ class SchedulerHalf:
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
-        message = message_in(connector_output)
-        for outcome in message.outcomes if message is not None else ():
+        reports = reports_in(connector_output)
+        self.accept_handshake([report for report in reports if isinstance(report, WorkerHandshake)])
+        if any(isinstance(report, WeightsChanged) for report in reports):
+            self._forget_weights()
+        for outcome in reports:
+            if not isinstance(outcome, JobOutcome):
+                continue
             if self._tier is not None and self._tier.report(outcome):
                 continue
             job = self._jobs[outcome.job_id]
@@ -352,12 +372,30 @@ class SchedulerHalf:
         self._aborted.add(request.request_id)
         return HOLD_ABORTED_LOADS
 
+    def _forget_weights(self) -> None:
+        """The weights are others: nothing that is stored is served, nothing that was begun with them is stored."""
+        self._weights_changed = True
+        for tracked in self._tracked.values():
+            tracked.has_stale_kv = True
+        self.reset_cache()
+
+    def vllm_was_reset(self) -> None:
+        """vLLM has emptied its own prefix cache: until now it may have served what old weights computed."""
+        self._plan.looks_at_weights = True
+        if self._weights_changed:
+            self._forget_weights()
+            self._weights_changed = False
+
     def reset_cache(self) -> bool:
         """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
         self._control.clear()
         if self._tier is not None:
             self._tier.forget_all()
         return True
+
+    def has_work(self) -> bool:
+        """Jobs are under way, whose end the workers report with a step."""
+        return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
 
     def take_stats(self) -> ConnectorStats | None:
         """Figures since the last call, None if there are none."""

@@ -3,14 +3,19 @@
 Verified against 0.15.1, 0.23.0 and 0.32.0. "Older" below is 0.15, "newer" is 0.23 and later.
 """
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, TypeAlias
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
 from kvortex.errors import ConfigError
-from kvortex.vllm.plans import JobOutcome
+from kvortex.vllm.plans import JobOutcome, WeightsChanged, WorkerHandshake
+
+logger = logging.getLogger(__name__)
 
 IS_NEWER: Final = hasattr(base, "KVConnectorWorkerMetadata")
 
@@ -22,30 +27,33 @@ else:
     _MessageBase = KVConnectorKVEvents
 
 
-class OutcomeMessage(_MessageBase):  # type: ignore[misc]
-    """Outcomes on their way from the workers to the scheduler half.
+Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged
+
+
+class WorkerReports(_MessageBase):  # type: ignore[misc]
+    """What the workers say to the scheduler half after a step.
 
     Newer versions have worker metadata for it. Older ones have only the events' channel, which nobody else
-    reads from a connector's output; there the executor adds the other workers' outcomes to the first one's.
+    reads from a connector's output; there the executor adds the other workers' reports to the first one's.
     """
 
-    def __init__(self, outcomes: Iterable[JobOutcome] = ()) -> None:
-        self.outcomes = list(outcomes)
+    def __init__(self, reports: Iterable[Report] = ()) -> None:
+        self.reports = list(reports)
 
-    def aggregate(self, other: "OutcomeMessage | None" = None) -> "OutcomeMessage":
-        """One message with everybody's outcomes."""
-        return OutcomeMessage([*self.outcomes, *(other.outcomes if other is not None else ())])
+    def aggregate(self, other: "WorkerReports | None" = None) -> "WorkerReports":
+        """One message with what everybody says."""
+        return WorkerReports([*self.reports, *(other.reports if other is not None else ())])
 
-    def add_events(self, events: list[JobOutcome]) -> None:
-        """Older: take over another worker's outcomes."""
-        self.outcomes.extend(events)
+    def add_events(self, events: list[Report]) -> None:
+        """Older: take over another worker's reports."""
+        self.reports.extend(events)
 
-    def get_all_events(self) -> list[JobOutcome]:
+    def get_all_events(self) -> list[Report]:
         """Older: what another worker's message takes over."""
-        return self.outcomes
+        return self.reports
 
     def increment_workers(self, count: int = 1) -> None:
-        """Older: the number of workers; each outcome counts for itself."""
+        """Older: the number of workers; each report counts for itself."""
 
     def get_number_of_workers(self) -> int:
         """Older: required by the base class."""
@@ -53,14 +61,14 @@ class OutcomeMessage(_MessageBase):  # type: ignore[misc]
 
     def clear_events(self) -> None:
         """Older: required by the base class."""
-        self.outcomes.clear()
+        self.reports.clear()
 
 
-def message_in(connector_output: Any) -> OutcomeMessage | None:
-    """The outcomes in a step's output, if there are any."""
+def reports_in(connector_output: Any) -> list[Report]:
+    """What the workers say in a step's output."""
     name = "kv_connector_worker_meta" if IS_NEWER else "kv_cache_events"
     message = getattr(connector_output, name, None)
-    return message if isinstance(message, OutcomeMessage) else None
+    return message.reports if isinstance(message, WorkerReports) else []
 
 
 HOLD_ABORTED_LOADS: Final = not IS_NEWER
@@ -85,6 +93,46 @@ def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
     if HOLD_ABORTED_LOADS and ended:
         connector_output.finished_recving = set(received) - ended
         connector_output.finished_sending = set(connector_output.finished_sending or ()) | ended
+
+
+def connector_around() -> Any:
+    """The `MultiConnector` that is just making a connector of ours as one of several; None where it stands alone.
+
+    It hands its children a configuration of their own and tells them nothing of itself.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "MultiConnector":
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def recompute_failed_loads(vllm_config: Any, around: Any) -> None:
+    """Have vLLM compute what could not be loaded, whatever `kv_load_failure_policy` says.
+
+    A failed load costs time, never an answer. vLLM reads the policy after it has made its connector, which is `around`
+    where ours is one of several.
+    """
+    for config in (vllm_config, getattr(around, "_vllm_config", None)):
+        transfer = config.kv_transfer_config if config is not None else None
+        if transfer is not None and transfer.kv_load_failure_policy != "recompute":
+            logger.info("kv_load_failure_policy is set to 'recompute': blocks that cannot be loaded are computed")
+            transfer.kv_load_failure_policy = "recompute"
+
+
+def pass_reports_through(multi_connector: Any) -> None:
+    """Have a `MultiConnector` of the older version pass on what our worker half reports: it knows no such channel."""
+    kind = type(multi_connector)
+    if IS_NEWER or "get_kv_connector_kv_cache_events" in vars(kind):
+        return
+
+    def get_kv_connector_kv_cache_events(self: Any) -> Any:
+        found = (child.get_kv_connector_kv_cache_events() for child in self._connectors)
+        return next((events for events in found if events is not None), None)
+
+    kind.get_kv_connector_kv_cache_events = get_kv_connector_kv_cache_events
 
 
 HAS_SLEEP_HOOKS: Final = hasattr(base.KVConnectorBase_V1, "unregister_kv_caches")

@@ -3,43 +3,51 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import block_sizes, packing_for
+from kvortex.codecs import RAW, block_sizes, packing_for
 from kvortex.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
+from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
 from kvortex.transfers import DataPlane
-from kvortex.types import TransferPlan
+from kvortex.types import BlockSizes, TransferPlan
+from kvortex.vllm.identity import identity_of
 from kvortex.vllm.lower import TierMover, split_keys
-from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import block_dims, identity_of, only_group
+from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
+from kvortex.vllm.places import Places, largest
 from kvortex.vllm.plans import (
     ConnectorPlan,
     FetchJob,
     JobOutcome,
     LoadJob,
     SaveJob,
+    WeightsChanged,
     WorkerHandshake,
 )
-from kvortex.vllm.ranks import RankGroup, Share
-from kvortex.vllm.versions import OutcomeMessage
+from kvortex.vllm.ranks import Peers, Share
+from kvortex.vllm.versions import Report, WorkerReports
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
+
+MAX_READ_WAIT_S: Final = 30.0
+"""How long a step waits for saves that still have to read blocks which it will write. A device that takes longer is
+stuck: the step goes on, and what those saves read is thrown away."""
 
 
 @dataclass
@@ -48,6 +56,7 @@ class _Save:
 
     block_ids: frozenset[int]
     read: threading.Event = field(default_factory=threading.Event)
+    overwritten: bool = False  # before it had read them
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +89,8 @@ class WorkerHalf:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
-        group: the ranks that hold the same KV, see `kvortex.vllm.ranks`; None if this one's is its own.
+        peers: the other workers of the engine that this one has to agree with.
+        says_hello: report the handshake with the first step: nobody asks for it.
     """
 
     def __init__(
@@ -88,25 +98,30 @@ class WorkerHalf:
         vllm_config: "VllmConfig",
         kv_cache_config: "KVCacheConfig",
         options: ConnectorOptions,
-        group: RankGroup | None = None,
+        peers: Peers | None = None,
+        *,
+        says_hello: bool = False,
     ) -> None:
-        kv_group = only_group(kv_cache_config)
-        self._identity = identity_of(vllm_config, kv_group, int(vllm_config.parallel_config.rank))
+        self._vllm_config = vllm_config
+        self._kv_group = only_group(kv_cache_config)
+        self._rank = int(vllm_config.parallel_config.rank)
         self._num_blocks = int(kv_cache_config.num_blocks)
-        self._block_size = int(kv_group.kv_cache_spec.block_size)
+        self._block_size = int(self._kv_group.kv_cache_spec.block_size)
         self._options = options
-        self._group = group
+        self._peers = peers or Peers()
+        self._says_hello = says_hello
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
         self._mover: TierMover | None = None
-        self._share = Share(np.empty(0, dtype=np.uint64), 1)
+        self._share = Share(options.engine, np.empty(0, dtype=np.uint64), 1)
+        self._places = Places(1, BlockSizes(1, 1), BlockSizes(1, 1))
+        self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[_Save] = deque()
         self._ended: deque[_Ended] = deque()
-        self._outcomes: list[JobOutcome] = []
+        self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
-        self._stats = ConnectorStats()
         self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
         self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier; likewise
 
@@ -127,7 +142,7 @@ class WorkerHalf:
         try:
 
             async def start() -> DataPlane:
-                return DataPlane(self._options.engine, caches, layout, memory=share.memory)
+                return DataPlane(share.config, caches, layout, memory=share.memory)
 
             self._data = thread.run(start())
         except BaseException:
@@ -137,32 +152,49 @@ class WorkerHalf:
         self._thread = thread
         self._share = share
         if self._options.engine.disk_path:
-            namespace = self._data.namespace(self._identity)
-            self._mover = TierMover(self._options.engine, namespace, self._data.pool.bytes, self._data.forms)
-            thread.run(self._mover.open())
+            self._open_mover(self._data, thread)
+        if self._says_hello:
+            self._reports.append(self._hello(self._data))
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
-        logger.info(
-            "KVortex serves %s, %d bytes of pinned memory%s", layout.describe(), self._data.pool.capacity_bytes, shared
+        logger.debug(
+            "rank %d serves %s, %d bytes of pinned memory%s",
+            self._rank,
+            layout.describe(),
+            self._data.pool.capacity_bytes,
+            shared,
         )
 
     def _make_share(self, layout: KVLayout) -> Share:
         config = self._options.engine
-        sizes = block_sizes(layout, packing_for(layout, config.codec))
-        if self._group is None:
-            return Share.own(config, sizes)
-        return Share.of_group(self._group, config, layout, sizes)
+        own = block_sizes(layout, packing_for(layout, config.codec))
+        if config.codec != RAW and not own.packs and self._rank == 0:
+            logger.warning("codec %r does not take a cache of %s: blocks rest as they are", config.codec, layout.dtypes)
+        stages = self._peers.stages
+        planned = largest(stages.exchange(own)) if stages is not None else own
+        self._places = Places(config.pin_piece_bytes, planned, own)
+        config = self._places.config(config)
+        if self._peers.equals is None:
+            return Share.own(config, own)
+        return Share.of_group(self._peers.equals, config, layout, own)
+
+    def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
+        engine = self._options.engine
+        self._namespace = data.namespace(identity_of(self._vllm_config, self._kv_group, self._rank, engine.identity))
+        self._mover = TierMover(engine, self._namespace, data.pool.bytes, data.forms)
+        thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:
-        """What was registered, for the scheduler half."""
-        if self._data is None:
-            return None
-        layout = self._data.layout
+        """What was registered, for the scheduler half; None where it comes with the first step."""
+        return None if self._data is None or self._says_hello else self._hello(self._data)
+
+    def _hello(self, data: DataPlane) -> WorkerHandshake:
+        layout = data.layout
         return WorkerHandshake(
             layout.digest,
-            self._data.sizes,
+            self._places.planned,
             layout.num_blocks,
-            self._data.pool.capacity_bytes,
-            self._data.namespace(self._identity) if self._mover is not None else None,
+            self._places.planned_bytes(data.pool.capacity_bytes),
+            self._namespace,
         )
 
     def shutdown(self) -> None:
@@ -196,11 +228,20 @@ class WorkerHalf:
         if self._thread is None:
             return
         self._asleep = True
+        if keeps_weights:
+            self._thread.run(self._settle())
+        else:
+            self.forget()
+
+    def forget(self) -> None:
+        """The weights are others now: whatever is stored, or on its way, is not served any more."""
+        if self._thread is None:
+            return
         self._thread.run(self._settle())
-        if not keeps_weights:
-            self._share.forget()
-            if self._mover is not None:
-                self._mover.forget_all()
+        self._share.forget()
+        if self._mover is not None:
+            self._mover.forget_all()
+        self._reports.append(WeightsChanged())
 
     async def _settle(self) -> None:
         while self._tasks:
@@ -220,9 +261,13 @@ class WorkerHalf:
     def begin_step(self, plan: ConnectorPlan) -> None:
         """Before the forward: what it will overwrite must have been read by saves of earlier steps."""
         self._plan = plan
+        due_s = time.monotonic() + MAX_READ_WAIT_S
         for save in self._unread:
             if not save.read.is_set() and not save.block_ids.isdisjoint(plan.fresh_block_ids):
-                save.read.wait()
+                save.overwritten = not save.read.wait(max(due_s - time.monotonic(), 0.0))
+                if save.overwritten:
+                    logger.error("a save has not read its blocks for %g s: it counts as failed", MAX_READ_WAIT_S)
+                    save.read.set()
         while self._unread and self._unread[0].read.is_set():
             self._unread.popleft()
 
@@ -234,7 +279,7 @@ class WorkerHalf:
             _, loop = self._planes()
             loop.call_soon_threadsafe(self._spawn, self._fetch(fetch), self._tier_tasks)
         for job in loads:
-            self._submit(_Work(job, job.transfer, np.arange(job.transfer.num_blocks)), None)
+            self._submit(_Work(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks)), None)
 
     def start_saves(self) -> None:
         """Begin this rank's part of the step's saves, behind the forward that wrote their blocks."""
@@ -251,8 +296,9 @@ class WorkerHalf:
             self._submit(work, save)
 
     def _part_of(self, job: SaveJob) -> _Work:
-        positions = self._share.part_of(job.transfer)
-        return _Work(job, job.transfer.part(positions), positions)
+        transfer = self._places.place(job.transfer)
+        positions = self._share.part_of(transfer)
+        return _Work(job, transfer.part(positions), positions)
 
     def _submit(self, work: _Work, save: _Save | None) -> None:
         if self._asleep:
@@ -296,12 +342,15 @@ class WorkerHalf:
             if save is not None:
                 save.read.set()
             data.release_event(after)
-            self._ended.append(_Ended(self._judge(work, ended[0]), work.job))
+            outcome = self._judge(work, ended[0])
+            if save is not None and save.overwritten:
+                outcome = JobOutcome(work.job.job_id, tuple(work.positions.tolist()))
+            self._ended.append(_Ended(outcome, work.job))
         if isinstance(work.job, SaveJob) and work.job.keys:
-            self._spawn(self._write_behind(work, work.job, ended[0]), self._tier_tasks)
+            saved = np.zeros(0, dtype=np.intp) if save is None or save.overwritten else ended[0].succeeded.nonzero()[0]
+            self._spawn(self._write_behind(work, work.job, ended[0], saved), self._tier_tasks)
 
-    async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest) -> None:
-        saved = np.flatnonzero(request.succeeded)
+    async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]) -> None:
         keys = split_keys(job.keys)
         stored = np.zeros(request.succeeded.size, dtype=np.bool_)
         if self._mover is not None:
@@ -311,8 +360,9 @@ class WorkerHalf:
         self._ended.append(_Ended(JobOutcome(job.write_id, failed), job))
 
     async def _fetch(self, job: FetchJob) -> None:
-        positions = self._share.part_of(job.transfer)
-        plan, keys = job.transfer.part(positions), split_keys(job.keys)
+        transfer = self._places.place(job.transfer)
+        positions = self._share.part_of(transfer)
+        plan, keys = transfer.part(positions), split_keys(job.keys)
         digests = np.zeros(plan.num_blocks, dtype=np.uint64)
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
         if self._mover is not None:
@@ -337,7 +387,7 @@ class WorkerHalf:
         received: set[str] = set()
         while self._ended:
             ended = self._ended.popleft()
-            self._outcomes.append(ended.outcome)
+            self._reports.append(ended.outcome)
             if isinstance(ended.job, LoadJob):
                 received.add(ended.job.request_id)
                 bad = [*ended.outcome.failed, *ended.outcome.corrupt]
@@ -349,12 +399,12 @@ class WorkerHalf:
         failed, self._failed_block_ids = self._failed_block_ids, set()
         return failed
 
-    def take_outcomes(self) -> OutcomeMessage | None:
-        """Outcomes since the last call, None if there are none."""
-        if not self._outcomes:
+    def take_reports(self) -> WorkerReports | None:
+        """What there is to say since the last call, None if nothing."""
+        if not self._reports:
             return None
-        outcomes, self._outcomes = self._outcomes, []
-        return OutcomeMessage(outcomes)
+        reports, self._reports = self._reports, []
+        return WorkerReports(reports)
 
 
 def _without_shared(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

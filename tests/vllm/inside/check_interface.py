@@ -11,6 +11,7 @@ from kvortex.vllm import KVortexConnector
 # Overrides that only some versions have; each must exist in at least one supported version.
 ONLY_NEWER = {
     "build_connector_worker_meta",
+    "has_pending_push_work",
     "requires_kv_delivery",
     "restore_kv_caches",
     "set_xfer_handshake_metadata_pp_aware",
@@ -31,7 +32,6 @@ LEFT_ALONE = {
     "handle_preemptions",  # begin_step waits for what is overwritten
     "has_connector_metadata",
     "has_pending_block_frees",
-    "has_pending_push_work",
     "on_new_request",
     "prefer_cross_layer_blocks",
     "register_cross_layers_kv_cache",

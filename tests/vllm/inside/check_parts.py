@@ -10,15 +10,26 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1 import kv_cache_interface
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from kvortex.errors import ConfigError
 from kvortex.types import Direction, MissReason, TransferPlan
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
-from kvortex.vllm.model import block_dims, only_group, refuse_unserved
+from kvortex.vllm.model import block_dims, expected_sizes, is_latent, only_group, refuse_unserved, why_not_reused
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
-from kvortex.vllm.versions import IS_NEWER, OutcomeMessage, message_in, report_aborted_loads
+from kvortex.vllm.versions import IS_NEWER, WorkerReports, report_aborted_loads, reports_in
+
+RSWASpec = getattr(kv_cache_interface, "RSWASpec", None)
+HiddenStateCacheSpec = getattr(kv_cache_interface, "HiddenStateCacheSpec", None)
 
 
 def spec(kind: type, **extra: Any) -> Any:
@@ -41,25 +52,64 @@ def check_models_that_cannot_be_served_are_refused() -> None:
         only_group(config(sliding))
 
 
-def refuse_unserveds_that_would_be_served_wrongly_are_refused() -> None:
+def settings(device: str = "cuda", *, prefix_caching: bool = False, reused: bool = True, **parallel: int) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(is_prefix_caching_supported=reused),
+        parallel_config=SimpleNamespace(**parallel),
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+    )
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def check_context_parallelism_is_refused(name: str) -> None:
+    full = config(spec(FullAttentionSpec))
+    refuse_unserved(settings(**{name: 1}), full)
+    with pytest.raises(ConfigError, match=name):
+        refuse_unserved(settings(**{name: 2}), full)
+
+
+def check_what_vllm_does_not_reuse_is_not_reused() -> None:
     full, latent = config(spec(FullAttentionSpec)), config(spec(MLAAttentionSpec, num_kv_heads=1))
+    assert why_not_reused(settings(), full) == ""
+    assert why_not_reused(settings("cpu"), full) == ""
+    assert why_not_reused(settings(), latent) == ""
+    assert why_not_reused(settings("cpu", prefix_caching=True), latent) == ""
+    assert "latent" in why_not_reused(settings("cpu"), latent)
+    assert "pooling" in why_not_reused(settings(reused=False), full)
+    assert "keeps no KV" in why_not_reused(settings(), config())
 
-    def settings(device: str = "cuda", prefix_caching: bool = False, **parallel: int) -> Any:
-        return SimpleNamespace(
-            parallel_config=SimpleNamespace(**parallel),
-            device_config=SimpleNamespace(device_type=device),
-            cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
-        )
 
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        refuse_unserved(settings(**{name: 1}), full)
-        with pytest.raises(ConfigError, match=name):
-            refuse_unserved(settings(**{name: 2}), full)
-    refuse_unserved(settings("cpu"), full)
-    refuse_unserved(settings("cuda"), latent)
-    refuse_unserved(settings("cpu", prefix_caching=True), latent)
-    with pytest.raises(ConfigError, match="latent"):
-        refuse_unserved(settings("cpu"), latent)
+def check_kinds_of_attention_that_are_not_known_are_not_reused() -> None:
+    """Kinds that are full attention by inheritance alone, such as sinks or reference windows."""
+    kinds = [k for k in (SinkFullAttentionSpec, RSWASpec, HiddenStateCacheSpec) if k is not None]
+    more = {"sink_len": 4, "rswa_window": 64, "head_size_v": 64}
+    for kind in kinds:
+        assert kind.__name__ in why_not_reused(settings(), config(spec(kind, **more)))
+
+
+@pytest.mark.skipif("non_causal" not in inspect.signature(FullAttentionSpec).parameters, reason="no such field here")
+def check_attention_that_looks_ahead_is_not_reused() -> None:
+    ahead, full = spec(FullAttentionSpec, non_causal=True), spec(FullAttentionSpec)
+    assert "not causal" in why_not_reused(settings(), config(ahead))
+    mixed = UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs={"a": full, "b": ahead})
+    assert "not causal" in why_not_reused(settings(), config(mixed))
+
+
+def check_layers_of_different_shapes_are_served() -> None:
+    """A draft head with other KV heads, layers whose cache has another dtype, a latent beside its indexer."""
+    narrow, wide = spec(FullAttentionSpec), spec(FullAttentionSpec, num_kv_heads=8)
+    bytes_of = spec(FullAttentionSpec, dtype=torch.uint8)
+    latent = spec(MLAAttentionSpec, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    indexer = spec(MLAAttentionSpec, num_kv_heads=1, head_size=132, dtype=torch.uint8)
+    for layers in ([narrow, wide], [narrow, bytes_of], [latent, indexer]):
+        mixed = UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs=dict(zip("ab", layers, strict=True)))
+        groups = SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec(["a", "b"], mixed)])
+        assert why_not_reused(settings(), groups) == ""
+        refuse_unserved(settings(), groups)
+        pages = sum(int(s.page_size_bytes) for s in layers)
+        assert expected_sizes(groups, "raw").raw == -(-pages // 128) * 128
+        assert is_latent(groups.kv_cache_groups[0]) == (latent in layers)
 
 
 def check_the_dimension_of_blocks() -> None:
@@ -91,12 +141,12 @@ def check_plans_and_outcomes_cross_a_process_border() -> None:
     assert copy.fresh_block_ids == {4, 5}
     assert copy.loads[0].missing_block_ids == (9,)
     assert (copy.saves[0].transfer.offsets == transfer.offsets).all()
-    message = pickle.loads(pickle.dumps(OutcomeMessage([JobOutcome(1), JobOutcome(2, (0,), (1,))])))
-    assert message.outcomes[1] == JobOutcome(2, (0,), (1,))
+    message = pickle.loads(pickle.dumps(WorkerReports([JobOutcome(1), JobOutcome(2, (0,), (1,))])))
+    assert message.reports[1] == JobOutcome(2, (0,), (1,))
 
 
 def check_outcomes_of_several_workers_add_up() -> None:
-    one, two = OutcomeMessage([JobOutcome(1)]), OutcomeMessage([JobOutcome(1, (3,))])
+    one, two = WorkerReports([JobOutcome(1)]), WorkerReports([JobOutcome(1, (3,))])
     if IS_NEWER:
         both = one.aggregate(two)
         output = SimpleNamespace(kv_connector_worker_meta=both)
@@ -104,10 +154,8 @@ def check_outcomes_of_several_workers_add_up() -> None:
         one.add_events(two.get_all_events())
         one.increment_workers(1)
         output = SimpleNamespace(kv_cache_events=one)
-    found = message_in(output)
-    assert found is not None
-    assert found.outcomes == [JobOutcome(1), JobOutcome(1, (3,))]
-    assert message_in(SimpleNamespace(kv_cache_events=None, kv_connector_worker_meta=None)) is None
+    assert reports_in(output) == [JobOutcome(1), JobOutcome(1, (3,))]
+    assert reports_in(SimpleNamespace(kv_cache_events=None, kv_connector_worker_meta=None)) == []
 
 
 def check_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:

@@ -12,7 +12,7 @@ from tiny_model import make_tiny_model
 from kvortex.types import MissReason
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome
 from kvortex.vllm.scheduler import SchedulerHalf
-from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, OutcomeMessage
+from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32
 BLOCK_NBYTES = BLOCK_SIZE * 4096
@@ -55,7 +55,7 @@ class Played:
             outcomes += [JobOutcome(job, failed, corrupt) for job in self.open_loads.values()]
             received = set(self.open_loads)
             self.open_loads = {}
-        message = OutcomeMessage(outcomes) if outcomes else None
+        message = WorkerReports(outcomes) if outcomes else None
         channel = {"worker_meta": message} if IS_NEWER else {"kv_cache_events": message}
         return WorkerReport(
             finished_recving=received, invalid_block_ids=faults.get("invalid_block_ids", frozenset()), **channel

@@ -20,6 +20,7 @@ from kvortex.index import pack_keys
 from kvortex.types import BlockSizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
+from kvortex.vllm.ranks import Peers
 
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 16, 32, 64
 BLOCK_NBYTES = BLOCK_SIZE * WIDTH * 4
@@ -54,7 +55,7 @@ def work(connection: Connection, rank: int, blind: bool) -> None:
     parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2, pipeline_parallel_size=1)
     vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
     half = WorkerHalf(
-        vllm_config, config, ConnectorOptions.from_extra_config(OPTIONS), PipeGroup(connection, rank, blind)
+        vllm_config, config, ConnectorOptions.from_extra_config(OPTIONS), Peers(PipeGroup(connection, rank, blind))
     )
     half.register_kv_caches({"layer": cache})
     assert half._data is not None
@@ -72,8 +73,8 @@ def work(connection: Connection, rank: int, blind: bool) -> None:
         outcomes: list[JobOutcome] = []
         while len(outcomes) < wanted:
             half.take_finished()
-            message = half.take_outcomes()
-            outcomes += message.outcomes if message is not None else []
+            message = half.take_reports()
+            outcomes += message.reports if message is not None else []
         return outcomes
 
     commands: dict[str, Callable[..., Any]] = {

@@ -112,7 +112,7 @@ class Engine:
 
 @contextlib.contextmanager
 def running(
-    model: str, *, connector: bool = True, options: dict[str, Any] | None = None, **extra: Any
+    model: str, *, connector: bool = True, stores: bool = True, options: dict[str, Any] | None = None, **extra: Any
 ) -> Iterator[Engine]:
     """An engine; shut down at the end, its pool checked to hold what its index says and nothing else."""
     arguments: dict[str, Any] = {
@@ -140,7 +140,7 @@ def running(
     engine = Engine(llm)
     try:
         yield engine
-        if connector:
+        if connector and stores:
             engine.settle()
             control = engine.control
             assert not engine.scheduler_half._jobs
