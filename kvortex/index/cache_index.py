@@ -176,6 +176,11 @@ class CacheIndex:
         """Blocks that `evict` has removed since the start."""
         return int(self._table.totals[steps.EVICTED_BLOCKS])
 
+    @property
+    def removed_blocks(self) -> int:
+        """Blocks that are gone since the start, for whatever reason; after a `clear` also what was reserved."""
+        return int(self._table.totals[steps.REMOVED_BLOCKS])
+
     def prefix_length(self, keys: Sequence[bytes] | Keys) -> int:
         """Number of committed blocks before the first that is not. Keys may be `bytes`.
 
