@@ -212,6 +212,15 @@ def parse_bytes(text: str) -> int:
         raise ConfigError(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
 
 
+def format_bytes(nbytes: float) -> str:
+    """`1610612736` -> `"1.5 GiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
 def _parse(name: str, text: str, hint: type) -> Any:
     if name.endswith("_bytes"):
         return parse_bytes(text)
