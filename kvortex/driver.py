@@ -270,7 +270,7 @@ class Device:
         if status in _UNSUPPORTED_PTX:
             raise UnsupportedKernelError(
                 f"{self._error('cuModuleLoadData', status)}: this driver is older than the NVVM that compiled the "
-                "kernel; update the driver, or install the NVVM of its CUDA version (pip install 'kvortex[cu12]' for CUDA 12)"
+                "kernel; update the driver, or install the NVVM of its CUDA (pip install 'kvortex[cu12]' for CUDA 12)"
             )
         if status:
             raise self._error("cuModuleLoadData", status)
