@@ -1,5 +1,6 @@
 """Ranks whose blocks differ in size follow one plan: no block of a rank overlaps another, none leaves its pool."""
 
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_what_is_planned_apart_lies_apart_in_every_rank(
             for start, (_, is_packed) in zip(at, extents, strict=True)
         )
         assert all(start % UNIT == 0 for start, _ in used)
-        assert all(end <= start for (_, end), (start, _) in zip(used, used[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(used))
         assert all(end <= config.cpu_pool_bytes for _, end in used)
         # Pieces are pinned one by one: no block may lie across two.
         assert all(start // config.pin_piece_bytes == (end - 1) // config.pin_piece_bytes for start, end in used)
