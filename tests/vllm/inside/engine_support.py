@@ -85,10 +85,12 @@ class Engine:
 
         return get_kv_transfer_group()._worker
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **options: Any) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, *, adapter: Any = None, **options: Any
+    ) -> list[list[int]]:
         parameters = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
         inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def likely_first(self, tokens: Sequence[int]) -> set[int]:
