@@ -1,6 +1,7 @@
 """One save or load of many blocks: planned in parts, carried out as requests, ended as one."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +9,13 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvortex.control import CPU_TIER
 from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats
 from kvortex.transfers import DataPlane
-from kvortex.types import TransferPlan
+from kvortex.types import Direction, TransferPlan
 
 FIRST_PART_BYTES = 16 << 20
 FIRST_PART_BLOCKS = 64
@@ -72,36 +74,47 @@ class Call(Generic[T]):
         data: carries it out.
         stats: count what it moved.
         stream: of the caller, see `DataPlane.record_event`.
+        direction: of its transfers.
+        block_ids: all that they touch in the cache, `int32 [n]`; nobody else's while the call lasts.
     """
 
-    def __init__(self, callers: Callers, data: DataPlane, stats: EngineStats, stream: object) -> None:
+    def __init__(
+        self,
+        callers: Callers,
+        data: DataPlane,
+        stats: EngineStats,
+        stream: object,
+        direction: Direction,
+        block_ids: NDArray[np.int32],
+    ) -> None:
         self._callers = callers
         self._data = data
         self._stats = stats
         self._stream = stream
+        self._direction = direction
+        self._block_ids = block_ids
         self._requests: list[TransferRequest] = []
         self._outcomes: list[Sequence[T]] = []
 
     async def __aenter__(self) -> Self:
-        self._after = self._data.record_event(self._stream)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._claim = self._data.claim(self._direction, self._block_ids)
+            undo.callback(self._claim.release)
+            self._after = self._data.record_event(self._stream)
+            undo.callback(self._data.release_event, self._after)
             await self._callers.enter()
-        except BaseException:
-            self._data.release_event(self._after)
-            raise
+            undo.callback(self._callers.leave)
+            self._resources = undo.pop_all()
         self._started_s = time.perf_counter()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._resources:
             if kind is not None:
                 await self._data.cancel_and_wait(self._requests)
-        finally:
             self._record()
-            self._data.release_event(self._after)
-            self._callers.leave()
 
     @property
     def num_parts(self) -> int:
@@ -128,7 +141,8 @@ class Call(Generic[T]):
         def settled(request: TransferRequest) -> None:
             self._outcomes[number] = finish(request)
 
-        self._requests.append(await self._data.start(plan, self._after, settled, more_follows=more))
+        request = await self._data.start(plan, self._after, settled, more_follows=more, claim=self._claim)
+        self._requests.append(request)
         if more:
             await asyncio.sleep(0)
 
@@ -138,10 +152,10 @@ class Call(Generic[T]):
         return tuple(itertools.chain.from_iterable(self._outcomes))
 
     def _record(self) -> None:
-        """Count what was moved, when everything has settled."""
+        """Count what was moved, when everything has settled; what was given up before is neither moved nor failed."""
         wanted = moved = lossy = 0
         for request in self._requests:
-            wanted += len(request.offsets)
+            wanted += request.num_tried
             moved += request.num_succeeded
             if request.packed is not None:
                 lossy += int(np.count_nonzero(request.too_lossy))

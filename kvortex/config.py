@@ -65,8 +65,10 @@ class KVortexConfig:
         linger_s: how long a batch that is not full waits for more while its direction is busy.
         max_consecutive_loads: load batches that may go before a waiting save batch where both share a resource.
         max_outstanding_requests: saves and loads in progress; further callers wait.
-        watermark: share of the pool above which eviction begins.
-        eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time.
+        watermark: share of the pool above which eviction begins; what is above takes in bursts, and blocks that wait
+            for a lower tier.
+        eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time. A busy pool is filled
+            to between `watermark * (1 - eviction_ratio)` and `watermark`.
         eviction_policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far
             as `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
         codec: how blocks rest: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches);
@@ -84,7 +86,7 @@ class KVortexConfig:
         fetch_blocks: blocks that may be on their way from the lower tier.
         tier_timeout_s: after this a read or write of the lower tier counts as failed.
         load_deadline_s: how long a load waits for what comes from the lower tier; the rest is a miss, and there for
-            the next load. 0: as long as it takes.
+            the next load. 0 does not wait; None, the default, waits as long as it takes.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
         identity: model, weights revision and ranks.
@@ -99,8 +101,8 @@ class KVortexConfig:
     linger_s: float = 0.0005
     max_consecutive_loads: int = 4
     max_outstanding_requests: int = 1024
-    watermark: float = 0.8
-    eviction_ratio: float = 0.2
+    watermark: float = 0.95
+    eviction_ratio: float = 0.05
     eviction_policy: str = "lru"
     codec: str = "raw"
     max_pack_error: float = 0.05
@@ -113,7 +115,7 @@ class KVortexConfig:
     tier_shed: str = "newest"
     fetch_blocks: int = 64
     tier_timeout_s: float = 10.0
-    load_deadline_s: float = 0.0
+    load_deadline_s: float | None = None
     ghost_entries: int = 65536
     self_test: bool = True
     identity: ModelIdentity = field(default_factory=ModelIdentity)
@@ -141,7 +143,10 @@ class KVortexConfig:
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
         _require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
-        _require(self.load_deadline_s >= 0, f"load_deadline_s must not be negative, got {self.load_deadline_s}")
+        _require(
+            self.load_deadline_s is None or self.load_deadline_s >= 0,
+            f"load_deadline_s must not be negative, got {self.load_deadline_s}",
+        )
         _require(
             0 < self.max_pack_error < 1,  # an infinite bound would let infinite elements be packed
             f"max_pack_error must lie in (0, 1), got {self.max_pack_error}",
@@ -184,6 +189,7 @@ class KVortexConfig:
         hints = get_type_hints(cls)
         changes: dict[str, Any] = {}
         for name, hint in hints.items():
+            hint = float if hint == (float | None) else hint
             text = environ.get(ENV_PREFIX + name.upper())
             if text is not None and hint in (int, float, bool, str):
                 changes[name] = _parse(name, text, hint)
@@ -235,6 +241,8 @@ def _build(cls: type, settings: Mapping[str, Any]) -> Any:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, str) and name.endswith("_bytes"):
         return parse_bytes(value)
+    if hint == (float | None):
+        return None if value is None else _coerce(name, value, float)
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -110,6 +110,7 @@ class ControlPlane:
         self.on_evicted: Callable[[Evicted], int] | None = None
         self._pacer = pacer
         self._sizes = sizes
+        self._shrunk = False
 
     @classmethod
     def from_config(cls, config: KVortexConfig, capacity_bytes: int, sizes: BlockSizes) -> Self:
@@ -118,13 +119,9 @@ class ControlPlane:
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
+        check_block_fits(sizes, capacity_bytes, config.pin_piece_bytes)
         warm_up(config.eviction_policy)
         allocator = ExtentAllocator(capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
-        if sizes.raw > min(config.pin_piece_bytes, allocator.capacity_bytes):
-            raise ConfigError(
-                f"a block takes {sizes.raw} bytes: more than the pool ({capacity_bytes}) or a piece of it "
-                f"({config.pin_piece_bytes}); raise cpu_pool_bytes or pin_piece_bytes"
-            )
         index = CacheIndex(
             make_policy(config.eviction_policy),
             ghost_entries=config.ghost_entries,
@@ -136,7 +133,13 @@ class ControlPlane:
     # -- save --------------------------------------------------------------------------------------
 
     def plan_save(
-        self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32], owner: str, *, as_is: bool = False
+        self,
+        keys: NDArray[np.uint64],
+        block_ids: NDArray[np.int32],
+        owner: str,
+        *,
+        as_is: bool = False,
+        chain: NDArray[np.uint64] | None = None,
     ) -> SavePlan:
         """Reserve what is not there yet and find room for it, the chain's head first.
 
@@ -145,12 +148,14 @@ class ControlPlane:
             block_ids: `int32 [n]`.
             owner: who is accounted for the extents.
             as_is: do not pack, although the codec would.
+            chain: blocks that must not go to make room for these, `uint64 [m, 4]`, as what is in front of them;
+                by default `keys`.
         """
         packs = self._sizes.packs and not as_is
         nbytes = self._sizes.packed if packs else self._sizes.raw
         reservation = self.index.reserve(keys)
         slots = reservation.owned
-        offsets = self._make_room(reservation.num_owned, nbytes, owner)
+        offsets = self._make_room(reservation.num_owned, nbytes, owner, keys if chain is None else chain)
         if len(offsets) < len(slots):
             self.index.abort(slots[len(offsets) :], None)
             slots = slots[: len(offsets)]
@@ -166,6 +171,7 @@ class ControlPlane:
         digests: NDArray[np.uint64],
         succeeded: NDArray[np.bool_] | None = None,
         too_lossy: NDArray[np.bool_] | None = None,
+        num_tried: int | None = None,
     ) -> Sequence[SaveOutcome]:
         """Commit what arrived, give back the rest.
 
@@ -174,11 +180,16 @@ class ControlPlane:
             digests: `uint64 [n]`.
             succeeded: `bool [n]`, what arrived and may be used; None for all.
             too_lossy: `bool [n]`, what did not because packing loses too much of it.
+            num_tried: how many, from the first, were not given up before anything moved; None for all. The others
+                have not failed, and their keys have no new reason for a miss.
 
         Returns:
             The call's outcomes.
         """
         offsets = plan.transfer.offsets
+        if self._shrunk:
+            within = self._within(offsets, plan.nbytes)
+            succeeded = within if succeeded is None else succeeded & within
         succeeded = _unless_all(succeeded)
         if succeeded is None:
             self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
@@ -188,19 +199,34 @@ class ControlPlane:
         unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], plan.nbytes, digests[succeeded])
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
-        self.index.abort(plan.slots[~succeeded & ~lossy], MissReason.TRANSFER_FAILED)
+        failed = ~succeeded & ~lossy
+        tried = len(failed) if num_tried is None else num_tried
+        self.index.abort(plan.slots[:tried][failed[:tried]], MissReason.TRANSFER_FAILED)
+        self.index.abort(plan.slots[tried:], None)
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
         return _save_outcomes(plan, succeeded, too_lossy)
 
-    def _make_room(self, count: int, nbytes: int, owner: str) -> NDArray[np.int64]:
-        allocator = self.allocator
-        self._evict(self._pacer.step(allocator.allocated_bytes, count * nbytes), self.on_evicted)
-        offsets = allocator.allocate_many(count, nbytes, owner)
+    def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
+        paced = self._pacer.step(self.allocator.allocated_bytes, count * nbytes)
+        if not paced:
+            offsets = self.allocator.allocate_many(count, nbytes, owner)
+            if offsets.size == count:
+                return offsets
+            self.allocator.free_many(offsets)
+        held = self.index.hold(chain).hits  # a tail without its head is of no use, so it does not drive it out
+        try:
+            return self._evict_and_allocate(count, nbytes, owner, paced)
+        finally:
+            self._remove(self.index.unpin(held))
+
+    def _evict_and_allocate(self, count: int, nbytes: int, owner: str, paced_bytes: int) -> NDArray[np.int64]:
+        self._evict(paced_bytes, self.on_evicted)
+        offsets = self.allocator.allocate_many(count, nbytes, owner)
         for _ in range(MAX_EVICTIONS_A_PLAN):
             if offsets.size == count or not self._evict((count - offsets.size) * nbytes):
                 break
-            more = allocator.allocate_many(count - offsets.size, nbytes, owner)
+            more = self.allocator.allocate_many(count - offsets.size, nbytes, owner)
             offsets = np.concatenate([offsets, more])
         return offsets
 
@@ -217,13 +243,21 @@ class ControlPlane:
 
     # -- lower tiers -------------------------------------------------------------------------------
 
-    def plan_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str) -> FetchPlan:
+    def plan_fetch(
+        self,
+        keys: NDArray[np.uint64],
+        packed: NDArray[np.bool_],
+        owner: str,
+        *,
+        chain: NDArray[np.uint64] | None = None,
+    ) -> FetchPlan:
         """Reserve blocks that a lower tier has, and find room for them, the chain's head first.
 
         Args:
             keys: `uint64 [n, 4]`.
             packed: `bool [n]`, how they rest there.
             owner: who is accounted for the extents.
+            chain: as in `plan_save`.
         """
         reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
@@ -231,14 +265,17 @@ class ControlPlane:
         offsets = np.full(wanted.size, -1, dtype=np.int64)
         for nbytes in np.unique(sizes).tolist():
             places = np.flatnonzero(sizes == nbytes)
-            found = self._make_room(places.size, nbytes, owner)
+            found = self._make_room(places.size, nbytes, owner, keys if chain is None else chain)
             offsets[places[: found.size]] = found
         got = offsets >= 0
         self.index.abort(reservation.slots[wanted[~got]], None)
         return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], sizes[got])
 
     def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
-        """A fetched block has arrived: it is visible now."""
+        """A fetched block has arrived: it is visible now, unless the pool was cut off below it meanwhile."""
+        if self._shrunk and not self._within(np.array([offset]), nbytes).all():
+            self.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
+            return
         slots = np.array([slot])
         self.allocator.free_many(
             self.index.commit(slots, np.array([offset]), nbytes, np.array([digest], dtype=np.uint64))
@@ -322,6 +359,23 @@ class ControlPlane:
         """
         self.index.touch(keys)
 
+    def shrink(self, capacity_bytes: int) -> None:
+        """Keep to the first `capacity_bytes` of the pool from now on, as the rest cannot be used.
+
+        Blocks that lie beyond are gone, as far as they are in use when that has ended; what is on its way there fails.
+
+        Raises:
+            ValueError: the pool is smaller already.
+        """
+        self.allocator.shrink(capacity_bytes)
+        self._pacer.resize(max(self.allocator.capacity_bytes, 1))
+        self._shrunk = True
+        self._remove(self.index.drop_beyond(self.allocator.capacity_bytes, MissReason.TRANSFER_FAILED))
+
+    def _within(self, offsets: NDArray[np.int64], nbytes: int) -> NDArray[np.bool_]:
+        within: NDArray[np.bool_] = offsets + nbytes <= self.allocator.capacity_bytes
+        return within
+
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""
         self._remove(self.index.clear())
@@ -330,6 +384,24 @@ class ControlPlane:
         self.allocator.free_many(offsets)
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
+
+
+def check_block_fits(sizes: BlockSizes, capacity_bytes: int, piece_bytes: int) -> None:
+    """Refuse a pool that cannot hold a single block.
+
+    Raises:
+        ConfigError: a block does not fit the pool or a piece of it.
+    """
+    if sizes.raw > capacity_bytes:
+        raise ConfigError(
+            f"a block takes {sizes.raw} bytes, the pool has {capacity_bytes}: "
+            "raise cpu_pool_bytes to what many blocks take, such as 16GiB"
+        )
+    if sizes.raw > piece_bytes:
+        raise ConfigError(
+            f"a block takes {sizes.raw} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
+            "raise pin_piece_bytes"
+        )
 
 
 def _unless_all(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:

@@ -1,32 +1,33 @@
 """The engine: control plane and data plane in one process, as an asyncio API and a blocking one."""
 
 import asyncio
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvortex.arguments import BlockHashes, BlockIds, named_blocks
 from kvortex.calls import Call, Callers
 from kvortex.config import KVortexConfig
 from kvortex.control import ControlPlane, LoadPlan, SavePlan
-from kvortex.errors import EngineStateError, InvalidHashError
+from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
-from kvortex.kernels import validate_block_ids
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.sync import LoopThread, SyncEngine
+from kvortex.sync import LoopThread, SyncEngine, running_loop
 from kvortex.tiering import Arrival, Tiering, TierLink, tier_of
 from kvortex.tiers import Tier
 from kvortex.transfers import DataPlane
-from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
+from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class KVortexEngine:
 
     A block is right or missed: its digest is computed as it leaves the cache and compared as it comes back.
     Cancelling `save_blocks` or `load_blocks` returns only when no transfer touches the named blocks any more.
+
+    Hashes and block ids are copied when a method is called, also when what it returns is awaited later: lists and
+    arrays may be used for something else at once. Calls that are awaited raise `EngineStateError` on another loop.
     """
 
     def __init__(self, config: KVortexConfig) -> None:
@@ -54,6 +58,7 @@ class KVortexEngine:
         self._namespace: Namespace | None = None
         self._tiering: Tiering | None = None
         self._shutdown: asyncio.Task[None] | None = None
+        self._released = False
 
     @classmethod
     def create(cls, config: KVortexConfig | None = None) -> "_Creation":
@@ -68,7 +73,11 @@ class KVortexEngine:
         async def create() -> KVortexEngine:
             return await cls.create(config)
 
-        return SyncEngine(thread.run(create()), thread.loop, thread)
+        try:
+            return SyncEngine(thread.run(create()), thread.loop, thread)
+        except BaseException:
+            thread.stop()
+            raise
 
     # -- caches ------------------------------------------------------------------------------------
 
@@ -93,27 +102,47 @@ class KVortexEngine:
             make_tier: makes the lower tier, not opened; by default that of the configuration, if it names one.
 
         Raises:
-            EngineStateError: registered before, or shut down.
+            EngineStateError: registered before, shut down, or not on the engine's loop.
             LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` when what was
                 written did not come back.
             ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging is refused.
+
+            After any error everything is given back, and the engine is as before.
         """
         self._check_running()
+        self._check_loop()
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
-        self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
-        self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
-        self._namespace = self._data.namespace(self.config.identity)
-        tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
-        if tier is not None:
-            link = TierLink(
-                self.config, self._control, self._data.pool.bytes, self._data.forms, self._namespace, tier, self.stats
+        with contextlib.ExitStack() as undo:
+            self._data = DataPlane(
+                self.config,
+                kv_caches,
+                layout,
+                wrap_executor=wrap_executor,
+                on_pinning_stopped=self._shrink,
             )
-            self._tiering = Tiering(link)
-            self._tiering.start()
+            undo.callback(self._data.close)
+            undo.callback(self._unregister)
+            self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
+            self._namespace = self._data.namespace(self.config.identity)
+            tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
+            if tier is not None:
+                self._tiering = self._tiering_over(tier, self._control, self._data, self._namespace)
+                self._tiering.start()
+            undo.pop_all()
         logger.info("registered %s", layout.describe())
         return layout
+
+    def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
+        return Tiering(TierLink(self.config, control, data.pool.bytes, data.forms, namespace, tier, self.stats))
+
+    def _shrink(self, pinned_bytes: int) -> None:
+        if self._control is not None and self._shutdown is None:
+            self._control.shrink(pinned_bytes)
+
+    def _unregister(self) -> None:
+        self._data = self._control = self._namespace = self._tiering = None
 
     @property
     def namespace(self) -> Namespace:
@@ -132,12 +161,26 @@ class KVortexEngine:
         if self._shutdown is not None:
             raise EngineStateError("the engine has been shut down")
 
+    def _check_loop(self) -> None:
+        """Transfers, timers and tasks of the engine live on one loop: elsewhere a call would wait for ever."""
+        if running_loop() is self._loop:
+            return
+        if self._loop.is_closed():
+            raise EngineStateError(
+                "the event loop that the engine was made on is closed: make the engine inside the asyncio.run that "
+                "uses it, or with KVortexEngine.create_sync, on a loop of its own; shutdown() still gives memory back"
+            )
+        raise EngineStateError(
+            "the engine lives on the event loop that it was made on, and this is not that loop: "
+            "call the methods of engine.sync here, from a thread that may wait"
+        )
+
     # -- save, check, load -------------------------------------------------------------------------
 
-    async def save_blocks(
-        self, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer], *, stream: object = None
-    ) -> SaveResult:
-        """Copy blocks out of the paged cache; those stored can be loaded when this returns.
+    def save_blocks(
+        self, hashes: BlockHashes, block_ids: BlockIds, *, stream: object = None
+    ) -> Coroutine[Any, Any, SaveResult]:
+        """Copy blocks out of the paged cache; those stored can be loaded when this returns. To be awaited.
 
         Args:
             hashes: block hashes, a chain from its root or any part of one, in order.
@@ -146,21 +189,30 @@ class KVortexEngine:
                 current stream by default. Blocks must not be overwritten before this returns.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started.
-            EngineStateError: nothing registered, or shut down.
+            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a load is
+                writing one of the blocks.
+            EngineStateError: nothing registered, shut down, or not on the engine's loop.
         """
+        _, data = self._planes()
+        keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
+        return self._save(keys, ids, data.current_stream() if stream is None else stream)
+
+    async def _save(self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object) -> SaveResult:
+        self._check_loop()
         control, data = self._planes()
-        keys, ids = _check_call(data.layout, hashes, block_ids)
-        call: Call[SaveOutcome] = Call(self._callers, data, self.stats, stream)
+        call: Call[SaveOutcome] = Call(self._callers, data, self.stats, stream, Direction.SAVE, ids)
+        removed_before = control.index.removed_blocks
         async with call:
             for part in call.parts(len(ids)):
-                plan = control.plan_save(keys[part], ids[part], "save")
+                plan = control.plan_save(keys[part], ids[part], "save", chain=keys[: part.stop])
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
                 outcomes = await self._save_as_is(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
+        if control.index.removed_blocks != removed_before:
+            outcomes = _without_gone(outcomes, control.index.contains_mask(keys))
         if self._tiering is not None:
             self._tiering.saved(keys[[outcome is SaveOutcome.STORED for outcome in outcomes]])
             self._tiering.used(keys[[outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes]])
@@ -176,22 +228,22 @@ class KVortexEngine:
     ) -> tuple[SaveOutcome, ...]:
         """Keep unpacked what packing would change too much; the outcomes, then."""
         lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
-        plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True)
+        plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True, chain=keys)
         await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
         again = (await call.outcomes())[len(outcomes) :]
         self.stats.record_kept_as_is(again.count(SaveOutcome.STORED))
         seconds = iter(again)
         return tuple(next(seconds) if outcome is SaveOutcome.TOO_LOSSY else outcome for outcome in outcomes)
 
-    async def load_blocks(
+    def load_blocks(
         self,
-        hashes: Sequence[BlockHash],
-        block_ids: Sequence[int] | NDArray[np.integer],
+        hashes: BlockHashes,
+        block_ids: BlockIds,
         *,
         stream: object = None,
-        deadline_s: float | None = None,
-    ) -> LoadResult:
-        """Copy cached blocks into the paged cache; whatever is not loaded says why.
+        deadline_s: float | EllipsisType | None = ...,
+    ) -> Coroutine[Any, Any, LoadResult]:
+        """Copy cached blocks into the paged cache; whatever is not loaded says why. To be awaited.
 
         Blocks that only the lower tier has are brought into the pool first, in order, while those before them move on.
 
@@ -201,17 +253,25 @@ class KVortexEngine:
             stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
                 Work queued on any stream after this returns sees the loaded bytes.
             deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
-                load. The configuration's `load_deadline_s` by default.
+                load. 0 does not wait, None waits as long as it takes; left out, the configuration's `load_deadline_s`.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started; also when another load is
-                writing one of the blocks.
-            EngineStateError: nothing registered, or shut down.
+            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a save is
+                reading, or another load writing, one of the blocks.
+            EngineStateError: nothing registered, shut down, or not on the engine's loop.
         """
+        _, data = self._planes()
+        keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
+        wait_s = self.config.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
+        return self._load(keys, ids, data.current_stream() if stream is None else stream, wait_s)
+
+    async def _load(
+        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, deadline_s: float | None
+    ) -> LoadResult:
+        self._check_loop()
         control, data = self._planes()
-        keys, ids = _check_call(data.layout, hashes, block_ids)
-        arrival = self._arrival(keys, deadline_s)
-        call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream)
+        arrival = Arrival(self._tiering, keys, deadline_s) if self._tiering is not None else None
+        call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream, Direction.LOAD, ids)
         async with call:
             for part in call.parts(len(ids)):
                 if arrival is not None:
@@ -228,22 +288,20 @@ class KVortexEngine:
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 
-    def _arrival(self, keys: NDArray[np.uint64], deadline_s: float | None) -> Arrival | None:
-        if self._tiering is None:
-            return None
-        default_s = self.config.load_deadline_s or None
-        return Arrival(self._tiering, keys, default_s if deadline_s is None else deadline_s)
-
-    async def prefetch(self, hashes: Sequence[BlockHash]) -> int:
+    def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
         """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.
 
-        Cancelling gives up what has not been started.
+        To be awaited. Cancelling gives up what has not been started.
 
         Returns:
             Number of blocks of `hashes` that could be loaded now before the first that could not.
         """
+        self._planes()
+        return self._prefetch(pack_keys(hashes))
+
+    async def _prefetch(self, keys: NDArray[np.uint64]) -> int:
+        self._check_loop()
         control, _ = self._planes()
-        keys = pack_keys(hashes)
         if self._tiering is not None:
             fetch = self._tiering.fetch(keys)
             try:
@@ -253,20 +311,23 @@ class KVortexEngine:
                 raise
         return control.index.prefix_length(keys)
 
-    def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
-        """`bool [len(hashes)]`: what could be loaded, out of the pool or the lower tier. From any thread, no await."""
+    def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
+        """`bool [n]`: what could be loaded, out of the pool or the lower tier. From any thread, no await."""
+        return self._found(pack_keys(hashes))
+
+    def _found(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         control, _ = self._planes()
-        keys = pack_keys(hashes)
         mask = control.index.contains_mask(keys)
         if self._tiering is not None and not mask.all():
             mask = mask.copy()
             mask[~mask] = self._tiering.known(keys[~mask])
         return mask
 
-    def match_prefix(self, hashes: Sequence[BlockHash]) -> int:
+    def match_prefix(self, hashes: BlockHashes) -> int:
         """Number of blocks that could be loaded before the first that could not. From any thread."""
-        missing = np.flatnonzero(~self.check_blocks(hashes))
-        return int(missing[0]) if missing.size else len(hashes)
+        found = self._found(pack_keys(hashes))
+        missing = np.flatnonzero(~found)
+        return int(missing[0]) if missing.size else len(found)
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
         """Why a block could not be loaded now; None when it could. From any thread."""
@@ -281,8 +342,9 @@ class KVortexEngine:
         """Wait until the whole pool is pinned. Not needed: transfers wait for what they touch.
 
         Raises:
-            DeviceError: pinning failed.
+            DeviceError: pinning stopped early; the pool is as large as what is pinned now.
         """
+        self._check_loop()
         _, data = self._planes()
         await data.pool.ready(data.pool.capacity_bytes)
 
@@ -291,25 +353,28 @@ class KVortexEngine:
 
         Not needed: until then blocks that it is not known to hold are misses, or asked for one by one.
         """
+        self._check_loop()
         self._planes()
         return self._tiering is not None and await self._tiering.ready()
 
     def clear(self) -> None:
         """Forget every block of the pool; the lower tier keeps what it has.
 
-        Transfers under way end as usual; their saves stay invisible.
+        Transfers under way end as usual; their saves stay invisible, and say so. On the engine's loop.
         """
         control, _ = self._planes()
         control.clear()
 
     async def flush(self) -> None:
         """Wait until every block that waits for the lower tier is written, or given up."""
+        self._check_loop()
         self._planes()
         if self._tiering is not None:
             await self._tiering.flush()
 
     async def drain(self) -> None:
         """Wait for every transfer that was started."""
+        self._check_loop()
         _, data = self._planes()
         await data.drain()
 
@@ -337,32 +402,56 @@ class KVortexEngine:
         return SyncEngine(self, self._loop)
 
     async def shutdown(self) -> None:
-        """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel."""
+        """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel.
+
+        On another loop once the engine's own is closed: whatever that loop left behind is given up.
+
+        Raises:
+            EngineStateError: on another loop, while the engine's own can still be used.
+            Whatever the lower tier raises when it is closed; everything else is released all the same.
+        """
+        if self._released:
+            return
+        if self._loop.is_closed():
+            self._loop, self._shutdown = asyncio.get_running_loop(), None
+            self._callers = Callers(self.config.max_outstanding_requests)  # of the old loop's calls none comes back
+        self._check_loop()
         if self._shutdown is None:
             self._shutdown = asyncio.create_task(self._release(), name="kvortex-shutdown")
         await asyncio.shield(self._shutdown)
 
     async def _release(self) -> None:
-        if self._data is None or self._control is None:
-            return
-        await self._callers.gone()
-        if self._tiering is not None:
-            await self._tiering.aclose()
-        self._control.clear()
-        leak = self._control.allocator.leak_report()
-        await self._data.aclose()
-        if leak:
-            logger.error("extents still held at shutdown: %s", leak)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(setattr, self, "_released", True)
+            if self._data is not None and self._control is not None:
+                stack.push_async_callback(self._data.aclose)
+                stack.callback(_forget_all, self._control)
+            if self._tiering is not None:
+                stack.push_async_callback(self._tiering.aclose)
+            await self._callers.gone()
 
     def __del__(self) -> None:
         if getattr(self, "_data", None) is not None and self._shutdown is None:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
+def _forget_all(control: ControlPlane) -> None:
+    control.clear()
+    if leak := control.allocator.leak_report():
+        logger.error("extents still held at shutdown: %s", leak)
+
+
 def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
     if request.num_succeeded == len(plan.slots):
         return control.finish_save(plan, request.digests)
-    return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy)
+    return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy, request.num_tried)
+
+
+def _without_gone(outcomes: Sequence[SaveOutcome], there: NDArray[np.bool_]) -> tuple[SaveOutcome, ...]:
+    return tuple(
+        SaveOutcome.GONE if outcome.is_stored and not kept else outcome
+        for outcome, kept in zip(outcomes, there.tolist(), strict=True)
+    )
 
 
 def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> Sequence[MissReason | None]:
@@ -394,11 +483,3 @@ class _Creation:
     ) -> None:
         if self._engine is not None:
             await self._engine.shutdown()
-
-
-def _check_call(
-    layout: KVLayout, hashes: Sequence[BlockHash], block_ids: Sequence[int] | NDArray[np.integer]
-) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    if len(hashes) != len(block_ids):
-        raise InvalidHashError(f"{len(hashes)} hashes and {len(block_ids)} block ids do not pair up")
-    return pack_keys(hashes), validate_block_ids(block_ids, layout.num_blocks)

@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def hash_blocks(
     """
     if not _is_int(block_size) or block_size < 1:
         raise InvalidHashError(f"block_size must be an int of at least 1, not {block_size!r}")
+    block_size = int(block_size)
     previous = ROOT_HASH if parent is None else parent
     _check_hash(previous, "parent")
     tokens = _token_bytes(token_ids)
@@ -172,7 +174,7 @@ def _suffixes(extra_keys: Sequence[ExtraKey], block_extra_keys: Mapping[int, Seq
     for index, keys in block_extra_keys.items():
         if not _is_int(index) or index < 0:
             raise InvalidHashError(f"block_extra_keys: {index!r} is no block index")
-        suffixes[index] = (_NO_KEYS if index else first) + _encode_keys(keys)
+        suffixes[int(index)] = (_NO_KEYS if index else first) + _encode_keys(keys)
     return suffixes
 
 
@@ -194,6 +196,7 @@ def _encode_key(key: ExtraKey) -> tuple[bytes, bytes]:
     if isinstance(key, bytes):
         return b"b", key
     if _is_int(key):
+        key = int(key)
         size = (key if key >= 0 else ~key).bit_length() // 8 + 1
         return b"i", key.to_bytes(size, "little", signed=True)
     raise InvalidHashError(f"an extra key must be str, bytes or int, not {type(key).__name__}")
@@ -210,5 +213,5 @@ def _check_at_least(name: str, value: object, least: int) -> None:
 
 
 def _is_int(value: object) -> bool:
-    """An `int` that is no `bool`: `True` must not pass for 1."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """An integer, NumPy's included, that is no `bool`: `True` must not pass for 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

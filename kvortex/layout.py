@@ -7,6 +7,7 @@ derived from shapes and strides, never from an assumed backend, so permuted (HND
 
 import hashlib
 import json
+import operator
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,6 +143,8 @@ class KVLayout:
         Raises `LayoutError`, naming the tensor, when tensors disagree on the number of blocks or the device,
         overlap themselves or each other, are not dense, or are not aligned to 16 bytes.
         """
+        block_size = _as_int("block_size", block_size)
+        num_blocks = None if num_blocks is None else _as_int("num_blocks", num_blocks)
         _check_arguments(tensors, block_size, num_blocks, block_dim)
         views = [_as_view(name, tensor) for name, tensor in tensors.items()]
         device = _common_device(views)
@@ -210,6 +213,13 @@ class KVLayout:
         )
 
 
+def _as_int(name: str, value: int) -> int:
+    try:
+        return operator.index(value)  # NumPy's integers are welcome, and become plain ones
+    except TypeError:
+        raise LayoutError(f"{name} is {value!r}; pass an integer") from None
+
+
 def _check_arguments(
     tensors: Mapping[str, TensorLike],
     block_size: int,
@@ -266,6 +276,7 @@ def _block_dim_of(
     if dim is None:
         return find_block_dim(view.name, view.shape, block_size, num_blocks)
     ndim = len(view.shape)
+    dim = _as_int("block_dim", dim)
     if not -ndim <= dim < ndim:
         raise LayoutError(f"tensor {view.name!r} of shape {view.shape} has no block_dim {dim}")
     return dim % ndim

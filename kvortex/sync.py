@@ -1,31 +1,43 @@
 """The blocking face of an engine, for callers without an event loop, from any thread."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import EllipsisType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvortex.arguments import BlockHashes, BlockIds
 from kvortex.errors import EngineStateError
 from kvortex.layout import KVLayout
 from kvortex.stats import StatsSnapshot
-from kvortex.types import BlockHash, LoadResult, SaveResult
+from kvortex.types import LoadResult, SaveResult
 
 if TYPE_CHECKING:
     from kvortex.engine import KVortexEngine
 
 T = TypeVar("T")
 
+LOOK_AT_LOOP_S: Final = 1.0
+"""How often somebody who waits for a call looks whether the loop that runs it is still there."""
+
 
 class LoopThread:
-    """An event loop on a daemon thread."""
+    """An event loop on a daemon thread, for callers on other threads."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        # One of our own: the loop's would be ended by a further thread, which an interpreter that ends does not give.
+        self._workers = ThreadPoolExecutor(thread_name_prefix="kvortex-loop-worker")
+        self.loop.set_default_executor(self._workers)
+        self._lock = threading.Lock()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kvortex-loop", daemon=True)
         self._thread.start()
 
@@ -33,18 +45,49 @@ class LoopThread:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
+            self.loop.run_until_complete(_end_other_tasks())
         finally:
-            self.loop.run_until_complete(self.loop.shutdown_default_executor())
+            self._workers.shutdown()
             self.loop.close()
 
+    def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop. Its future always ends: `stop` cancels what is under way.
+
+        Raises:
+            EngineStateError: the loop has been stopped.
+        """
+        with self._lock:
+            if not self._stopping:
+                return asyncio.run_coroutine_threadsafe(call, self.loop)
+        call.close()
+        raise EngineStateError("the engine has been shut down")
+
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it."""
-        return asyncio.run_coroutine_threadsafe(call, self.loop).result()
+        """Run a coroutine on the loop and wait for it. Raises as `submit`."""
+        return self.submit(call).result()
 
     def stop(self) -> None:
-        """End the loop and the thread."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """End the loop and the thread; idempotent, from any thread but the loop's."""
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
+                self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
+
+
+async def _end_other_tasks() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class SyncEngine:
@@ -67,6 +110,7 @@ class SyncEngine:
         self._engine = engine
         self._loop = loop
         self._thread = thread
+        self._one_ends = threading.Lock()
 
     def register_kv_caches(
         self,
@@ -85,39 +129,37 @@ class SyncEngine:
 
     def save_blocks(
         self,
-        hashes: Sequence[BlockHash],
-        block_ids: Sequence[int] | NDArray[np.integer],
+        hashes: BlockHashes,
+        block_ids: BlockIds,
         *,
         stream: object = None,
         timeout_s: float | None = None,
     ) -> SaveResult:
         """As `KVortexEngine.save_blocks`; the default stream is torch's current one in this thread."""
-        stream = self._engine.current_stream() if stream is None else stream
         return self._wait(self._engine.save_blocks(hashes, block_ids, stream=stream), timeout_s)
 
     def load_blocks(
         self,
-        hashes: Sequence[BlockHash],
-        block_ids: Sequence[int] | NDArray[np.integer],
+        hashes: BlockHashes,
+        block_ids: BlockIds,
         *,
         stream: object = None,
-        deadline_s: float | None = None,
+        deadline_s: float | EllipsisType | None = ...,
         timeout_s: float | None = None,
     ) -> LoadResult:
         """As `KVortexEngine.load_blocks`; the default stream is torch's current one in this thread."""
-        stream = self._engine.current_stream() if stream is None else stream
         call = self._engine.load_blocks(hashes, block_ids, stream=stream, deadline_s=deadline_s)
         return self._wait(call, timeout_s)
 
-    def prefetch(self, hashes: Sequence[BlockHash], *, timeout_s: float | None = None) -> int:
+    def prefetch(self, hashes: BlockHashes, *, timeout_s: float | None = None) -> int:
         """As `KVortexEngine.prefetch`."""
         return self._wait(self._engine.prefetch(hashes), timeout_s)
 
-    def check_blocks(self, hashes: Sequence[BlockHash]) -> NDArray[np.bool_]:
+    def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
         """As `KVortexEngine.check_blocks`; does not go through the loop."""
         return self._engine.check_blocks(hashes)
 
-    def match_prefix(self, hashes: Sequence[BlockHash]) -> int:
+    def match_prefix(self, hashes: BlockHashes) -> int:
         """As `KVortexEngine.match_prefix`; does not go through the loop."""
         return self._engine.match_prefix(hashes)
 
@@ -142,12 +184,15 @@ class SyncEngine:
         self._wait(self._engine.drain(), timeout_s)
 
     def shutdown(self) -> None:
-        """As `KVortexEngine.shutdown`; ends the thread that `create_sync` made."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._engine.shutdown(), None)
-        if self._thread is not None:
-            self._thread.stop()
+        """As `KVortexEngine.shutdown`; ends the thread that `create_sync` made. From any number of threads at once."""
+        self._refuse_to_block_a_loop(self._loop if not self._loop.is_closed() else running_loop())
+        with self._one_ends:
+            if self._loop.is_closed():
+                asyncio.run(self._engine.shutdown())
+                return
+            self._wait(self._engine.shutdown(), None)
+            if self._thread is not None:
+                self._thread.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -159,20 +204,37 @@ class SyncEngine:
 
     def _wait(self, call: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         try:
-            on_loop = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            on_loop = False
-        if on_loop or self._loop.is_closed():
+            self._refuse_to_block_a_loop(self._loop)
+            if self._loop.is_closed():
+                raise EngineStateError("the engine has been shut down, or the loop that it was made on is closed")
+        except EngineStateError:
             call.close()
-            why = "await the engine's own method on its loop" if on_loop else "the engine has been shut down"
-            raise EngineStateError(f"cannot wait for the engine here: {why}")
+            raise
         limited = asyncio.wait_for(call, timeout_s) if timeout_s is not None else call
-        future = asyncio.run_coroutine_threadsafe(limited, self._loop)
+        if self._thread is not None:
+            return self._result(self._thread.submit(limited))
+        return self._result(asyncio.run_coroutine_threadsafe(limited, self._loop))
+
+    def _result(self, future: Future[T]) -> T:
+        """What a call has come to; a loop that is not ours may end before it does."""
         try:
-            return future.result()
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return future.result(LOOK_AT_LOOP_S)
+                if future.done():
+                    return future.result()  # the call's own TimeoutError, unless it has just ended
+                if self._loop.is_closed():
+                    raise EngineStateError("the engine's loop was closed while the call was under way")
+        except concurrent.futures.CancelledError:
+            raise EngineStateError("the engine's loop ended while the call was under way") from None
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+    @staticmethod
+    def _refuse_to_block_a_loop(loop: asyncio.AbstractEventLoop | None) -> None:
+        if loop is not None and running_loop() is loop:
+            raise EngineStateError("cannot wait for the engine here: await the engine's own method on its loop")
 
 
 async def _on_loop(function: Callable[[], T]) -> T:

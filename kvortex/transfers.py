@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvortex.blocking import run_blocking
 from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
+from kvortex.control import check_block_fits
 from kvortex.driver import Device, Event, stream_handle
-from kvortex.errors import LayoutError
+from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
-from kvortex.kernels.targets import Targets
+from kvortex.kernels.claims import BlockClaims
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
@@ -39,9 +41,12 @@ class DataPlane:
         memory: the pool's, shared with other processes whose caches have the same layout; None for its own. The
             self-test uses the first places: save when all of them have been made.
         wrap_executor: puts another executor around the device's own, for tests.
+        on_pinning_stopped: called on the loop, at most once, when no more of the pool can be pinned: with the bytes
+            that are, the first of it. Nothing may be planned beyond any more; what is on its way there fails.
 
     Raises:
         LayoutError: the tensors lie on a device that is neither CUDA nor the host.
+        ConfigError: a block does not fit the pool or a piece of it.
         LayoutSelfTestError: what was written did not come back; everything is released again.
         DeviceError, OutOfPoolMemoryError: the device refused; likewise.
     """
@@ -54,39 +59,47 @@ class DataPlane:
         *,
         memory: SharedMemory | None = None,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
+        on_pinning_stopped: Callable[[int], None] | None = None,
     ) -> None:
         self.layout = layout
         self.packing = packing_for(layout, config.codec)
         self.sizes = block_sizes(layout, self.packing)
         self.forms = forms_of(layout, self.packing)
-        if self.sizes.raw > config.pin_piece_bytes:
-            raise LayoutError(
-                f"a block of {self.sizes.raw} bytes does not fit a piece of the pool: "
-                f"raise pin_piece_bytes above {config.pin_piece_bytes}"
-            )
+        check_block_fits(self.sizes, config.cpu_pool_bytes, config.pin_piece_bytes)
         self.device = _device_of(layout)
         self._tensors = dict(tensors)
         self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
         self._events: list[Event] = []
-        self._targets = Targets(layout.num_blocks)
+        self._claims = BlockClaims(layout.num_blocks)
+        self._on_pinning_stopped = on_pinning_stopped
         self.pool = PinnedPool(
             config.cpu_pool_bytes,
             device=self.device,
             piece_bytes=config.pin_piece_bytes,
             numa_aware=config.numa_aware,
             memory=memory,
+            on_stopped=_on_loop(self._pinning_stopped),
         )
         with contextlib.ExitStack() as undo, self.pool.held():
+            undo.callback(self._hear_no_more)
             undo.callback(self.pool.close)
-            self._executor = self._make_executor(config)
-            undo.callback(self._executor.close)
+            executor = self._make_executor(config)
+            undo.callback(executor.close)
             if config.self_test:
                 with self.pool.exclusive():
-                    self._self_test()
+                    self._self_test(executor)
             self._scheduler = TransferScheduler(
-                _make_batcher(config), wrap_executor(self._executor) if wrap_executor else self._executor
+                _make_batcher(config), wrap_executor(executor) if wrap_executor else executor
             )
+            self._executor: TransferExecutor | None = executor
             undo.pop_all()
+
+    def _pinning_stopped(self, pinned_bytes: int) -> None:
+        if self._on_pinning_stopped is not None:
+            self._on_pinning_stopped(pinned_bytes)
+
+    def _hear_no_more(self) -> None:
+        self._on_pinning_stopped = None
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
         if self.device is None:
@@ -106,15 +119,16 @@ class DataPlane:
             max_pack_error=config.max_pack_error,
         )
 
-    def _self_test(self) -> None:
-        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, self.pool.piece_bytes // self.sizes.raw)
+    def _self_test(self, executor: TransferExecutor) -> None:
+        piece_nbytes = min(self.pool.piece_bytes, self.pool.capacity_bytes)
+        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, piece_nbytes // self.sizes.raw)
         self.pool.wait_ready(count * self.sizes.raw)
         run_self_test(
             self.layout,
             self._tensors,
             self._block_of,
             [b * (self.layout.num_blocks - 1) for b in range(count)],  # the first and the last
-            self._executor,
+            executor,
             np.arange(count, dtype=np.int64) * self.sizes.raw,
             self.pool.bytes,
             self.record_event,
@@ -175,13 +189,22 @@ class DataPlane:
         *,
         more_follows: bool = False,
         wants_source_released: bool = False,
+        claim: "Claim | None" = None,
     ) -> TransferRequest:
         """Begin to carry out a plan. `on_settled` is called exactly once, with what succeeded, whatever happens.
 
+        Args:
+            plan: what to move.
+            after: fires when the cache may be touched.
+            on_settled: called on the loop.
+            more_follows: another request of the same call comes right behind.
+            wants_source_released: report as soon as a save has read the cache.
+            claim: of the caller on the plan's blocks, until the request has settled. Without one they are claimed
+                here, until a save has read them or a load has settled.
+
         Raises:
             EngineStateError: shutting down.
-            InvalidBlockIdError: another load is writing one of the blocks.
-            DeviceError: the pool could not be pinned as far as needed.
+            InvalidBlockIdError: see `claim`.
         """
         request = TransferRequest(
             plan.direction,
@@ -196,17 +219,30 @@ class DataPlane:
             packed_nbytes=self.sizes.packed,
         )
         try:
+            if claim is None:
+                claim = self.claim(plan.direction, plan.block_ids)
+                if plan.direction is Direction.SAVE:
+                    request.on_source_released = claim.release
+                else:
+                    request.on_settled = partial(_release_then, claim, on_settled)
             if request.num_blocks and not self.pool.is_ready(self.pool.capacity_bytes):
                 end = int(plan.offsets.max()) + self.sizes.raw
                 await self.pool.ready(min(end, self.pool.capacity_bytes))
-            if plan.direction is Direction.LOAD:
-                self._targets.claim(plan.block_ids)
-                request.on_settled = partial(self._release_targets, plan.block_ids, on_settled)
             self._scheduler.submit(request)
+        except DeviceError as error:
+            request.fail(error)  # beyond what can be pinned: the pool has said so, once
         except BaseException:
-            request.drop_waiting()
+            request.cancel()
             raise
         return request
+
+    def claim(self, direction: Direction, block_ids: NDArray[np.int32]) -> "Claim":
+        """Keep others from the cache's blocks `int32 [n]` until the claim is released: loads, and for a load saves.
+
+        Raises:
+            InvalidBlockIdError: somebody else has one of them; none is claimed.
+        """
+        return Claim(self._claims, direction, block_ids)
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
         """Wait until requests have settled.
@@ -220,30 +256,71 @@ class DataPlane:
         """Give requests up and wait for what is under way; not cut short by a cancellation."""
         await self._scheduler.cancel_and_wait(requests)
 
-    def _release_targets(
-        self, block_ids: NDArray[np.int32], then: Callable[[TransferRequest], None], request: TransferRequest
-    ) -> None:
-        self._targets.release(block_ids)
-        then(request)
-
     # -- the rest ----------------------------------------------------------------------------------
 
     def figures(self) -> list[PoolFigures]:
-        """Figures of the pools below the extents: device staging, where there is one."""
-        return [self._executor.staging.figures()] if isinstance(self._executor, CudaExecutor) else []
+        """Figures of the pools below the extents: device staging, where there is one and until it is closed."""
+        executor = self._executor
+        return [executor.staging.figures()] if isinstance(executor, CudaExecutor) else []
 
     async def drain(self) -> None:
         """Wait for every transfer that was submitted."""
         await self._scheduler.drain()
 
     async def aclose(self) -> None:
-        """Finish what is under way, then release everything; the object is of no use afterwards."""
-        await self._scheduler.aclose()
+        """Finish what is under way, then release everything, whatever fails; of no use afterwards."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(run_blocking, self.pool.close)
+            stack.callback(self._let_go)
+            await self._scheduler.aclose()
+
+    def close(self) -> None:
+        """`aclose` for a data plane that nobody has used yet; blocks."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.pool.close)
+            stack.callback(self._let_go)
+            self._scheduler.close()
+
+    def _let_go(self) -> None:
+        """Of events, tensors, and of what holds views of the pool."""
+        self._hear_no_more()
+        del self._scheduler
+        self._executor = None
+        self._tensors.clear()
         while self._events and self.device is not None:
             self.device.destroy_event(self._events.pop())
-        del self._scheduler, self._executor  # they hold views of the pool
-        await asyncio.to_thread(self.pool.close)
-        self._tensors.clear()
+
+
+class Claim:
+    """Blocks of the paged cache that a save or a load has in its hands. Made by `DataPlane.claim`."""
+
+    def __init__(self, claims: BlockClaims, direction: Direction, block_ids: NDArray[np.int32]) -> None:
+        claims.claim(direction, block_ids)
+        self._claims: BlockClaims | None = claims
+        self._direction = direction
+        self._block_ids = block_ids
+
+    def release(self) -> None:
+        """Give the blocks back; idempotent."""
+        if self._claims is not None:
+            self._claims.release(self._direction, self._block_ids)
+            self._claims = None
+
+
+def _release_then(claim: Claim, then: Callable[[TransferRequest], None], request: TransferRequest) -> None:
+    claim.release()
+    then(request)
+
+
+def _on_loop(call: Callable[[int], None]) -> Callable[[int], None]:
+    """The same for other threads: the running loop makes the call."""
+    loop = asyncio.get_running_loop()
+
+    def pass_on(value: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody plans anything any more
+            loop.call_soon_threadsafe(call, value)
+
+    return pass_on
 
 
 def _device_of(layout: KVLayout) -> Device | None:

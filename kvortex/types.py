@@ -33,7 +33,8 @@ class SaveOutcome(StrEnum):
     STORED = "stored"
     ALREADY_STORED = "already_stored"
     PENDING = "pending"  # another save of the same block is under way
-    NO_SPACE = "no_space"  # the pool is full of pinned or in-flight blocks
+    NO_SPACE = "no_space"  # the pool is full of pinned or in-flight blocks, or of those in front of it
+    GONE = "gone"  # it was stored, and evicted or cleared before the call was over
     TOO_LOSSY = "too_lossy"  # packing would lose more than allowed, and it could not be kept as it is
     FAILED = "failed"  # the transfer failed; the log has the cause
 

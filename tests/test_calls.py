@@ -4,17 +4,19 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvortex.calls import FIRST_PART_BLOCKS, FIRST_PART_BYTES, MAX_PART_BLOCKS, MAX_PART_BYTES, Call, Callers
 from kvortex.stats import EngineStats
+from kvortex.types import Direction
 
 MIB = 1 << 20
 
 
 def parts(num_blocks: int, block_nbytes: int) -> list[slice]:
     data: Any = SimpleNamespace(sizes=SimpleNamespace(packed=block_nbytes))
-    call: Call[None] = Call(Callers(1), data, EngineStats(), None)
+    call: Call[None] = Call(Callers(1), data, EngineStats(), None, Direction.SAVE, np.empty(0, np.int32))
     return list(call.parts(num_blocks))
 
 

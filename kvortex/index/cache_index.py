@@ -176,6 +176,11 @@ class CacheIndex:
         """Blocks that `evict` has removed since the start."""
         return int(self._table.totals[steps.EVICTED_BLOCKS])
 
+    @property
+    def removed_blocks(self) -> int:
+        """Blocks that are gone since the start, for whatever reason; after a `clear` also what was reserved."""
+        return int(self._table.totals[steps.REMOVED_BLOCKS])
+
     def prefix_length(self, keys: Sequence[bytes] | Keys) -> int:
         """Number of committed blocks before the first that is not. Keys may be `bytes`.
 
@@ -326,6 +331,13 @@ class CacheIndex:
         keys = pack_keys([key])
         with self._lock:
             return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
+
+    def drop_beyond(self, end: int, reason: MissReason) -> Offsets:
+        """`drop` every committed block whose extent does not end at or before offset `end`."""
+        with self._lock:
+            rows = self._table.rows[: self._table.totals[steps.SLOTS_USED]]
+            beyond = (rows["state"] == steps.COMMITTED) & (rows["offset"] + rows["nbytes"] > end)
+            return self._drop(np.flatnonzero(beyond), reason)
 
     def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest blocks that are not pinned until `nbytes` are free, or none is left.

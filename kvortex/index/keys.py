@@ -1,6 +1,7 @@
 """Block hashes as one array, the form that compiled code reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,24 +11,34 @@ from kvortex.types import BLOCK_HASH_BYTES
 
 WORDS = BLOCK_HASH_BYTES // 8
 
+_WANTED = f"pass a list of hashes of {BLOCK_HASH_BYTES} bytes each, as hash_blocks gives them"
 
-def pack_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:
-    """Block hashes as `uint64 [len(keys), 4]`, read-only.
+
+def pack_keys(keys: Iterable[bytes] | NDArray[np.generic]) -> NDArray[np.uint64]:
+    """Block hashes as `uint64 [n, 4]`, read-only, and a copy of what was passed.
+
+    Args:
+        keys: whatever gives `bytes` of 32 in order, generators included; or an array with 32 bytes a row:
+            `S32`, `V32` or `object` `[n]`, `uint8 [n, 32]` or `uint64 [n, 4]`.
 
     Raises:
-        InvalidHashError: a key is not 32 bytes.
+        InvalidHashError: a key is not 32 bytes, or these are no keys in an order.
     """
+    if not isinstance(keys, list | tuple):
+        if hasattr(keys, "__array__"):
+            return _pack_array(keys)
+        keys = _listed(keys)
     try:
         joined = b"".join(keys)
     except TypeError:
-        raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes") from None
-    if set(map(len, keys)) - {BLOCK_HASH_BYTES}:
-        raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes")
+        _refuse(keys)
+    if set(map(len, keys)) - {BLOCK_HASH_BYTES} or len(joined) != BLOCK_HASH_BYTES * len(keys):
+        _refuse(keys)
     return np.ndarray((len(keys), WORDS), np.uint64, joined)
 
 
 def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`keys` as `pack_keys` gives them, whichever form they come in.
+    """`keys` as `pack_keys` gives them, whichever form they come in; packed ones are not copied.
 
     Raises:
         InvalidHashError: a key is not 32 bytes, or the array is not `uint64 [n, 4]`.
@@ -40,3 +51,34 @@ def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
         keys = np.ascontiguousarray(keys).view()
         keys.flags.writeable = False  # one array type for the kernels: they are compiled once
     return keys
+
+
+def _pack_array(given: Any) -> NDArray[np.uint64]:
+    try:
+        keys = np.asarray(given)
+    except (TypeError, RuntimeError) as error:  # a tensor on a GPU, or one that needs gradients
+        raise InvalidHashError(f"a {type(given).__name__} is no array on the host ({error}): {_WANTED}") from error
+    if keys.ndim == 1 and (keys.dtype == np.object_ or not keys.size):
+        return pack_keys(keys.tolist())
+    rows = keys.ndim == 1 and keys.dtype.kind in "SV"
+    words = keys.ndim == 2 and keys.dtype in (np.dtype(np.uint8), np.dtype(np.uint64))
+    if not (rows or words) or keys.itemsize * keys[:1].size != BLOCK_HASH_BYTES * len(keys[:1]):
+        raise InvalidHashError(f"an array of {keys.dtype} and shape {list(keys.shape)} holds no hashes: {_WANTED}")
+    return np.ndarray((len(keys), WORDS), np.uint64, keys.tobytes())
+
+
+def _listed(keys: Iterable[bytes]) -> list[bytes]:
+    if isinstance(keys, str | bytes | bytearray | memoryview):
+        raise InvalidHashError(f"a single {type(keys).__name__} was passed as hashes: {_WANTED}")
+    if isinstance(keys, set | frozenset | Mapping) or not isinstance(keys, Iterable):
+        raise InvalidHashError(f"{type(keys).__name__} has no hashes in an order: {_WANTED}")
+    return list(keys)
+
+
+def _refuse(keys: Sequence[bytes]) -> NoReturn:
+    for position, key in enumerate(keys):
+        if not isinstance(key, bytes | bytearray):
+            raise InvalidHashError(f"hash {position} is {type(key).__name__}, not 32 bytes: {_WANTED}")
+        if len(key) != BLOCK_HASH_BYTES:
+            raise InvalidHashError(f"hash {position} has {len(key)} bytes, not {BLOCK_HASH_BYTES} bytes: {_WANTED}")
+    raise InvalidHashError(f"every key must be {BLOCK_HASH_BYTES} bytes: {_WANTED}")

@@ -47,7 +47,8 @@ MISS_REASONS = (
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2
 
 # Positions in `Table.totals`.
-COMMITTED_BLOCKS, COMMITTED_BYTES, PENDING_BLOCKS, EVICTED_BLOCKS, SLOTS_USED, SLOTS_FREED, _RING_NEXT = range(7)
+COMMITTED_BLOCKS, COMMITTED_BYTES, PENDING_BLOCKS, EVICTED_BLOCKS = range(4)
+SLOTS_USED, SLOTS_FREED, REMOVED_BLOCKS, _RING_NEXT = range(4, 8)
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -86,7 +87,7 @@ class Table(NamedTuple):
     rows: Rows  # [capacity]
     buckets: Buckets  # [2 * capacity]
     ring: NDArray[np.int32]  # [ghost_entries], oldest at _RING_NEXT; an entry counts if its slot's ring_at points back
-    totals: Totals  # [7]
+    totals: Totals  # [8]
 
     @property
     def capacity(self) -> int:
@@ -105,7 +106,7 @@ def new_table(capacity: int, ghost_entries: int) -> Table:
         rows=np.zeros(capacity, ROW),
         buckets=np.full(2 * capacity, 0, np.uint64),
         ring=np.full(ghost_entries, -1, np.int32),
-        totals=np.zeros(7, np.int64),
+        totals=np.zeros(8, np.int64),
     )
 
 
@@ -236,6 +237,7 @@ def _retire(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Total
     """A committed block is gone; what pins hold stays in its slot, and the key's ghost gets another one."""
     totals[COMMITTED_BLOCKS] -= 1
     totals[COMMITTED_BYTES] -= rows[slot].nbytes
+    totals[REMOVED_BLOCKS] += 1
     rows[slot].parked = 0
     if not rows[slot].pins:
         _remember(rows, buckets, ring, totals, slot, reason)
@@ -507,6 +509,7 @@ def clear(rows: Rows, buckets: Buckets, totals: Totals) -> Offsets:
     """Offsets that are free now."""
     offsets = np.empty(totals[COMMITTED_BLOCKS], np.int64)
     num_offsets = 0
+    totals[REMOVED_BLOCKS] += totals[COMMITTED_BLOCKS] + totals[PENDING_BLOCKS]
     totals[COMMITTED_BLOCKS] = totals[COMMITTED_BYTES] = 0
     buckets[:] = 0
     for slot in range(totals[SLOTS_USED]):

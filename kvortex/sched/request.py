@@ -22,6 +22,7 @@ class TransferRequest:
         block_nbytes: what a block takes in the pool as it is, padding included.
         after: CUDA event that must fire before the cache is touched; None when nothing is pending.
         on_settled: called once, on the loop, when it is settled.
+        on_source_released: called once, on the loop, when a save has read the cache, or will not.
         more_follows: another request of the same call comes right behind: this is not the end of a transfer.
         packed: `bool [n]`, which blocks rest packed; None when none does.
         packed_nbytes: what a packed block takes in the pool.
@@ -38,6 +39,7 @@ class TransferRequest:
     block_nbytes: int
     after: Event | None = None
     on_settled: Callable[["TransferRequest"], None] | None = None
+    on_source_released: Callable[[], None] | None = None
     more_follows: bool = False
     wants_source_released: bool = False
     packed: NDArray[np.bool_] | None = None
@@ -121,19 +123,44 @@ class TransferRequest:
         """Blocks of a save that have arrived, but lose too much by being packed."""
         return np.zeros(len(self.offsets), np.bool_) if self._too_lossy is None else self._too_lossy
 
-    def drop_waiting(self) -> None:
-        """Give up the blocks that no batch has taken; they stay not succeeded."""
+    @property
+    def num_tried(self) -> int:
+        """How many blocks, from the first, were not given up by `cancel`."""
+        return self.num_blocks if self.cancelled else len(self.offsets)
+
+    def cancel(self) -> None:
+        """Give up the blocks that no batch has taken; nobody has tried to move them."""
         self.cancelled = True
+        self._drop_waiting()
+
+    def fail(self, error: Exception) -> None:
+        """Give up the blocks that no batch has taken, as they cannot be moved."""
+        self.errors.append(error)
+        self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
         self.blocks_unread -= self.blocks_waiting
         self.block_ids = self.block_ids[: self.next_block]
         self.settle_if_done()
 
+    def source_read(self, num_blocks: int) -> None:
+        """Note that blocks of the cache have been read."""
+        self.blocks_unread -= num_blocks
+        if self.blocks_unread == 0:
+            self._release_source()
+
+    def _release_source(self) -> None:
+        if not self.source_released.is_set():
+            self.source_released.set()
+            if self.on_source_released is not None:
+                self.on_source_released()
+
     def settle_if_done(self) -> None:
         """Settle once nothing waits and nothing is under way."""
         if self.blocks_unread == 0:
-            self.source_released.set()
+            self._release_source()
         if self.blocks_waiting == 0 and self.blocks_in_flight == 0 and not self.settled.is_set():
-            self.source_released.set()
+            self._release_source()
             self.settled.set()
             if self.on_settled is not None:
                 self.on_settled(self)

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.blocking import run_blocking
 from kvortex.errors import DeviceError, EngineStateError, KVortexError
 from kvortex.sched.batcher import Batch, Batcher
 from kvortex.sched.executor import TransferExecutor
@@ -86,7 +87,7 @@ class TransferScheduler:
     def cancel(self, request: TransferRequest) -> None:
         """Drop what no batch has taken of a request; what is under way ends by itself."""
         self._batcher.remove(request)
-        request.drop_waiting()
+        request.cancel()
         self._forget_settled(request)
 
     async def drain(self) -> None:
@@ -95,14 +96,27 @@ class TransferScheduler:
             await request.settled.wait()
 
     async def aclose(self) -> None:
-        """Take no more, finish what is there, close the executor; idempotent."""
+        """Take no more, finish what is there, close the executor; idempotent.
+
+        On another loop, once its own is closed: requests that were left behind there never settle.
+        """
         self._closing = True
-        await self.drain()
+        if not self._loop.is_closed():
+            await self.drain()
+        self._leave_loop()
+        await run_blocking(self._executor.close)
+
+    def close(self) -> None:
+        """`aclose` for a scheduler that nobody has used; blocks until the executor is closed."""
+        self._closing = True
+        self._leave_loop()
+        self._executor.close()
+
+    def _leave_loop(self) -> None:
         self._stop_lingering()
-        if self._fd is not None:
+        if self._fd is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._fd)
-            self._fd = None
-        await asyncio.to_thread(self._executor.close)
+        self._fd = None
 
     # -- the pump ----------------------------------------------------------------------------------
 
@@ -133,9 +147,7 @@ class TransferScheduler:
 
     def _source_read(self, batch: Batch) -> None:
         for part in batch.slices:
-            part.request.blocks_unread -= part.num_blocks
-            if part.request.blocks_unread == 0:
-                part.request.source_released.set()
+            part.request.source_read(part.num_blocks)
 
     def _finish(
         self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None = None, /

@@ -204,7 +204,7 @@ def test_a_request_settles_once() -> None:
     seen: list[TransferRequest] = []
     r = request(SAVE, 5, on_settled=seen.append)
     r.next_block, r.blocks_in_flight = 3, 3
-    r.drop_waiting()
+    r.cancel()
     assert not r.settled.is_set()
     r.blocks_in_flight = 0
     r.settle_if_done()

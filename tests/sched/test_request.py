@@ -47,13 +47,13 @@ def test_dropping_what_waits_keeps_what_is_under_way() -> None:
     r = request(5, settled)
     r.next_block, r.blocks_in_flight, r.blocks_unread = 3, 1, 1 + 2  # two blocks are done, one runs, two wait
     for _ in range(2):
-        r.drop_waiting()
+        r.cancel()
         assert r.cancelled
         assert (r.num_blocks, r.blocks_waiting, r.blocks_unread) == (3, 0, 1)
         assert not r.source_released.is_set()
         assert settled == []
     r.blocks_unread = 0
-    r.drop_waiting()
+    r.cancel()
     assert r.source_released.is_set()
     assert not r.settled.is_set()
 
@@ -61,8 +61,8 @@ def test_dropping_what_waits_keeps_what_is_under_way() -> None:
 def test_dropping_all_of_it_settles_at_once() -> None:
     settled: list[TransferRequest] = []
     r = request(5, settled)
-    r.drop_waiting()
-    r.drop_waiting()
+    r.cancel()
+    r.cancel()
     assert settled == [r]
     assert r.source_released.is_set()
     assert len(r.succeeded) == len(r.digests) == 5

@@ -54,7 +54,7 @@ class Scenario:
                 "max_pack_error": 1e-4,
                 "tier_queue_blocks": dice.choice((2, 8, 64)),
                 "fetch_blocks": dice.choice((1, 3, 12)),
-                "load_deadline_s": dice.choice((0.0, 0.0, 0.3)),
+                "load_deadline_s": dice.choice((None, None, 0.3)),
                 "ghost_entries": dice.choice((0, 4, 64)),
                 **{name: dice.choice(choices) for name, choices in CHOICES.items()},
             },

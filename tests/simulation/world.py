@@ -331,8 +331,8 @@ class World:
 
     async def _load(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._write(hashes, ids, garbage=True)
-        deadline_s = dice.choice((None, None, 0.0, 0.01, 0.2))
-        due_s = deadline_s if deadline_s is not None else life.engine.config.load_deadline_s or None
+        deadline_s = dice.choice((..., None, 0.0, 0.01, 0.2))
+        due_s = life.engine.config.load_deadline_s if deadline_s is ... else deadline_s
         began_s = self._loop.time()
         absent = ~life.control.index.contains_mask(pack_keys(hashes))
         self._last_asked_s.update(dict.fromkeys(hashes, began_s))
