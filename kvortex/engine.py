@@ -21,6 +21,7 @@ from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout
+from kvortex.memory import check_memory
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine, running_loop
@@ -114,6 +115,7 @@ class KVortexEngine:
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
+        check_memory(self.config.cpu_pool_bytes)
         with contextlib.ExitStack() as undo:
             self._data = DataPlane(
                 self.config,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from kvortex.config import format_bytes
 from kvortex.exposition import prometheus_text
 from kvortex.types import Direction, MissReason
 
@@ -264,8 +265,8 @@ class StatsSnapshot:
             state = "" if t.usable else " (cannot be used)"
             lines.append(
                 f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
-                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {_readable(t.used_bytes)} of "
-                f"{_readable(t.capacity_bytes)}"
+                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {format_bytes(t.used_bytes)} of "
+                f"{format_bytes(t.capacity_bytes)}"
                 + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
             )
         return "\n".join(lines)
@@ -343,20 +344,12 @@ def _snapshot_transfer(direction: Direction, tier: str, stats: TransferStats) ->
 
 def _transfer_row(t: TransferSnapshot) -> tuple[str, ...]:
     latencies = (f"{seconds * 1e3:.3f}" for seconds in (t.p50_s, t.p90_s, t.p99_s))
-    return (t.direction.value, t.tier, str(t.blocks), _readable(t.nbytes), str(t.failures), *latencies)
+    return (t.direction.value, t.tier, str(t.blocks), format_bytes(t.nbytes), str(t.failures), *latencies)
 
 
 def _pool_row(p: PoolFigures) -> tuple[str, ...]:
-    sizes = (_readable(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
-    return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), _readable(p.pinned_bytes))
-
-
-def _readable(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
+    sizes = (format_bytes(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
+    return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), format_bytes(p.pinned_bytes))
 
 
 def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvortex import KVortexConfig, KVortexEngine, SaveOutcome
+from kvortex import KVortexEngine, SaveOutcome
 from kvortex.codecs import pack_reference, packing_for, unpack_reference
-from kvortex.errors import ConfigError
 from kvortex.kernels.reference import gather_reference
 from kvortex.layout import KVLayout
 from kvortex.testing import Fault
@@ -148,9 +147,3 @@ async def test_a_cache_that_the_codec_does_not_take_is_left_as_it_is() -> None:
         await engine.save_blocks(chain(2), [1, 2])
         assert (await engine.load_blocks(chain(2), [3, 4])).ok
         assert (payloads(cache, [3, 4]) == exact).all()
-
-
-async def test_an_unknown_codec_is_refused_at_registration() -> None:
-    async with KVortexEngine.create(KVortexConfig(codec="zstd", cpu_pool_bytes=1 << 20)) as engine:
-        with pytest.raises(ConfigError, match="unknown codec 'zstd'"):
-            engine.register_kv_caches(make_cache(torch.bfloat16), BLOCK_SIZE)
