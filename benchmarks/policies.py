@@ -1,11 +1,12 @@
 """Hit rates of the eviction policies, and of the offline optimum, on a conversation trace.
 
-python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--json] [--plot docs/eviction.svg]
+python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--watermark SHARE]
+    [--eviction-ratio SHARE] [--json] [--plot docs/eviction.svg]
 
-Each prompt is served as an LLM server does it, through the real `CacheIndex` and the real policies: the contiguous
-prefix that is cached is loaded (pinned, unpinned), then the whole prompt is saved (reserved, room made, committed).
-Blocks of 16 tokens, 2 MiB each (an 8B Llama in bf16). The prompts come one after another, the cache is full to the
-last byte, and nothing is in flight: watermark and pacing are left out, as they would only make it smaller.
+Each prompt is served as an LLM server does it, through the engine's own control plane, with its index, policies,
+watermark, pace and extents: the contiguous prefix that is cached is loaded (pinned, unpinned), then the whole prompt is
+saved (reserved, room made, committed). Blocks of 16 tokens, 2 MiB each (an 8B Llama in bf16). The prompts come one
+after another, and nothing is in flight.
 
 The optimum is Belady's MIN (IBM Systems Journal 1966) with the freedom not to keep what has just been computed: after
 each request, of the blocks cached before and those of the request, the cache keeps those whose next use is soonest.
@@ -25,7 +26,7 @@ import lzma
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.index import RESERVED, CacheIndex, EvictionPolicy, make_policy
+from kvortex import KVortexConfig
+from kvortex.control import ControlPlane
+from kvortex.index import RESERVED, CacheIndex, EvictionPolicy
+from kvortex.types import BlockSizes
 
 BLOCK_TOKENS, TRACE_BLOCK_TOKENS = 16, 512
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 32 * 8 * 128 * 2  # K and V, layers, KV heads, head size, bf16
@@ -41,6 +45,7 @@ SIZES_GIB = (128, 512, 1024, 2048, 4096)
 POLICIES = ("lru", "s3fifo", "arc")
 OPTIMUM = "optimum"
 NEVER = 1 << 30
+DEFAULTS = KVortexConfig()
 
 
 class Prompt(NamedTuple):
@@ -142,17 +147,13 @@ def read_trace(path: Path | None, count: int | None) -> list[Prompt]:
     return prompts[::-1]
 
 
-def serve(index: CacheIndex, keys: NDArray[np.uint64], capacity_bytes: int) -> int:
+def serve(control: ControlPlane, keys: NDArray[np.uint64]) -> int:
     """One request as a server treats it; the number of blocks in its cached prefix."""
-    found = index.prefix_length(keys)
-    index.unpin(index.pin(keys[:found]).slots)
-    reservation = index.reserve(keys)
-    slots = reservation.slots[reservation.states == RESERVED]
-    index.evict(index.committed_bytes + slots.size * BLOCK_BYTES - capacity_bytes)
-    room = (capacity_bytes - index.committed_bytes) // BLOCK_BYTES
-    commit(index, slots[:room])
-    if room < slots.size:
-        index.abort(slots[room:], None)
+    found = control.index.prefix_length(keys)
+    block_ids = np.arange(len(keys), dtype=np.int32)
+    control.finish_load(control.plan_load(keys[:found], block_ids[:found]))
+    saved = control.plan_save(keys, block_ids, "save")
+    control.finish_save(saved, np.zeros(len(saved.slots), np.uint64))
     return found
 
 
@@ -172,20 +173,32 @@ def commit(index: CacheIndex, slots: NDArray[np.int32]) -> None:
     index.commit(slots, np.zeros(slots.size, np.int64), BLOCK_BYTES, np.zeros(slots.size, np.uint64))
 
 
-def simulate(name: str, prompts: Sequence[Prompt], size_gib: float, progress: Callable[[], object]) -> Result:
-    """The whole trace through a cache of one size."""
-    policy = OfflineOptimum() if name == OPTIMUM else make_policy(name)
+def simulate(
+    name: str,
+    prompts: Sequence[Prompt],
+    size_gib: float,
+    progress: Callable[[], object],
+    settings: KVortexConfig = DEFAULTS,
+) -> Result:
+    """The whole trace through a cache of one size; `settings` says when it evicts."""
     capacity_bytes = int(size_gib * (1 << 30))
     blocks = capacity_bytes // BLOCK_BYTES
-    index = CacheIndex(policy, ghost_entries=blocks, expected_entries=2 * blocks)
     found = []
     started_s = time.perf_counter()
-    for number, prompt in enumerate(prompts):
-        if isinstance(policy, OfflineOptimum):
-            found.append(serve_optimally(index, policy, number, prompt, capacity_bytes))
-        else:
-            found.append(serve(index, prompt.keys(), capacity_bytes))
-        progress()
+    if name == OPTIMUM:
+        optimum = OfflineOptimum()
+        index = CacheIndex(optimum, ghost_entries=blocks, expected_entries=2 * blocks)
+        for number, prompt in enumerate(prompts):
+            found.append(serve_optimally(index, optimum, number, prompt, capacity_bytes))
+            progress()
+    else:
+        config = replace(settings, cpu_pool_bytes=capacity_bytes, eviction_policy=name, ghost_entries=blocks)
+        control = ControlPlane.from_config(config, capacity_bytes, BlockSizes(BLOCK_BYTES, BLOCK_BYTES))
+        index = control.index
+        for prompt in prompts:
+            found.append(serve(control, prompt.keys()))
+            progress()
+        control.clear()
     return Result(
         policy=name,
         size_gib=size_gib,
@@ -255,15 +268,18 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="JSON lines, .xz or plain (default: the shipped trace)")
     parser.add_argument("--requests", type=int, help="only the first N")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES_GIB, metavar="GIB")
+    parser.add_argument("--watermark", type=float, default=DEFAULTS.watermark)
+    parser.add_argument("--eviction-ratio", type=float, default=DEFAULTS.eviction_ratio)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     prompts = read_trace(arguments.trace, arguments.requests)
+    settings = KVortexConfig(watermark=arguments.watermark, eviction_ratio=arguments.eviction_ratio)
     results = []
     with progress_bar(len(prompts) * len(arguments.sizes) * (len(POLICIES) + 1)) as describe:
         for size in arguments.sizes:
             for name in (*POLICIES, OPTIMUM):
-                results.append(simulate(name, prompts, size, describe(f"{name}, {size:g} GiB")))
+                results.append(simulate(name, prompts, size, describe(f"{name}, {size:g} GiB"), settings))
     if arguments.plot:
         plot(results, arguments.plot)
     if arguments.json:

@@ -82,8 +82,10 @@ class KVortexConfig:
         linger_s: how long a batch that is not full waits for more while its direction is busy.
         max_consecutive_loads: load batches that may go before a waiting save batch where both share a resource.
         max_outstanding_requests: saves and loads in progress; further callers wait.
-        watermark: share of the pool above which eviction begins.
-        eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time.
+        watermark: share of the pool above which eviction begins; what is above takes in bursts, and blocks that wait
+            for a lower tier.
+        eviction_ratio: share of the watermark that one eviction cycle frees, a little at a time. A busy pool is filled
+            to between `watermark * (1 - eviction_ratio)` and `watermark`.
         eviction_policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far
             as `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
         codec: how blocks rest: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches);
@@ -116,8 +118,8 @@ class KVortexConfig:
     linger_s: float = 0.0005
     max_consecutive_loads: int = 4
     max_outstanding_requests: int = 1024
-    watermark: float = 0.8
-    eviction_ratio: float = 0.2
+    watermark: float = 0.95
+    eviction_ratio: float = 0.05
     eviction_policy: str = "lru"
     codec: str = "raw"
     max_pack_error: float = 0.05

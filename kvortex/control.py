@@ -110,6 +110,7 @@ class ControlPlane:
         self.on_evicted: Callable[[Evicted], int] | None = None
         self._pacer = pacer
         self._sizes = sizes
+        self._shrunk = False
 
     @classmethod
     def from_config(cls, config: KVortexConfig, capacity_bytes: int, sizes: BlockSizes) -> Self:
@@ -186,6 +187,9 @@ class ControlPlane:
             The call's outcomes.
         """
         offsets = plan.transfer.offsets
+        if self._shrunk:
+            within = self._within(offsets, plan.nbytes)
+            succeeded = within if succeeded is None else succeeded & within
         succeeded = _unless_all(succeeded)
         if succeeded is None:
             self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
@@ -268,7 +272,10 @@ class ControlPlane:
         return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], sizes[got])
 
     def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
-        """A fetched block has arrived: it is visible now."""
+        """A fetched block has arrived: it is visible now, unless the pool was cut off below it meanwhile."""
+        if self._shrunk and not self._within(np.array([offset]), nbytes).all():
+            self.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
+            return
         slots = np.array([slot])
         self.allocator.free_many(
             self.index.commit(slots, np.array([offset]), nbytes, np.array([digest], dtype=np.uint64))
@@ -351,6 +358,23 @@ class ControlPlane:
         more recent than earlier ones.
         """
         self.index.touch(keys)
+
+    def shrink(self, capacity_bytes: int) -> None:
+        """Keep to the first `capacity_bytes` of the pool from now on, as the rest cannot be used.
+
+        Blocks that lie beyond are gone, as far as they are in use when that has ended; what is on its way there fails.
+
+        Raises:
+            ValueError: the pool is smaller already.
+        """
+        self.allocator.shrink(capacity_bytes)
+        self._pacer.resize(max(self.allocator.capacity_bytes, 1))
+        self._shrunk = True
+        self._remove(self.index.drop_beyond(self.allocator.capacity_bytes, MissReason.TRANSFER_FAILED))
+
+    def _within(self, offsets: NDArray[np.int64], nbytes: int) -> NDArray[np.bool_]:
+        within: NDArray[np.bool_] = offsets + nbytes <= self.allocator.capacity_bytes
+        return within
 
     def clear(self) -> None:
         """Forget every block; extents that are pinned or in flight come back when their transfers end."""

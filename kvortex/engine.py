@@ -117,7 +117,13 @@ class KVortexEngine:
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
         check_memory(self.config.cpu_pool_bytes)
         with contextlib.ExitStack() as undo:
-            self._data = DataPlane(self.config, kv_caches, layout, wrap_executor=wrap_executor)
+            self._data = DataPlane(
+                self.config,
+                kv_caches,
+                layout,
+                wrap_executor=wrap_executor,
+                on_pinning_stopped=self._shrink,
+            )
             undo.callback(self._data.close)
             undo.callback(self._unregister)
             self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
@@ -132,6 +138,10 @@ class KVortexEngine:
 
     def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
         return Tiering(TierLink(self.config, control, data.pool.bytes, data.forms, namespace, tier, self.stats))
+
+    def _shrink(self, pinned_bytes: int) -> None:
+        if self._control is not None and self._shutdown is None:
+            self._control.shrink(pinned_bytes)
 
     def _unregister(self) -> None:
         self._data = self._control = self._namespace = self._tiering = None
@@ -334,7 +344,7 @@ class KVortexEngine:
         """Wait until the whole pool is pinned. Not needed: transfers wait for what they touch.
 
         Raises:
-            DeviceError: pinning failed.
+            DeviceError: pinning stopped early; the pool is as large as what is pinned now.
         """
         self._check_loop()
         _, data = self._planes()

@@ -1,5 +1,6 @@
 """The data plane: pool, executor and scheduler behind one object that carries out transfer plans."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.control import check_block_fits
 from kvortex.driver import Device, Event, stream_handle
-from kvortex.errors import LayoutError
+from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.kernels.claims import BlockClaims
@@ -40,6 +41,8 @@ class DataPlane:
         memory: the pool's, shared with other processes whose caches have the same layout; None for its own. The
             self-test uses the first places: save when all of them have been made.
         wrap_executor: puts another executor around the device's own, for tests.
+        on_pinning_stopped: called on the loop, at most once, when no more of the pool can be pinned: with the bytes
+            that are, the first of it. Nothing may be planned beyond any more; what is on its way there fails.
 
     Raises:
         LayoutError: the tensors lie on a device that is neither CUDA nor the host.
@@ -56,6 +59,7 @@ class DataPlane:
         *,
         memory: SharedMemory | None = None,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
+        on_pinning_stopped: Callable[[int], None] | None = None,
     ) -> None:
         self.layout = layout
         self.packing = packing_for(layout, config.codec)
@@ -67,14 +71,17 @@ class DataPlane:
         self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
         self._events: list[Event] = []
         self._claims = BlockClaims(layout.num_blocks)
+        self._on_pinning_stopped = on_pinning_stopped
         self.pool = PinnedPool(
             config.cpu_pool_bytes,
             device=self.device,
             piece_bytes=config.pin_piece_bytes,
             numa_aware=config.numa_aware,
             memory=memory,
+            on_stopped=_on_loop(self._pinning_stopped),
         )
         with contextlib.ExitStack() as undo, self.pool.held():
+            undo.callback(self._hear_no_more)
             undo.callback(self.pool.close)
             executor = self._make_executor(config)
             undo.callback(executor.close)
@@ -86,6 +93,13 @@ class DataPlane:
             )
             self._executor: TransferExecutor | None = executor
             undo.pop_all()
+
+    def _pinning_stopped(self, pinned_bytes: int) -> None:
+        if self._on_pinning_stopped is not None:
+            self._on_pinning_stopped(pinned_bytes)
+
+    def _hear_no_more(self) -> None:
+        self._on_pinning_stopped = None
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
         if self.device is None:
@@ -215,6 +229,8 @@ class DataPlane:
                 end = int(plan.offsets.max()) + self.sizes.raw
                 await self.pool.ready(min(end, self.pool.capacity_bytes))
             self._scheduler.submit(request)
+        except DeviceError as error:
+            request.fail(error)  # beyond what can be pinned: the pool has said so, once
         except BaseException:
             request.cancel()
             raise
@@ -267,6 +283,7 @@ class DataPlane:
 
     def _let_go(self) -> None:
         """Of events, tensors, and of what holds views of the pool."""
+        self._hear_no_more()
         del self._scheduler
         self._executor = None
         self._tensors.clear()
@@ -293,6 +310,17 @@ class Claim:
 def _release_then(claim: Claim, then: Callable[[TransferRequest], None], request: TransferRequest) -> None:
     claim.release()
     then(request)
+
+
+def _on_loop(call: Callable[[int], None]) -> Callable[[int], None]:
+    """The same for other threads: the running loop makes the call."""
+    loop = asyncio.get_running_loop()
+
+    def pass_on(value: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody plans anything any more
+            loop.call_soon_threadsafe(call, value)
+
+    return pass_on
 
 
 def _device_of(layout: KVLayout) -> Device | None:

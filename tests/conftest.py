@@ -36,6 +36,12 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[ExtentAllocator]:
     return made
 
 
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of more than 64 small blocks are planned in parts, as those of large blocks are."""
+    monkeypatch.setattr("kvortex.calls.FIRST_PART_BYTES", 1)
+
+
 @pytest.fixture(autouse=True)
 def pools_at_zero(request: pytest.FixtureRequest, allocators: list[ExtentAllocator]) -> Iterator[None]:
     """After every test that ran an engine, its pool holds nothing; `@pytest.mark.leaves_extents` opts out."""

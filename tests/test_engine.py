@@ -119,7 +119,7 @@ async def test_eviction_takes_the_tail_before_the_head() -> None:
     async with running_engine(cache, config) as (engine, _):
         old = chain(16, salt=1)
         await engine.save_blocks(old, range(16))
-        await engine.save_blocks(chain(20, salt=2), range(20))
+        await engine.save_blocks(chain(30, salt=2), range(30))
         kept = engine.match_prefix(old)
         assert 0 < kept < 16
         assert not engine.check_blocks(old)[kept:].any()

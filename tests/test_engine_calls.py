@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_support import BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, running_engine, small_config, wipe
+from engine_support import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    chain,
+    contents,
+    make_cache,
+    running_engine,
+    small_config,
+    wipe,
+)
 
 from kvortex import KVortexEngine, MissReason
 from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
@@ -230,14 +239,16 @@ def holding(direction: Direction) -> Callable[[int, Batch], Fault | None]:
 
 
 async def until_held(executor: Any) -> None:
-    while executor.num_held < 1:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(30):
+        while executor.num_held < 1:
+            await asyncio.sleep(0.001)
 
 
 async def finish(executor: Any, task: "asyncio.Task[Any]") -> Any:
-    while not task.done():
-        executor.release()
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(30):
+        while not task.done():
+            executor.release()
+            await asyncio.sleep(0.001)
     return task.result()
 
 
@@ -271,6 +282,7 @@ async def test_a_load_into_a_block_that_a_save_reads_is_refused() -> None:
         assert (await engine.load_blocks(chain(2, salt=1), (3, 8))).ok
 
 
+@pytest.mark.usefixtures("short_parts")
 async def test_a_long_save_has_all_its_blocks_from_its_first_part_on() -> None:
     """Blocks of a later part would otherwise be overwritten before they are read, and kept under a valid digest."""
     cache = make_cache(256)

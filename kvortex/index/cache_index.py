@@ -332,6 +332,13 @@ class CacheIndex:
         with self._lock:
             return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
 
+    def drop_beyond(self, end: int, reason: MissReason) -> Offsets:
+        """`drop` every committed block whose extent does not end at or before offset `end`."""
+        with self._lock:
+            rows = self._table.rows[: self._table.totals[steps.SLOTS_USED]]
+            beyond = (rows["state"] == steps.COMMITTED) & (rows["offset"] + rows["nbytes"] > end)
+            return self._drop(np.flatnonzero(beyond), reason)
+
     def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest blocks that are not pinned until `nbytes` are free, or none is left.
 

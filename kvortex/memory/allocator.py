@@ -152,6 +152,7 @@ class ExtentAllocator:
     def _give_back(self, start: int, end: int) -> None:
         # A run of extents may span pieces; its holes may not.
         self.allocated_bytes -= end - start
+        end = min(end, self.capacity_bytes)  # what was cut off by `shrink` is nobody's any more
         while start < end:
             border = min(end, start - start % self.piece_bytes + self.piece_bytes)
             self._merge_hole(start, border)
@@ -181,6 +182,22 @@ class ExtentAllocator:
             return False
         start = self._hole_starting[position]
         return offset < start + self._hole_size[start]
+
+    # -- another size ------------------------------------------------------------------------------
+
+    def shrink(self, capacity_bytes: int) -> None:
+        """Hand out nothing beyond `capacity_bytes` any more; extents that lie there are freed as usual, and are gone.
+
+        Raises:
+            ValueError: that is no smaller.
+        """
+        if not 0 <= capacity_bytes <= self.capacity_bytes:
+            raise ValueError(f"pool {self.name!r} of {self.capacity_bytes} bytes cannot shrink to {capacity_bytes}")
+        self.capacity_bytes = capacity_bytes - capacity_bytes % EXTENT_ALIGNMENT_BYTES
+        for start in [s for s in self._hole_starting if s + self._hole_size[s] > self.capacity_bytes]:
+            self._remove_hole(start)
+            if start < self.capacity_bytes:
+                self._insert_hole(start, self.capacity_bytes - start)
 
     # -- holes -------------------------------------------------------------------------------------
 
@@ -224,8 +241,8 @@ class ExtentAllocator:
 
     def figures(self, *, pinned_bytes: int = 0) -> PoolFigures:
         """Occupancy and fragmentation now."""
-        free = self.capacity_bytes - self.allocated_bytes
         largest = self.largest_free_bytes
+        free = sum(self._hole_size.values())
         return PoolFigures(
             name=self.name,
             capacity_bytes=self.capacity_bytes,

@@ -6,7 +6,7 @@ import logging
 import mmap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -39,6 +39,8 @@ class PinnedPool:
         piece_bytes: pinned at a time, a multiple of the page size.
         numa_aware: prefer pages of the device's NUMA node. A shared pool has several devices and no preference.
         memory: map the first `capacity_bytes` of it, instead of memory of this process alone.
+        on_stopped: called at most once, on the thread that pins, when no more can be pinned: with the bytes that are,
+            the first of the pool. Whoever waits for more is told after that.
 
     Raises:
         ConfigError: the machine cannot map that much.
@@ -52,6 +54,7 @@ class PinnedPool:
         piece_bytes: int = 256 * MIB,
         numa_aware: bool = True,
         memory: SharedMemory | None = None,
+        on_stopped: Callable[[int], None] | None = None,
     ) -> None:
         self.capacity_bytes = align_up(capacity_bytes, mmap.PAGESIZE)
         self.piece_bytes = piece_bytes
@@ -59,6 +62,7 @@ class PinnedPool:
         self.numa_node: int | None = None
         self._device = device
         self._memory = memory
+        self._on_stopped = on_stopped
         self._mapping = _map_private(self.capacity_bytes) if memory is None else memory.map(0, self.capacity_bytes)
         self._mapping.madvise(mmap.MADV_DONTFORK)
         with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
@@ -100,7 +104,13 @@ class PinnedPool:
                 self._registered.append(self.address + start)
                 self._advance(start + nbytes)
         except DeviceError as error:
-            logger.error("pinning stopped at %d of %d bytes: %s", self.pinned_bytes, self.capacity_bytes, error)
+            logger.warning(
+                "no more than %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
+                "raise the limit on locked memory, or lower cpu_pool_bytes",
+                self.pinned_bytes,
+                self.capacity_bytes,
+                error,
+            )
             self._fail(error)
         else:
             elapsed_s = time.perf_counter() - started
@@ -131,6 +141,8 @@ class PinnedPool:
             self._condition.notify_all()
 
     def _fail(self, error: DeviceError) -> None:
+        if self._on_stopped is not None:
+            self._on_stopped(self.pinned_bytes)
         with self._condition:
             self._error = error
             self._condition.notify_all()
@@ -146,7 +158,10 @@ class PinnedPool:
 
         Raises:
             DeviceError: pinning failed before it got that far, or the pool was closed.
+            ValueError: the pool has less.
         """
+        if nbytes > self.capacity_bytes:
+            raise ValueError(f"cannot wait for {nbytes} bytes of a pool of {self.capacity_bytes}")
         with self._condition:
             self._wanted_bytes = max(self._wanted_bytes, nbytes)
             self._condition.notify_all()
@@ -170,22 +185,23 @@ class PinnedPool:
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Unpin and unmap; idempotent. No transfer may be under way."""
+        """Unpin and unmap, whatever fails; idempotent. No transfer may be under way."""
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._device is not None and self._registered:
-            self._device.make_current()
-            while self._registered:
-                self._device.unregister_host(self._registered.pop())
-        self.pinned_bytes = 0
-        self.bytes = np.empty(0, dtype=np.uint8)
-        self._unmap()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._unmap)
+            if self._device is not None and self._registered:
+                self._device.make_current()
+                while self._registered:
+                    stack.callback(self._device.unregister_host, self._registered.pop())
 
     def _unmap(self) -> None:
+        self.pinned_bytes = 0
+        self.bytes = np.empty(0, dtype=np.uint8)
         try:
             self._mapping.close()
         except BufferError:

@@ -1,6 +1,7 @@
 """Eviction keeps pace with saves: never late, never all at once, and with an end."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -10,12 +11,13 @@ from kvortex.errors import ConfigError
 from kvortex.index import EvictionPacer
 
 CAPACITY = 10_000
+WATERMARK, RATIO = 0.8, 0.2
 HIGH, LOW, FLOOR = 8_000, 6_400, CAPACITY // 256
 
 
 @pytest.fixture
 def pacer():
-    return EvictionPacer(CAPACITY)
+    return EvictionPacer(CAPACITY, WATERMARK, RATIO)
 
 
 def test_nothing_below_the_watermark(pacer):
@@ -29,9 +31,23 @@ def test_a_cycle_begins_above_the_watermark(pacer):
 def test_a_cycle_goes_on_below_the_watermark_until_its_aim(pacer):
     pacer.step(HIGH, 100)
     assert pacer.step(LOW + 500, 100) == 200
-    assert pacer.step(LOW, 30) == 30
+    assert pacer.step(LOW + 10, 30) == 40, "down to the aim"
+    assert pacer.step(LOW, 30) == 0, "the cycle has ended"
+    assert pacer.step(HIGH - 30, 30) == 0
+
+
+def test_a_cycle_whose_aim_was_reached_by_other_means_has_ended(pacer):
+    pacer.step(HIGH, 100)
     assert pacer.step(LOW - 30, 30) == 0
-    assert pacer.step(HIGH - 30, 30) == 0, "the cycle has ended"
+    assert pacer.step(HIGH - 30, 30) == 0
+
+
+def test_a_pool_of_another_size_is_kept_to(pacer):
+    pacer.resize(CAPACITY // 2)
+    assert pacer.step(HIGH // 2 - 100, 100) == 0
+    assert pacer.step(HIGH // 2, 100) == 200
+    with pytest.raises(ConfigError, match="capacity_bytes"):
+        pacer.resize(0)
 
 
 def test_small_saves_evict_the_floor(pacer):
@@ -56,7 +72,7 @@ def test_no_more_than_is_used(pacer):
 
 
 def test_a_tiny_pool_still_makes_progress():
-    pacer = EvictionPacer(10)
+    pacer = EvictionPacer(10, WATERMARK, RATIO)
     assert pacer.step(9, 0) == 1
 
 
@@ -86,20 +102,23 @@ def test_invariants_of_a_run(capacity, watermark, ratio, steps):
 
 @given(incoming=st.integers(1, 200))
 def test_a_steady_stream_swings_between_the_two_lines(incoming):
-    pacer, used, seen_low = EvictionPacer(CAPACITY), 0, 0
+    pacer, used, levels = EvictionPacer(CAPACITY, WATERMARK, RATIO), 0, []
     for _ in range(20 * CAPACITY // incoming):
-        evicted = pacer.step(used, incoming)
-        used += incoming - evicted
-        assert used <= HIGH + incoming
-        seen_low += evicted > 0 and used == LOW
-    assert seen_low >= 2, "cycles end and begin again"
+        used += incoming - pacer.step(used, incoming)
+        levels.append(used)
+    later = levels[2 * CAPACITY // incoming :]
+    assert min(later) >= LOW
+    assert max(later) <= HIGH + incoming
+    assert max(later) > HIGH - incoming, "what lies between the lines is used"
+    lows = [level <= LOW + incoming for level in later]
+    assert sum(now and not before for before, now in pairwise(lows)) >= 2, "cycles end and begin again"
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        *(("capacity_bytes", (capacity,)) for capacity in (0, -1)),
-        *(("watermark", (100, watermark)) for watermark in (0, -0.1, 1.01, math.nan)),
+        *(("capacity_bytes", (capacity, 0.8, 0.2)) for capacity in (0, -1)),
+        *(("watermark", (100, watermark, 0.2)) for watermark in (0, -0.1, 1.01, math.nan)),
         *(("eviction_ratio", (100, 0.8, ratio)) for ratio in (0, 1, -0.1, math.nan)),
     ],
 )

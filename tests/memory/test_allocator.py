@@ -181,6 +181,18 @@ def test_figures_of_an_empty_and_of_a_full_pool() -> None:
     assert (figures.fragmentation, figures.largest_free_bytes, figures.num_extents) == (0.0, 0, 8)
 
 
+def test_a_pool_shrinks_once_and_does_not_grow() -> None:
+    allocator = ExtentAllocator(8 * UNIT, 4 * UNIT)
+    offsets = allocator.allocate_many(8, UNIT, "a")
+    allocator.shrink(6 * UNIT)
+    assert (allocator.capacity_bytes, allocator.allocated_bytes) == (6 * UNIT, 8 * UNIT)
+    allocator.free_many(offsets)
+    assert allocator.allocate_many(8, UNIT, "b").tolist() == [n * UNIT for n in range(6)]
+    for wrong in (-1, 6 * UNIT + 1):
+        with pytest.raises(ValueError, match="cannot shrink"):
+            allocator.shrink(wrong)
+
+
 @pytest.mark.parametrize(("count", "nbytes"), [(1, 0), (-1, 128)])
 def test_nonsense_is_refused(count: int, nbytes: int) -> None:
     with pytest.raises(ValueError, match="cannot allocate"):
@@ -246,6 +258,14 @@ class AgainstByteMap(RuleBasedStateMachine):
         with pytest.raises(DoubleFreeError if is_free or bad in good else ForeignExtentError):
             self.allocator.free_many([unit * UNIT for unit in data.draw(st.permutations([*good, bad]))])
 
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        """What is handed out beyond the end stays so until it is freed; `used` keeps its length."""
+        units = data.draw(st.integers(0, self.units))
+        odd_bytes = data.draw(st.integers(0, UNIT - 1)) if units < self.units else 0
+        self.units = units
+        self.allocator.shrink(units * UNIT + odd_bytes)
+
     @invariant()
     def figures_agree(self) -> None:
         if not hasattr(self, "used"):
@@ -255,7 +275,7 @@ class AgainstByteMap(RuleBasedStateMachine):
         assert self.allocator.largest_free_bytes == max(holes, default=0) * UNIT
         figures = self.allocator.figures()
         assert figures.num_extents == len(self.held)
-        free = self.units - int(self.used.sum())
+        free = self.units - int(self.used[: self.units].sum())
         usable = min(free, self.piece)
         assert figures.fragmentation == pytest.approx(1 - max(holes, default=0) / usable if usable else 0.0)
         by_owner = {o: sum(n for at, n in self.held.items() if self.owner[at] == o) * UNIT for o in "xyz"}
