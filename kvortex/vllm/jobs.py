@@ -25,16 +25,12 @@ class TrackedRequest:
 
     request: "Request"
     block_ids: list[int] = field(default_factory=list)
+    first: int = 0  # block behind those that vLLM found in its own cache, when it last asked
     num_planned: int = 0  # leading blocks that were saved, or found saved
     too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
-    scheduled: bool = False  # since its blocks were allocated
     has_stale_kv: bool = False  # computed with weights that are others now: none of it is saved
-
-    def blocks_to_go_on(self, block_size: int) -> int:
-        """Blocks that it must have to compute its known tokens and one more."""
-        return max(int(self.request.num_tokens) // block_size + 1, len(self.block_ids))
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BlockHash, BlockSizes, MissReason
+from kvortex.vllm.admission import Admission
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, as_keys, group_parts
 from kvortex.vllm.lower import TierIndex, check_supported
@@ -26,8 +27,9 @@ from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, Weig
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
-    RESERVES_FOR_LOADS,
+    drop_stale_hashes,
     hash_root_is_random,
+    num_lookahead_tokens,
     report_aborted_loads,
     reports_in,
 )
@@ -68,7 +70,14 @@ class SchedulerHalf:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
         self._block_size = int(layer_specs(only_group(kv_cache_config))[0].block_size)
-        self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
+        self._admission = Admission(
+            int(kv_cache_config.num_blocks) - 1,  # one is vLLM's null block
+            self._block_size,
+            num_lookahead_tokens(vllm_config),
+        )
+        transfer = vllm_config.kv_transfer_config
+        self._saves = transfer is None or transfer.is_kv_producer
+        self._loads = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._ready = not waits_for_hello
         self._weights_changed = False  # since vLLM's own cache was last emptied
@@ -134,32 +143,44 @@ class SchedulerHalf:
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
-        tracked = self._tracked.get(request.request_id)
-        if not self._ready or request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
+        if not self._ready:
             return 0, False
-        first = num_computed_tokens // self._block_size
-        keys = as_keys(request.block_hashes[first:])
+        tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
+        tracked.request = request
+        tracked.first = num_computed_tokens // self._block_size
+        if self._admission.must_let_pass(request, self._tracked.values()):
+            self._admission.pass_over(request)
+            return None, False
+        found = self._find(tracked, num_computed_tokens)
+        if found is None:
+            self._admission.pass_over(request)
+            return None, False
+        self._admission.settle(request.request_id)
+        return found * self._block_size, found > 0
+
+    def _find(self, tracked: TrackedRequest, num_computed_tokens: int) -> int | None:
+        """Blocks to load for a request; None while it is worth waiting for more."""
+        request = tracked.request
+        if not self._loads or tracked.computes or request.skip_reading_prefix_cache:
+            return 0
+        keys = as_keys(request.block_hashes[tracked.first :])
+        # Behind a hit of vLLM's own, a single block is computed sooner than it is loaded.
+        least = max(self._options.min_hit_blocks, 2 if num_computed_tokens else 1)
+        if len(keys) < least:
+            return 0
         found = self._control.index.prefix_length(keys)
         if found < len(keys) and (
             self._is_worth_waiting(request.request_id, keys[found])
-            or self._fetches(request.request_id, first + found, keys[found:])
+            or self._fetches(request, tracked.first + found, keys[found:])
         ):
-            return None, False
-        if found < self._options.min_hit_blocks:
-            return 0, False
-        if not RESERVES_FOR_LOADS and not self._may_load(request):
-            return None, False
-        return found * self._block_size, True
+            return None
+        if found < least or not self._admission.may_load(request, self._tracked.values()):
+            return 0
+        return found
 
-    def _may_load(self, request: "Request") -> bool:
-        # Whoever waits with loaded blocks must be able to go on once those who run have given theirs back.
-        others = [t for t in self._tracked.values() if t.block_ids and t.request is not request]
-        held = sum(len(t.block_ids) if t.scheduled else t.blocks_to_go_on(self._block_size) for t in others)
-        return not others or held + request.num_tokens // self._block_size + 1 <= self._num_blocks
-
-    def _fetches(self, request_id: str, number: int, keys: Sequence[BlockHash]) -> bool:
+    def _fetches(self, request: "Request", number: int, keys: Sequence[BlockHash]) -> bool:
         """The workers have been told to bring the next blocks of a request from the lower tier."""
-        job = self._tier.plan_fetch(request_id, number, keys) if self._tier is not None else None
+        job = self._tier.plan_fetch(request, number, keys) if self._tier is not None else None
         if job is not None:
             self._plan.fetches.append(job)
         return job is not None
@@ -177,21 +198,28 @@ class SchedulerHalf:
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Pin what was promised and plan its load into the blocks just allocated."""
+        block_ids = list(blocks.get_block_ids()[0])
+        if not block_ids:
+            return  # an older MultiConnector's way to say that a sibling loads; see `show_blocks_to_all`
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         self._waiting_since_s.pop(request.request_id, None)
-        tracked.block_ids = list(blocks.get_block_ids()[0])
-        tracked.scheduled = False
+        self._admission.settle(request.request_id)
+        tracked.block_ids = block_ids
+        drop_stale_hashes(request, self._block_size)
         if num_external_tokens:
             self._plan_load(tracked, num_external_tokens // self._block_size)
         elif tracked.loading is None:
+            # Somebody writes them: the forward, or a load of another connector.
+            computed = int(request.num_computed_tokens) // self._block_size
+            self._plan.fresh_block_ids.update(block_ids[max(tracked.first, computed) :])
             self._count_misses(request)
 
     def _plan_load(self, tracked: TrackedRequest, count: int) -> None:
-        # The blocks allocated beyond the local hit are exactly those to be loaded.
-        block_ids = np.array(tracked.block_ids[-count:], dtype=np.int32)
-        first = len(tracked.block_ids) - count
-        keys = as_keys(tracked.request.block_hashes[first : first + count])
+        # By their place in the request: behind them there may be more, for drafts.
+        wanted = slice(tracked.first, tracked.first + count)
+        block_ids = np.array(tracked.block_ids[wanted], dtype=np.int32)
+        keys = as_keys(tracked.request.block_hashes[wanted])
         plan = self._control.plan_load(pack_keys(keys), block_ids)
         job_id = next(self._job_ids)
         missing = np.delete(block_ids, plan.positions)
@@ -218,9 +246,7 @@ class SchedulerHalf:
         as_is: list[SavePart] = []
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is not None:
-                tracked.scheduled = True
-            if tracked is not None and self._ready and not tracked.has_stale_kv:
+            if tracked is not None and self._ready and self._saves and not tracked.has_stale_kv:
                 full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
                 if tracked.too_lossy:
                     as_is += self._parts_as_is(tracked, full)
@@ -361,6 +387,7 @@ class SchedulerHalf:
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; True if its blocks must be held because a load is still writing them."""
         self._waiting_since_s.pop(request.request_id, None)
+        self._admission.settle(request.request_id)
         if self._tier is not None:
             self._tier.forget_request(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)

@@ -79,10 +79,27 @@ once unless told to hold, and then until the request is reported as *sent*.
 """
 
 
-RESERVES_FOR_LOADS: Final = IS_NEWER
-"""Newer versions admit a load only if the request can go on afterwards. In older ones requests that were loaded for
-can come to hold all blocks while none of them has room for its next token, and nothing moves any more.
-"""
+def num_lookahead_tokens(vllm_config: Any) -> int:
+    """Slots that every step needs beyond a request's tokens, for what is drafted.
+
+    Newer versions say it themselves; in others it depends on the method, and the number of drafts is the most it can be.
+    """
+    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+    return max(int(getattr(vllm_config, "num_lookahead_tokens", 0) or 0), int(drafts))
+
+
+def drop_stale_hashes(request: Any, block_size: int) -> None:
+    """Hash a streaming session's blocks again from where it goes on with more input.
+
+    The token that was sampled last is dropped then. Versions whose requests have no `update_block_hashes` leave the
+    block that it ended hashed with it, and every later one after that.
+    """
+    hash_new_blocks = getattr(request, "get_hash_new_full_blocks", None)
+    if hash_new_blocks is None or hasattr(request, "update_block_hashes") or not getattr(request, "resumable", False):
+        return
+    if request.num_computed_tokens:
+        del request.block_hashes[request.num_computed_tokens // block_size :]
+        request.block_hashes.extend(hash_new_blocks())
 
 
 def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
