@@ -68,6 +68,10 @@ class DiskFiles:
         """What the header in this thread's scratch memory says."""
         return decode_header(self.scratch.header.data, self.layout.namespace, key)
 
+    def count(self, error: OSError) -> None:
+        """Count what the system says, for the statistics."""
+        self.counters.record_cause(cause_of(error))
+
     # -- one file --------------------------------------------------------------------------------------
 
     def exists(self, key: bytes) -> bool:
@@ -132,6 +136,6 @@ class DiskFiles:
         # Blocks of other namespaces count and can be evicted, but nobody here may find them.
         prefix = b"" if part.namespace == self.layout.namespace_name else bytes.fromhex(part.namespace)
         with self.index.watching() as removed:
-            found = read_part(part, self.calls)
+            found = read_part(part, self.calls, self.count)
             self.index.merge([(prefix + key, block) for key, block in found], removed)
         return len(found)
