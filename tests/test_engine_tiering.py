@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvortex import KVortexConfig, KVortexEngine, MissReason
+from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.testing import FaultInjectingTier, TierFault
@@ -19,6 +19,7 @@ from kvortex.types import Direction
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, small_config, wipe
 
 TIER_BYTES = 64 << 20
+MODEL = ModelIdentity(model="a", weights_revision="1")
 FaultOf = Callable[[Direction, int, bytes], TierFault | None]
 
 
@@ -312,7 +313,7 @@ async def test_packed_blocks_go_down_and_up_packed(bench: Bench) -> None:
 async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(4), list(range(4))
     for model, found in (("a", 0), ("a", 4), ("b", 0)):
-        config = small_config(disk_path=str(tmp_path), identity=KVortexConfig().identity.__class__(model=model))
+        config = small_config(disk_path=str(tmp_path), identity=ModelIdentity(model=model))
         async with KVortexEngine.create(config) as engine:
             engine.register_kv_caches(cache, BLOCK_SIZE)
             assert await engine.prefetch(hashes) == found
@@ -323,7 +324,7 @@ async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
 async def test_on_disk_blocks_survive_a_restart_and_damage_is_a_miss(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(10), list(range(10))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30)
+    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30, identity=MODEL)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, ids)
@@ -348,7 +349,7 @@ async def test_a_directory_that_cannot_be_used_costs_the_tier_and_nothing_else(
 ) -> None:
     (tmp_path / "file").write_text("no directory")
     cache, hashes = make_cache(), chain(4)
-    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"))) as engine:
+    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"), identity=MODEL)) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, range(4))
         assert (await engine.load_blocks(hashes, range(4))).ok
@@ -387,7 +388,7 @@ async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
 def test_the_blocking_face_reaches_the_tier(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(6), list(range(6))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path))
+    config = small_config(disk_path=str(tmp_path), identity=MODEL)
     with KVortexEngine.create_sync(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert engine.wait_tier(timeout_s=10)

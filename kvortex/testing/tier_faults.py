@@ -47,6 +47,7 @@ class FaultInjectingTier(Tier):
         delay_s: float = 0.05,
     ) -> None:
         self.name = inner.name
+        self.outlives_process = inner.outlives_process
         self._inner = inner
         self._fault_of = fault_of
         self._delay_s = delay_s

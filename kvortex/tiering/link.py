@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.codecs import Forms
-from kvortex.config import KVortexConfig
+from kvortex.config import UNNAMED_MODEL, KVortexConfig
 from kvortex.control import ControlPlane
-from kvortex.errors import EngineStateError
+from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace, cache_key
 from kvortex.stats import EngineStats
 from kvortex.tiers import Tier
@@ -32,6 +32,9 @@ class TierLink:
         namespace: of the blocks.
         tier: the tier.
         stats: counts what moves.
+
+    Raises:
+        ConfigError: blocks of the tier outlive the process, and nothing says of which model they are.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class TierLink:
         tier: Tier,
         stats: EngineStats,
     ) -> None:
+        check_model_is_named(tier, namespace)
         self.config = config
         self.control = control
         self.forms = forms
@@ -108,6 +112,19 @@ class TierLink:
         if blocks:
             nbytes = blocks * self.forms.payloads.packed
             self._stats.record_transfer(direction, self.tier.name, blocks=blocks, nbytes=nbytes, seconds=seconds)
+
+
+def check_model_is_named(tier: Tier, namespace: Namespace) -> None:
+    """Refuse to keep blocks of a model without a name where another model's may lie: their keys would be the same.
+
+    Raises:
+        ConfigError: the message says what to set.
+    """
+    if tier.outlives_process and namespace.model == UNNAMED_MODEL:
+        raise ConfigError(
+            f"the {tier.name} tier keeps blocks for other processes, which may run another model: name this one, e.g. "
+            'KVortexConfig(..., identity=ModelIdentity(model="meta-llama/Llama-3.1-8B", weights_revision="0e9e39f"))'
+        )
 
 
 def split_keys(keys: NDArray[np.uint64]) -> list[bytes]:

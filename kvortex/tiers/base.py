@@ -197,6 +197,9 @@ class Tier(ABC):
     name: str
     """Short and stable, for metrics: `"disk"`."""
 
+    outlives_process: bool = True
+    """Whether blocks may come from, or go to, other processes: then the namespace has to name the model."""
+
     # -- life ------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -48,6 +48,7 @@ class MemoryTier(Tier):
     """
 
     name = "memory"
+    outlives_process = False
 
     def __init__(self, capacity_bytes: int, *, namespace: bytes) -> None:
         if capacity_bytes < 1:

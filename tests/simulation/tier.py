@@ -72,6 +72,7 @@ class SimulatedTier(Tier):
     """
 
     name = "simulated"
+    outlives_process = False
 
     def __init__(
         self,
