@@ -191,6 +191,14 @@ class DiskTier(Tier):
             self._counters.record_cause(Cause.DEADLINE)
             return [False] * len(keys)
 
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        self._check(keys)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._on_thread(self._files.touch_many, keys, used_s)
+        except TimeoutError:
+            self._counters.record_cause(Cause.DEADLINE)
+
     # -- figures ---------------------------------------------------------------------------------------
 
     @property

@@ -1,6 +1,8 @@
 """What reading, writing and scanning share: the directory of one tier, its files and what is known of them."""
 
+import contextlib
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -108,6 +110,11 @@ class DiskFiles:
         if self.delete(key):
             self.counters.record_removed_corrupt()
 
+    def touch(self, file: int | str, time_s: float) -> None:
+        """Say when a file was used, for later processes."""
+        with contextlib.suppress(OSError):  # a read-only or foreign file, or none: its age stays what it is
+            self.calls.touch(file, time_s)
+
     # -- many ------------------------------------------------------------------------------------------
 
     def remove_victims(self, victims: Victims) -> None:
@@ -126,6 +133,11 @@ class DiskFiles:
                     self.index.put_back(*kept)
                 raise
             self.index.removed(key)
+
+    def touch_many(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
+        """Blocks were used at these times without being read."""
+        for key, time_s in self.index.touch(keys, used_s, self.config.touch_interval_s):
+            self.touch(self.layout.path(key), time_s)
 
     def evict_excess(self) -> None:
         """Evict what lies above the capacity: others wrote it, or the capacity became smaller. Raises `OSError`."""

@@ -37,9 +37,13 @@ class OsCalls:
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
 
-    def touch(self, fd: int) -> None:
-        """Set the file's times to now."""
-        os.utime(fd)
+    def touch(self, file: int | str, time_s: float) -> None:
+        """Set the times of an open file, or of a path that is no symbolic link, in seconds since the epoch."""
+        times = (int(time_s * 1e9), int(time_s * 1e9))
+        if isinstance(file, int):
+            os.utime(file, ns=times)
+        else:
+            os.utime(file, ns=times, follow_symlinks=False)
 
     def replace(self, source: str, target: str) -> None:
         os.replace(source, target)

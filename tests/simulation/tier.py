@@ -155,6 +155,9 @@ class SimulatedTier(Tier):
         await asyncio.sleep(self._dice.uniform(0, SHORT_S))
         return await self._store.delete(keys)
 
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        await self._store.touch(keys, used_s)
+
     def _draw(self, direction: Direction) -> TierFault | None:
         roll, faults = self._dice.random(), self.faults
         chances = [

@@ -66,15 +66,16 @@ async def test_files_are_touched_at_most_once_an_interval(tmp_path: Path) -> Non
     calls = FaultyOs()
     async with disk_tier(tmp_path, calls=calls, touch_interval_s=3600.0) as tier:
         await tier.write([write_request(0)])
+        written = calls.calls["touch"]
         await read_one(tier, 0)
-        assert calls.calls["touch"] == 0  # it was written just now
+        assert calls.calls["touch"] == written  # it was written just now
     old = 1_000_000_000
     os.utime(file_of(tmp_path, key_of(0)), (old, old))
     async with disk_tier(tmp_path, calls=calls, touch_interval_s=3600.0) as tier:
         await tier.scanned()
         await read_one(tier, 0)
         await read_one(tier, 0)
-        assert calls.calls["touch"] == 1
+        assert calls.calls["touch"] == written + 1
     assert file_of(tmp_path, key_of(0)).stat().st_mtime > old + 1e6
 
 
