@@ -282,8 +282,7 @@ class KVortexEngine:
             raise
         if self._tiering is not None and arrival is not None:
             outcomes = arrival.explain(outcomes)
-            self._tiering.used(keys[[outcome is None for outcome in outcomes]])
-            self._tiering.damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
+            self._tiering.loaded(keys, outcomes)
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 

@@ -116,20 +116,23 @@ class Fetches:
 
     def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
         """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
-        fetch = Fetch(self, keys, self._link.uses.chain(len(keys)))
-        if not self._link.may_work or self._link.guard.reads.refuses:
+        link = self._link
+        fetch = Fetch(self, keys, link.uses.chain(len(keys)))
+        refuses = link.guard.reads.refuses
+        if not link.may_work or (refuses and not self._wanted):
             return fetch
-        positions = np.flatnonzero(~self._link.control.index.contains_mask(keys))
-        if not positions.size:
-            return fetch
+        positions = np.flatnonzero(~link.control.index.contains_mask(keys))
         found = np.full(positions.size, NOT_KNOWN, dtype=np.int8)
-        if self._link.usable:
-            found = self._link.forms_there(keys[positions])
-            if self._link.tier.stats().scan.complete:
-                positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
+        asks = not refuses
+        if asks and link.usable and positions.size:
+            found = link.forms_there(keys[positions])
+            asks = not link.tier.stats().scan.complete
+        if not asks and not self._wanted:
+            positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
         columns = zip(split_keys(keys[positions]), positions.tolist(), found.tolist(), strict=True)
         for key, position, form in columns:
-            self._want(fetch, key, position, form)
+            if form != NOT_KNOWN or asks or key in self._wanted:  # what is being read already may still come
+                self._want(fetch, key, position, form)
         self._go_on()
         return fetch
 

@@ -12,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEY_BYTES: Final = 32
+_ONE_KEY: Final = np.dtype((np.void, KEY_BYTES))
 _KEPT_AS_IS: Final = hashlib.sha256(b"kvortex.kept_as_is.v1").digest()
 _KEPT_AS_IS_WORDS: Final = np.frombuffer(_KEPT_AS_IS, dtype=np.uint64)
 
 
 def split_keys(keys: NDArray[np.uint64]) -> list[bytes]:
     """Packed keys, `uint64 [n, 4]`, one by one."""
-    return split_joined(np.ascontiguousarray(keys).tobytes())
+    one_by_one: list[bytes] = np.ascontiguousarray(keys).view(_ONE_KEY).ravel().tolist()
+    return one_by_one
 
 
 def split_joined(joined: bytes) -> list[bytes]:
     """Keys that follow each other, one by one."""
-    return [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
+    one_by_one: list[bytes] = np.frombuffer(joined, dtype=_ONE_KEY).tolist()
+    return one_by_one
 
 
 def join_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:

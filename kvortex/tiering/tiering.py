@@ -6,6 +6,7 @@ evicted and are not written yet. What is too much is shed and counted; a block t
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,8 +154,15 @@ class Tiering:
         if not new.all() and not link.guard.writes.refuses:
             link.spawn(link.touch(keys, found, used_s))
 
-    def damaged(self, keys: NDArray[np.uint64]) -> None:
-        """Blocks turned out to be wrong: the tier's copies may be where they came from."""
+    def loaded(self, keys: NDArray[np.uint64], outcomes: Sequence[MissReason | None]) -> None:
+        """A load is over: what it found is in use, and what was wrong is taken away from the tier."""
+        if (num_hits := outcomes.count(None)) == len(outcomes):
+            self.used(keys)
+        elif num_hits or any(outcome is MissReason.CORRUPT for outcome in outcomes):
+            self.used(keys[[outcome is None for outcome in outcomes]])
+            self._damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
+
+    def _damaged(self, keys: NDArray[np.uint64]) -> None:
         if len(keys) and self.link.usable and not self.link.closing:
             self.link.spawn(self.link.delete(keys))
 

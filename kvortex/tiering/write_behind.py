@@ -109,6 +109,7 @@ class WriteBehind:
     def give_up(self) -> None:
         """Write nothing of what waits."""
         self.shed_blocks += len(self._queue) + len(self._demoted)
+        self.demoted_blocks -= len(self._demoted)
         self._queue.clear()
         while self._demoted:
             self._free_demoted(self._demoted.popleft())

@@ -143,7 +143,7 @@ class DiskTier(Tier):
     # -- asking ----------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        return [max(0, nbytes - HEADER_BYTES) for nbytes in self._index.stored_bytes(keys)]
+        return [max(0, nbytes - HEADER_BYTES) if nbytes else 0 for nbytes in self._index.stored_bytes(keys)]
 
     async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         self._check(keys)
