@@ -6,7 +6,7 @@ key tells the form as well, and with it the size and place that a block needs be
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,14 @@ _KEPT_AS_IS_WORDS: Final = np.frombuffer(_KEPT_AS_IS, dtype=np.uint64)
 
 def split_keys(keys: NDArray[np.uint64]) -> list[bytes]:
     """Packed keys, `uint64 [n, 4]`, one by one."""
-    one_by_one: list[bytes] = np.ascontiguousarray(keys).view(_ONE_KEY).ravel().tolist()
-    return one_by_one
+    return split_joined(np.ascontiguousarray(keys).tobytes())
 
 
 def split_joined(joined: bytes) -> list[bytes]:
     """Keys that follow each other, one by one."""
-    one_by_one: list[bytes] = np.frombuffer(joined, dtype=_ONE_KEY).tolist()
-    return one_by_one
+    one_by_one: Any = np.frombuffer(joined, dtype=_ONE_KEY).tolist()
+    keys: list[bytes] = one_by_one
+    return keys
 
 
 def join_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:
