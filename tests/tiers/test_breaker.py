@@ -79,9 +79,7 @@ def test_calls_that_fail_open_it_only_in_a_row(breaker: CircuitBreaker) -> None:
         CLOSED,
     ],
 )
-def test_an_answer_is_no_failure_whatever_it_is(
-    breaker: CircuitBreaker, outcome: ReadOutcome | WriteOutcome
-) -> None:
+def test_an_answer_is_no_failure_whatever_it_is(breaker: CircuitBreaker, outcome: ReadOutcome | WriteOutcome) -> None:
     for _ in range(10):
         breaker.judge([outcome])
     assert breaker.figures().state is BreakerState.CLOSED
