@@ -97,8 +97,17 @@ class _TemporaryLocator:
         return str(self._line)
 
 
+def _locators() -> list[Any]:
+    """numba's, but without a home there is no user's cache directory: it would be a folder called `~`."""
+    has_home = os.path.isabs(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~"))
+    numbas_own = [
+        kind for kind in CompileResultCacheImpl._locator_classes if has_home or "UserWide" not in kind.__name__
+    ]
+    return [*numbas_own, _TemporaryLocator]
+
+
 class _Places(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = (*CompileResultCacheImpl._locator_classes, _TemporaryLocator)
+    _locator_classes = _locators()
 
 
 class _ForgivingCache(FunctionCache):  # type: ignore[misc]

@@ -115,13 +115,13 @@ def known_names(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def require_known(names: Iterable[object], known: Collection[str], owner: str) -> None:
+def require_known(names: Iterable[object], known: Collection[str], owner: str, what: str = "setting") -> None:
     """Raises `ConfigError` for a name that is not known; the message has the one that is nearest."""
     for name in names:
         if name not in known:
             guess = nearest(str(name), known)
             hint = f": did you mean {guess!r}?" if guess else ""
-            raise ConfigError(f"unknown setting {name!r}{hint}; {owner} knows {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown {what} {name!r}{hint}; {owner} knows {', '.join(sorted(known))}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

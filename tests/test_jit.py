@@ -38,11 +38,11 @@ def sealed_package(tmp_path: Path) -> Path:
     return copy
 
 
-def run_sealed(package: Path, temporary: str) -> subprocess.CompletedProcess[str]:
+def run_sealed(package: Path, temporary: str, **home: str) -> subprocess.CompletedProcess[str]:
     """A save by the sealed package, without a home and with another temporary directory."""
-    hidden = ("HOME", "NUMBA_CACHE_DIR", "NUMBA_CACHE_LOCATOR_CLASSES")
+    hidden = ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "NUMBA_CACHE_LOCATOR_CLASSES")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"PYTHONPATH": str(package.parent), "XDG_CACHE_HOME": "/dev/null/cache", "TMPDIR": temporary}
+    environment |= {"PYTHONPATH": str(package.parent), "TMPDIR": temporary, **home}
     return subprocess.run(
         [sys.executable, "-c", ROUND_TRIP],
         env=environment,
@@ -55,17 +55,19 @@ def run_sealed(package: Path, temporary: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("home", [{"XDG_CACHE_HOME": "/dev/null/cache"}, {"HOME": "~"}])  # not writable, not known
 def test_a_read_only_package_without_a_home_keeps_what_it_compiles_in_a_private_folder(
-    sealed_package: Path, tmp_path: Path
+    sealed_package: Path, tmp_path: Path, home: dict[str, str]
 ) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    result = run_sealed(sealed_package, str(temporary))
+    result = run_sealed(sealed_package, str(temporary), **home)
     assert result.stdout.split() == [str(sealed_package / "__init__.py"), "True"], result.stderr
     (folder,) = (path for path in temporary.iterdir() if path.name.startswith("kvortex-"))
     assert folder.stat().st_mode & 0o777 == 0o700
     assert list(folder.rglob("*.nbc"))
     assert result.stderr.count("compiled functions are kept in") == 1
+    assert [path.name for path in sealed_package.parent.iterdir()] == ["kvortex"]
 
 
 @pytest.mark.slow
@@ -73,7 +75,7 @@ def test_where_nothing_can_be_written_at_all_everything_is_compiled(sealed_packa
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     (temporary / f"kvortex-{os.geteuid()}").write_text("in the way")
-    result = run_sealed(sealed_package, str(temporary))
+    result = run_sealed(sealed_package, str(temporary), XDG_CACHE_HOME="/dev/null/cache")
     assert result.stdout.split()[-1:] == ["True"], result.stderr
     assert result.stderr.count("so every start compiles them") == 1
 

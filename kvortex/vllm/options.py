@@ -56,7 +56,7 @@ class ConnectorOptions:
         for name in extra:
             if name in WITHOUT_MEANING:
                 raise ConfigError(f"{name} has no effect in vLLM, leave it out: {WITHOUT_MEANING[name]}")
-        require_known(extra, own | engine, "kv_connector_extra_config")
+        require_known(extra, own | engine, "kv_connector_extra_config", "option")
         _check_identity(extra.get("identity", {}))
         settings = {"max_batch_bytes": STAGING_BYTES, **{name: extra[name] for name in extra if name in engine}}
         return cls(engine=KVortexConfig.from_mapping(settings), **{name: extra[name] for name in extra if name in own})

@@ -37,7 +37,7 @@ def test_options_reach_the_engine() -> None:
         ({"identity": 3}, "identity must be ModelIdentity"),
         ({"cpu_pol_bytes": "1GiB"}, "did you mean 'cpu_pool_bytes'"),
         ({"min_hit_block": 2}, "did you mean 'min_hit_blocks'"),
-        ({"engine": {}}, "unknown setting 'engine'"),
+        ({"engine": {}}, "unknown option 'engine'"),
         ({"cpu_pool_bytes": 16}, "did you mean '16GiB'"),
         ({"min_hit_blocks": 0}, "min_hit_blocks must be at least 1"),
         ({"min_hit_blocks": 1.5}, "min_hit_blocks must be a whole number"),
