@@ -33,6 +33,7 @@ EXTENT_ALIGNMENT_BYTES = 128  # a memory transaction of the GPU; every extent st
 ENV_PREFIX = "KVORTEX_"
 ENV_FILE = "CONFIG"
 ENV_IDENTITY = "IDENTITY_"
+UNNAMED_MODEL = "unnamed"
 EVICTION_POLICIES = ("arc", "lru", "s3fifo")
 CODECS = ("raw", "fp8", "bf16")
 CHOICES = {
@@ -47,13 +48,13 @@ class ModelIdentity:
     """What else must agree for stored bytes to be reusable; it becomes part of the namespace.
 
     Args:
-        model: its name.
+        model: its name; needed as soon as a lower tier keeps blocks beyond the process.
         weights_revision: what tells its weights from others of that name, such as a commit.
         fingerprint: of whatever else changes the bytes: configuration, quantisation, position encoding.
         tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
     """
 
-    model: str = "unnamed"
+    model: str = UNNAMED_MODEL
     weights_revision: str = ""
     fingerprint: str = ""
     tp_rank: int = 0
@@ -106,7 +107,7 @@ class KVortexConfig:
             the next load. 0 does not wait; None, the default, waits as long as it takes.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
-        identity: model, weights revision and ranks; a mapping of them will do.
+        identity: model, weights revision and ranks; a mapping of them will do. A disk needs a model's name here.
     """
 
     cpu_pool_bytes: int = 4 * GIB

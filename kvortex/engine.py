@@ -216,8 +216,9 @@ class KVortexEngine:
         if control.index.removed_blocks != removed_before:
             outcomes = _without_gone(outcomes, control.index.contains_mask(keys))
         if self._tiering is not None:
-            self._tiering.saved(keys[[outcome is SaveOutcome.STORED for outcome in outcomes]])
-            self._tiering.used(keys[[outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes]])
+            stored = np.array([outcome.is_stored for outcome in outcomes], dtype=np.bool_)
+            new = np.array([outcome is SaveOutcome.STORED for outcome in outcomes], dtype=np.bool_)
+            self._tiering.saved(keys[stored], new[stored])
         return SaveResult(outcomes)
 
     async def _save_as_is(
@@ -271,8 +272,24 @@ class KVortexEngine:
         self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, deadline_s: float | None
     ) -> LoadResult:
         self._check_loop()
-        control, data = self._planes()
+        self._planes()
         arrival = Arrival(self._tiering, keys, deadline_s) if self._tiering is not None else None
+        try:
+            outcomes = await self._load_arriving(keys, ids, stream, arrival)
+        except BaseException:
+            if arrival is not None:
+                arrival.cancel()
+            raise
+        if self._tiering is not None and arrival is not None:
+            outcomes = arrival.explain(outcomes)
+            self._tiering.loaded(keys, outcomes)
+        self.stats.record_outcomes(outcomes)
+        return LoadResult(tuple(ids.tolist()), outcomes)
+
+    async def _load_arriving(
+        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, arrival: Arrival | None
+    ) -> tuple[MissReason | None, ...]:
+        control, data = self._planes()
         call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream, Direction.LOAD, ids)
         async with call:
             for part in call.parts(len(ids)):
@@ -283,12 +300,7 @@ class KVortexEngine:
             outcomes = await call.outcomes()
             if call.num_parts > 1:
                 control.touch(keys)
-        if self._tiering is not None and arrival is not None:
-            outcomes = arrival.explain(outcomes)
-            self._tiering.used(keys[[outcome is None for outcome in outcomes]])
-            self._tiering.damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
-        self.stats.record_outcomes(outcomes)
-        return LoadResult(tuple(ids.tolist()), outcomes)
+        return outcomes
 
     def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
         """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.

@@ -80,9 +80,14 @@ def _tiering_metrics(figures: "TieringFigures | None") -> list[_Metric]:
         "tier_capacity_bytes": ("Bytes that it may take.", figures.capacity_bytes),
     }
     causes: list[_Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
+    breakers = [(labels | {"calls": calls}, breaker) for calls, breaker in figures.breakers.items()]
+    refusing: list[_Sample] = [("", ls, int(b.state != "closed")) for ls, b in breakers]
+    opened: list[_Sample] = [("", ls, b.opened) for ls, b in breakers]
     return [
         *((name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()),
         ("tier_causes_total", "counter", "What lay behind misses and refused writes.", causes),
+        ("tier_breaker_opened_total", "counter", "Times that a tier was left alone because it hung or failed.", opened),
+        ("tier_breaker_open", "gauge", "1 while a tier is left alone.", refusing),
         *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
     ]
 

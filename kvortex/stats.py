@@ -138,11 +138,20 @@ class MissCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerFigures:
+    """A circuit breaker at one moment: "closed", "open" or "half_open", and how often it has been opened."""
+
+    state: str
+    opened: int
+
+
+@dataclass(frozen=True, slots=True)
 class TieringFigures:
     """What moved between the pool and a lower tier, in blocks.
 
     `shed_blocks` were not written because too much waited already; `usable` is False for a tier that did not open.
     `causes` counts what lay behind every miss and refused write of the tier; the bytes are its own, of all processes.
+    `breakers` are those of `reads` and `writes`: while one is open the tier is not asked, and nothing waits for it.
     """
 
     tier: str
@@ -157,6 +166,7 @@ class TieringFigures:
     used_bytes: int
     capacity_bytes: int
     causes: Mapping[str, int]
+    breakers: Mapping[str, BreakerFigures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +278,9 @@ class StatsSnapshot:
                 f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {format_bytes(t.used_bytes)} of "
                 f"{format_bytes(t.capacity_bytes)}"
                 + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
+                + "".join(
+                    f", {what} are {b.state}, {b.opened} times so far" for what, b in t.breakers.items() if b.opened
+                )
             )
         return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """What reading, writing and scanning share: the directory of one tier, its files and what is known of them."""
 
+import contextlib
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -68,6 +70,10 @@ class DiskFiles:
         """What the header in this thread's scratch memory says."""
         return decode_header(self.scratch.header.data, self.layout.namespace, key)
 
+    def count(self, error: OSError) -> None:
+        """Count what the system says, for the statistics."""
+        self.counters.record_cause(cause_of(error))
+
     # -- one file --------------------------------------------------------------------------------------
 
     def exists(self, key: bytes) -> bool:
@@ -104,6 +110,11 @@ class DiskFiles:
         if self.delete(key):
             self.counters.record_removed_corrupt()
 
+    def touch(self, file: int | str, time_s: float) -> None:
+        """Say when a file was used, for later processes."""
+        with contextlib.suppress(OSError):  # a read-only or foreign file, or none: its age stays what it is
+            self.calls.touch(file, time_s)
+
     # -- many ------------------------------------------------------------------------------------------
 
     def remove_victims(self, victims: Victims) -> None:
@@ -123,6 +134,11 @@ class DiskFiles:
                 raise
             self.index.removed(key)
 
+    def touch_many(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
+        """Blocks were used at these times without being read."""
+        for key, time_s in self.index.touch(keys, used_s, self.config.touch_interval_s):
+            self.touch(self.layout.path(key), time_s)
+
     def evict_excess(self) -> None:
         """Evict what lies above the capacity: others wrote it, or the capacity became smaller. Raises `OSError`."""
         self.remove_victims(self.index.evict(self.index.used_bytes - self.index.capacity_bytes))
@@ -132,6 +148,6 @@ class DiskFiles:
         # Blocks of other namespaces count and can be evicted, but nobody here may find them.
         prefix = b"" if part.namespace == self.layout.namespace_name else bytes.fromhex(part.namespace)
         with self.index.watching() as removed:
-            found = read_part(part, self.calls)
+            found = read_part(part, self.calls, self.count)
             self.index.merge([(prefix + key, block) for key, block in found], removed)
         return len(found)

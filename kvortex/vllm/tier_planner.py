@@ -117,7 +117,10 @@ class TierPlanner:
         self._num_writing -= len(write.hashes)
         self._control.release(write.held.slots)
         stored = [i for i in range(len(write.keys)) if i not in write.failed]
-        self._index.written([write.keys[i] for i in stored])
+        sizes = dict(zip(write.held.positions.tolist(), write.held.nbytes.tolist(), strict=True))
+        for packed in (True, False):
+            of_form = [i for i in stored if self._control.is_packed(sizes.get(i, self._sizes.packed)) is packed]
+            self._index.written([write.keys[i] for i in of_form], packed)
         self._stats().add("written_blocks", len(stored))
         self._stats().add("failed_writes", len(write.failed))
 
@@ -137,10 +140,9 @@ class TierPlanner:
         if self._asked.get(request_id, -1) >= number:
             return None
         keys = self._index.keys_of(hashes[: self._max_fetching])
-        sizes = self._index.known_run(keys)
-        self._asked[request_id] = number + max(len(sizes) - 1, 0)
-        packed = np.array([self._sizes.rests_packed(nbytes) for nbytes in sizes], dtype=np.bool_)
-        plan = self._control.plan_fetch(pack_keys(hashes[: len(sizes)]), packed, "fetch")
+        packed = np.array(self._index.known_run(keys), dtype=np.bool_)
+        self._asked[request_id] = number + max(len(packed) - 1, 0)
+        plan = self._control.plan_fetch(pack_keys(hashes[: len(packed)]), packed, "fetch")
         if not plan.positions.size:
             return None
         places = plan.positions.tolist()

@@ -20,10 +20,11 @@ from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
+from kvortex.tiering.keys import split_joined
 from kvortex.transfers import DataPlane
 from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.identity import identity_of
-from kvortex.vllm.lower import TierMover, split_keys
+from kvortex.vllm.lower import TierMover
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.places import Places, largest
@@ -351,7 +352,7 @@ class WorkerHalf:
             self._spawn(self._write_behind(work, work.job, ended[0], saved), self._tier_tasks)
 
     async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]) -> None:
-        keys = split_keys(job.keys)
+        keys = split_joined(job.keys)
         stored = np.zeros(request.succeeded.size, dtype=np.bool_)
         if self._mover is not None:
             wanted = [keys[position] for position in work.positions[saved].tolist()]
@@ -362,7 +363,7 @@ class WorkerHalf:
     async def _fetch(self, job: FetchJob) -> None:
         transfer = self._places.place(job.transfer)
         positions = self._share.part_of(transfer)
-        plan, keys = transfer.part(positions), split_keys(job.keys)
+        plan, keys = transfer.part(positions), split_joined(job.keys)
         digests = np.zeros(plan.num_blocks, dtype=np.uint64)
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
         if self._mover is not None:

@@ -47,6 +47,7 @@ READ_FAULTS = [
 @pytest.mark.parametrize(("method", "error", "cause"), READ_FAULTS)
 async def test_a_read_that_fails(tmp_path: Path, calls: FaultyOs, method: str, error: int, cause: Cause) -> None:
     async with disk_tier(tmp_path, calls=calls) as tier:
+        await tier.scanned()
         await tier.write([write_request(0), write_request(1)])
         calls.fail(method, error, times=1)
         outcome = await read_one(tier, 0)
@@ -318,7 +319,7 @@ async def test_a_part_that_cannot_be_scanned_does_not_stop_the_scan(tmp_path: Pa
     async with disk_tier(tmp_path) as tier:
         await tier.write([write_request(n) for n in range(30)])
     bad = file_of(tmp_path, key_of(7)).parent
-    calls.fail("scandir", errno.EIO, when=lambda path: path == str(bad))
+    calls.fail("open", errno.EIO, when=lambda path, *_: path == str(bad))
     async with disk_tier(tmp_path, calls=calls) as tier:
         await tier.scanned()
         expected = [NBYTES * (file_of(tmp_path, key_of(n)).parent != bad) for n in range(30)]
