@@ -18,7 +18,8 @@ from kvortex.vllm.jobs import TrackedRequest
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-WAITING_WITH_BLOCKS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_REMOTE_KVS)
+# A request that was preempted and is loaded for again is called so still; one without blocks waits for nothing here.
+WAITING_WITH_BLOCKS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.PREEMPTED)
 
 
 class Admission:

@@ -137,7 +137,9 @@ class SchedulerHalf:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None
         number = partial(next, self._job_ids)
-        return TierPlanner(engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats)
+        return TierPlanner(
+            engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats, self._events
+        )
 
     # -- look-up and load --------------------------------------------------------------------------
 
@@ -307,8 +309,11 @@ class SchedulerHalf:
         job = self._jobs[job_id] = Job(plan, time.perf_counter(), as_is=as_is, parts=parts)
         keys_to_write = b""
         if self._tier is not None:
-            saved = [keys[position] for position in plan.positions.tolist()]
-            keys_to_write, job.write_id = self._tier.plan_write(saved)
+            positions = plan.positions.tolist()
+            told = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.keys))]
+            keys_to_write, job.write_id = self._tier.plan_write(
+                [keys[position] for position in positions], [told[position] for position in positions if told]
+            )
         self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
 
     # -- outcomes ----------------------------------------------------------------------------------
@@ -366,8 +371,8 @@ class SchedulerHalf:
 
     def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
         if self._events is not None and part.event is not None:
-            # A block that was orphaned by a reset has come and gone: it is not at its offset.
-            seen = self._control.index.contains_mask(part.keys)[numbers]
+            # A block that a reset has overtaken has come and gone: nothing is at its offset.
+            seen = self._control.allocator.holds(offsets)
             self._events.stored(part.event, numbers[seen].tolist(), offsets[seen].tolist())
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
@@ -415,6 +420,8 @@ class SchedulerHalf:
 
     def reset_cache(self) -> bool:
         """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
+        if self._events is not None:
+            self._events.forget()
         self._control.clear()
         if self._tier is not None:
             self._tier.forget_all()

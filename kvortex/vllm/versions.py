@@ -82,7 +82,7 @@ once unless told to hold, and then until the request is reported as *sent*.
 def num_lookahead_tokens(vllm_config: Any) -> int:
     """Slots that every step needs beyond a request's tokens, for what is drafted.
 
-    Newer versions say it themselves; in others it depends on the method, and the number of drafts is the most it can be.
+    Newer versions say it themselves; in others it depends on the method, and is the number of drafts at most.
     """
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
     return max(int(getattr(vllm_config, "num_lookahead_tokens", 0) or 0), int(drafts))
