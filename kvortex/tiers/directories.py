@@ -50,11 +50,18 @@ def check_owned(calls: OsCalls, path: str) -> None:
     """Refuse a directory in which somebody else could put other files, or links, in the place of blocks.
 
     Raises:
-        ConfigError: it belongs to another user, or its mode lets others write; the message says what to do.
-        OSError: it is no directory, or cannot be looked at.
+        ConfigError: it belongs to another user, its mode lets others write, or it is a link or a file; the message says
+            what to do.
+        OSError: it cannot be looked at.
     """
-    with directory(calls, path) as fd:
-        status = calls.fstat(fd)
+    try:
+        with directory(calls, path) as fd:
+            status = calls.fstat(fd)
+    except NotADirectoryError as error:
+        raise ConfigError(
+            f"cannot keep blocks in {path}: it is a file or a symbolic link, and links are not followed there: "
+            f"move it away, or name another directory"
+        ) from error
     inside = f"or name a directory below it that does not exist yet ({path}/kvortex): it is made for this user alone"
     if status.st_uid != os.geteuid():
         raise ConfigError(

@@ -145,11 +145,12 @@ class DiskIndex:
             for removed in self._watches:
                 removed.add(key)
 
-    def put_back(self, key: bytes, block: IndexedBlock) -> None:
-        """A victim whose file could not be removed: again the first in line."""
+    def put_back(self, key: bytes, block: IndexedBlock, used_s: float | None = None) -> None:
+        """A victim that stays, used at `used_s`; or now, so that a file that cannot be removed does not stop others."""
         with self._lock:
             del self._owned[key]
             self.evicted_blocks -= 1
+            block.last_use_s = max(block.last_use_s, self._uses.now() if used_s is None else used_s)
             self._put(key, block)
 
     def discard(self, key: bytes, block: IndexedBlock | None) -> bool:

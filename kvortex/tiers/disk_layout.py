@@ -52,7 +52,12 @@ class DiskLayout:
 
     def path(self, key: bytes, namespace_name: str | None = None) -> str:
         """The file of `key`."""
-        return f"{self.directory(key, namespace_name)}/{key.hex()}{SUFFIX}"
+        return f"{self.directory(key, namespace_name)}/{name_of(key)}"
+
+
+def name_of(key: bytes) -> str:
+    """The name of a block's file in its directory."""
+    return f"{key.hex()}{SUFFIX}"
 
 
 def is_namespace_name(name: str) -> bool:

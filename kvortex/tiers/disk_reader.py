@@ -1,6 +1,5 @@
 """Reading one block's file into its buffer: blocking, called on the disk tier's threads."""
 
-import os
 import time
 
 import numpy as np
@@ -48,7 +47,7 @@ class DiskReader:
     def _read(self, key: bytes, target: NDArray[np.uint8], used_s: float | None) -> ReadOutcome:
         files = self._files
         with files.index.watching() as removed:
-            fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+            fd = files.open(key)
             try:
                 outcome = self._read_frame(fd, key, target)
                 if outcome.reason is None:

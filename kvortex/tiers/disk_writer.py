@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvortex.tiers.base import Cause, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.direct import write_fully
-from kvortex.tiers.directories import make_directories
+from kvortex.tiers.directories import directory, make_directories
 from kvortex.tiers.disk_files import DiskFiles, cause_of
 from kvortex.tiers.disk_index import Admission, Victims
 from kvortex.tiers.frame import ALIGNMENT_BYTES, FrameHeader, encode_header, frame_bytes, padded
@@ -50,7 +50,7 @@ class DiskWriter:
             return _REFUSALS[admission]
         committed = False
         try:
-            self._files.remove_victims(victims)
+            self._files.remove_victims(victims, index.last_use_of(key))
             self._place(key, self._frame(request, source), nbytes)
             index.commit(key, self._files.layout.namespace_name)
             committed = True
@@ -66,7 +66,7 @@ class DiskWriter:
         files, key = self._files, request.key
         with files.index.watching() as removed:
             try:
-                fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+                fd = files.open(key)
             except FileNotFoundError:
                 return None
             try:
@@ -116,7 +116,7 @@ class DiskWriter:
             # The file system is smaller than the capacity: one block goes for the one that comes.
             if cause_of(error) is not Cause.NO_SPACE or not (victims := self._evict_for(key, nbytes)):
                 raise
-            self._files.remove_victims(victims)
+            self._files.remove_victims(victims, self._files.index.last_use_of(key))
         else:
             return
         self._try_place(key, pieces, nbytes)
@@ -145,10 +145,11 @@ class DiskWriter:
                 with contextlib.suppress(OSError):  # the sweep of a later start takes it
                     self._files.calls.unlink(path)
 
-    def _make(self, directory: str) -> None:
-        if directory not in self._made:
-            make_directories(self._files.calls, directory)
-            self._made.add(directory)
+    def _make(self, path: str) -> None:
+        if path not in self._made:
+            make_directories(self._files.calls, path)
+            with directory(self._files.calls, path):  # which is no link
+                self._made.add(path)
 
 
 def _failed(error: OSError) -> WriteOutcome:

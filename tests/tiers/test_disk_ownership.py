@@ -223,3 +223,29 @@ async def test_the_directory_itself_may_be_reached_through_a_link(tmp_path: Path
         await tier.write([write_request(0)])
         assert (await read_one(tier, 0)).reason is None
     assert file_of(tmp_path / "big_disk", key_of(0)).exists()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+async def test_a_block_behind_a_linked_directory_is_neither_read_nor_removed(tmp_path: Path, depth: int) -> None:
+    async with disk_tier(tmp_path / "tier") as tier:
+        await tier.scanned()
+        await tier.write([write_request(0)])
+        linked = file_of(tmp_path / "tier", key_of(0)).parents[depth]
+        linked.rename(tmp_path / "elsewhere")
+        linked.symlink_to(tmp_path / "elsewhere")
+        (file,) = (tmp_path / "elsewhere").rglob("*.kv1")
+        file.write_bytes(b"damaged, and somebody else's")
+        assert await tier.delete([key_of(0)]) == [False]
+        assert await tier.contains([key_of(0)]) == [False]
+        assert (await read_one(tier, 0)).reason is not None
+    assert file.read_bytes() == b"damaged, and somebody else's"
+
+
+async def test_a_linked_directory_of_blocks_is_not_written_into(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "tier", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    async with disk_tier(root) as tier:
+        file_of(root, key_of(0)).parent.symlink_to(elsewhere)
+        (outcome,) = await tier.write([write_request(0)])
+        assert not outcome.outcome.is_stored
+    assert list(elsewhere.iterdir()) == []

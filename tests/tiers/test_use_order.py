@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from kvortex.tiers.disk_index import Admission, DiskIndex
 from kvortex.tiers.frame import frame_bytes
 from kvortex.tiers.uses import UseClock
 from kvortex.types import SaveOutcome
-from tests.tiers.disk_support import disk_tier, file_of
+from tests.tiers.disk_support import disk_tier, file_of, read_one
 
 FRAME = frame_bytes(NBYTES)
 ROOM = 10
@@ -142,3 +143,22 @@ def test_the_order_of_use_keeps_no_more_than_it_needs() -> None:
             index.commit(key, "n")
         assert len(index) <= 4
     assert len(index._order) < 100
+
+
+@pytest.mark.parametrize("how", ["read", "touched"])
+async def test_what_another_process_has_used_since_the_scan_stays(tmp_path: Path, how: str) -> None:
+    settings = {"capacity_bytes": 3 * FRAME, "rescan_interval_s": None, "touch_interval_s": 0.0}
+    async with disk_tier(tmp_path, **settings) as tier:
+        for number in range(3):
+            await tier.write([write_request(number)])
+    for number in range(3):  # used long ago, the first first
+        os.utime(file_of(tmp_path, key_of(number)), (1000 + number, 1000 + number))
+    async with disk_tier(tmp_path, **settings) as tier, disk_tier(tmp_path, **settings) as other:
+        await tier.scanned()
+        await other.scanned()
+        if how == "read":
+            assert (await read_one(other, 0)).reason is None
+        else:
+            await other.touch([key_of(0)], [time.time()])
+        assert (await tier.write([write_request(3)]))[0].outcome is SaveOutcome.STORED
+        assert [file_of(tmp_path, key_of(n)).exists() for n in range(4)] == [True, False, True, True]
