@@ -91,15 +91,16 @@ def num_lookahead_tokens(vllm_config: Any) -> int:
 def drop_stale_hashes(request: Any, block_size: int) -> None:
     """Hash a streaming session's blocks again from where it goes on with more input.
 
-    The token that was sampled last is dropped then. Versions whose requests have no `update_block_hashes` leave the
-    block that it ended hashed with it, and every later one after that.
+    The token that was sampled last is dropped then. Some versions leave the block that it ended hashed with it, and
+    every later one after that.
     """
-    hash_new_blocks = getattr(request, "get_hash_new_full_blocks", None)
-    if hash_new_blocks is None or hasattr(request, "update_block_hashes") or not getattr(request, "resumable", False):
+    if not getattr(request, "resumable", False) or not request.num_computed_tokens:
         return
-    if request.num_computed_tokens:
-        del request.block_hashes[request.num_computed_tokens // block_size :]
-        request.block_hashes.extend(hash_new_blocks())
+    del request.block_hashes[request.num_computed_tokens // block_size :]
+    if hasattr(request, "update_block_hashes"):
+        request.update_block_hashes()
+    elif request.get_hash_new_full_blocks is not None:
+        request.block_hashes.extend(request.get_hash_new_full_blocks())
 
 
 def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
