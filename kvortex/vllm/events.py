@@ -93,7 +93,7 @@ class EventLog:
         self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(positions)]
 
     def removed(self, offsets: NDArray[np.int64]) -> None:
-        """Whatever lay at these offsets has left the pool; a block that a reset overtook was never announced."""
+        """Whatever lay at these offsets has left the pool; of what a reset has overtaken nothing is left to say."""
         gone = [self._hash_at.pop(offset, None) for offset in offsets.tolist()]
         self._remove([block_hash for block_hash in gone if block_hash is not None], POOL)
 
@@ -116,16 +116,17 @@ class EventLog:
     # -- both --------------------------------------------------------------------------------------
 
     def forget(self) -> None:
-        """Everything is about to go: what was stored and never announced stays unsaid.
+        """Everything goes, though what is being read keeps its place for a while.
 
-        vLLM announces first that its own cache is empty; told of blocks behind that, a router would take them for new.
+        What was stored and never announced stays unsaid: vLLM announces first that its own cache is empty, and told of
+        blocks behind that, a router would take them for new.
         """
         self._events = [event for event in self._events if isinstance(event, BlockRemoved)]
-        for offset in [offset for offset, block_hash in self._hash_at.items() if block_hash in self._unsent]:
-            del self._hash_at[offset]
-        self._unsent.clear()
+        self._remove([block_hash for block_hash in self._hash_at.values() if block_hash not in self._unsent], POOL)
         self._remove(list(self._on_disk), DISK)
+        self._hash_at.clear()
         self._on_disk.clear()
+        self._unsent.clear()
 
     def take(self) -> Iterable[KVCacheEvent]:
         """Events since the last call."""

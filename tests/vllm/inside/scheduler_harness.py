@@ -133,6 +133,8 @@ class SchedulerHarness:
         failure_policy: Literal["recompute", "fail"] = "recompute",
         hash_algorithm: str = "sha256",
         kv_events: bool = False,
+        num_lookahead_tokens: int = 0,
+        role: str = "kv_both",
     ) -> None:
         self.block_size = block_size
         self.vllm_config = _vllm_config(
@@ -140,7 +142,7 @@ class SchedulerHarness:
             KVTransferConfig(
                 kv_connector=connector,
                 kv_connector_module_path=module_path,
-                kv_role="kv_both",
+                kv_role=role,
                 kv_load_failure_policy=failure_policy,
                 kv_connector_extra_config=dict(extra_config or {}),
             ),
@@ -161,6 +163,7 @@ class SchedulerHarness:
             block_size=block_size,
             log_stats=True,
         )
+        self.scheduler.num_lookahead_tokens = num_lookahead_tokens
         hash_function = get_hash_fn_by_name(hash_algorithm)
         init_none_hash(hash_function)
         self._block_hasher = get_request_block_hasher(block_size, hash_function)
