@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm.v1.request import RequestStatus
 
 from kvortex.control import ControlPlane, SavePlan
 from kvortex.errors import ConfigError
@@ -150,6 +151,8 @@ class SchedulerHalf:
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         tracked.first = num_computed_tokens // self._block_size
+        if request.status == RequestStatus.PREEMPTED:
+            tracked.block_ids = []  # a reset preempts without a word in any step's output
         if self._admission.must_let_pass(request, self._tracked.values()):
             self._admission.pass_over(request)
             return None, False
