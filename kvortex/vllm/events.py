@@ -79,6 +79,7 @@ class EventLog:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._hash_at: dict[int, bytes] = {}
+        self._offset_of: dict[bytes, int] = {}
         self._on_disk: dict[bytes, None] = {}
         self._events: list[Any] = []
         self._unsent: set[bytes] = set()  # stored in the pool since events were last taken
@@ -87,22 +88,32 @@ class EventLog:
 
     def stored(self, blocks: PlannedBlocks, positions: Sequence[int], offsets: Sequence[int]) -> None:
         """Blocks at `positions` of a plan are in the pool now, at `offsets`; one event a run of neighbours."""
-        hashes = [blocks.hashes[i] for i in positions]
-        self._hash_at.update(zip(offsets, hashes, strict=True))
-        self._unsent.update(hashes)
-        self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(positions)]
+        fresh = []
+        for position, offset in zip(positions, offsets, strict=True):
+            block_hash = blocks.hashes[position]
+            if (before := self._offset_of.get(block_hash)) is None:
+                fresh.append(position)
+            else:
+                del self._hash_at[before]  # it was dropped while it was read, and has come again before that ended
+            self._hash_at[offset] = block_hash
+            self._offset_of[block_hash] = offset
+        self._unsent.update(blocks.hashes[position] for position in fresh)
+        self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(fresh)]
 
     def removed(self, offsets: NDArray[np.int64]) -> None:
         """Whatever lay at these offsets has left the pool; of what a reset has overtaken nothing is left to say."""
-        gone = [self._hash_at.pop(offset, None) for offset in offsets.tolist()]
-        self._remove([block_hash for block_hash in gone if block_hash is not None], POOL)
+        gone = [self._hash_at.pop(offset) for offset in offsets.tolist() if offset in self._hash_at]
+        for block_hash in gone:
+            del self._offset_of[block_hash]
+        self._remove(gone, POOL)
 
     # -- disk --------------------------------------------------------------------------------------
 
     def written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
         """Blocks at `positions` of a plan are on disk now."""
-        self._on_disk.update((blocks.hashes[i], None) for i in positions)
-        self._events += [blocks.event(run[0], run[-1] + 1, DISK) for run in _runs(positions)]
+        fresh = [i for i in positions if blocks.hashes[i] not in self._on_disk]
+        self._on_disk.update((blocks.hashes[i], None) for i in fresh)
+        self._events += [blocks.event(run[0], run[-1] + 1, DISK) for run in _runs(fresh)]
         while len(self._on_disk) > MAX_KNOWN_ON_DISK:
             del self._on_disk[next(iter(self._on_disk))]
 
@@ -125,6 +136,7 @@ class EventLog:
         self._remove([block_hash for block_hash in self._hash_at.values() if block_hash not in self._unsent], POOL)
         self._remove(list(self._on_disk), DISK)
         self._hash_at.clear()
+        self._offset_of.clear()
         self._on_disk.clear()
         self._unsent.clear()
 

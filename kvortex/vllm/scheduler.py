@@ -205,7 +205,7 @@ class SchedulerHalf:
         """Pin what was promised and plan its load into the blocks just allocated."""
         block_ids = list(blocks.get_block_ids()[0])
         if not block_ids:
-            return  # an older MultiConnector's way to say that a sibling loads; see `show_blocks_to_all`
+            return  # how an older MultiConnector says that another one loads; see `allocated_for_others`
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         self._waiting_since_s.pop(request.request_id, None)
@@ -215,10 +215,13 @@ class SchedulerHalf:
         if num_external_tokens:
             self._plan_load(tracked, num_external_tokens // self._block_size)
         elif tracked.loading is None:
-            # Somebody writes them: the forward, or a load of another connector.
-            computed = int(request.num_computed_tokens) // self._block_size
-            self._plan.fresh_block_ids.update(block_ids[max(tracked.first, computed) :])
             self._count_misses(request)
+
+    def allocated_for_others(self, request: "Request", blocks: "KVCacheBlocks") -> None:
+        """A request got blocks that another connector loads into, or this one: what they held must have been read."""
+        tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
+        tracked.block_ids = list(blocks.get_block_ids()[0])
+        self._plan.fresh_block_ids.update(tracked.block_ids[tracked.first :])
 
     def _plan_load(self, tracked: TrackedRequest, count: int) -> None:
         # By their place in the request: behind them there may be more, for drafts.

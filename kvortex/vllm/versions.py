@@ -153,6 +153,21 @@ def pass_reports_through(multi_connector: Any) -> None:
     kind.get_kv_connector_kv_cache_events = get_kv_connector_kv_cache_events
 
 
+def watch_allocations(multi_connector: Any, allocated: Callable[[Any, Any], None]) -> None:
+    """Have `allocated` called with a request and its blocks whenever a `MultiConnector` hands them to one of its own.
+
+    It shows them, in older versions and 0.23, to the connector alone that loads into them.
+    """
+    told = multi_connector.update_state_after_alloc
+
+    def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
+        told(request, blocks, num_external_tokens)
+        if num_external_tokens:
+            allocated(request, blocks)
+
+    vars(multi_connector)["update_state_after_alloc"] = update_state_after_alloc
+
+
 HAS_SLEEP_HOOKS: Final = hasattr(base.KVConnectorBase_V1, "unregister_kv_caches")
 """From 0.33 vLLM tells a connector before it takes the paged cache's memory away, and when it is back."""
 

@@ -182,7 +182,6 @@ class Run:
             max_num_seqs=random.choice([2, 4, 8]),
             max_num_batched_tokens=random.choice([48, 128, 512]),
             enable_prefix_caching=random.random() < 0.5,
-            num_lookahead_tokens=self.lookahead,
             kv_events=True,
             extra_config={
                 "cpu_pool_bytes": pool_blocks * BLOCK_NBYTES,
@@ -203,7 +202,9 @@ class Run:
             b"layout", sizes, num_blocks + 1, pool_blocks * BLOCK_NBYTES, namespace if disk else None
         )
         self.half.accept_handshake([hello])
-        self.half._admission._num_lookahead_tokens = self.lookahead  # no model here drafts
+        # No model here drafts: only the room for it is asked for.
+        self.harness.scheduler.num_lookahead_tokens = self.lookahead
+        self.half._admission._num_lookahead_tokens = self.lookahead
         # Prompts with common beginnings, none too long for the device by itself.
         longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - self.lookahead
         base = [random.randrange(3, 1000) for _ in range(longest)]
@@ -257,7 +258,7 @@ class Run:
         for event in events:
             place = self.in_pool if event.medium == "CPU" else self.on_disk
             if hasattr(event, "token_ids"):
-                assert place.isdisjoint(event.block_hashes) or place is self.on_disk
+                assert place.isdisjoint(event.block_hashes)
                 place.update(event.block_hashes)
             else:
                 assert place.issuperset(event.block_hashes)
