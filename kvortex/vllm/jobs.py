@@ -1,12 +1,11 @@
 """What the scheduler half remembers: requests, and the jobs that are under way for them."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from kvortex.control import LoadPlan, SavePlan
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash
+from kvortex.types import BlockHash
 from kvortex.vllm.events import PlannedBlocks
 from kvortex.vllm.plans import JobOutcome
 from kvortex.vllm.tier_planner import NO_WRITE
@@ -78,9 +77,3 @@ def group_parts(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
             group, count = [], 0
     if group:
         yield group
-
-
-def as_keys(hashes: Sequence[bytes]) -> list[BlockHash]:
-    """vLLM's hashes as keys: SHA-256 as it is, shorter ones hashed to full width."""
-    keys = [h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest() for h in hashes]
-    return cast("list[BlockHash]", keys)  # a BlockHash each would take longer than the list itself

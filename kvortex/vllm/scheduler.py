@@ -11,20 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.request import RequestStatus
 
+from kvortex.config import format_bytes
 from kvortex.control import ControlPlane, SavePlan
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BlockHash, BlockSizes, MissReason
+from kvortex.vllm.adapters import BlockKeys
 from kvortex.vllm.admission import Admission
 from kvortex.vllm.events import EventLog, PlannedBlocks
-from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, as_keys, group_parts
+from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, group_parts
 from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
@@ -91,6 +93,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
+        self._keys = BlockKeys()
         self._plan = ConnectorPlan()
         self._stats = ConnectorStats()
         self.stats = EngineStats()
@@ -121,6 +124,8 @@ class SchedulerHalf:
         if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
         self._ready = True
+        disk = f"disk at {self._options.engine.disk_path}" if self._tier is not None else "no disk"
+        logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
 
     def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
@@ -161,6 +166,7 @@ class SchedulerHalf:
             self._admission.pass_over(request)
             return None, False
         self._admission.settle(request.request_id)
+        logger.debug("request %s: %d blocks to load behind %d", request.request_id, found, tracked.first)
         return found * self._block_size, found > 0
 
     def _find(self, tracked: TrackedRequest, num_computed_tokens: int) -> int | None:
@@ -168,7 +174,7 @@ class SchedulerHalf:
         request = tracked.request
         if not self._loads or tracked.computes or request.skip_reading_prefix_cache:
             return 0
-        keys = as_keys(request.block_hashes[tracked.first :])
+        keys = self._keys.of(request, slice(tracked.first, None))
         # Behind a hit of vLLM's own, a single block is computed sooner than it is loaded.
         least = max(self._options.min_hit_blocks, 2 if num_computed_tokens else 1)
         if len(keys) < least:
@@ -227,7 +233,7 @@ class SchedulerHalf:
         # By their place in the request: behind them there may be more, for drafts.
         wanted = slice(tracked.first, tracked.first + count)
         block_ids = np.array(tracked.block_ids[wanted], dtype=np.int32)
-        keys = as_keys(tracked.request.block_hashes[wanted])
+        keys = self._keys.of(tracked.request, wanted)
         plan = self._control.plan_load(pack_keys(keys), block_ids)
         job_id = next(self._job_ids)
         missing = np.delete(block_ids, plan.positions)
@@ -239,7 +245,7 @@ class SchedulerHalf:
 
     def _count_misses(self, request: "Request") -> None:
         first = request.num_computed_tokens // self._block_size
-        keys = as_keys(request.block_hashes[first:])
+        keys = self._keys.of(request, slice(first, None))
         found = self._control.index.prefix_length(keys)
         if found < len(keys):
             self._stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
@@ -303,7 +309,7 @@ class SchedulerHalf:
 
     def _part(self, tracked: TrackedRequest, blocks: slice) -> SavePart:
         event = PlannedBlocks.of(tracked.request, blocks, self._block_size) if self._events is not None else None
-        return SavePart(tracked, blocks, as_keys(tracked.request.block_hashes[blocks]), event)
+        return SavePart(tracked, blocks, self._keys.of(tracked.request, blocks), event)
 
     def _plan_save(self, parts: list[SavePart], *, as_is: bool = False) -> None:
         keys = [key for part in parts for key in part.keys]
@@ -321,6 +327,7 @@ class SchedulerHalf:
                 [keys[position] for position in positions], [told[position] for position in positions if told]
             )
         self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
+        logger.debug("job %d saves %d of %d blocks", job_id, plan.transfer.num_blocks, len(keys))
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -331,6 +338,8 @@ class SchedulerHalf:
         if any(isinstance(report, WeightsChanged) for report in reports):
             self._forget_weights()
         for outcome in reports:
+            if isinstance(outcome, PoolShrunk):
+                self._shrink(outcome.pool_bytes)
             if not isinstance(outcome, JobOutcome):
                 continue
             if self._tier is not None and self._tier.report(outcome):
@@ -341,6 +350,17 @@ class SchedulerHalf:
                 del self._jobs[outcome.job_id]
                 self._finish(job)
         report_aborted_loads(connector_output, self._aborted)
+
+    def _shrink(self, pool_bytes: int) -> None:
+        allocator = self._control.allocator
+        if pool_bytes < allocator.capacity_bytes:
+            self._control.shrink(pool_bytes)
+            logger.warning("no more of the pool can be pinned: it holds %s from now on", self._describe_pool())
+
+    def _describe_pool(self) -> str:
+        capacity_bytes = self._control.allocator.capacity_bytes
+        num_blocks = capacity_bytes // self._sizes.packed
+        return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_blocks * self._block_size} tokens"
 
     def _finish(self, job: Job) -> None:
         count = job.plan.transfer.num_blocks
@@ -404,7 +424,7 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._control.touch(pack_keys(as_keys(request.block_hashes[: tracked.num_planned])))
+        self._control.touch(pack_keys(self._keys.of(request, slice(tracked.num_planned))))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)

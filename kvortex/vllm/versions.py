@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
 from kvortex.errors import ConfigError
-from kvortex.vllm.plans import JobOutcome, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ else:
     _MessageBase = KVConnectorKVEvents
 
 
-Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged
+Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged | PoolShrunk
 
 
 class WorkerReports(_MessageBase):  # type: ignore[misc]

@@ -33,11 +33,12 @@ from kvortex.vllm.plans import (
     FetchJob,
     JobOutcome,
     LoadJob,
+    PoolShrunk,
     SaveJob,
     WeightsChanged,
     WorkerHandshake,
 )
-from kvortex.vllm.ranks import Peers, Share
+from kvortex.vllm.ranks import Peers, Share, check_memory_of_all
 from kvortex.vllm.versions import Report, WorkerReports
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class WorkerHalf:
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[_Save] = deque()
-        self._ended: deque[_Ended] = deque()
+        self._ended: deque[_Ended | PoolShrunk] = deque()
         self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
@@ -143,7 +144,9 @@ class WorkerHalf:
         try:
 
             async def start() -> DataPlane:
-                return DataPlane(share.config, caches, layout, memory=share.memory)
+                return DataPlane(
+                    share.config, caches, layout, memory=share.memory, on_pinning_stopped=self._pinning_stopped
+                )
 
             self._data = thread.run(start())
         except BaseException:
@@ -165,6 +168,9 @@ class WorkerHalf:
             shared,
         )
 
+    def _pinning_stopped(self, pinned_bytes: int) -> None:
+        self._ended.append(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
+
     def _make_share(self, layout: KVLayout) -> Share:
         config = self._options.engine
         own = block_sizes(layout, packing_for(layout, config.codec))
@@ -173,10 +179,17 @@ class WorkerHalf:
         stages = self._peers.stages
         planned = largest(stages.exchange(own)) if stages is not None else own
         self._places = Places(config.pin_piece_bytes, planned, own)
+        check_memory_of_all(self._peers, config.cpu_pool_bytes, self._num_pools_here())
         config = self._places.config(config)
         if self._peers.equals is None:
             return Share.own(config, own)
         return Share.of_group(self._peers.equals, config, layout, own)
+
+    def _num_pools_here(self) -> int:
+        parallel = self._vllm_config.parallel_config
+        sharing = self._peers.equals.size if self._peers.equals is not None else 1
+        ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+        return max(ranks // sharing // int(getattr(parallel, "nnodes", 1)), 1)
 
     def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
         engine = self._options.engine
@@ -348,7 +361,8 @@ class WorkerHalf:
                 outcome = JobOutcome(work.job.job_id, tuple(work.positions.tolist()))
             self._ended.append(_Ended(outcome, work.job))
         if isinstance(work.job, SaveJob) and work.job.keys:
-            saved = np.zeros(0, dtype=np.intp) if save is None or save.overwritten else ended[0].succeeded.nonzero()[0]
+            overwritten = save is not None and save.overwritten
+            saved = np.flatnonzero(ended[0].succeeded & (not overwritten))
             self._spawn(self._write_behind(work, work.job, ended[0], saved), self._tier_tasks)
 
     async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]) -> None:
@@ -388,6 +402,9 @@ class WorkerHalf:
         received: set[str] = set()
         while self._ended:
             ended = self._ended.popleft()
+            if isinstance(ended, PoolShrunk):
+                self._reports.append(ended)
+                continue
             self._reports.append(ended.outcome)
             if isinstance(ended.job, LoadJob):
                 received.add(ended.job.request_id)
