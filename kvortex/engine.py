@@ -341,7 +341,9 @@ class KVortexEngine:
         """Number of blocks that could be loaded before the first that could not. From any thread."""
         found = self._found(pack_keys(hashes))
         missing = np.flatnonzero(~found)
-        return int(missing[0]) if missing.size else len(found)
+        known = int(missing[0]) if missing.size else len(found)
+        self.stats.record_lookup(len(found), known)
+        return known
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
         """Why a block could not be loaded now; None when it could. From any thread."""
@@ -403,7 +405,8 @@ class KVortexEngine:
             ]
             evicted = self._control.index.evicted_blocks
         tiering = self._tiering.figures() if self._tiering is not None else None
-        return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering)
+        block_size = self._data.layout.block_size if self._data is not None else 0
+        return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering, block_size=block_size)
 
     def current_stream(self) -> int | None:
         """Handle of torch's current stream in the calling thread; None for a cache in host memory."""
