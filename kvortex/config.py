@@ -1,29 +1,46 @@
 """Every setting, in one small frozen tree; the only module that reads the environment or a file."""
 
 import dataclasses
+import logging
 import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 from kvortex.errors import ConfigError
+from kvortex.settings import (
+    GIB,
+    KIB,
+    MIB,
+    conform,
+    format_bytes,
+    from_text,
+    hints_of,
+    known_names,
+    nearest,
+    parse_bytes,
+    require,
+    require_size,
+)
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+__all__ = ["GIB", "KIB", "MIB", "KVortexConfig", "ModelIdentity", "format_bytes", "parse_bytes"]
+
+logger = logging.getLogger(__name__)
+
 EXTENT_ALIGNMENT_BYTES = 128  # a memory transaction of the GPU; every extent starts on one
 ENV_PREFIX = "KVORTEX_"
+ENV_FILE = "CONFIG"
+ENV_IDENTITY = "IDENTITY_"
+UNNAMED_MODEL = "unnamed"
+EVICTION_POLICIES = ("arc", "lru", "s3fifo")
+CODECS = ("raw", "fp8", "bf16")
 CHOICES = {
     "tier_inclusion": ("inclusive", "exclusive"),
     "tier_admission": ("always", "second_touch"),
     "tier_shed": ("newest", "oldest"),
 }
-EVICTION_POLICIES = ("arc", "lru", "s3fifo")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +48,13 @@ class ModelIdentity:
     """What else must agree for stored bytes to be reusable; it becomes part of the namespace.
 
     Args:
-        model: its name.
+        model: its name; needed as soon as a lower tier keeps blocks beyond the process.
         weights_revision: what tells its weights from others of that name, such as a commit.
         fingerprint: of whatever else changes the bytes: configuration, quantisation, position encoding.
         tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
     """
 
-    model: str = "unnamed"
+    model: str = UNNAMED_MODEL
     weights_revision: str = ""
     fingerprint: str = ""
     tp_rank: int = 0
@@ -46,13 +63,14 @@ class ModelIdentity:
     pp_size: int = 1
 
     def __post_init__(self) -> None:
+        conform(self)
         for kind, rank, size in (("tp", self.tp_rank, self.tp_size), ("pp", self.pp_rank, self.pp_size)):
-            _require(0 <= rank < size, f"{kind}_rank {rank} is not in [0, {kind}_size = {size})")
+            require(0 <= rank < size, f"{kind}_rank {rank} is not in [0, {kind}_size = {size})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVortexConfig:
-    """Settings of an engine. Sizes in bytes, times in seconds; checked when made.
+    """Settings of an engine. Sizes in bytes, or as text such as "16GiB"; times in seconds; checked when made.
 
     Args:
         cpu_pool_bytes: pinned host memory for cached blocks, taken exactly (rounded up to whole pages).
@@ -74,7 +92,7 @@ class KVortexConfig:
         codec: how blocks rest: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches);
             caches that a codec does not take rest as they are.
         max_pack_error: a block that packing would change by more, as a share of its root mean square, rests as it is.
-        disk_path: directory of the disk tier, shared by any number of processes; empty for none.
+        disk_path: directory of the disk tier, shared by any number of processes; `~` is the user's home. Empty: none.
         disk_capacity_bytes: bytes that all its files together may take.
         disk_fsync: bring a block to the device before it counts as stored; without it a crash of the machine may lose
             the last ones.
@@ -89,7 +107,7 @@ class KVortexConfig:
             the next load. 0 does not wait; None, the default, waits as long as it takes.
         ghost_entries: evicted or dropped blocks whose reason is remembered.
         self_test: write and read back a pattern on registration, through the path that transfers take.
-        identity: model, weights revision and ranks.
+        identity: model, weights revision and ranks; a mapping of them will do. A disk needs a model's name here.
     """
 
     cpu_pool_bytes: int = 4 * GIB
@@ -121,43 +139,39 @@ class KVortexConfig:
     identity: ModelIdentity = field(default_factory=ModelIdentity)
 
     def __post_init__(self) -> None:
+        conform(self, paths=("disk_path",))
         for name in (
-            "cpu_pool_bytes",
-            "pin_piece_bytes",
             "num_transfer_streams",
             "max_batch_requests",
             "max_batch_bytes",
             "max_consecutive_loads",
             "max_outstanding_requests",
-            "disk_capacity_bytes",
             "tier_queue_blocks",
             "fetch_blocks",
         ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.ghost_entries >= 0, f"ghost_entries must not be negative, got {self.ghost_entries}")
-        _require(
-            self.eviction_policy in EVICTION_POLICIES,
-            f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, got {self.eviction_policy!r}",
-        )
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        _require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
-        _require(
-            self.load_deadline_s is None or self.load_deadline_s >= 0,
-            f"load_deadline_s must not be negative, got {self.load_deadline_s}",
-        )
-        _require(
-            0 < self.max_pack_error < 1,  # an infinite bound would let infinite elements be packed
-            f"max_pack_error must lie in (0, 1), got {self.max_pack_error}",
-        )
-        _require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
-        _require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
-        _require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, example in (("cpu_pool_bytes", "GiB"), ("disk_capacity_bytes", "GiB"), ("pin_piece_bytes", "MiB")):
+            require_size(name, getattr(self, name), f"{getattr(self, name)}{example}")
+        require(
             self.pin_piece_bytes % 4096 == 0,
             f"pin_piece_bytes must be a multiple of the page size 4096, got {self.pin_piece_bytes}",
         )
+        for name, choices in {"eviction_policy": EVICTION_POLICIES, "codec": CODECS, **CHOICES}.items():
+            value = getattr(self, name)
+            require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        require(self.ghost_entries >= 0, f"ghost_entries must not be negative, got {self.ghost_entries}")
+        require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
+        require(
+            self.load_deadline_s is None or self.load_deadline_s >= 0,
+            f"load_deadline_s must not be negative, got {self.load_deadline_s}",
+        )
+        require(
+            0 < self.max_pack_error < 1,  # an infinite bound would let infinite elements be packed
+            f"max_pack_error must lie in (0, 1), got {self.max_pack_error}",
+        )
+        require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
+        require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
+        require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
@@ -166,85 +180,62 @@ class KVortexConfig:
         Raises:
             ConfigError: an unknown name, or a value of the wrong type or out of range.
         """
-        values = dict(settings)
-        identity = values.pop("identity", {})
-        if isinstance(identity, Mapping):
-            identity = _build(ModelIdentity, identity)
-        built: Self = _build(cls, {**values, "identity": identity})
-        return built
+        return cls(**known_names(cls, settings))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Settings from a TOML file."""
+        """Settings from a TOML file, `identity` as a table of it.
+
+        Raises:
+            ConfigError: it cannot be read, or as `from_mapping`; the message names the file.
+        """
+        place = Path(os.path.expanduser(path))
         try:
-            return cls.from_mapping(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+            settings = tomllib.loads(place.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error
+            raise ConfigError(f"cannot read {place}: {error}") from error
+        try:
+            return cls.from_mapping(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """Settings from variables such as `KVORTEX_CPU_POOL_BYTES=16GiB`; `KVORTEX_CONFIG` names a TOML file."""
-        environ = os.environ if environ is None else environ
-        base = cls.from_file(environ["KVORTEX_CONFIG"]) if "KVORTEX_CONFIG" in environ else cls()
-        hints = get_type_hints(cls)
-        changes: dict[str, Any] = {}
-        for name, hint in hints.items():
-            hint = float if hint == (float | None) else hint
-            text = environ.get(ENV_PREFIX + name.upper())
-            if text is not None and hint in (int, float, bool, str):
-                changes[name] = _parse(name, text, hint)
+        """Settings from variables such as `KVORTEX_CPU_POOL_BYTES=16GiB` or `KVORTEX_IDENTITY_MODEL=llama`.
+
+        `KVORTEX_CONFIG` names a TOML file whose settings the variables go before. Another variable that begins with
+        `KVORTEX_` is an error where its name is nearly that of a setting, and a warning otherwise.
+
+        Raises:
+            ConfigError: as `from_file`.
+        """
+        given = {
+            name.removeprefix(ENV_PREFIX): text
+            for name, text in (os.environ if environ is None else environ).items()
+            if name.startswith(ENV_PREFIX)
+        }
+        base = cls.from_file(given[ENV_FILE]) if ENV_FILE in given else cls()
+        _look_at_rest(cls, given)
+        changes, identity = _values(cls, "", given), _values(ModelIdentity, ENV_IDENTITY, given)
+        if identity:
+            changes["identity"] = dataclasses.replace(base.identity, **identity)
         return dataclasses.replace(base, **changes)
 
 
-def parse_bytes(text: str) -> int:
-    """`"16GiB"`, `"512 MiB"`, `"4096"` -> bytes.
-
-    Raises:
-        ConfigError: not a size.
-    """
-    units = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": GIB * KIB}
-    stripped = text.strip().lower()
-    digits = stripped.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = units.get(stripped[len(digits) :].strip())
-    try:
-        if unit is None:
-            raise ValueError
-        return int(float(digits) * unit)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
+def _values(kind: type, prefix: str, given: Mapping[str, str]) -> dict[str, Any]:
+    variables = {name: f"{prefix}{name.upper()}" for name in hints_of(kind)}
+    return {
+        name: from_text(name, given[variable], hints_of(kind)[name])
+        for name, variable in variables.items()
+        if variable in given
+    }
 
 
-def _parse(name: str, text: str, hint: type) -> Any:
-    if name.endswith("_bytes"):
-        return parse_bytes(text)
-    if hint is bool:
-        if text.lower() in ("1", "true", "yes", "on"):
-            return True
-        if text.lower() in ("0", "false", "no", "off"):
-            return False
-        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={text!r}: write 1 or 0")
-    try:
-        return hint(text)
-    except ValueError:
-        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={text!r} is no {hint.__name__}") from None
-
-
-def _build(cls: type, settings: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    unknown = sorted(set(settings) - set(hints))
-    if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; {cls.__name__} knows {', '.join(sorted(hints))}")
-    values = {name: _coerce(name, value, hints[name]) for name, value in settings.items()}
-    return cls(**values)
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    if hint is int and isinstance(value, str) and name.endswith("_bytes"):
-        return parse_bytes(value)
-    if hint == (float | None):
-        return None if value is None else _coerce(name, value, float)
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ConfigError(f"{name} must be {hint.__name__}, not {type(value).__name__} ({value!r})")
-    return value
+def _look_at_rest(kind: type, given: Mapping[str, str]) -> None:
+    known = {ENV_FILE, *(name.upper() for name in hints_of(kind))}
+    known |= {f"{ENV_IDENTITY}{name.upper()}" for name in hints_of(ModelIdentity)}
+    for name in sorted(set(given) - known):
+        guess = nearest(name, known)
+        if guess is not None:
+            raise ConfigError(f"{ENV_PREFIX}{name} is no setting: did you mean {ENV_PREFIX}{guess}?")
+        logger.warning("%s%s is no setting of KVortex and has no effect on it", ENV_PREFIX, name)

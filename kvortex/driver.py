@@ -18,9 +18,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.errors import DeviceError, DeviceUnavailableError
+from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKernelError
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
+_UNSUPPORTED_PTX = (218, 222)  # CUDA_ERROR_INVALID_PTX, CUDA_ERROR_UNSUPPORTED_PTX_VERSION
 RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # in `Device.calls`
 _CALLS = (
     "cuEventRecord",
@@ -260,8 +261,19 @@ class Device:
     # -- kernels -----------------------------------------------------------------------------------
 
     def load_kernel(self, ptx: str, name: str) -> Kernel:
-        """Compile PTX for this device and return one kernel of it."""
-        module = self._call("cuModuleLoadData", ptx.encode() + b"\0")
+        """Compile PTX for this device and return one kernel of it.
+
+        Raises:
+            UnsupportedKernelError: the PTX is of a newer version than the driver knows.
+        """
+        status, module = self._driver.cuModuleLoadData(ptx.encode() + b"\0")
+        if status in _UNSUPPORTED_PTX:
+            raise UnsupportedKernelError(
+                f"{self._error('cuModuleLoadData', status)}: this driver is older than the NVVM that compiled the "
+                "kernel; update the driver, or install the NVVM of its CUDA (pip install 'kvortex[cu12]' for CUDA 12)"
+            )
+        if status:
+            raise self._error("cuModuleLoadData", status)
         return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, launch: "Launch", stream: Stream) -> None:

@@ -21,6 +21,7 @@ from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout
+from kvortex.memory import check_memory
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
 from kvortex.sync import LoopThread, SyncEngine, running_loop
@@ -114,6 +115,7 @@ class KVortexEngine:
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
+        check_memory(self.config.cpu_pool_bytes)
         with contextlib.ExitStack() as undo:
             self._data = DataPlane(
                 self.config,
@@ -214,8 +216,9 @@ class KVortexEngine:
         if control.index.removed_blocks != removed_before:
             outcomes = _without_gone(outcomes, control.index.contains_mask(keys))
         if self._tiering is not None:
-            self._tiering.saved(keys[[outcome is SaveOutcome.STORED for outcome in outcomes]])
-            self._tiering.used(keys[[outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes]])
+            stored = np.array([outcome.is_stored for outcome in outcomes], dtype=np.bool_)
+            new = np.array([outcome is SaveOutcome.STORED for outcome in outcomes], dtype=np.bool_)
+            self._tiering.saved(keys[stored], new[stored])
         return SaveResult(outcomes)
 
     async def _save_as_is(
@@ -269,8 +272,24 @@ class KVortexEngine:
         self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, deadline_s: float | None
     ) -> LoadResult:
         self._check_loop()
-        control, data = self._planes()
+        self._planes()
         arrival = Arrival(self._tiering, keys, deadline_s) if self._tiering is not None else None
+        try:
+            outcomes = await self._load_arriving(keys, ids, stream, arrival)
+        except BaseException:
+            if arrival is not None:
+                arrival.cancel()
+            raise
+        if self._tiering is not None and arrival is not None:
+            outcomes = arrival.explain(outcomes)
+            self._tiering.loaded(keys, outcomes)
+        self.stats.record_outcomes(outcomes)
+        return LoadResult(tuple(ids.tolist()), outcomes)
+
+    async def _load_arriving(
+        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, arrival: Arrival | None
+    ) -> tuple[MissReason | None, ...]:
+        control, data = self._planes()
         call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream, Direction.LOAD, ids)
         async with call:
             for part in call.parts(len(ids)):
@@ -281,12 +300,7 @@ class KVortexEngine:
             outcomes = await call.outcomes()
             if call.num_parts > 1:
                 control.touch(keys)
-        if self._tiering is not None and arrival is not None:
-            outcomes = arrival.explain(outcomes)
-            self._tiering.used(keys[[outcome is None for outcome in outcomes]])
-            self._tiering.damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
-        self.stats.record_outcomes(outcomes)
-        return LoadResult(tuple(ids.tolist()), outcomes)
+        return outcomes
 
     def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
         """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.
@@ -327,7 +341,9 @@ class KVortexEngine:
         """Number of blocks that could be loaded before the first that could not. From any thread."""
         found = self._found(pack_keys(hashes))
         missing = np.flatnonzero(~found)
-        return int(missing[0]) if missing.size else len(found)
+        known = int(missing[0]) if missing.size else len(found)
+        self.stats.record_lookup(len(found), known)
+        return known
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
         """Why a block could not be loaded now; None when it could. From any thread."""
@@ -389,7 +405,8 @@ class KVortexEngine:
             ]
             evicted = self._control.index.evicted_blocks
         tiering = self._tiering.figures() if self._tiering is not None else None
-        return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering)
+        block_size = self._data.layout.block_size if self._data is not None else 0
+        return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering, block_size=block_size)
 
     def current_stream(self) -> int | None:
         """Handle of torch's current stream in the calling thread; None for a cache in host memory."""

@@ -13,7 +13,8 @@
     │   ├── ForeignExtentError     an extent of another pool, or one that this pool never handed out
     │   └── PoolLeakError          something still holds memory when the pool is closed
     └── DeviceError            a CUDA call failed   (also RuntimeError)
-        └── DeviceUnavailableError     no CUDA device, or its packages are not installed
+        ├── DeviceUnavailableError     no CUDA device, or its packages are not installed
+        └── UnsupportedKernelError     the driver does not take a compiled kernel
 
 A block that is not in the cache is no error: it is a miss with a `MissReason`.
 """
@@ -73,3 +74,7 @@ class DeviceError(KVortexError, RuntimeError):
 
 class DeviceUnavailableError(DeviceError):
     """No CUDA device is there, or the packages that reach it are not installed."""
+
+
+class UnsupportedKernelError(DeviceError):
+    """The driver does not take a compiled kernel: it is older than the compiler."""

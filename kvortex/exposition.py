@@ -34,13 +34,17 @@ def _metrics(snapshot: "StatsSnapshot") -> list[_Metric]:
     misses: list[_Sample] = [("", {"reason": r.value}, n) for r, n in snapshot.misses.items()]
     latencies: list[_Sample] = []
     for labels, t in transfers:
-        quantiles = (("0.5", t.p50_s), ("0.9", t.p90_s), ("0.99", t.p99_s))
-        latencies += [("", labels | {"quantile": q}, seconds) for q, seconds in quantiles]
+        latencies += [("_bucket", labels | {"le": f"{seconds:.6g}"}, below) for seconds, below in t.buckets]
+        latencies += [("_bucket", labels | {"le": "+Inf"}, t.num_transfers)]
         latencies += [("_sum", labels, t.total_s), ("_count", labels, t.num_transfers)]
     counter, gauge = "counter", "gauge"
     return [
-        ("hits_total", counter, "Looked-up blocks that were served.", [("", {}, snapshot.hits)]),
-        ("misses_total", counter, "Looked-up blocks that were not served, by reason.", misses),
+        ("looked_up_blocks_total", counter, "Blocks of prefixes looked up.", [("", {}, snapshot.looked_up_blocks)]),
+        ("found_blocks_total", counter, "Those that could be loaded.", [("", {}, snapshot.found_blocks)]),
+        ("looked_up_tokens_total", counter, "Tokens of prefixes looked up.", [("", {}, snapshot.looked_up_tokens)]),
+        ("found_tokens_total", counter, "Those that could be loaded.", [("", {}, snapshot.found_tokens)]),
+        ("hits_total", counter, "Blocks that loads asked for and got.", [("", {}, snapshot.hits)]),
+        ("misses_total", counter, "Blocks that loads asked for and did not get, by reason.", misses),
         ("evicted_blocks_total", counter, "Blocks evicted.", [("", {}, snapshot.evicted_blocks)]),
         (
             "kept_as_is_blocks_total",
@@ -51,7 +55,7 @@ def _metrics(snapshot: "StatsSnapshot") -> list[_Metric]:
         ("transfer_blocks_total", counter, "Blocks moved.", [("", ls, t.blocks) for ls, t in transfers]),
         ("transfer_bytes_total", counter, "Bytes moved.", [("", ls, t.nbytes) for ls, t in transfers]),
         ("transfer_failures_total", counter, "Blocks lost.", [("", ls, t.failures) for ls, t in transfers]),
-        ("transfer_latency_seconds", "summary", "Latency of whole transfers.", latencies),
+        ("transfer_latency_seconds", "histogram", "Latency of whole transfers.", latencies),
         *_tiering_metrics(snapshot.tiering),
         ("pool_capacity_bytes", gauge, "Size.", [("", ls, p.capacity_bytes) for ls, p in pools]),
         ("pool_allocated_bytes", gauge, "Bytes in use.", [("", ls, p.allocated_bytes) for ls, p in pools]),
@@ -80,9 +84,14 @@ def _tiering_metrics(figures: "TieringFigures | None") -> list[_Metric]:
         "tier_capacity_bytes": ("Bytes that it may take.", figures.capacity_bytes),
     }
     causes: list[_Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
+    breakers = [(labels | {"calls": calls}, breaker) for calls, breaker in figures.breakers.items()]
+    refusing: list[_Sample] = [("", ls, int(b.state != "closed")) for ls, b in breakers]
+    opened: list[_Sample] = [("", ls, b.opened) for ls, b in breakers]
     return [
         *((name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()),
         ("tier_causes_total", "counter", "What lay behind misses and refused writes.", causes),
+        ("tier_breaker_opened_total", "counter", "Times that a tier was left alone because it hung or failed.", opened),
+        ("tier_breaker_open", "gauge", "1 while a tier is left alone.", refusing),
         *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
     ]
 

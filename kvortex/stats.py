@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from kvortex.config import format_bytes
 from kvortex.exposition import prometheus_text
 from kvortex.types import Direction, MissReason
 
@@ -61,6 +62,13 @@ class LatencyHistogram:
         self._sum_s += seconds
         self._min_s = min(self._min_s, seconds)
         self._max_s = max(self._max_s, seconds)
+
+    def cumulative(self) -> tuple[tuple[float, int], ...]:
+        """(seconds, number of latencies below them), four times as many seconds a step: the same for every histogram,
+        so that those of several engines can be added."""
+        sums = list(accumulate(self._counts))
+        octaves = range(self.OCTAVES % 4, self.OCTAVES + 1, 2)
+        return tuple((self.LOWEST_S * 2**n, sums[n * self.BUCKETS_PER_OCTAVE]) for n in octaves)
 
     def percentile(self, p: float) -> float:
         """Seconds that `p` percent (0 to 100) of the latencies do not exceed; 0.0 when empty.
@@ -137,11 +145,20 @@ class MissCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerFigures:
+    """A circuit breaker at one moment: "closed", "open" or "half_open", and how often it has been opened."""
+
+    state: str
+    opened: int
+
+
+@dataclass(frozen=True, slots=True)
 class TieringFigures:
     """What moved between the pool and a lower tier, in blocks.
 
     `shed_blocks` were not written because too much waited already; `usable` is False for a tier that did not open.
     `causes` counts what lay behind every miss and refused write of the tier; the bytes are its own, of all processes.
+    `breakers` are those of `reads` and `writes`: while one is open the tier is not asked, and nothing waits for it.
     """
 
     tier: str
@@ -156,6 +173,7 @@ class TieringFigures:
     used_bytes: int
     capacity_bytes: int
     causes: Mapping[str, int]
+    breakers: Mapping[str, BreakerFigures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +203,16 @@ class TransferSnapshot:
     p50_s: float
     p90_s: float
     p99_s: float
+    buckets: tuple[tuple[float, int], ...] = ()
+    """(seconds, number of transfers that took less), for seconds that are the same everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatsSnapshot:
     """Everything counted since the engine was made, at one moment.
 
-    A block that goes to two tiers counts in both, and so twice in the totals over tiers.
+    `hits` and `misses` are of blocks that a load asked for, `looked_up_blocks` and `found_blocks` of prefixes that
+    `match_prefix` was asked for. A block that goes to two tiers counts in both, and so twice in the totals over tiers.
     """
 
     hits: int
@@ -201,6 +222,18 @@ class StatsSnapshot:
     transfers: tuple[TransferSnapshot, ...]
     pools: tuple[PoolFigures, ...]
     tiering: TieringFigures | None = None
+    looked_up_blocks: int = 0
+    found_blocks: int = 0
+    block_size: int = 0
+    """In tokens; 0 before caches are registered."""
+
+    @property
+    def looked_up_tokens(self) -> int:
+        return self.looked_up_blocks * self.block_size
+
+    @property
+    def found_tokens(self) -> int:
+        return self.found_blocks * self.block_size
 
     @property
     def num_misses(self) -> int:
@@ -208,9 +241,17 @@ class StatsSnapshot:
 
     @property
     def hit_rate(self) -> float:
-        """Hits over looked-up blocks; 0.0 before the first look-up."""
-        lookups = self.hits + self.num_misses
-        return self.hits / lookups if lookups else 0.0
+        """Of look-ups, found blocks over all that were asked for; of loads where none was made; 0.0 before both.
+
+        Who looks a prefix up and loads what was found has hits alone in its loads.
+        """
+        return self.found_blocks / self.looked_up_blocks if self.looked_up_blocks else self.load_hit_rate
+
+    @property
+    def load_hit_rate(self) -> float:
+        """Hits over the blocks that loads asked for; 0.0 before the first load."""
+        loads = self.hits + self.num_misses
+        return self.hits / loads if loads else 0.0
 
     @property
     def blocks_saved(self) -> int:
@@ -235,6 +276,11 @@ class StatsSnapshot:
         """The same figures as plain dicts, lists, strings and numbers: ready for JSON."""
         return {
             "hit_rate": self.hit_rate,
+            "load_hit_rate": self.load_hit_rate,
+            "looked_up_blocks": self.looked_up_blocks,
+            "found_blocks": self.found_blocks,
+            "looked_up_tokens": self.looked_up_tokens,
+            "found_tokens": self.found_tokens,
             "hits": self.hits,
             "misses": {reason.value: count for reason, count in self.misses.items()},
             "blocks_saved": self.blocks_saved,
@@ -251,7 +297,8 @@ class StatsSnapshot:
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason.value} {count}" for reason, count in self.misses.items() if count)
         lines = [
-            f"hit rate {self.hit_rate:.1%}: {self.hits} hits, {self.num_misses} misses"
+            *self._lookup_lines(),
+            f"hit rate {self.load_hit_rate:.1%}: {self.hits} hits, {self.num_misses} misses"
             + (f" ({reasons})" if reasons else ""),
             f"evicted {self.evicted_blocks} blocks"
             + (f", kept {self.kept_as_is_blocks} as they are" if self.kept_as_is_blocks else ""),
@@ -264,14 +311,25 @@ class StatsSnapshot:
             state = "" if t.usable else " (cannot be used)"
             lines.append(
                 f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
-                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {_readable(t.used_bytes)} of "
-                f"{_readable(t.capacity_bytes)}"
+                f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {format_bytes(t.used_bytes)} of "
+                f"{format_bytes(t.capacity_bytes)}"
                 + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
+                + "".join(
+                    f", {what} are {b.state}, {b.opened} times so far" for what, b in t.breakers.items() if b.opened
+                )
             )
         return "\n".join(lines)
 
+    def _lookup_lines(self) -> list[str]:
+        if not self.looked_up_blocks:
+            return []
+        return [
+            f"looked up {self.looked_up_blocks} blocks, found {self.found_blocks} ({self.hit_rate:.1%}, "
+            f"{self.found_tokens} of {self.looked_up_tokens} tokens); of what was loaded:"
+        ]
+
     def to_prometheus(self, prefix: str = "kvortex") -> str:
-        """The text exposition format, version 0.0.4; latencies are summaries over the engine's life.
+        """The text exposition format, version 0.0.4; latencies are histograms over the engine's life.
 
         Raises `ValueError` when `prefix` cannot start a metric name.
         """
@@ -286,6 +344,14 @@ class EngineStats:
         self._lookups = MissCounters()
         self._transfers: dict[tuple[Direction, str], TransferStats] = {}
         self._kept_as_is = 0
+        self._looked_up_blocks = 0
+        self._found_blocks = 0
+
+    def record_lookup(self, blocks: int, found: int) -> None:
+        """Adds a look-up of a prefix of `blocks` blocks, of which the first `found` could be loaded."""
+        with self._lock:
+            self._looked_up_blocks += blocks
+            self._found_blocks += found
 
     def record_outcomes(self, outcomes: Iterable[MissReason | None]) -> None:
         """Adds one outcome a looked-up block; `None` is a hit."""
@@ -309,7 +375,12 @@ class EngineStats:
             self._kept_as_is += blocks
 
     def snapshot(
-        self, pools: Iterable[PoolFigures] = (), *, evicted_blocks: int = 0, tiering: TieringFigures | None = None
+        self,
+        pools: Iterable[PoolFigures] = (),
+        *,
+        evicted_blocks: int = 0,
+        tiering: TieringFigures | None = None,
+        block_size: int = 0,
     ) -> StatsSnapshot:
         """All counters at one moment, and what the pools and the index count, as the caller read it."""
         figures = tuple(pools)
@@ -322,6 +393,9 @@ class EngineStats:
                 transfers=tuple(_snapshot_transfer(*key, stats) for key, stats in self._transfers.items()),
                 pools=figures,
                 tiering=tiering,
+                looked_up_blocks=self._looked_up_blocks,
+                found_blocks=self._found_blocks,
+                block_size=block_size,
             )
 
 
@@ -338,25 +412,18 @@ def _snapshot_transfer(direction: Direction, tier: str, stats: TransferStats) ->
         p50_s=p50_s,
         p90_s=p90_s,
         p99_s=p99_s,
+        buckets=stats.latency.cumulative(),
     )
 
 
 def _transfer_row(t: TransferSnapshot) -> tuple[str, ...]:
     latencies = (f"{seconds * 1e3:.3f}" for seconds in (t.p50_s, t.p90_s, t.p99_s))
-    return (t.direction.value, t.tier, str(t.blocks), _readable(t.nbytes), str(t.failures), *latencies)
+    return (t.direction.value, t.tier, str(t.blocks), format_bytes(t.nbytes), str(t.failures), *latencies)
 
 
 def _pool_row(p: PoolFigures) -> tuple[str, ...]:
-    sizes = (_readable(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
-    return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), _readable(p.pinned_bytes))
-
-
-def _readable(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
+    sizes = (format_bytes(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
+    return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), format_bytes(p.pinned_bytes))
 
 
 def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:

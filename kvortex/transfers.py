@@ -65,6 +65,8 @@ class DataPlane:
         self.packing = packing_for(layout, config.codec)
         self.sizes = block_sizes(layout, self.packing)
         self.forms = forms_of(layout, self.packing)
+        # Blocks that were packed within a looser bound are of no use where a tighter one is asked for.
+        self._codec_name = f"{self.packing.codec} within {config.max_pack_error}" if self.packing else self.forms.codec
         check_block_fits(self.sizes, config.cpu_pool_bytes, config.pin_piece_bytes)
         self.device = _device_of(layout)
         self._tensors = dict(tensors)
@@ -152,7 +154,7 @@ class DataPlane:
             tp_size=identity.tp_size,
             pp_rank=identity.pp_rank,
             pp_size=identity.pp_size,
-            codec=self.forms.codec,
+            codec=self._codec_name,
             fingerprint=identity.fingerprint,
         )
 

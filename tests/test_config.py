@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kvortex.config import GIB, MIB, KVortexConfig, ModelIdentity, parse_bytes
+from kvortex.codecs import packing
+from kvortex.config import CODECS, GIB, MIB, KVortexConfig, ModelIdentity, parse_bytes
 from kvortex.errors import ConfigError
+from kvortex.tiers import DiskTierConfig
 
 
 @pytest.mark.parametrize(
@@ -25,11 +28,102 @@ from kvortex.errors import ConfigError
         ("eviction_ratio", 1.0),
         ("ghost_entries", -1),
         ("eviction_policy", "fifo"),
+        ("codec", "fp4"),
+        ("linger_s", float("inf")),
+        ("watermark", float("nan")),
+        ("load_deadline_s", -1),
+        ("cpu_pool_bytes", 1e9 + 0.5),
+        ("max_batch_requests", 2.5),
+        ("max_batch_requests", "32"),
+        ("fetch_blocks", True),
+        ("self_test", "no"),
+        ("self_test", 0),
+        ("numa_aware", None),
+        ("watermark", "0.5"),
+        ("watermark", True),
+        ("cpu_pool_bytes", None),
+        ("cpu_pool_bytes", "many"),
+        ("cpu_pool_bytes", np.array([1 << 30])),
+        ("disk_path", 7),
+        ("disk_path", b"/tmp"),
+        ("disk_path", "~nobody-of-that-name/x"),
+        ("identity", "llama"),
+        ("identity", {"modle": "llama"}),
     ],
 )
 def test_a_value_out_of_range_names_its_field(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(
+        ConfigError, match="modle" if isinstance(value, dict) else "no size" if value == "many" else field
+    ):
         KVortexConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("cpu_pool_bytes", "16GiB", 16 * GIB),
+        ("cpu_pool_bytes", 1e9, 1_000_000_000),
+        ("cpu_pool_bytes", np.int64(1 << 30), 1 << 30),
+        ("disk_capacity_bytes", "2TiB", 2048 * GIB),
+        ("max_batch_requests", np.uint8(7), 7),
+        ("watermark", 1, 1.0),
+        ("watermark", np.float32(0.5), 0.5),
+        ("linger_s", np.int32(1), 1.0),
+        ("self_test", np.bool_(False), False),
+        ("load_deadline_s", 0, 0.0),
+        ("load_deadline_s", None, None),
+        ("load_deadline_s", float("inf"), None),
+        ("disk_path", Path("/somewhere"), "/somewhere"),
+        ("disk_path", "", ""),
+        ("identity", {"model": "llama", "tp_size": np.int64(2)}, ModelIdentity(model="llama", tp_size=2)),
+    ],
+)
+def test_a_value_that_can_only_mean_one_thing_is_taken(field: str, value: object, kept: object) -> None:
+    found = getattr(KVortexConfig(**{field: value}), field)
+    assert found == kept
+    assert type(found) is type(kept)
+
+
+@pytest.mark.parametrize("field", ["cpu_pool_bytes", "disk_capacity_bytes", "pin_piece_bytes"])
+@pytest.mark.parametrize("value", [16, "16", 512])
+def test_a_size_without_its_unit_is_asked_for(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} = .* did you mean '{value}[GM]iB'\?"):
+        KVortexConfig(**{field: value})
+
+
+@pytest.mark.parametrize("path", ["~/kv", Path("~/kv")])
+def test_a_path_begins_at_home(path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-tests")
+    assert KVortexConfig(disk_path=path).disk_path == "/home/of-tests/kv"
+    assert DiskTierConfig(path=path, capacity_bytes="1GiB").path == "/home/of-tests/kv"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("read_threads", 2.5),
+        ("direct", "yes"),
+        ("fsync", 1),
+        ("capacity_bytes", "much"),
+        ("rescan_interval_s", "1"),
+        ("touch_interval_s", None),
+    ],
+)
+def test_settings_of_the_disk_tier_are_as_strict(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="no size" if value == "much" else field):
+        DiskTierConfig(**{"path": "/x", "capacity_bytes": GIB, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model", None), ("model", 3), ("weights_revision", b"abc"), ("tp_size", 2.5), ("pp_size", 0)]
+)
+def test_an_identity_is_checked_too(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        ModelIdentity(**{field: value})
+
+
+def test_the_codecs_are_those_that_there_are() -> None:
+    assert sorted(CODECS) == sorted(packing.CODECS)
 
 
 @pytest.mark.parametrize("ranks", [{"tp_rank": 2, "tp_size": 2}, {"pp_rank": -1}])
@@ -54,7 +148,9 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "16GB", "many", "1e3x", "inf", "nan", "1e999", "1 2", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "16GB", "many", "1e3x", "inf", "nan", "1e999", "1 2", "0x10", "2.5", "0.5B"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="no size"):
         parse_bytes(text)
@@ -73,10 +169,12 @@ def test_from_mapping() -> None:
     ("settings", "message"),
     [
         ({"cpu_pool": 1}, "unknown setting 'cpu_pool'"),
+        ({"cpu_pol_bytes": 1}, "did you mean 'cpu_pool_bytes'"),
+        ({3: 1}, "unknown setting 3"),
         ({"identity": {"modle": "x"}}, "unknown setting 'modle'"),
-        ({"numa_aware": "yes"}, "numa_aware must be bool"),
-        ({"max_batch_requests": 1.5}, "max_batch_requests must be int"),
-        ({"max_batch_requests": True}, "max_batch_requests must be int"),
+        ({"numa_aware": "yes"}, "numa_aware must be true or false"),
+        ({"max_batch_requests": 1.5}, "max_batch_requests must be a whole number"),
+        ({"max_batch_requests": True}, "max_batch_requests must be a whole number"),
         ({"identity": 3}, "identity must be ModelIdentity"),
     ],
 )
@@ -88,7 +186,7 @@ def test_bad_mappings(settings: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"ghost_entries": 0, "linger_s": 0.0, "watermark": 1.0, "pin_piece_bytes": 4096, "cpu_pool_bytes": 1},
+        {"ghost_entries": 0, "linger_s": 0.0, "watermark": 1.0, "pin_piece_bytes": 4096, "cpu_pool_bytes": 4096},
         {"num_transfer_streams": 1, "max_batch_requests": 1, "max_batch_bytes": 1, "max_consecutive_loads": 1},
         {"max_outstanding_requests": 1, "eviction_ratio": 0.001, "watermark": 0.001},
     ],
@@ -119,6 +217,9 @@ def test_from_file(tmp_path: Path) -> None:
         KVortexConfig.from_file(path)
     with pytest.raises(ConfigError, match="cannot read"):
         KVortexConfig.from_file(tmp_path / "absent.toml")
+    path.write_text("watermark = 3\n")
+    with pytest.raises(ConfigError, match=r"kvortex\.toml: watermark must lie"):
+        KVortexConfig.from_file(path)
     path.write_bytes(b'eviction_policy = "\xff"\n')
     with pytest.raises(ConfigError, match="cannot read"):
         KVortexConfig.from_file(path)
@@ -135,7 +236,6 @@ def test_from_env(tmp_path: Path) -> None:
             "KVORTEX_CPU_POOL_BYTES": "3GiB",
             "KVORTEX_NUMA_AWARE": "0",
             "KVORTEX_LINGER_S": "0.25",
-            "KVORTEX_UNRELATED": "x",
         }
     )
     assert (config.watermark, config.cpu_pool_bytes, config.numa_aware, config.linger_s) == (0.5, 3 * GIB, False, 0.25)
@@ -144,6 +244,54 @@ def test_from_env(tmp_path: Path) -> None:
         assert KVortexConfig.from_env({"KVORTEX_SELF_TEST": text}).self_test is value
     assert KVortexConfig.from_env({"KVORTEX_EVICTION_POLICY": "s3fifo"}).eviction_policy == "s3fifo"
     assert KVortexConfig.from_env({"KVORTEX_GHOST_ENTRIES": "7"}).ghost_entries == 7
-    for name, text in (("NUMA_AWARE", "maybe"), ("LINGER_S", "soon"), ("WATERMARK", "2")):
-        with pytest.raises(ConfigError):
-            KVortexConfig.from_env({f"KVORTEX_{name}": text})
+    assert KVortexConfig.from_env({"KVORTEX_MAX_BATCH_REQUESTS": "1e1"}).max_batch_requests == 10
+    for text, seconds in (("0", 0.0), ("1.5", 1.5), ("none", None), ("inf", None)):
+        assert KVortexConfig.from_env({"KVORTEX_LOAD_DEADLINE_S": text}).load_deadline_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("NUMA_AWARE", "maybe"),
+        ("LINGER_S", "soon"),
+        ("WATERMARK", "2"),
+        ("GHOST_ENTRIES", "1.5"),
+        ("CPU_POOL_BYTES", "16"),
+        ("IDENTITY_TP_RANK", "1"),
+        ("IDENTITY", "llama"),
+    ],
+)
+def test_a_bad_value_in_the_environment_names_its_setting(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?i){name.removeprefix('IDENTITY_')}"):
+        KVortexConfig.from_env({f"KVORTEX_{name}": text})
+
+
+def test_the_identity_comes_from_the_environment_too(tmp_path: Path) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_text('[identity]\nmodel = "llama"\nweights_revision = "a"\n')
+    config = KVortexConfig.from_env(
+        {"KVORTEX_CONFIG": str(path), "KVORTEX_IDENTITY_WEIGHTS_REVISION": "b", "KVORTEX_IDENTITY_TP_SIZE": "4"}
+    )
+    assert config.identity == ModelIdentity(model="llama", weights_revision="b", tp_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CPU_POL_BYTES", "CPU_POOL_BYTES"),
+        ("POOL_BYTES", "CPU_POOL_BYTES"),
+        ("WATER_MARK", "WATERMARK"),
+        ("IDENTITY_MODLE", "IDENTITY_MODEL"),
+        ("CONFIGS", "CONFIG"),
+    ],
+)
+def test_a_mistyped_variable_is_an_error_with_the_nearest_name(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"KVORTEX_{name} is no setting: did you mean KVORTEX_{meant}\\?"):
+        KVortexConfig.from_env({f"KVORTEX_{name}": "1GiB"})
+
+
+@pytest.mark.parametrize("name", ["KVORTEX_SERVICE_HOST", "KVORTEX_PORT_8000_TCP", "KVORTEX_UNRELATED"])
+def test_a_variable_of_somebody_else_is_said_and_left_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A service called kvortex gives every container of its namespace such variables."""
+    assert KVortexConfig.from_env({name: "10.0.0.1"}) == KVortexConfig()
+    assert name in caplog.text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvortex.driver import Device, KernelArguments, align_up, stream_handle
-from kvortex.errors import DeviceUnavailableError
+from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKernelError
 
 
 class WithProtocol:
@@ -52,3 +52,15 @@ def test_align_up(nbytes: int, up: int) -> None:
 def test_without_a_device_it_says_so() -> None:
     with pytest.raises(DeviceUnavailableError, match="device 0"):
         Device(0)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(222, UnsupportedKernelError), (218, UnsupportedKernelError), (2, DeviceError)]
+)
+def test_ptx_that_is_too_new_is_told_from_other_failures(status: int, error: type[DeviceError]) -> None:
+    device = Device.__new__(Device)
+    names = SimpleNamespace(CUresult=lambda number: SimpleNamespace(name=f"CUDA_ERROR_{number}"))
+    device._driver = SimpleNamespace(cuModuleLoadData=lambda image: (status, None), CUresult=names.CUresult)
+    with pytest.raises(error, match=f"cuModuleLoadData failed: CUDA_ERROR_{status}") as caught:
+        device.load_kernel(".version 99.0", "move")
+    assert ("update the driver" in str(caught.value)) == (error is UnsupportedKernelError)

@@ -18,7 +18,7 @@ from engine_support import (
     wipe,
 )
 
-from kvortex import KVortexEngine, MissReason
+from kvortex import KVortexConfig, KVortexEngine, MissReason
 from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
 from kvortex.hashing import hash_blocks
 from kvortex.sched.batcher import Batch
@@ -328,3 +328,18 @@ async def test_a_call_that_is_made_before_a_shutdown_and_awaited_after_it_is_ref
     await engine.shutdown()
     with pytest.raises(EngineStateError, match="shut down"):
         await late
+
+
+async def test_looking_up_and_then_loading_what_was_found_has_the_hit_rate_of_the_look_up() -> None:
+    kv_caches = {"layer": torch.randn(2, 64, 16, 2, 16)}
+    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 << 20)) as engine:
+        engine.register_kv_caches(kv_caches, block_size=16)
+        hashes = hash_blocks(range(100 * 16), block_size=16)
+        await engine.save_blocks(hashes[:9], range(9))
+        known = engine.match_prefix(hashes)
+        await engine.load_blocks(hashes[:known], range(known))
+        stats = engine.get_stats()
+    assert (known, stats.looked_up_blocks, stats.found_tokens) == (9, 100, 9 * 16)
+    assert stats.hit_rate == 0.09
+    assert stats.load_hit_rate == 1.0
+    assert engine.get_stats().hit_rate == 0.09  # what was counted outlives the engine

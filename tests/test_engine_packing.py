@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvortex import KVortexConfig, KVortexEngine, SaveOutcome
+from kvortex import KVortexEngine, SaveOutcome
 from kvortex.codecs import pack_reference, packing_for, unpack_reference
-from kvortex.errors import ConfigError
 from kvortex.kernels.reference import gather_reference
 from kvortex.layout import KVLayout
 from kvortex.testing import Fault
@@ -52,7 +51,7 @@ async def test_blocks_come_back_as_the_codec_rounds_them_from_half_the_memory(ki
         used = engine.get_stats().pools[0].allocated_bytes
         raw = 20 * KVLayout.from_tensors(cache, BLOCK_SIZE).block_nbytes
         assert used < raw * (0.27 if kind == "fp8 of float32" else 0.51)
-        assert engine.namespace.codec == codec
+        assert engine.namespace.codec == f"{codec} within {engine.config.max_pack_error}"
         wipe(cache)
         assert (await engine.load_blocks(hashes, [b + 20 for b in ids])).ok
         assert (payloads(cache, [b + 20 for b in ids]) == want).all()
@@ -148,9 +147,3 @@ async def test_a_cache_that_the_codec_does_not_take_is_left_as_it_is() -> None:
         await engine.save_blocks(chain(2), [1, 2])
         assert (await engine.load_blocks(chain(2), [3, 4])).ok
         assert (payloads(cache, [3, 4]) == exact).all()
-
-
-async def test_an_unknown_codec_is_refused_at_registration() -> None:
-    async with KVortexEngine.create(KVortexConfig(codec="zstd", cpu_pool_bytes=1 << 20)) as engine:
-        with pytest.raises(ConfigError, match="unknown codec 'zstd'"):
-            engine.register_kv_caches(make_cache(torch.bfloat16), BLOCK_SIZE)

@@ -119,7 +119,7 @@ async def test_blocks_that_came_from_a_lower_tier_to_where_nothing_is_pinned_are
     want = contents(cache, range(len(hashes)))
     device.go_on()
     device.pieces = POOL_BLOCKS
-    on_disk = config(disk_path=str(tmp_path))
+    on_disk = config(disk_path=str(tmp_path), identity={"model": "a"})
     async with running_engine(cache, on_disk) as (engine, _):
         await engine.save_blocks(hashes, range(len(hashes)))
         await engine.flush()

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvortex import KVortexConfig, KVortexEngine, MissReason
+from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.testing import FaultInjectingTier, TierFault
-from kvortex.tiers import MemoryTier, Tier
+from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, small_config, wipe
 
 TIER_BYTES = 64 << 20
+MODEL = ModelIdentity(model="a", weights_revision="1")
 FaultOf = Callable[[Direction, int, bytes], TierFault | None]
 
 
@@ -309,10 +310,185 @@ async def test_packed_blocks_go_down_and_up_packed(bench: Bench) -> None:
         assert contents(bits, ids) == want
 
 
+def packed_cache(block_nbytes: int) -> dict[str, torch.Tensor]:
+    """One layer of 64 blocks of so many bytes; every third loses too much when it is packed."""
+    elements = block_nbytes // 2 // 2 // BLOCK_SIZE
+    layer = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, 1, elements).to(torch.bfloat16)
+    layer[0, ::3, 0] = float("inf")
+    return {"layers.0": layer}
+
+
+@pytest.mark.parametrize("block_nbytes", [2048, 4096, 8192, 65536])
+@pytest.mark.parametrize("scanned", [True, False])
+async def test_packed_blocks_and_those_kept_as_they_are_come_back_from_disk(
+    tmp_path: Path, block_nbytes: int, scanned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, hashes, ids = packed_cache(block_nbytes), chain(12), list(range(12))
+    bits = {name: layer.view(torch.int16) for name, layer in cache.items()}
+    config = small_config(disk_path=str(tmp_path), codec="fp8", identity=MODEL, pin_piece_bytes=1 << 20)
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert (await engine.save_blocks(hashes, ids)).ok
+        assert engine.get_stats().kept_as_is_blocks == 4
+        await engine.flush()
+        await engine.load_blocks(hashes, ids)
+        want = contents(bits, ids)
+    if not scanned:
+        never = asyncio.Event()
+        monkeypatch.setattr(DiskTier, "_scan_once", lambda self: never.wait())
+    for layer in bits.values():
+        layer.zero_()
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        if scanned:
+            assert await engine.wait_tier()
+            assert engine.check_blocks(hashes).all()
+        loaded = await engine.load_blocks(hashes, ids)
+        assert loaded.ok, loaded.miss_counts()
+        assert contents(bits, ids) == want
+        assert engine.get_stats().tiering.fetched_blocks == 12
+
+
+async def test_a_damaged_block_is_taken_away_in_whichever_form_it_rests(bench: Bench) -> None:
+    cache, hashes, ids = packed_cache(8192), chain(6), list(range(6))
+    async with bench.engine(cache, codec="fp8") as engine:
+        await engine.save_blocks(hashes, ids)
+        await engine.flush()
+    lies = lambda direction, *_: TierFault.LIE if direction is Direction.LOAD else None  # noqa: E731
+    async with bench.engine(cache, lies, codec="fp8") as engine:
+        loaded = await engine.load_blocks(hashes, ids)
+        assert loaded.miss_counts() == {MissReason.CORRUPT: 6}
+        await asyncio.sleep(0.01)
+        assert bench.inner._kept == {}
+
+
+@pytest.mark.parametrize("call", ["prefetch", "load", "prefetch beside another"])
+async def test_a_prefix_longer_than_the_pool_keeps_its_head(bench: Bench, call: str) -> None:
+    cache, hashes = make_cache(), chain(40)
+    want = contents(cache, range(40))
+    async with bench.engine(cache) as engine:
+        await engine.save_blocks(hashes, range(40))
+        await engine.save_blocks(chain(6, salt=1), range(6))
+        await engine.flush()
+    wipe(cache, range(40))
+    async with bench.engine(cache, **pool_of(16)) as engine:
+        if call == "prefetch beside another":
+            assert await engine.prefetch(chain(6, salt=1)) == 6
+        if call != "load":
+            assert await engine.prefetch(hashes) == 16
+        loaded = await engine.load_blocks(hashes, range(40))
+        assert loaded.num_prefix_loaded == 16
+        assert contents(cache, range(16)) == want[:16]
+
+
+async def test_a_prefix_longer_than_the_disk_keeps_its_head_there(tmp_path: Path) -> None:
+    cache, hashes, other = make_cache(), chain(40), chain(8, salt=1)
+    frame = 4096 + -(-BLOCK_NBYTES // 4096) * 4096
+    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=20 * frame, identity=MODEL)
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert await engine.wait_tier()
+        await engine.save_blocks(other, range(8))
+        await engine.flush()
+        await engine.save_blocks(hashes, range(40))
+        await engine.flush()
+        engine.clear()
+        assert engine.match_prefix(hashes) >= 12  # of blocks that are written side by side any may get the last places
+        assert engine.match_prefix(other) == 0
+
+
+@pytest.mark.parametrize("by", ["load", "save"])
+async def test_what_is_hot_in_the_pool_stays_on_disk(tmp_path: Path, by: str) -> None:
+    cache, hot, frame = make_cache(), chain(8), 4096 + -(-BLOCK_NBYTES // 4096) * 4096
+    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=24 * frame, identity=MODEL)
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert await engine.wait_tier()
+        await engine.save_blocks(hot, range(8))
+        for salt in range(1, 8):
+            await engine.save_blocks(chain(8, salt), range(8, 16))
+            if by == "load":
+                assert (await engine.load_blocks(hot, range(20, 28))).ok
+            else:
+                await engine.save_blocks(hot, range(8))
+            await engine.flush()
+            while any("touch" in repr(task.get_coro()) for task in engine._tiering.link._tasks):
+                await asyncio.sleep(0.001)
+        engine.clear()
+        assert engine.match_prefix(hot) == 8
+
+
+class CountingTier(LastingTier):
+    """Counts what it is asked."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(TIER_BYTES, namespace=namespace.digest)
+        self.asked = {"lookup": 0, "contains": 0, "read": 0, "write": 0}
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        self.asked["lookup"] += 1
+        return super().lookup(keys)
+
+    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        self.asked["contains"] += 1
+        return await super().contains(keys, deadline_s=deadline_s)
+
+    async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        self.asked["read"] += len(requests)
+        return await super().read(requests, deadline_s=deadline_s)
+
+    async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
+        self.asked["write"] += len(requests)
+        return await super().write(requests, deadline_s=deadline_s)
+
+
+async def test_what_nobody_has_is_one_question() -> None:
+    tiers: list[CountingTier] = []
+
+    def make_tier(namespace: Namespace) -> Tier:
+        tiers.append(CountingTier(namespace))
+        return tiers[0]
+
+    cache, hashes = make_cache(2048), chain(2048)
+    async with KVortexEngine.create(small_config()) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+        assert await engine.wait_tier()
+        assert (await engine.load_blocks(hashes, range(2048))).num_loaded == 0
+        assert tiers[0].asked == {"lookup": 1, "contains": 0, "read": 0, "write": 0}
+        assert not engine.check_blocks(hashes).any()
+        assert await engine.prefetch(hashes) == 0
+        assert tiers[0].asked == {"lookup": 3, "contains": 0, "read": 0, "write": 0}
+
+
+async def test_what_the_tier_has_is_not_offered_to_it_again() -> None:
+    tiers: list[CountingTier] = []
+
+    def make_tier(namespace: Namespace) -> Tier:
+        tiers.append(CountingTier(namespace))
+        return tiers[0]
+
+    cache, hashes = make_cache(), chain(40)
+    async with KVortexEngine.create(small_config()) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+        await engine.save_blocks(hashes, range(40))
+        await engine.flush()
+        assert tiers[0].asked["write"] == 40
+        for _ in range(3):
+            assert (await engine.load_blocks(hashes, range(40))).ok
+            await engine.save_blocks(hashes, range(40))
+            assert engine.get_stats().tiering.waiting_blocks == 0
+        await engine.flush()
+        assert tiers[0].asked["write"] == 40
+        tiers[0]._drop(hashes[7])  # lost meanwhile
+        await engine.load_blocks(hashes, range(40))
+        await engine.flush()
+        assert tiers[0].asked["write"] == 41
+
+
 async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(4), list(range(4))
     for model, found in (("a", 0), ("a", 4), ("b", 0)):
-        config = small_config(disk_path=str(tmp_path), identity=KVortexConfig().identity.__class__(model=model))
+        config = small_config(disk_path=str(tmp_path), identity=ModelIdentity(model=model))
         async with KVortexEngine.create(config) as engine:
             engine.register_kv_caches(cache, BLOCK_SIZE)
             assert await engine.prefetch(hashes) == found
@@ -323,7 +499,7 @@ async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
 async def test_on_disk_blocks_survive_a_restart_and_damage_is_a_miss(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(10), list(range(10))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30)
+    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30, identity=MODEL)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, ids)
@@ -348,7 +524,7 @@ async def test_a_directory_that_cannot_be_used_costs_the_tier_and_nothing_else(
 ) -> None:
     (tmp_path / "file").write_text("no directory")
     cache, hashes = make_cache(), chain(4)
-    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"))) as engine:
+    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"), identity=MODEL)) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, range(4))
         assert (await engine.load_blocks(hashes, range(4))).ok
@@ -387,7 +563,7 @@ async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
 def test_the_blocking_face_reaches_the_tier(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(6), list(range(6))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path))
+    config = small_config(disk_path=str(tmp_path), identity=MODEL)
     with KVortexEngine.create_sync(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert engine.wait_tier(timeout_s=10)

@@ -137,7 +137,7 @@ def test_prometheus_text():
         assert line.startswith(("# HELP kv_", "# TYPE kv_")) or sample.fullmatch(line), line
     assert "kv_hits_total 3" in text
     assert 'kv_misses_total{reason="never_stored"} 0' in text
-    assert 'kv_transfer_latency_seconds{direction="save",tier="disk",quantile="0.99"} 0.02' in text
+    assert 'kv_transfer_latency_seconds_bucket{direction="save",tier="disk",le="+Inf"} 1' in text
     assert 'kv_transfer_latency_seconds_count{direction="load",tier="cpu"} 1' in text
     assert 'tier="a\\"b\\\\c\\n"' in text
     assert 'kv_pool_fragmentation{pool="pinned"} 0.25' in text
@@ -168,3 +168,30 @@ def test_threads_lose_no_counts():
     snapshot = stats.snapshot()
     assert (snapshot.hits, snapshot.num_misses) == (2000, 2000)
     assert (snapshot.blocks_loaded, snapshot.bytes_loaded) == (2000, 4000)
+
+
+def test_histograms_of_replicas_can_be_added() -> None:
+    """Buckets are the same for every engine, whatever it has seen, and each counts what lies below it."""
+    one, two, both = LatencyHistogram(), LatencyHistogram(), LatencyHistogram()
+    for histogram, latencies in ((one, (2e-6, 3e-3, 50.0)), (two, (5e-4, 3e-3, 2000.0, 1e-9))):
+        for seconds in latencies:
+            histogram.record(seconds)
+            both.record(seconds)
+    added = [(bound, a + b) for (bound, a), (_, b) in zip(one.cumulative(), two.cumulative(), strict=True)]
+    assert added == list(both.cumulative())
+    recorded = (2e-6, 3e-3, 50.0, 5e-4, 3e-3, 2000.0, 1e-9)
+    assert [(bound, sum(seconds < bound for seconds in recorded)) for bound, _ in added] == added
+    assert LatencyHistogram().cumulative() == tuple((bound, 0) for bound, _ in added)
+
+
+def test_look_ups_are_counted_apart_from_loads() -> None:
+    stats = EngineStats()
+    stats.record_lookup(100, 9)
+    stats.record_outcomes([None] * 9)
+    snapshot = stats.snapshot(block_size=16)
+    assert snapshot.hit_rate == 0.09
+    assert snapshot.load_hit_rate == 1.0
+    assert (snapshot.looked_up_tokens, snapshot.found_tokens) == (1600, 144)
+    assert "looked up 100 blocks, found 9 (9.0%, 144 of 1600 tokens)" in str(snapshot)
+    assert "kvortex_looked_up_tokens_total 1600" in snapshot.to_prometheus()
+    assert snapshot.to_dict()["found_blocks"] == 9

@@ -2,13 +2,11 @@
 
 import argparse
 import asyncio
-import json
-import lzma
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
+from kvortex.cli.commands import REPLAY_BLOCK_BYTES
+from kvortex.cli.trace import read_trace
 from kvortex.control import CPU_TIER
 from kvortex.errors import ConfigError
+from kvortex.settings import format_bytes
 from kvortex.stats import StatsSnapshot
 from kvortex.types import Direction
 
 BLOCK_SIZE = 16
-TRACE_BLOCK_TOKENS = 512  # a hash id of the trace names this many tokens
-LAYERS, HEADS, HEAD_DIM = 2, 1, 16  # a small cache: 4 KiB a block in float32
+LAYERS, HEADS, HEAD_DIM = 2, 1, 16  # `REPLAY_BLOCK_BYTES` a block in float32
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Replay:
 
     engine: KVortexEngine
     paged: dict[str, torch.Tensor]
+    waits_for_disk: bool = False
+    start_s: float = 0.0
+    seconds: float = 0.0
     requests: int = 0
     blocks: int = 0
     hits: int = 0
@@ -50,6 +53,8 @@ class Replay:
         self.mismatches += self._count_mismatches(hashes[:hit], block_ids[:hit])
         self._compute(hashes[hit:], block_ids[hit:])
         await self.engine.save_blocks(hashes, block_ids)
+        if self.waits_for_disk:  # a server computes meanwhile
+            await self.engine.flush()
         self.requests += 1
         self.blocks += len(hashes)
         self.hits += hit
@@ -80,97 +85,89 @@ def _contents(hashes: Sequence[BlockHash]) -> Iterator[NDArray[np.float32]]:
         yield np.ascontiguousarray(block.swapaxes(0, 1))
 
 
-def read_trace(path: Path | None, count: int) -> list[NDArray[np.uint32]]:
-    """Prompts of the first `count` requests as token ids: shared where the trace's hash ids are.
+def run(arguments: argparse.Namespace, report: ModuleType | None) -> dict[str, Any]:
+    """Replay the trace that the arguments name.
+
+    Args:
+        arguments: of the command line.
+        report: shows progress, figures and notes; None shows nothing.
+
+    Returns:
+        Figures by name: sizes in bytes, rates as shares, the rest as the names say.
 
     Raises:
-        ConfigError: the file is not such a trace.
+        ConfigError: the trace cannot be read, or pool and disk cannot be had.
     """
-    try:
-        raw = path.read_bytes() if path is not None else _shipped_trace()
-        text = lzma.decompress(raw) if raw[:6] == b"\xfd7zXZ\x00" else raw
-        rows = [json.loads(line) for line in text.splitlines()[:count] if line.strip()]
-        return [_prompt(row["hash_ids"], row["input_length"]) for row in rows]
-    except (OSError, lzma.LZMAError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path or 'the shipped trace'} cannot be replayed: {error!r}") from error
-
-
-def _shipped_trace() -> bytes:
-    return (resources.files("kvortex.cli") / "data" / "mooncake_conversation.jsonl.xz").read_bytes()
-
-
-def _prompt(hash_ids: Sequence[int], num_tokens: int) -> NDArray[np.uint32]:
-    ids = np.asarray(hash_ids, dtype=np.uint32)
-    positions = np.arange(TRACE_BLOCK_TOKENS, dtype=np.uint32)
-    tokens = (ids[:, None] * np.uint32(TRACE_BLOCK_TOKENS) + positions[None, :]).reshape(-1)
-    return tokens[:num_tokens]
+    prompts = read_trace(arguments.trace, arguments.requests, arguments.trace_block_size)
+    if not prompts:
+        raise ConfigError("the trace holds no requests")
+    bar = contextlib.nullcontext(lambda: None)
+    with report.progress("replaying requests", len(prompts)) if report is not None else bar as advance:
+        replay, stats = asyncio.run(_replay(prompts, arguments, advance))
+    figures = _figures(replay, stats, arguments)
+    if report is not None:
+        report.print_replay(figures)
+        for note in _notes(figures, arguments):
+            report.print_note(note)
+    return figures
 
 
 async def _replay(
-    prompts: Sequence[NDArray[np.uint32]], arguments: argparse.Namespace, progress: Any
+    prompts: Sequence[NDArray[np.uint32]], arguments: argparse.Namespace, advance: Callable[[], None]
 ) -> tuple[Replay, StatsSnapshot]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    concurrency = arguments.concurrency
+    started_s = time.perf_counter()
+    concurrency = min(arguments.concurrency, len(prompts))
     room = max(len(prompt) for prompt in prompts) // BLOCK_SIZE + 1
-    shape = (2, room * concurrency, BLOCK_SIZE, HEADS, HEAD_DIM)
-    paged = {f"layers.{i}": torch.zeros(shape, device=device) for i in range(LAYERS)}
-    identity = ModelIdentity(model="replay")
-    config = KVortexConfig(
-        cpu_pool_bytes=arguments.pool, eviction_policy=arguments.policy, disk_path=arguments.disk, identity=identity
-    )
-    async with KVortexEngine.create(config) as engine:
-        engine.register_kv_caches(paged, BLOCK_SIZE)
+    async with KVortexEngine.create(_config(arguments, room * concurrency)) as engine:
+        replay = Replay(engine, _paged_cache(room * concurrency), waits_for_disk=bool(arguments.disk))
+        engine.register_kv_caches(replay.paged, BLOCK_SIZE)
         if arguments.disk and not await engine.wait_tier():
             raise ConfigError(f"{arguments.disk} cannot be used, see the log")
-        replay = Replay(engine, paged)
+        ready_s = time.perf_counter()
         waiting = iter(prompts)
 
         async def worker(number: int) -> None:
             for prompt in waiting:
                 await replay.serve(prompt, number * room)
-                progress()
+                advance()
 
         async with asyncio.TaskGroup() as group:
             for number in range(concurrency):
                 group.create_task(worker(number))
-        await engine.flush()
+        replay.start_s, replay.seconds = ready_s - started_s, time.perf_counter() - ready_s
         return replay, engine.get_stats()
 
 
-def run(arguments: argparse.Namespace) -> bool:
-    """Replay and print a table or JSON; True when no byte was wrong."""
-    prompts = read_trace(arguments.trace, arguments.requests)
-    if not prompts:
-        raise ConfigError("the trace holds no requests")
-    started_s = time.perf_counter()
-    replay, stats = asyncio.run(_with_progress(prompts, arguments))
-    figures = _figures(replay, stats, time.perf_counter() - started_s)
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        _print_table(figures)
-    return replay.mismatches == 0
+def _config(arguments: argparse.Namespace, num_blocks: int) -> KVortexConfig:
+    """Settings for a pool of as many blocks as asked for, in blocks of the replay's own size."""
+    pool_blocks = arguments.pool // arguments.block_bytes
+    if not pool_blocks:
+        raise ConfigError(f"a pool of {arguments.pool} bytes holds no block of {arguments.block_bytes}: raise --pool")
+    return KVortexConfig(
+        cpu_pool_bytes=pool_blocks * REPLAY_BLOCK_BYTES,
+        eviction_policy=arguments.policy,
+        disk_path=arguments.disk,
+        tier_queue_blocks=num_blocks,
+        identity=ModelIdentity(model="replay"),
+    )
 
 
-async def _with_progress(
-    prompts: Sequence[NDArray[np.uint32]], arguments: argparse.Namespace
-) -> tuple[Replay, StatsSnapshot]:
-    if arguments.json:
-        return await _replay(prompts, arguments, lambda: None)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("replaying requests", total=len(prompts))
-        return await _replay(prompts, arguments, lambda: bar.advance(task))
+def _paged_cache(num_blocks: int) -> dict[str, torch.Tensor]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (2, num_blocks, BLOCK_SIZE, HEADS, HEAD_DIM)
+    return {f"layers.{i}": torch.zeros(shape, device=device) for i in range(LAYERS)}
 
 
-def _figures(replay: Replay, stats: StatsSnapshot, seconds: float) -> dict[str, Any]:
+def _figures(replay: Replay, stats: StatsSnapshot, arguments: argparse.Namespace) -> dict[str, Any]:
     moved = {t.direction: t for t in stats.transfers if t.tier == CPU_TIER}
     tiering = stats.tiering
     ttft = np.array(replay.ttft_s)
     return {
         "device": next(iter(replay.paged.values())).device.type,
+        "pool_bytes": arguments.pool,
+        "block_bytes": arguments.block_bytes,
+        "pool_blocks": arguments.pool // arguments.block_bytes,
+        "pool_tokens": arguments.pool // arguments.block_bytes * BLOCK_SIZE,
         "requests": replay.requests,
         "blocks": replay.blocks,
         "hit_rate": replay.hits / replay.blocks if replay.blocks else 0.0,
@@ -195,23 +192,17 @@ def _figures(replay: Replay, stats: StatsSnapshot, seconds: float) -> dict[str, 
             else {}
         ),
         "mismatches": replay.mismatches,
-        "seconds": seconds,
+        "start_seconds": replay.start_s,
+        "seconds": replay.seconds,
     }
 
 
-def _print_table(figures: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Conversation trace through the engine", show_header=False)
-    for name, value in figures.items():
-        if name.startswith("bytes"):
-            text = f"{value / 2**30:.2f} GiB"
-        elif name == "hit_rate":
-            text = f"{value:.1%} of blocks"
-        elif isinstance(value, float):
-            text = f"{value:,.2f}"
-        else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
-        table.add_row(name.replace("_", " "), text)
-    Console().print(table)
+def _notes(figures: dict[str, Any], arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.block_bytes == REPLAY_BLOCK_BYTES:
+        yield (
+            f"A block of {BLOCK_SIZE} tokens takes {format_bytes(REPLAY_BLOCK_BYTES)} here, and some 2 MiB in a model "
+            "of 8 billion parameters: give --block-bytes to see a pool as your model would fill it."
+        )
+    if shed := figures.get("disk_shed_blocks", 0):
+        share = shed / max(shed + figures["disk_written_blocks"], 1)
+        yield f"{share:.0%} of the blocks for the disk were not written: it is full, too slow or failing, see the log."

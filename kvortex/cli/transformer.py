@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +25,13 @@ class Outcome:
     identical: bool
 
 
-def run(*, as_json: bool) -> bool:
-    """Print what happened to each prompt; True when every logit came out identical."""
-    outcomes, device = asyncio.run(_round_trip())
-    if as_json:
-        print(json.dumps({"transformer": [vars(outcome) for outcome in outcomes], "device": device}))
-    else:
-        _print_table(outcomes, device)
-    return all(outcome.identical for outcome in outcomes)
+def run() -> tuple[list[Outcome], str]:
+    """What became of each prompt, and on which device.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    return asyncio.run(_round_trip())
 
 
 def _make_model(device: str) -> Any:
@@ -125,16 +123,3 @@ def _decode(model: Any, cache: Any, token: torch.Tensor) -> torch.Tensor:
             logits.append(out.logits[0, -1])
             token = out.logits[:, -1:].argmax(-1)
     return torch.stack(logits)
-
-
-def _print_table(outcomes: Sequence[Outcome], device: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"A transformer's KV out of its cache and back ({device})")
-    for heading in ("prompt tokens", "blocks", f"logits of {DECODE_STEPS} decoded tokens"):
-        table.add_column(heading, justify="right")
-    for outcome in outcomes:
-        verdict = "bit-identical" if outcome.identical else "[red]different[/red]"
-        table.add_row(str(outcome.prompt_tokens), str(outcome.blocks), verdict)
-    Console().print(table)

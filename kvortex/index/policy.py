@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from kvortex.jit import njit
 
 Slots = NDArray[np.int64]
 

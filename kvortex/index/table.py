@@ -14,9 +14,9 @@ All in one file, constants included: numba's cache notices changes only in the f
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from kvortex.jit import njit
 from kvortex.types import MissReason
 
 Keys = NDArray[np.uint64]

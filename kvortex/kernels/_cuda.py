@@ -9,6 +9,7 @@ through numba's dispatcher costs 65 us of Python with five arrays, this one a fe
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -298,7 +299,8 @@ def _simulated_conversions(fmt: Format) -> Conversions:
 
 __all__ = [
     "DEVICE_OPS", "SIMULATED", "DeviceOps",
-    "compile_ptx", "cuda", "device_function", "int32", "int32_constant", "pack_ops", "simulate", "word_constant",
+    "compile_ptx", "cuda", "device_function", "int32", "int32_constant", "nvvm_version", "pack_ops",
+    "simulate", "word_constant",
 ]  # fmt: skip
 
 int32: Final = types.int32
@@ -354,6 +356,22 @@ def compile_ptx(
     body = text.index("{", text.index(entry))
     # With one thread block a multiprocessor required, and no more, ptxas gives it the registers that it wants.
     return f"{text[:body]}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{text[body:]}", name
+
+
+def nvvm_version() -> tuple[object, ...]:
+    """What tells the NVVM that compiles here from others: versions of its IR, name and size of its library.
+
+    Its own version number has been the same for years.
+    """
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+    from numba.cuda.cudadrv.nvvm import NVVM
+
+    try:
+        path = load_nvidia_dynamic_lib("nvvm").abs_path
+    except DynamicLibNotFoundError:  # then nothing is compiled, and numba-cuda says so
+        return ()
+    library = Path(path or "").resolve()
+    return (*NVVM().get_ir_version(), library.name, library.stat().st_size if path else 0)
 
 
 def simulate(function: Callable[..., None], grid: int, block: int, *arguments: Any) -> None:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kvortex.errors import InvalidBlockIdError
+from kvortex.jit import njit
 from kvortex.types import Direction
 
 _WRITTEN = -1

@@ -11,10 +11,10 @@ from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
 from kvortex.driver import Device, Kernel, KernelArguments, Launch, Stream
 from kvortex.kernels import pack
-from kvortex.kernels._cuda import SIMULATED, compile_ptx, simulate
+from kvortex.kernels._cuda import SIMULATED, compile_ptx, nvvm_version, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
 from kvortex.kernels.digest import LENGTH, MASK
-from kvortex.kernels.ptx_cache import cached_ptx
+from kvortex.kernels.ptx_cache import load_cached
 from kvortex.kernels.tables import (
     LANE_BYTES,
     MAX_BATCH_BLOCKS,
@@ -149,6 +149,7 @@ class DeviceKernels:
 def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kernel]:
     capability = device.compute_capability
     fmt = packing.format if packing else None
+    nvvm = nvvm_version()
 
     def compiled(scatters: bool) -> tuple[str, str]:
         if fmt is None:
@@ -158,7 +159,7 @@ def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kern
         return compile_ptx(body, _ARGUMENTS, capability, threads=THREADS, table_entries=MAX_BATCH_BLOCKS)
 
     gather, scatter = (
-        device.load_kernel(*cached_ptx((scatters, fmt, capability, THREADS), partial(compiled, scatters)))
+        load_cached((scatters, fmt, capability, THREADS, nvvm), partial(compiled, scatters), device.load_kernel)
         for scatters in (False, True)
     )
     return gather, scatter

@@ -4,9 +4,10 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
+from kvortex.jit import njit
 from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
 from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, segment_table, validate_block_ids
 from kvortex.layout import KVLayout

@@ -3,12 +3,13 @@
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kvortex.codecs.packing import FORMATS, GROUP_UNITS, NOT_FINITE, Packing
 from kvortex.codecs.reference import relative_errors
+from kvortex.jit import njit
 from kvortex.kernels.conversions import Emitter, make_conversions
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.host import mix, one_parallel_region, word_starts
@@ -67,7 +68,7 @@ def _unit(arena: Any, start: Any, lanes: Any) -> Any:
     return arena[start], arena[start + 1], arena[start + 2], arena[start + 3]
 
 
-@njit
+@njit()
 def _pack_tile(
     kind: Any, lanes: Any, scaled: Any, too_large: Any, arena: Any, source: Any, tile: Any, pool: Any, block: Any
 ) -> Any:
@@ -100,7 +101,7 @@ def _pack_tile(
     return total, lost, there
 
 
-@njit
+@njit()
 def _unpack_tile(kind: Any, lanes: Any, scaled: Any, arena: Any, target: Any, tile: Any, pool: Any, block: Any) -> Any:
     codes, count, scale_at = tile[2], tile[3], tile[4]
     total, scales = _NONE, _NONE

@@ -7,40 +7,84 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+from kvortex.errors import UnsupportedKernelError
+from kvortex.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
 
+Loaded = TypeVar("Loaded")
 Kernel = tuple[str, str]
 """PTX and the name of its entry point."""
 
 
-def cached_ptx(key: tuple[object, ...], compile_kernel: Callable[[], Kernel], directory: Path | None = None) -> Kernel:
-    """What `compile_kernel` gives, out of the cache if the same code was compiled before.
+def load_cached(
+    key: tuple[object, ...],
+    compile_kernel: Callable[[], Kernel],
+    load_kernel: Callable[[str, str], Loaded],
+    directory: Path | None = None,
+) -> Loaded:
+    """The loaded kernel: out of the cache if the same code was compiled before and this driver takes it.
 
-    A file that is damaged, or that cannot be read or written, costs a compilation and nothing else.
+    A file that is damaged, that cannot be read or written, or that was compiled for a newer driver costs a compilation
+    and nothing else. What the driver does not take is not kept.
 
     Args:
-        key: tells this kernel from others of the same sources.
+        key: tells this kernel from others of the same sources, the version of NVVM that compiles it included.
         compile_kernel: gives PTX and the name of its entry point.
-        directory: of the cache; by default `kvortex/kernels` in the user's cache directory (`XDG_CACHE_HOME`).
+        load_kernel: loads these.
+        directory: of the cache; by default `kvortex/kernels` in the user's cache directory (`XDG_CACHE_HOME`), or a
+            private temporary one where that cannot be written.
+
+    Raises:
+        UnsupportedKernelError: the driver does not take what is compiled here and now either.
     """
-    directory = directory or _user_directory()
-    path = directory / f"{hashlib.sha256(repr((key, _fingerprint())).encode()).hexdigest()}.ptx"
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        return _read(path)
+    name = f"{hashlib.sha256(repr((key, _fingerprint())).encode()).hexdigest()}.ptx"
+    paths = [folder / name for folder in ([directory] if directory is not None else _directories())]
+    for path in paths:
+        try:
+            return load_kernel(*_read(path))
+        except (OSError, ValueError):  # not there, or not whole
+            continue
+        except UnsupportedKernelError as error:
+            logger.info("%s is compiled again: %s", path, error)
     kernel = compile_kernel()
+    loaded = load_kernel(*kernel)
+    _keep(paths, kernel)
+    return loaded
+
+
+def _keep(paths: Sequence[Path], kernel: Kernel) -> None:
+    reason: OSError | str = "there is no such directory"
+    for path in paths:
+        try:
+            _write(path, kernel)
+            return
+        except OSError as error:
+            reason = error
+    places = " or ".join(str(path.parent) for path in paths) or "a cache directory"
+    logger.info("compiled kernels cannot be kept in %s, so every start compiles them: %s", places, reason)
+
+
+def _directories() -> list[Path]:
+    found = []
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvortex" / "kernels")
+    if not any(_is_writable(path) for path in found) and (private := private_folder()) is not None:
+        found.append(private / "kernels")
+    return found
+
+
+def _is_writable(directory: Path) -> bool:
     try:
-        _write(path, kernel)
-    except OSError as error:
-        logger.info("compiled kernels cannot be kept in %s, so every start compiles them: %s", directory, error)
-    return kernel
-
-
-def _user_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvortex" / "kernels"
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK)
 
 
 @cache

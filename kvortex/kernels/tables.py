@@ -4,10 +4,10 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kvortex.errors import InvalidBlockIdError
+from kvortex.jit import njit
 from kvortex.layout import KVLayout
 
 LANE_BYTES = 16  # one access of one thread

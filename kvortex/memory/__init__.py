@@ -1,8 +1,9 @@
 """Memory that blocks rest in and pass through: the extent allocator, the pinned host pool, device staging."""
 
 from kvortex.memory.allocator import ExtentAllocator
+from kvortex.memory.limits import check_memory
 from kvortex.memory.pinned import PinnedPool
 from kvortex.memory.shared import SharedMemory, SharedTicket
 from kvortex.memory.staging import DeviceStagingPool
 
-__all__ = ["DeviceStagingPool", "ExtentAllocator", "PinnedPool", "SharedMemory", "SharedTicket"]
+__all__ = ["DeviceStagingPool", "ExtentAllocator", "PinnedPool", "SharedMemory", "SharedTicket", "check_memory"]

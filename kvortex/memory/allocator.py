@@ -185,6 +185,10 @@ class ExtentAllocator:
 
     # -- another size ------------------------------------------------------------------------------
 
+    def holds(self, offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """True where an extent begins, `bool [n]`."""
+        return np.array([offset in self._allocated for offset in offsets.tolist()], dtype=np.bool_)
+
     def shrink(self, capacity_bytes: int) -> None:
         """Hand out nothing beyond `capacity_bytes` any more; extents that lie there are freed as usual, and are gone.
 

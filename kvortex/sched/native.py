@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
+from kvortex.jit import njit
 
 SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""

@@ -47,6 +47,7 @@ class FaultInjectingTier(Tier):
         delay_s: float = 0.05,
     ) -> None:
         self.name = inner.name
+        self.outlives_process = inner.outlives_process
         self._inner = inner
         self._fault_of = fault_of
         self._delay_s = delay_s
@@ -104,6 +105,9 @@ class FaultInjectingTier(Tier):
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         return await self._inner.delete(keys, deadline_s=deadline_s)
 
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        await self._inner.touch(keys, used_s, deadline_s=deadline_s)
+
     @property
     def capacity_bytes(self) -> int:
         return self._inner.capacity_bytes
@@ -140,7 +144,7 @@ class FaultInjectingTier(Tier):
         if fault is TierFault.FAIL:
             outcome = ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.IO_ERROR, detail="injected")
         else:
-            (outcome,) = await self._inner.read([ReadRequest(request.key, request.buffer)])
+            (outcome,) = await self._inner.read([replace(request, on_settled=None)])
         if outcome.reason is None and fault is TierFault.LIE:
             as_bytes(request.buffer)[outcome.payload_bytes // 2] ^= 1
         if outcome.reason is None and fault is TierFault.SHORT:

@@ -2,51 +2,87 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.tiering.link import TierLink, join_keys, split_keys
+from kvortex.tiering.keys import join_keys, split_keys
+from kvortex.tiering.link import NOT_KNOWN, PACKED, TierLink
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest
 from kvortex.types import Direction, MissReason
 
 FETCH_BATCH: Final = 16
-
-_Awaited: TypeAlias = "dict[bytes, asyncio.Future[None]]"
+ASK_BATCH: Final = 64
 
 
 class Fetch:
-    """Blocks on their way from a tier, as one call asked for them."""
+    """One call's blocks on their way from a tier.
 
-    def __init__(self, task: "asyncio.Task[None] | None", arriving: "dict[bytes, asyncio.Future[None]]") -> None:
-        self._task = task
-        self._arriving = arriving
+    Args:
+        keys: of the call, `uint64 [n, 4]`, a chain from its head.
+        used_s: when its blocks count as used, `float64 [n]`.
+    """
+
+    def __init__(self, fetches: "Fetches", keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
+        self.keys = keys
+        self.used_s = used_s
+        self.left: dict[bytes, int] = {}
+        """What it still waits for: block -> its position in the call."""
+        self._fetches = fetches
+        self._waits: list[tuple[set[bytes], asyncio.Future[None]]] = []
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that were not in the pool when the call began."""
-        return len(self._arriving)
+    def num_left(self) -> int:
+        """Blocks that are still on their way."""
+        return len(self.left)
 
     async def wait(self, keys: Sequence[bytes] | None = None, *, timeout_s: float | None = None) -> list[bytes]:
         """Wait until blocks (all by default) are in the pool or will not be; those that take longer."""
-        wanted = self._arriving if keys is None else [key for key in keys if key in self._arriving]
-        pending = {key: self._arriving[key] for key in wanted if not self._arriving[key].done()}
-        if not pending:
+        awaited = set(self.left) if keys is None else self.left.keys() & set(keys)
+        if not awaited:
             return []
-        await asyncio.wait(pending.values(), timeout=timeout_s)
-        return [key for key, future in pending.items() if not future.done()]
+        wait = (awaited, asyncio.get_running_loop().create_future())
+        self._waits.append(wait)
+        try:
+            await asyncio.wait([wait[1]], timeout=timeout_s)
+        finally:
+            self._waits = [other for other in self._waits if other is not wait]
+        return [key for key in (self.left if keys is None else dict.fromkeys(keys)) if key in awaited]
+
+    def ended(self, key: bytes) -> None:
+        """A block has come, or will not."""
+        self.left.pop(key, None)
+        for awaited, future in self._waits:
+            awaited.discard(key)
+            if not awaited and not future.done():
+                future.set_result(None)
 
     def cancel(self) -> None:
-        """Give up what no read has been started for; what has been started arrives."""
-        if self._task is not None:
-            self._task.cancel()
+        """Nobody waits for this call's blocks any more: what no other wants, and is not being read, is not fetched."""
+        self._fetches.give_up(self)
+
+
+class _Wanted:
+    """A block that calls wait for."""
+
+    __slots__ = ("calls", "form", "key", "reading")
+
+    def __init__(self, key: bytes, form: int) -> None:
+        self.key = key
+        self.form = form
+        self.calls: list[Fetch] = []
+        self.reading = False
 
 
 class Fetches:
     """Blocks on their way from one tier: a bounded number, each read once however many ask for it.
+
+    What is wanted stands in one queue, in the order in which it was asked for, with the calls that wait for it; a block
+    that none waits for any more leaves it. What the tier is known to have is read at once, as far as there are places;
+    before its scan is over the store is asked for the rest.
 
     Args:
         link: to the tier.
@@ -56,141 +92,225 @@ class Fetches:
     def __init__(self, link: TierLink, *, takes_away: bool) -> None:
         self._link = link
         self._takes_away = takes_away
-        self._arriving: _Awaited = {}
-        self._reading: _Awaited = {}
-        self._batch = min(FETCH_BATCH, link.config.fetch_blocks)
-        self._room = asyncio.Semaphore(link.config.fetch_blocks)
-        self._takes_room = asyncio.Lock()  # one after the other: two that wait with half of it each would wait for ever
+        self._wanted: dict[bytes, _Wanted] = {}
+        self._unknown: dict[bytes, _Wanted] = {}  # of these, the store has to be asked
+        self._queue: dict[bytes, _Wanted] = {}  # of these, what can be read
+        self._reading: set[bytes] = set()  # their memory belongs to the tier, perhaps long after their deadline
+        self._num_reads = 0  # calls of the tier that are not over
+        self._asking = self._pump_is_due = False
         self.fetched_blocks = 0
 
     @property
     def num_arriving(self) -> int:
         """Blocks that somebody waits for."""
-        return len(self._arriving)
+        return len(self._wanted)
+
+    # -- asking for blocks -------------------------------------------------------------------------
+
+    def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """`bool [n]`: what the tier is known to have, and would give. From memory, from any thread."""
+        if not self._link.usable or self._link.guard.reads.refuses:
+            return np.zeros(len(keys), dtype=np.bool_)
+        found: NDArray[np.bool_] = self._link.forms_there(keys) != NOT_KNOWN
+        return found
+
+    def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
+        """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
+        link = self._link
+        fetch = Fetch(self, keys, link.uses.chain(len(keys)))
+        refuses = link.guard.reads.refuses
+        if not link.may_work or (refuses and not self._wanted):
+            return fetch
+        positions = np.flatnonzero(~link.control.index.contains_mask(keys))
+        found = np.full(positions.size, NOT_KNOWN, dtype=np.int8)
+        asks = not refuses
+        if asks and link.usable and positions.size:
+            found = link.forms_there(keys[positions])
+            asks = not link.tier.stats().scan.complete
+        if not asks and not self._wanted:
+            positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
+        columns = zip(split_keys(keys[positions]), positions.tolist(), found.tolist(), strict=True)
+        for key, position, form in columns:
+            if form != NOT_KNOWN or asks or key in self._wanted:  # what is being read already may still come
+                self._want(fetch, key, position, form)
+        self._go_on()
+        return fetch
+
+    def _want(self, fetch: Fetch, key: bytes, position: int, form: int) -> None:
+        wanted = self._wanted.get(key)
+        if wanted is None:
+            wanted = self._wanted[key] = _Wanted(key, form)
+            (self._queue if form != NOT_KNOWN else self._unknown)[key] = wanted
+        if key not in fetch.left:
+            fetch.left[key] = position
+            wanted.calls.append(fetch)
+
+    def give_up(self, fetch: Fetch) -> None:
+        """A call does not wait any more; what is being read arrives nevertheless."""
+        for key in list(fetch.left):
+            wanted = self._wanted[key]
+            wanted.calls.remove(fetch)
+            fetch.ended(key)
+            if not wanted.calls and not wanted.reading:
+                self._ended([wanted])
+
+    def tier_is_open(self) -> None:
+        """What was asked for before can be looked up now."""
+        keys = list(self._unknown)
+        found = self._link.forms_there(join_keys(keys)).tolist() if keys else []
+        complete = self._link.tier.stats().scan.complete
+        self._sort_in([(key, form) for key, form in zip(keys, found, strict=True) if form != NOT_KNOWN or complete])
+        self._go_on()
 
     def end(self) -> None:
         """Nobody needs to wait any longer."""
-        self._not_coming(self._arriving.copy())
+        self._ended(list(self._wanted.values()))
 
-    def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """`bool [n]`: what the tier is known to have. From memory, from any thread."""
-        if not self._link.usable:
-            return np.zeros(len(keys), dtype=np.bool_)
-        return np.array(self._link.lookup(split_keys(keys)), dtype=np.int64) > 0
+    # -- reading -----------------------------------------------------------------------------------
 
-    def fetch(self, keys: NDArray[np.uint64]) -> "Fetch":
-        """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
-        missing = keys[~self._link.control.index.contains_mask(keys)]
-        wanted = split_keys(missing) if self._link.may_work else []
-        loop = asyncio.get_running_loop()
-        new = {key: loop.create_future() for key in wanted if key not in self._arriving}
-        self._arriving.update(new)
-        task = self._link.spawn(self._fetch_all(new)) if new else None
-        if task is not None:  # not in the task itself: cancelled before its first step, it never runs
-            task.add_done_callback(lambda _: self._not_coming(self._unread(new)))
-        return Fetch(task, {key: self._arriving[key] for key in split_keys(missing) if key in self._arriving})
-
-    def _unread(self, awaited: _Awaited) -> _Awaited:
-        return {key: future for key, future in awaited.items() if self._reading.get(key) is not future}
-
-    async def _fetch_all(self, awaited: _Awaited) -> None:
-        await self._link.opened.wait()
-        keys = list(awaited)
-        for start in range(0, len(keys), self._batch) if self._link.usable else ():
-            await self._fetch_batch({key: awaited[key] for key in keys[start : start + self._batch]})
-
-    async def _fetch_batch(self, awaited: _Awaited) -> None:
-        keys = list(awaited)
-        sizes = await self._sizes_of(keys)
-        found = [(key, nbytes) for key, nbytes in zip(keys, sizes, strict=True) if nbytes]
-        self._not_coming({key: awaited[key] for key, nbytes in zip(keys, sizes, strict=True) if not nbytes})
-        try:
-            async with asyncio.timeout(self._link.config.tier_timeout_s), self._takes_room:
-                await self._take_room(len(found))
-        except TimeoutError:  # whatever holds the places hangs
-            self._not_coming({key: awaited[key] for key, _ in found})
-        else:
-            self._plan_reads(found, awaited)
-
-    async def _sizes_of(self, keys: list[bytes]) -> list[int]:
+    def _go_on(self) -> None:
+        """Ask and read as far as that is possible now."""
         link = self._link
-        sizes = link.lookup(keys)
-        unknown = [i for i, nbytes in enumerate(sizes) if not nbytes]
-        if unknown and not link.tier.stats().scan.complete:
-            asked = [link.key_of(keys[i]) for i in unknown]
-            there = await link.tier.contains(asked, deadline_s=link.config.tier_timeout_s)
-            for i, is_there in zip(unknown, there, strict=True):
-                sizes[i] = link.forms.extents.packed if is_there else 0  # what most blocks take
-        return sizes
+        if not link.usable or link.closing:
+            return
+        if self._unknown and not self._asking:
+            self._asking = True
+            link.spawn(self._ask()).add_done_callback(self._asked)
+        while self._queue:
+            room = link.config.fetch_blocks - len(self._reading)
+            if room <= 0 and not self._num_reads:
+                break  # what holds the places hangs
+            if room <= 0:
+                return
+            batch = self._next_batch(min(room, FETCH_BATCH))
+            admitted = link.guard.reads.admit(len(batch))
+            if admitted:
+                self._plan_reads(batch[:admitted])
+            elif link.guard.reads.refuses:
+                break
+            else:
+                return  # another block is tried just now
+        self._ended(list(self._queue.values()))
 
-    async def _take_room(self, count: int) -> None:
-        taken = 0
-        try:
-            while taken < count:
-                await self._room.acquire()
-                taken += 1
-        except asyncio.CancelledError:
-            for _ in range(taken):
-                self._room.release()
-            raise
+    def _next_batch(self, most: int) -> list[_Wanted]:
+        """The next blocks that one call has asked for."""
+        batch: list[_Wanted] = []
+        for wanted in self._queue.values():
+            if len(batch) == most or (batch and wanted.calls[0] is not batch[0].calls[0]):
+                break
+            batch.append(wanted)
+        return batch
 
-    def _plan_reads(self, found: list[tuple[bytes, int]], awaited: _Awaited) -> None:
-        sizes = self._link.forms.payloads
-        packed = np.array([sizes.rests_packed(nbytes) for _, nbytes in found], dtype=np.bool_)
-        keys = [key for key, _ in found]
-        plan = self._link.control.plan_fetch(join_keys(keys), packed, "fetch")
-        planned = {key: awaited[key] for key in (keys[position] for position in plan.positions.tolist())}
-        for key in keys:
-            if key not in planned:  # no room in the pool, or somebody saves it just now
-                self._room.release()
-                self._not_coming({key: awaited[key]})
-        columns = zip(planned, *(c.tolist() for c in (plan.slots, plan.offsets, plan.nbytes)), strict=True)
-        requests = [self._read_request(*column) for column in columns]
-        self._reading.update(planned)
-        if requests:
-            begun = asyncio.Event()
-            task = self._link.spawn(self._read(planned, requests, begun))
-            task.add_done_callback(partial(_settle_unread, requests, begun))
+    def _plan_reads(self, batch: Sequence[_Wanted]) -> None:
+        link, call = self._link, batch[0].calls[0]
+        for wanted in batch:
+            del self._queue[wanted.key]
+        packed = np.array([wanted.form == PACKED and link.forms.payloads.packs for wanted in batch], dtype=np.bool_)
+        # What stands in front of these in their chain must not go to make room for them.
+        chain = call.keys[: max(call.left[wanted.key] for wanted in batch) + 1]
+        plan = link.control.plan_fetch(join_keys([wanted.key for wanted in batch]), packed, "fetch", chain=chain)
+        reads = [batch[position] for position in plan.positions.tolist()]
+        columns = zip(reads, *(c.tolist() for c in (plan.slots, plan.offsets, plan.nbytes)), strict=True)
+        requests = [self._read_request(call, *column) for column in columns]
+        for wanted in reads:
+            wanted.reading = True
+            self._reading.add(wanted.key)
+        self._ended([wanted for wanted in batch if not wanted.reading])  # no room, or somebody saves it just now
+        if not requests:
+            link.guard.reads.give_up()
+            return
+        begun = asyncio.Event()
+        self._num_reads += 1
+        task = link.spawn(self._read(requests, begun))
+        task.add_done_callback(partial(self._read_ended, reads, requests, begun))
 
-    def _read_request(self, key: bytes, slot: int, offset: int, nbytes: int) -> ReadRequest:
-        payload = self._link.payload(offset, nbytes)
-        return ReadRequest(self._link.key_of(key), payload, partial(self._arrived, key, slot, offset, nbytes))
+    def _read_request(self, call: Fetch, wanted: _Wanted, slot: int, offset: int, nbytes: int) -> ReadRequest:
+        link = self._link
+        return ReadRequest(
+            link.key_of(wanted.key, link.control.is_packed(nbytes)),
+            link.payload(offset, nbytes),
+            partial(self._arrived, wanted, slot, offset, nbytes),
+            used_s=float(call.used_s[call.left[wanted.key]]),
+        )
 
-    async def _read(self, awaited: _Awaited, requests: Sequence[ReadRequest], begun: asyncio.Event) -> None:
+    async def _read(self, requests: Sequence[ReadRequest], begun: asyncio.Event) -> None:
         begun.set()
         started = time.perf_counter()
-        outcomes = await self._link.tier.read(requests, deadline_s=self._link.config.tier_timeout_s)
-        self._not_coming(awaited)  # what is later than that comes for somebody else
+        outcomes = await self._link.guard.read(requests)
         good = sum(outcome.reason is None for outcome in outcomes)
         self._link.record(Direction.LOAD, good, time.perf_counter() - started)
 
-    def _arrived(self, key: bytes, slot: int, offset: int, nbytes: int, outcome: ReadOutcome) -> None:
-        packed = self._link.control.is_packed(nbytes)
-        expected = self._link.forms.codec_number(packed), self._link.forms.payload_nbytes(packed)
-        if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
-            self._link.control.finish_fetch(slot, offset, nbytes, outcome.digest)
-            self.fetched_blocks += 1
-            if self._takes_away and not self._link.closing:
-                self._link.spawn(self._link.delete([key]))
-        else:
-            self._link.control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
-        del self._reading[key]
-        self._room.release()
-        if key in self._arriving:
-            self._not_coming({key: self._arriving[key]})
+    def _read_ended(
+        self, reads: Sequence[_Wanted], requests: Sequence[ReadRequest], begun: asyncio.Event, _: object
+    ) -> None:
+        self._num_reads -= 1
+        if not begun.is_set():  # cancelled before its first step: it has asked nothing of the tier
+            self._link.guard.reads.give_up()
+            for request in requests:
+                request.settle(ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.CANCELLED))
+        self._ended(reads)  # what is later than that comes for somebody else
+        self._go_on()
 
-    def _not_coming(self, awaited: _Awaited) -> None:
+    def _arrived(self, wanted: _Wanted, slot: int, offset: int, nbytes: int, outcome: ReadOutcome) -> None:
+        link = self._link
+        packed = link.control.is_packed(nbytes)
+        expected = link.forms.codec_number(packed), link.forms.payload_nbytes(packed)
+        if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
+            link.control.finish_fetch(slot, offset, nbytes, outcome.digest)
+            self.fetched_blocks += 1
+            if self._takes_away and not link.closing:
+                link.spawn(link.delete(join_keys([wanted.key])))
+        else:
+            link.control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
+        self._reading.remove(wanted.key)
+        self._ended([wanted])
+        self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        """There are places again; once for all that settle together."""
+        if self._queue and not self._pump_is_due and not self._link.closing:
+            self._pump_is_due = True
+            asyncio.get_running_loop().call_soon(self._go_on_now)
+
+    def _go_on_now(self) -> None:
+        self._pump_is_due = False
+        self._go_on()
+
+    # -- asking the store --------------------------------------------------------------------------
+
+    async def _ask(self) -> None:
+        link = self._link
+        while self._unknown:
+            keys = list(self._unknown)[:ASK_BATCH]
+            if not link.guard.reads.admit(1):
+                self._ended(list(self._unknown.values()))
+                return
+            found = await link.ask_forms(keys)
+            self._sort_in(list(zip(keys, found, strict=True)))
+            self._go_on()
+
+    def _asked(self, _: object) -> None:
+        self._asking = False
+        self._go_on()
+
+    def _sort_in(self, found: Iterable[tuple[bytes, int]]) -> None:
+        for key, form in found:
+            wanted = self._unknown.pop(key, None)
+            if wanted is not None and form == NOT_KNOWN:
+                self._ended([wanted])
+            elif wanted is not None:
+                wanted.form = form
+                self._queue[key] = wanted
+
+    def _ended(self, blocks: Iterable[_Wanted]) -> None:
         """Whoever waits for these need not wait any longer: they are in the pool, or they will not be.
 
-        A block that was evicted meanwhile may be awaited anew by somebody else: that is another future.
+        A block that was evicted meanwhile may be wanted anew by somebody else: that is another entry.
         """
-        for key, future in awaited.items():
-            if self._arriving.get(key) is future:
-                del self._arriving[key]
-                future.set_result(None)
-
-
-def _settle_unread(requests: Sequence[ReadRequest], begun: asyncio.Event, _: object) -> None:
-    """A read that was cancelled before its first step has asked nothing of the tier."""
-    for request in () if begun.is_set() else requests:
-        request.settle(ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.CANCELLED))
+        for wanted in blocks:
+            if self._wanted.get(wanted.key) is wanted:
+                del self._wanted[wanted.key]
+                self._queue.pop(wanted.key, None)
+                self._unknown.pop(wanted.key, None)
+                for call in wanted.calls:
+                    call.ended(wanted.key)

@@ -6,6 +6,7 @@ evicted and are not written yet. What is too much is shed and counted; a block t
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from kvortex.errors import KVortexError
 from kvortex.hashing import Namespace
 from kvortex.stats import TieringFigures
 from kvortex.tiering.fetches import Fetch, Fetches
-from kvortex.tiering.link import TierLink, split_keys
+from kvortex.tiering.keys import split_keys
+from kvortex.tiering.link import NOT_KNOWN, TierLink
 from kvortex.tiering.write_behind import WriteBehind
 from kvortex.tiers import DiskTier, DiskTierConfig, Tier
 from kvortex.types import MissReason
@@ -41,24 +43,46 @@ class Tiering:
 
     def start(self) -> None:
         """Open the tier and begin to write; nothing has to wait for it."""
+        self._take_what_is_evicted()
+        self.link.spawn(self._open())
+        self.link.spawn(self._wait_for_opening())
+
+    def _take_what_is_evicted(self) -> None:
         if self.is_exclusive:
             self.link.control.on_evicted = self.writes.take_over
-        self.link.spawn(self._open())
 
     async def _open(self) -> None:
         link = self.link
         try:
             await link.tier.open()
-            link.usable = True
         except KVortexError as error:
             logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", link.tier.name, error)
-        finally:
-            link.opened.set()
-        if link.usable:
-            await self.writes.run()
+            self._do_without()
+        except Exception:  # a tier may be anybody's code, and must not stop the pool
+            logger.exception("the %s tier cannot be used, blocks stay in the pool alone", link.tier.name)
+            self._do_without()
         else:
-            link.control.on_evicted = None
-            self.writes.give_up()
+            link.usable = True
+            link.opened.set()
+            self._take_what_is_evicted()
+            self.fetches.tier_is_open()
+            await self.writes.run()
+
+    async def _wait_for_opening(self) -> None:
+        """Nobody waits longer for the tier to open than for anything else of it; it may come later."""
+        timeout_s = self.link.config.tier_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.link.opened.wait()
+        except TimeoutError:
+            logger.error("the %s tier cannot be used yet: it has not opened in %s s", self.link.tier.name, timeout_s)
+            self._do_without()
+
+    def _do_without(self) -> None:
+        self.link.opened.set()
+        self.link.control.on_evicted = None
+        self.writes.give_up()
+        self.fetches.end()
 
     async def aclose(self) -> None:
         """Drop what waits, let what moves settle, close the tier; idempotent."""
@@ -100,24 +124,47 @@ class Tiering:
             used_bytes=tier.used_bytes,
             capacity_bytes=tier.capacity_bytes,
             causes={cause.value: count for cause, count in tier.causes.items()},
+            breakers={"reads": self.link.guard.reads.figures(), "writes": self.link.guard.writes.figures()},
         )
 
     # -- what moves --------------------------------------------------------------------------------
 
-    def saved(self, keys: NDArray[np.uint64]) -> None:
-        """Blocks have come into the pool: offer them to the tier, unless they have to be asked for first."""
+    def saved(self, keys: NDArray[np.uint64], is_new: NDArray[np.bool_]) -> None:
+        """A chain is in the pool, some of it new, `bool [n]`: that is offered to the tier, the rest counts as used.
+
+        Where the tier admits only what is asked for again the new blocks are not offered yet.
+        """
+        used_s = self.link.uses.chain(len(keys))
         if not self.is_exclusive and self.link.config.tier_admission == "always":
-            self.writes.offer(keys)
+            self.writes.offer(keys[is_new], used_s[is_new])
+        self._used(keys[~is_new], used_s[~is_new])
 
     def used(self, keys: NDArray[np.uint64]) -> None:
-        """Blocks of the pool were asked for again."""
-        if not self.is_exclusive:
-            self.writes.offer(keys)
+        """Blocks of the pool, a chain, were asked for again."""
+        self._used(keys, self.link.uses.chain(len(keys)))
 
-    def damaged(self, keys: NDArray[np.uint64]) -> None:
-        """Blocks turned out to be wrong: the tier's copies may be where they came from."""
+    def _used(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
+        link = self.link
+        if self.is_exclusive or not len(keys) or not link.may_work:
+            return
+        found = link.forms_there(keys)
+        new = found == NOT_KNOWN
+        if new.any():
+            self.writes.offer(keys[new], used_s[new])
+        if not new.all() and not link.guard.writes.refuses:
+            link.spawn(link.touch(keys, found, used_s))
+
+    def loaded(self, keys: NDArray[np.uint64], outcomes: Sequence[MissReason | None]) -> None:
+        """A load is over: what it found is in use, and what was wrong is taken away from the tier."""
+        if (num_hits := outcomes.count(None)) == len(outcomes):
+            self.used(keys)
+        elif num_hits or any(outcome is MissReason.CORRUPT for outcome in outcomes):
+            self.used(keys[[outcome is None for outcome in outcomes]])
+            self._damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
+
+    def _damaged(self, keys: NDArray[np.uint64]) -> None:
         if len(keys) and self.link.usable and not self.link.closing:
-            self.link.spawn(self.link.delete(split_keys(keys)))
+            self.link.spawn(self.link.delete(keys))
 
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """`bool [n]`: what the tier is known to have. From memory, from any thread."""
@@ -147,9 +194,13 @@ class Arrival:
 
     async def wait(self, keys: NDArray[np.uint64]) -> None:
         """Wait for some of the call's blocks; what is late is remembered."""
-        if self._fetch.num_blocks:
+        if self._fetch.num_left:
             timeout_s = None if self._due_s is None else max(self._due_s - self._loop.time(), 0.0)
             self._late.update(await self._fetch.wait(split_keys(keys), timeout_s=timeout_s))
+
+    def cancel(self) -> None:
+        """The load is given up: what only it wanted is not fetched any more."""
+        self._fetch.cancel()
 
     def explain(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
         """The call's outcomes, with the deadline as the reason where a block was on its way."""

@@ -1,6 +1,7 @@
 """Down: blocks are written to the lower tier behind their save, or when they are evicted."""
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index import Evicted
-from kvortex.tiering.link import TierLink, join_keys, split_keys
+from kvortex.tiering.keys import join_keys, split_keys
+from kvortex.tiering.link import NOT_KNOWN, TierLink
 from kvortex.tiers import WriteOutcome, WriteRequest
 from kvortex.types import Direction
 
@@ -29,19 +31,19 @@ class _Demoted:
     offset: int
     nbytes: int
     digest: int
+    used_s: float
 
 
 class WriteBehind:
     """A bounded queue of blocks for one tier, and the task that writes them.
 
     The queue holds keys, not memory: a block is held in the pool only while it is written. What was evicted holds its
-    extent until it is written. What is too much is shed and counted.
+    extent until it is written. What is too much is shed and counted, and so is everything while the tier is left alone.
     """
 
     def __init__(self, link: TierLink) -> None:
         self._link = link
-        self._queue: deque[bytes] = deque()
-        self._queued: set[bytes] = set()
+        self._queue: dict[bytes, float] = {}  # block -> when it counts as used
         self._demoted: deque[_Demoted] = deque()
         self._demoted_bytes = 0
         self._demoted_limit = int(DEMOTED_SHARE * link.pool.size)
@@ -64,29 +66,35 @@ class WriteBehind:
         """Nobody needs to wait any longer."""
         self._idle.set()
 
-    def offer(self, keys: NDArray[np.uint64]) -> None:
-        """Queue blocks of the pool, `uint64 [n, 4]`, that the tier may not have."""
+    def offer(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
+        """Queue blocks of the pool, `uint64 [n, 4]`, that the tier may not have; they count as used at these times."""
         if not self._link.may_work:
             return
-        for key in split_keys(keys):
-            if key in self._queued:
+        if self._link.guard.writes.refuses:
+            self.shed_blocks += len(keys)
+            return
+        for key, time_s in zip(split_keys(keys), used_s.tolist(), strict=True):
+            if key in self._queue:
                 continue
             if len(self._queue) >= self._link.config.tier_queue_blocks:
                 self.shed_blocks += 1
                 if self._link.config.tier_shed == "newest":
                     continue
-                self._queued.discard(self._queue.popleft())
-            self._queue.append(key)
-            self._queued.add(key)
+                del self._queue[next(iter(self._queue))]
+            self._queue[key] = time_s
         self._look_for_work()
 
     def take_over(self, evicted: Evicted) -> int:
         """Blocks that are evicted while there is room: the tier's copies are made before their extents are free."""
+        if self._link.guard.writes.refuses:
+            self.shed_blocks += len(evicted.offsets)
+            return 0
         fitting = int(np.searchsorted(np.cumsum(evicted.nbytes), self._demoted_limit - self._demoted_bytes, "right"))
         keys = split_keys(evicted.keys[:fitting])
         columns = zip(evicted.offsets.tolist(), evicted.nbytes.tolist(), evicted.digests.tolist(), strict=True)
+        used_s = self._link.uses.now()
         for key, (offset, nbytes, digest) in zip(keys, columns, strict=False):
-            self._demoted.append(_Demoted(key, offset, nbytes, digest))
+            self._demoted.append(_Demoted(key, offset, nbytes, digest, used_s))
             self._demoted_bytes += nbytes
         self.demoted_blocks += fitting
         self.shed_blocks += len(evicted.offsets) - fitting
@@ -101,8 +109,8 @@ class WriteBehind:
     def give_up(self) -> None:
         """Write nothing of what waits."""
         self.shed_blocks += len(self._queue) + len(self._demoted)
+        self.demoted_blocks -= len(self._demoted)
         self._queue.clear()
-        self._queued.clear()
         while self._demoted:
             self._free_demoted(self._demoted.popleft())
         self._rest()
@@ -117,42 +125,64 @@ class WriteBehind:
             await self._work.wait()
             self._work.clear()
             while self._queue or self._demoted:
-                requests = [*self._next_demoted(), *self._next_queued()]
-                started = time.perf_counter()
-                outcomes = await self._link.tier.write(requests, deadline_s=self._link.config.tier_timeout_s)
-                self._writing -= len(requests)
-                stored = sum(outcome.outcome.is_stored for outcome in outcomes)
-                self._link.record(Direction.SAVE, stored, time.perf_counter() - started)
+                admitted = self._link.guard.writes.admit(WRITE_BATCH)
+                if not admitted:
+                    self.give_up()
+                    break
+                await self._write([*self._next_demoted(admitted), *self._next_queued(admitted)])
             self._rest()
 
-    def _next_demoted(self) -> list[WriteRequest]:
-        taken = [self._demoted.popleft() for _ in range(min(WRITE_BATCH, len(self._demoted)))]
+    async def _write(self, requests: list[WriteRequest]) -> None:
+        if not requests:
+            self._link.guard.writes.give_up()
+            return
+        started = time.perf_counter()
+        outcomes = await self._link.guard.write(requests)
+        self._writing -= len(requests)
+        stored = sum(outcome.outcome.is_stored for outcome in outcomes)
+        self._link.record(Direction.SAVE, stored, time.perf_counter() - started)
+
+    def _next_demoted(self, most: int) -> list[WriteRequest]:
+        taken = [self._demoted.popleft() for _ in range(min(most, len(self._demoted)))]
         self._writing += len(taken)
         return [
-            self._write_request(block.key, block.offset, block.nbytes, block.digest, partial(self._demoted_done, block))
+            self._write_request(
+                block.key, block.offset, block.nbytes, block.digest, block.used_s, partial(self._demoted_done, block)
+            )
             for block in taken
         ]
 
-    def _next_queued(self) -> list[WriteRequest]:
-        keys = [self._queue.popleft() for _ in range(min(WRITE_BATCH, len(self._queue)))]
-        self._queued.difference_update(keys)
-        known = self._link.lookup(keys)
-        keys = [key for key, nbytes in zip(keys, known, strict=True) if not nbytes]
+    def _next_queued(self, most: int) -> list[WriteRequest]:
+        used_s = {key: self._queue.pop(key) for key in list(itertools.islice(self._queue, most))}
+        hashes = join_keys(list(used_s))
+        known = self._link.forms_there(hashes)
+        if (known != NOT_KNOWN).any():
+            self._link.spawn(self._link.touch(hashes, known, np.array(list(used_s.values()))))
+        keys = [key for key, form in zip(used_s, known.tolist(), strict=True) if form == NOT_KNOWN]
         held = self._link.control.hold(join_keys(keys))
         self._writing += len(held.slots)
         columns = (held.positions, held.slots, held.offsets, held.nbytes, held.digests)
         return [
-            self._write_request(keys[position], offset, nbytes, digest, partial(self._queued_done, slot))
+            self._write_request(
+                key := keys[position], offset, nbytes, digest, used_s[key], partial(self._queued_done, slot)
+            )
             for position, slot, offset, nbytes, digest in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
     def _write_request(
-        self, key: bytes, offset: int, nbytes: int, digest: int, done: Callable[[WriteOutcome], None]
+        self,
+        key: bytes,
+        offset: int,
+        nbytes: int,
+        digest: int,
+        used_s: float,
+        done: Callable[[WriteOutcome], None],
     ) -> WriteRequest:
         link = self._link
         packed = link.control.is_packed(nbytes)
         raw_nbytes, codec = link.forms.payloads.raw, link.forms.codec_number(packed)
-        return WriteRequest(link.key_of(key), link.payload(offset, nbytes), digest, raw_nbytes, codec, done)
+        tier_key = link.key_of(key, packed)
+        return WriteRequest(tier_key, link.payload(offset, nbytes), digest, raw_nbytes, codec, done, used_s)
 
     def _queued_done(self, slot: int, outcome: WriteOutcome) -> None:
         self._link.control.release(np.array([slot]))

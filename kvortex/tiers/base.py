@@ -1,7 +1,8 @@
 """What a tier is: the contract that memory, disk and remote stores share.
 
-A tier keeps encoded blocks by 32-byte key (`kvortex.hashing.cache_key`). It is a cache: it may lose any block at any
-time, and must never hand out another one's bytes. One object serves one namespace and one event loop.
+A tier keeps encoded blocks by 32-byte key (`kvortex.tiering.keys`). It is a cache: it may lose any block at any time,
+and must never hand out another one's bytes. One object serves one namespace and one event loop; a store that several
+namespaces share keeps them apart, by directories or by `kvortex.hashing.cache_key`.
 
 **Values and errors.** What a caller can live with is a value: a block that is not there, damaged, late or on a
 failing device is a `ReadOutcome` with a `MissReason`; a block that could not be kept is a `WriteOutcome`. `cause`
@@ -114,11 +115,15 @@ class WriteOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Bring the block `key` to the start of `buffer`, which has room for at least its payload."""
+    """Bring the block `key` to the start of `buffer`, which has room for at least its payload.
+
+    `used_s` is when the block counts as used, in seconds since the epoch; None for the moment at which it is read.
+    """
 
     key: bytes
     buffer: Buffer
     on_settled: Callable[[ReadOutcome], None] | None = None
+    used_s: float | None = None
 
     def settle(self, outcome: ReadOutcome) -> None:
         """For tiers: the buffer is the caller's again."""
@@ -129,7 +134,11 @@ class ReadRequest:
 @dataclass(frozen=True, slots=True)
 class WriteRequest:
     """Keep `payload` as the block `key`. `digest` is the payload's, computed where the bytes passed; the tier stores
-    it as it is, and a wrong one makes every later read a miss."""
+    it as it is, and a wrong one makes every later read a miss.
+
+    `used_s` is when the block counts as used, in seconds since the epoch; None for the moment at which it is written.
+    Where there is no room it does not drive out what has been used since: that is NO_SPACE.
+    """
 
     key: bytes
     payload: bytes | Buffer
@@ -137,6 +146,7 @@ class WriteRequest:
     raw_bytes: int
     codec: int = Codec.RAW
     on_settled: Callable[[WriteOutcome], None] | None = None
+    used_s: float | None = None
 
     def settle(self, outcome: WriteOutcome) -> None:
         """For tiers: the payload is the caller's again."""
@@ -196,6 +206,9 @@ class Tier(ABC):
 
     name: str
     """Short and stable, for metrics: `"disk"`."""
+
+    outlives_process: bool = True
+    """Whether blocks may come from, or go to, other processes: then the namespace has to name the model."""
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -258,6 +271,14 @@ class Tier(ABC):
     @abstractmethod
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         """Remove blocks; True for each that was there and is gone. A read under way may still finish as a hit."""
+
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        """Count blocks as used at these times, in seconds since the epoch; what is not there is left out.
+
+        For blocks that are served from above this tier: they are in use although nobody reads them here. A tier without
+        an order of use need not do anything.
+        """
+        return
 
     # -- figures ---------------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from kvortex.tiers.base import (
 )
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.direct import BUFFERED, DirectIO, probe
+from kvortex.tiers.directories import check_owned, make_directories
 from kvortex.tiers.disk_config import DiskTierConfig
-from kvortex.tiers.disk_files import DiskFiles, cause_of
+from kvortex.tiers.disk_files import DiskFiles
 from kvortex.tiers.disk_index import DiskIndex
 from kvortex.tiers.disk_layout import DiskLayout
 from kvortex.tiers.disk_reader import DiskReader
@@ -36,7 +37,7 @@ from kvortex.tiers.frame import HEADER_BYTES
 from kvortex.tiers.os_calls import OsCalls
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.runner import BatchRunner
-from kvortex.tiers.temp_space import TempSpace, make_directories
+from kvortex.tiers.temp_space import TempSpace
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class DiskTier(Tier):
     async def _open(self) -> None:
         try:
             self._direct = await self._on_thread(self._prepare)
+        except ConfigError:
+            self._temp.close()
+            raise
         except OSError as error:
             self._temp.close()
             raise ConfigError(f"cannot keep blocks in {self._layout.root}: {error}") from error
@@ -107,7 +111,10 @@ class DiskTier(Tier):
         self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-disk-scan")
 
     def _prepare(self) -> DirectIO:
-        make_directories(self._calls, self._layout.blocks)
+        make_directories(self._calls, self._layout.namespace_directory)
+        make_directories(self._calls, self._layout.temp)
+        for path in self._layout.directories:
+            check_owned(self._calls, path)
         self._temp.open()
         warm_up()
         return BUFFERED if self._config.direct is False else self._probe()
@@ -136,7 +143,7 @@ class DiskTier(Tier):
     # -- asking ----------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        return [max(0, nbytes - HEADER_BYTES) for nbytes in self._index.stored_bytes(keys)]
+        return [max(0, nbytes - HEADER_BYTES) if nbytes else 0 for nbytes in self._index.stored_bytes(keys)]
 
     async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         self._check(keys)
@@ -149,11 +156,12 @@ class DiskTier(Tier):
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
-        for part in await self._on_thread(list_parts, self._layout, self._calls, self._layout.namespace_name):
+        name = self._layout.namespace_name
+        for part in await self._on_thread(list_parts, self._layout, self._calls, self._unreadable, name):
             try:
-                found = await self._on_thread(read_part, part, self._calls)
+                found = await self._on_thread(read_part, part, self._calls, self._files.count)
             except OSError as error:
-                self._counters.record_cause(cause_of(error))
+                self._files.count(error)
                 continue
             for key, block in found:
                 yield StoredBlock(key, block.stored_bytes, block.last_use_s)
@@ -182,6 +190,14 @@ class DiskTier(Tier):
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
             return [False] * len(keys)
+
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        self._check(keys)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._on_thread(self._files.touch_many, keys, used_s)
+        except TimeoutError:
+            self._counters.record_cause(Cause.DEADLINE)
 
     # -- figures ---------------------------------------------------------------------------------------
 
@@ -225,7 +241,7 @@ class DiskTier(Tier):
             try:
                 await self._scan_once()
             except OSError as error:
-                self._counters.record_cause(cause_of(error))
+                self._files.count(error)
                 logger.warning("cannot scan %s: %s", self._layout.root, error)
             self._scanned.set()
             if self._config.rescan_interval_s is None:
@@ -234,20 +250,27 @@ class DiskTier(Tier):
 
     async def _scan_once(self) -> None:
         self._index.begin_scan()
-        await self._on_thread(self._temp.sweep)
-        parts = await self._on_thread(list_parts, self._layout, self._calls)
+        await self._on_thread(self._temp.sweep, self._files.count)
         unread: set[str] = set()
+
+        def unreadable(namespace: str, error: OSError) -> None:
+            unread.add(namespace)
+            self._files.count(error)
+
+        parts = await self._on_thread(list_parts, self._layout, self._calls, unreadable, None)
         blocks = 0
         for number, part in enumerate(parts):
             self._report(number, len(parts), blocks, complete=False)
             try:
                 blocks += await self._on_thread(self._files.merge, part)
             except OSError as error:
-                self._counters.record_cause(cause_of(error))
-                unread.add(part.namespace)
+                unreadable(part.namespace, error)
         await self._on_thread(self._index.end_scan, unread)
-        await self._on_thread(self._files.evict_excess)
         self._report(len(parts), len(parts), blocks, complete=True)
+        await self._on_thread(self._files.evict_excess)
+
+    def _unreadable(self, _: str, error: OSError) -> None:
+        self._files.count(error)
 
     def _report(self, done: int, total: int, blocks: int, *, complete: bool) -> None:
         if not self._scanned.is_set() or complete:

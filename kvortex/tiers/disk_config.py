@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from kvortex.errors import ConfigError
+from kvortex.settings import conform, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,8 +11,8 @@ class DiskTierConfig:
     """Sizes in bytes, times in seconds; checked when made.
 
     Args:
-        path: directory of the tier; created, mode 0700, if it is not there. Any number of processes may share it,
-            and should then agree on the capacity.
+        path: directory of the tier, `~` being the user's home; created, mode 0700, if it is not there. Any number of
+            processes may share it, and should then agree on the capacity.
         capacity_bytes: bytes that all files together may take, of all namespaces and processes.
         read_threads: reads in flight. About the queue depth at which the device reaches its rate.
         write_threads: writes in flight.
@@ -40,15 +40,11 @@ class DiskTierConfig:
     close_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
+        conform(self, paths=("path",))
         for name in ("capacity_bytes", "read_threads", "write_threads"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("touch_interval_s", "close_timeout_s"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         interval_s = self.rescan_interval_s
-        _require(interval_s is None or interval_s > 0, f"rescan_interval_s must be positive or None, got {interval_s}")
-        _require(os.fspath(self.path) != "", "path must name a directory")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+        require(interval_s is None or interval_s > 0, f"rescan_interval_s must be positive or None, got {interval_s}")
+        require(self.path != "", "path must name a directory")

@@ -1,6 +1,10 @@
 """What reading, writing and scanning share: the directory of one tier, its files and what is known of them."""
 
+import contextlib
 import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,9 +14,10 @@ from numpy.typing import NDArray
 from kvortex.tiers.base import Cause
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.direct import DirectIO, Scratch, read_fully
+from kvortex.tiers.directories import directory
 from kvortex.tiers.disk_config import DiskTierConfig
 from kvortex.tiers.disk_index import DiskIndex, IndexedBlock, Victims
-from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk_layout import DiskLayout, name_of
 from kvortex.tiers.disk_scan import ScanPart, read_part
 from kvortex.tiers.frame import HEADER_BYTES, FrameHeader, decode_header
 from kvortex.tiers.os_calls import OsCalls
@@ -31,6 +36,9 @@ _CAUSES: Final = {
     errno.EPERM: Cause.PERMISSION,
     errno.EROFS: Cause.READ_ONLY,
 }
+
+_EVICTION_ATTEMPTS: Final = 8
+_USED_ELSEWHERE_S: Final = 1.0  # coarser than the times of any file system
 
 
 def cause_of(error: OSError) -> Cause:
@@ -68,14 +76,31 @@ class DiskFiles:
         """What the header in this thread's scratch memory says."""
         return decode_header(self.scratch.header.data, self.layout.namespace, key)
 
+    def count(self, error: OSError) -> None:
+        """Count what the system says, for the statistics."""
+        self.counters.record_cause(cause_of(error))
+
     # -- one file --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def directory_of(self, key: bytes, namespace: str | None = None) -> Iterator[int]:
+        """A descriptor of the directory of a block's file, reached through no link. Raises `OSError`."""
+        above, fan_out = os.path.split(self.layout.directory(key, namespace))
+        with directory(self.calls, above) as above_fd, directory(self.calls, fan_out, above_fd) as fd:
+            yield fd
+
+    def open(self, key: bytes) -> int:
+        """A descriptor to read a block's file from. Raises `OSError`."""
+        with self.directory_of(key) as fd:
+            return self.calls.open(name_of(key), os.O_RDONLY | self.direct.flags, dir_fd=fd)
 
     def exists(self, key: bytes) -> bool:
         """Whether the file is there, as the file system says; False if it does not."""
         known = self.index.get(key)
         with self.index.watching() as removed:
             try:
-                status = self.calls.stat(self.layout.path(key))
+                with self.directory_of(key) as fd:
+                    status = self.calls.stat(name_of(key), fd)
             except OSError as error:
                 if (cause := cause_of(error)) is Cause.ABSENT:
                     self.index.discard(key, known)
@@ -90,7 +115,8 @@ class DiskFiles:
         if not self.index.claim(key):
             return False
         try:
-            self.calls.unlink(self.layout.path(key))
+            with self.directory_of(key) as fd:
+                self.calls.unlink(name_of(key), fd)
         except OSError as error:
             if (cause := cause_of(error)) is not Cause.ABSENT:
                 self.counters.record_cause(cause)
@@ -104,24 +130,56 @@ class DiskFiles:
         if self.delete(key):
             self.counters.record_removed_corrupt()
 
+    def touch(self, file: int | str, time_s: float) -> None:
+        """Say when a file was used, for later processes."""
+        with contextlib.suppress(OSError):  # a read-only or foreign file, or none: its age stays what it is
+            self.calls.touch(file, time_s)
+
     # -- many ------------------------------------------------------------------------------------------
 
-    def remove_victims(self, victims: Victims) -> None:
-        """Remove evicted files.
+    def remove_victims(self, victims: Victims, used_s: float | None = None) -> None:
+        """Remove evicted files. One that cannot be removed, or that another process has used since it was looked at,
+        stays, and the next ones go in its place; but none that was used after `used_s`.
 
         Raises:
-            OSError: one cannot be removed; it and the rest are in the index again.
+            OSError: too few of them could be removed; those that stay are in the index again.
         """
-        for number, (key, block) in enumerate(victims):
+        for attempts_left in reversed(range(_EVICTION_ATTEMPTS)):
+            lacking_bytes, reason = self._try_remove(victims)
+            if reason is None:
+                return
+            victims = self.index.evict(lacking_bytes, used_s) if attempts_left else []
+            if not victims:
+                raise reason
+
+    def _try_remove(self, victims: Victims) -> tuple[int, OSError | None]:
+        """Bytes of the victims that stay, and why the last of them does."""
+        lacking_bytes, reason = 0, None
+        for key, block in victims:
             try:
-                self.calls.unlink(self.layout.path(key[-BLOCK_HASH_BYTES:], block.namespace))
-            except FileNotFoundError:
+                with self.directory_of(key[-BLOCK_HASH_BYTES:], block.namespace) as fd:
+                    name = name_of(key[-BLOCK_HASH_BYTES:])
+                    file_s = self.calls.stat(name, fd).st_mtime
+                    if block.last_use_s + _USED_ELSEWHERE_S < file_s <= time.time():
+                        reason = OSError(errno.ENOSPC, "other processes have used every block that could go")
+                        lacking_bytes += block.stored_bytes
+                        self.index.put_back(key, block, file_s)
+                        continue
+                    self.calls.unlink(name, fd)
+            except (FileNotFoundError, NotADirectoryError):
                 pass  # another process was quicker
-            except OSError:
-                for kept in reversed(victims[number:]):
-                    self.index.put_back(*kept)
-                raise
+            except OSError as error:
+                reason = error
+                lacking_bytes += block.stored_bytes
+                self.index.put_back(key, block)
+                continue
             self.index.removed(key)
+        return lacking_bytes, reason
+
+    def touch_many(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
+        """Blocks were used at these times without being read."""
+        for key, time_s in self.index.touch(keys, used_s, self.config.touch_interval_s):
+            self.touch(self.layout.path(key), time_s)
 
     def evict_excess(self) -> None:
         """Evict what lies above the capacity: others wrote it, or the capacity became smaller. Raises `OSError`."""
@@ -132,6 +190,6 @@ class DiskFiles:
         # Blocks of other namespaces count and can be evicted, but nobody here may find them.
         prefix = b"" if part.namespace == self.layout.namespace_name else bytes.fromhex(part.namespace)
         with self.index.watching() as removed:
-            found = read_part(part, self.calls)
+            found = read_part(part, self.calls, self.count)
             self.index.merge([(prefix + key, block) for key, block in found], removed)
         return len(found)

@@ -1,12 +1,14 @@
 """What lies in the directory, as far as this process knows, in the order of use."""
 
 import contextlib
+import heapq
+import itertools
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+
+from kvortex.tiers.uses import UseClock
 
 
 @dataclass(slots=True)
@@ -31,9 +33,16 @@ class Admission(Enum):
 
 Victims = list[tuple[bytes, IndexedBlock]]
 
+_STALE_FACTOR = 2
+_STALE_SLACK = 64
+"""The heap is made anew when it has more entries than this many times the blocks, and some."""
+
 
 class DiskIndex:
-    """Key -> file, least recently used first, within `capacity_bytes`. Thread-safe; look-ups take no lock.
+    """Key -> file, within `capacity_bytes`; what was used longest ago goes first. Thread-safe; look-ups take no lock.
+
+    What is written counts as used when its writer says, and drives out nothing that has been used since. So a chain
+    that is longer than the device keeps its head.
 
     Blocks of other namespaces are in it, since they share the capacity, under their namespace's digest and key.
 
@@ -46,8 +55,13 @@ class DiskIndex:
         self.capacity_bytes = capacity_bytes
         self.evicted_blocks = 0
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[bytes, IndexedBlock] = OrderedDict()
+        self._blocks: dict[bytes, IndexedBlock] = {}
+        # (a time at or before its last use, tie-breaker, key, block); blocks that are gone or others are passed over.
+        self._order: list[tuple[float, int, bytes, IndexedBlock]] = []
+        self._numbers = itertools.count()
+        self._uses = UseClock()
         self._owned: dict[bytes, int] = {}  # key -> bytes that are reserved for it
+        self._written_s: dict[bytes, float] = {}  # of what is reserved: when it counts as used
         self._ignored: set[bytes] = set()
         self._watches: list[set[bytes]] = []
         self._used_bytes = 0
@@ -72,39 +86,48 @@ class DiskIndex:
 
     # -- writing and removing --------------------------------------------------------------------------
 
-    def reserve(self, key: bytes, nbytes: int) -> tuple[Admission, Victims]:
-        """Room for a new file; the caller removes the victims' files."""
+    def reserve(self, key: bytes, nbytes: int, used_s: float | None = None) -> tuple[Admission, Victims]:
+        """Room for a new file that counts as used at `used_s`, or now; the caller removes the victims' files."""
         with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+            used_s = self._uses.at(used_s)
+            if (block := self._blocks.get(key)) is not None:
+                block.last_use_s = max(block.last_use_s, used_s)
                 return Admission.STORED, []
             if key in self._owned:
                 return Admission.PENDING, []
             if sum(self._owned.values()) + nbytes > self.capacity_bytes:
                 return Admission.NO_SPACE, []
-            victims = self._pop_oldest(self._used_bytes + nbytes - self.capacity_bytes)
+            excess = self._used_bytes + nbytes - self.capacity_bytes
+            victims = self._pop_oldest(excess, used_s)
+            if victims is None:
+                return Admission.NO_SPACE, []
             self._owned[key] = nbytes
+            self._written_s[key] = used_s
             self._used_bytes += nbytes
             return Admission.RESERVED, victims
+
+    def last_use_of(self, key: bytes) -> float:
+        """When a file that is being written counts as used."""
+        return self._written_s[key]
 
     def commit(self, key: bytes, namespace: str) -> None:
         """The reserved file is in place."""
         with self._lock:
-            nbytes = self._owned.pop(key)
+            nbytes, used_s = self._owned.pop(key), self._written_s.pop(key)
             self._used_bytes -= nbytes
-            now = time.time()
             self._ignored.discard(key)
-            self._put(key, IndexedBlock(namespace, nbytes, now, now))
+            self._put(key, IndexedBlock(namespace, nbytes, used_s, used_s))
 
     def abort(self, key: bytes) -> None:
         """The reserved file will not come."""
         with self._lock:
             self._used_bytes -= self._owned.pop(key)
+            del self._written_s[key]
 
-    def evict(self, nbytes: int) -> Victims:
-        """The least recently used blocks of at least `nbytes` together, or all."""
+    def evict(self, nbytes: int, used_s: float | None = None) -> Victims:
+        """The least recently used blocks of at least `nbytes` together, or all; none if one was used after `used_s`."""
         with self._lock:
-            return self._pop_oldest(nbytes)
+            return self._pop_oldest(nbytes, used_s) or []
 
     def claim(self, key: bytes) -> bool:
         """Own a key to remove its file, known or not; False while another thread owns it."""
@@ -122,13 +145,13 @@ class DiskIndex:
             for removed in self._watches:
                 removed.add(key)
 
-    def put_back(self, key: bytes, block: IndexedBlock) -> None:
-        """A victim whose file could not be removed: again the first in line."""
+    def put_back(self, key: bytes, block: IndexedBlock, used_s: float | None = None) -> None:
+        """A victim that stays, used at `used_s`; or now, so that a file that cannot be removed does not stop others."""
         with self._lock:
             del self._owned[key]
             self.evicted_blocks -= 1
+            block.last_use_s = max(block.last_use_s, self._uses.now() if used_s is None else used_s)
             self._put(key, block)
-            self._blocks.move_to_end(key, last=False)
 
     def discard(self, key: bytes, block: IndexedBlock | None) -> bool:
         """The file was not there: forget what was known of it before, unless it has been written since."""
@@ -159,22 +182,35 @@ class DiskIndex:
                 # By identity: equal sets are equal.
                 self._watches = [watch for watch in self._watches if watch is not removed]
 
-    def use(self, key: bytes, seen: IndexedBlock, removed: set[bytes], touch_interval_s: float) -> bool:
-        """A block was read; True when its file's time should be brought up to date, at most once an interval."""
-        now = time.time()
+    def use(
+        self, key: bytes, seen: IndexedBlock, removed: set[bytes], touch_interval_s: float, used_s: float | None = None
+    ) -> float | None:
+        """A block was read, and counts as used at `used_s`, or now.
+
+        Returns:
+            The time that its file should get, at most once an interval; None if it is up to date.
+        """
         with self._lock:
+            used_s = self._uses.at(used_s)
             block = self._blocks.get(key)
             if block is None:
                 if key in self._owned or key in removed:
-                    return False
+                    return None
                 block = seen
                 self._put(key, block)
-            self._blocks.move_to_end(key)
-            block.last_use_s = now
-            if now - block.touched_s < touch_interval_s:
-                return False
-            block.touched_s = now
-            return True
+            return _touched(block, used_s, touch_interval_s)
+
+    def touch(
+        self, keys: Iterable[bytes], used_s: Iterable[float], touch_interval_s: float
+    ) -> list[tuple[bytes, float]]:
+        """Blocks were used above this tier; those whose files should get another time, and which."""
+        due: list[tuple[bytes, float]] = []
+        with self._lock:
+            for key, time_s in zip(keys, used_s, strict=True):
+                block, time_s = self._blocks.get(key), self._uses.at(time_s)
+                if block is not None and (file_s := _touched(block, time_s, touch_interval_s)) is not None:
+                    due.append((key, file_s))
+        return due
 
     # -- scanning --------------------------------------------------------------------------------------
 
@@ -184,9 +220,11 @@ class DiskIndex:
             self._scan += 1
 
     def merge(self, found: Iterable[tuple[bytes, IndexedBlock]], removed: set[bytes]) -> None:
-        """Files that a pass has found: new ones come before all others in the order until `end_scan` sorts."""
+        """Files that a pass has found."""
         with self._lock:
+            now_s = self._uses.now()
             for key, seen in found:
+                seen.last_use_s = min(seen.last_use_s, now_s)  # a clock that was wrong must not keep a block for ever
                 block = self._blocks.get(key)
                 if block is not None and block.stored_bytes == seen.stored_bytes:
                     block.scan = self._scan
@@ -194,23 +232,20 @@ class DiskIndex:
                     block.last_use_s = max(block.last_use_s, seen.last_use_s)
                 elif key not in self._owned and key not in self._ignored and key not in removed:
                     self._put(key, seen)
-                    self._blocks.move_to_end(key, last=False)
 
     def end_scan(self, unread: Iterable[str] = ()) -> None:
-        """The pass is over: what it has not seen is gone, and the order is that of last use.
+        """The pass is over: what it has not seen is gone.
 
         `unread` are namespaces that could not be read in full; their blocks stay.
         """
         kept = frozenset(unread)
         with self._lock:
-            present = [
-                (key, block)
-                for key, block in self._blocks.items()
-                if block.scan == self._scan or block.namespace in kept
-            ]
-            present.sort(key=lambda item: item[1].last_use_s)
-            self._blocks = OrderedDict(present)
-            self._used_bytes = sum(block.stored_bytes for _, block in present) + sum(self._owned.values())
+            present = {
+                key: block for key, block in self._blocks.items() if block.scan == self._scan or block.namespace in kept
+            }
+            self._blocks = present
+            self._used_bytes = sum(block.stored_bytes for block in present.values()) + sum(self._owned.values())
+            self._order_anew()
 
     # -- inside the lock -------------------------------------------------------------------------------
 
@@ -219,18 +254,52 @@ class DiskIndex:
         block.scan = self._scan
         self._blocks[key] = block
         self._used_bytes += block.stored_bytes
+        heapq.heappush(self._order, (block.last_use_s, next(self._numbers), key, block))
+        if len(self._order) > _STALE_FACTOR * len(self._blocks) + _STALE_SLACK:
+            self._order_anew()
 
     def _pop(self, key: bytes) -> None:
         if (block := self._blocks.pop(key, None)) is not None:
             self._used_bytes -= block.stored_bytes
 
-    def _pop_oldest(self, nbytes: int) -> Victims:
+    def _order_anew(self) -> None:
+        self._order = [(block.last_use_s, next(self._numbers), key, block) for key, block in self._blocks.items()]
+        heapq.heapify(self._order)
+
+    def _oldest(self) -> tuple[bytes, IndexedBlock] | None:
+        """The block that was used longest ago, which is then the first of the heap."""
+        while self._order:
+            time_s, _, key, block = self._order[0]
+            if self._blocks.get(key) is not block:
+                heapq.heappop(self._order)
+            elif block.last_use_s > time_s:
+                heapq.heapreplace(self._order, (block.last_use_s, next(self._numbers), key, block))
+            else:
+                return key, block
+        return None
+
+    def _pop_oldest(self, nbytes: int, used_s: float | None) -> Victims | None:
+        """None, and nothing is popped, if one of these blocks was used after `used_s`."""
         victims: Victims = []
-        while nbytes > 0 and self._blocks:
-            key, block = self._blocks.popitem(last=False)
-            self._used_bytes -= block.stored_bytes
+        while nbytes > 0 and (oldest := self._oldest()) is not None:
+            key, block = oldest
+            if used_s is not None and block.last_use_s > used_s:
+                for kept in victims:
+                    self._put(*kept)
+                return None
+            heapq.heappop(self._order)
+            self._pop(key)
             nbytes -= block.stored_bytes
+            victims.append(oldest)
+        for key, _ in victims:
             self._owned[key] = 0
-            victims.append((key, block))
         self.evicted_blocks += len(victims)
         return victims
+
+
+def _touched(block: IndexedBlock, used_s: float, touch_interval_s: float) -> float | None:
+    block.last_use_s = max(block.last_use_s, used_s)
+    if used_s - block.touched_s < touch_interval_s:
+        return None
+    block.touched_s = used_s
+    return block.last_use_s

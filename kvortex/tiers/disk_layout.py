@@ -1,7 +1,7 @@
 """Which file holds which block.
 
     <path>/blocks/<namespace digest, hex>/<first byte of the key, hex>/<key, hex>.kv1
-    <path>/tmp/<writer>.lock, <path>/tmp/<writer>/<number>.tmp
+    <path>/tmp/<writer>.lock, <path>/tmp/<writer>/<number>.tmp    (see `temp_space`)
 
 The `1` is the version of the frame. Whatever does not look like this belongs to somebody else or to a later version:
 it is not read, not counted and never deleted.
@@ -16,6 +16,7 @@ from kvortex.types import BLOCK_HASH_BYTES
 
 SUFFIX: Final = f".kv{FORMAT_VERSION}"
 _NAME_LENGTH: Final = 2 * BLOCK_HASH_BYTES
+_FAN_OUT_LENGTH: Final = 2
 _HEX: Final = frozenset("0123456789abcdef")
 
 
@@ -35,18 +36,38 @@ class DiskLayout:
         self.namespace = namespace
         self.namespace_name = namespace.hex()
 
+    @property
+    def namespace_directory(self) -> str:
+        """Where the blocks of this namespace lie."""
+        return f"{self.blocks}/{self.namespace_name}"
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Those that nobody else may write to, from the top."""
+        return os.path.realpath(self.root), self.blocks, self.namespace_directory, self.temp
+
     def directory(self, key: bytes, namespace_name: str | None = None) -> str:
         """Where the file of `key` lies, in this namespace or a given one."""
         return f"{self.blocks}/{namespace_name or self.namespace_name}/{key[0]:02x}"
 
     def path(self, key: bytes, namespace_name: str | None = None) -> str:
         """The file of `key`."""
-        return f"{self.directory(key, namespace_name)}/{key.hex()}{SUFFIX}"
+        return f"{self.directory(key, namespace_name)}/{name_of(key)}"
+
+
+def name_of(key: bytes) -> str:
+    """The name of a block's file in its directory."""
+    return f"{key.hex()}{SUFFIX}"
 
 
 def is_namespace_name(name: str) -> bool:
     """True for the directory of a namespace."""
     return len(name) == _NAME_LENGTH and _HEX.issuperset(name)
+
+
+def is_fan_out_name(name: str) -> bool:
+    """True for the directory of keys that begin with one byte."""
+    return len(name) == _FAN_OUT_LENGTH and _HEX.issuperset(name)
 
 
 def key_of(name: str, fan_out: str) -> bytes | None:

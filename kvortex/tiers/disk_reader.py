@@ -1,7 +1,5 @@
 """Reading one block's file into its buffer: blocking, called on the disk tier's threads."""
 
-import contextlib
-import os
 import time
 
 import numpy as np
@@ -27,7 +25,7 @@ class DiskReader:
         key = request.key
         known = self._files.index.get(key)
         try:
-            outcome = self._read(key, as_bytes(request.buffer))
+            outcome = self._read(key, as_bytes(request.buffer), request.used_s)
         except OSError as error:
             return self._failed(key, known, error)
         if outcome.cause is Cause.CORRUPT:
@@ -46,17 +44,18 @@ class DiskReader:
             self._files.index.discard(key, known)  # not asked for again before the next scan
         return ReadOutcome(MissReason.TRANSFER_FAILED, cause=cause, detail=detail)
 
-    def _read(self, key: bytes, target: NDArray[np.uint8]) -> ReadOutcome:
+    def _read(self, key: bytes, target: NDArray[np.uint8], used_s: float | None) -> ReadOutcome:
         files = self._files
         with files.index.watching() as removed:
-            fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+            fd = files.open(key)
             try:
                 outcome = self._read_frame(fd, key, target)
                 if outcome.reason is None:
                     stored_bytes = frame_bytes(outcome.payload_bytes)
                     seen = IndexedBlock(files.layout.namespace_name, stored_bytes, time.time())
-                    if files.index.use(key, seen, removed, files.config.touch_interval_s):
-                        self._touch(fd)
+                    due_s = files.index.use(key, seen, removed, files.config.touch_interval_s, used_s)
+                    if due_s is not None:
+                        files.touch(fd, due_s)
                 return outcome
             finally:
                 files.calls.close(fd)
@@ -119,10 +118,6 @@ class DiskReader:
         if frame_bytes(header.payload_bytes) != self._files.calls.file_bytes(fd):
             return _corrupt("the file's length is not what its header says")
         return _buffer_too_small(header.payload_bytes, nbytes)
-
-    def _touch(self, fd: int) -> None:
-        with contextlib.suppress(OSError):  # a read-only or foreign file: its age stays what it is
-            self._files.calls.touch(fd)
 
 
 def _corrupt(detail: str) -> ReadOutcome:

@@ -1,13 +1,13 @@
 """Finding out what lies in the directory, one fan-out directory at a time: blocking, called on a thread."""
 
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvortex.tiers.directories import directory, names_in
 from kvortex.tiers.disk_index import IndexedBlock
-from kvortex.tiers.disk_layout import DiskLayout, is_namespace_name, key_of
+from kvortex.tiers.disk_layout import DiskLayout, is_fan_out_name, is_namespace_name, key_of
 from kvortex.tiers.os_calls import OsCalls
-
-_FAN_OUT_LENGTH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,41 +19,46 @@ class ScanPart:
     path: str
 
 
-def list_parts(layout: DiskLayout, calls: OsCalls, namespace: str | None = None) -> list[ScanPart]:
-    """The fan-out directories of all namespaces, or of one. Raises `OSError` unless a directory is just not there."""
-    names = [namespace] if namespace is not None else _names(calls, layout.blocks)
+def list_parts(
+    layout: DiskLayout, calls: OsCalls, on_error: Callable[[str, OSError], None], namespace: str | None = None
+) -> list[ScanPart]:
+    """The fan-out directories of all namespaces, or of one.
+
+    `on_error` is told of namespaces that cannot be read. Raises `OSError` if the directory of all of them cannot.
+    """
+    names = [namespace] if namespace is not None else names_in(calls, layout.blocks)
     parts: list[ScanPart] = []
     for name in filter(is_namespace_name, names):
-        directory = f"{layout.blocks}/{name}"
-        parts += [
-            ScanPart(name, fan_out, f"{directory}/{fan_out}")
-            for fan_out in _names(calls, directory)
-            if len(fan_out) == _FAN_OUT_LENGTH
-        ]
+        path = f"{layout.blocks}/{name}"
+        try:
+            fan_outs = names_in(calls, path)
+        except OSError as error:
+            on_error(name, error)
+            continue
+        parts += [ScanPart(name, fan_out, f"{path}/{fan_out}") for fan_out in fan_outs if is_fan_out_name(fan_out)]
     return parts
 
 
-def read_part(part: ScanPart, calls: OsCalls) -> list[tuple[bytes, IndexedBlock]]:
-    """The blocks of one directory, with the times of their files. Raises `OSError` if it cannot be read."""
+def read_part(part: ScanPart, calls: OsCalls, on_error: Callable[[OSError], None]) -> list[tuple[bytes, IndexedBlock]]:
+    """The blocks of one directory, with the times of their files; nothing where it is a link or a file.
+
+    `on_error` is told of files that cannot be looked at. Raises `OSError` if the directory cannot be read.
+    """
     found: list[tuple[bytes, IndexedBlock]] = []
     try:
-        entries = calls.scandir(part.path)
-    except FileNotFoundError:
-        return found
-    for entry in entries:
-        if (key := key_of(entry.name, part.fan_out)) is None:
-            continue
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except FileNotFoundError:  # removed since the directory was read
-            continue
-        if stat.S_ISREG(status.st_mode):
-            found.append((key, IndexedBlock(part.namespace, status.st_size, status.st_mtime, status.st_mtime)))
-    return found
-
-
-def _names(calls: OsCalls, path: str) -> list[str]:
-    try:
-        return [entry.name for entry in calls.scandir(path)]
+        with directory(calls, part.path) as fd:
+            for name in calls.listdir(fd):
+                if (key := key_of(name, part.fan_out)) is None:
+                    continue
+                try:
+                    status = calls.stat(name, fd)
+                except FileNotFoundError:  # removed since the directory was read
+                    continue
+                except OSError as error:
+                    on_error(error)
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    found.append((key, IndexedBlock(part.namespace, status.st_size, status.st_mtime, status.st_mtime)))
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return found
+    return found

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from kvortex.tiers.base import Cause, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.direct import write_fully
+from kvortex.tiers.directories import directory, make_directories
 from kvortex.tiers.disk_files import DiskFiles, cause_of
-from kvortex.tiers.disk_index import Admission
+from kvortex.tiers.disk_index import Admission, Victims
 from kvortex.tiers.frame import ALIGNMENT_BYTES, FrameHeader, encode_header, frame_bytes, padded
 from kvortex.tiers.payload import copy_payload
-from kvortex.tiers.temp_space import TempSpace, make_directories
+from kvortex.tiers.temp_space import TempSpace
 from kvortex.types import SaveOutcome
 
 _STORED: Final = WriteOutcome(SaveOutcome.STORED)
@@ -39,17 +40,17 @@ class DiskWriter:
         """One block; every `OSError` is an outcome, and leaves nothing behind."""
         key, source, index = request.key, as_bytes(request.payload), self._files.index
         try:
-            if index.get(key) is None and (found := self._existing(key)) is not None:
+            if index.get(key) is None and (found := self._existing(request)) is not None:
                 return found
         except OSError as error:
             return _failed(error)
         nbytes = frame_bytes(source.size)
-        admission, victims = index.reserve(key, nbytes)
+        admission, victims = index.reserve(key, nbytes, request.used_s)
         if admission is not Admission.RESERVED:
             return _REFUSALS[admission]
         committed = False
         try:
-            self._files.remove_victims(victims)
+            self._files.remove_victims(victims, index.last_use_of(key))
             self._place(key, self._frame(request, source), nbytes)
             index.commit(key, self._files.layout.namespace_name)
             committed = True
@@ -60,12 +61,12 @@ class DiskWriter:
                 index.abort(key)
         return _STORED
 
-    def _existing(self, key: bytes) -> WriteOutcome | None:
+    def _existing(self, request: WriteRequest) -> WriteOutcome | None:
         """What a file that this process does not know of means for a write: None if it may be written over."""
-        files = self._files
+        files, key = self._files, request.key
         with files.index.watching() as removed:
             try:
-                fd = files.calls.open(files.layout.path(key), os.O_RDONLY | files.direct.flags)
+                fd = files.open(key)
             except FileNotFoundError:
                 return None
             try:
@@ -79,7 +80,9 @@ class DiskWriter:
             if not isinstance(header, FrameHeader) or frame_bytes(header.payload_bytes) != stored_bytes:
                 return None
             seen = files.seen(stored_bytes, time.time())
-            files.index.use(key, seen, removed, files.config.touch_interval_s)
+            due_s = files.index.use(key, seen, removed, files.config.touch_interval_s, request.used_s)
+            if due_s is not None:
+                files.touch(files.layout.path(key), due_s)
             return _ALREADY_STORED
 
     def _frame(self, request: WriteRequest, source: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -111,12 +114,15 @@ class DiskWriter:
             self._temp.open()
         except OSError as error:
             # The file system is smaller than the capacity: one block goes for the one that comes.
-            if cause_of(error) is not Cause.NO_SPACE or not (victims := self._files.index.evict(nbytes)):
+            if cause_of(error) is not Cause.NO_SPACE or not (victims := self._evict_for(key, nbytes)):
                 raise
-            self._files.remove_victims(victims)
+            self._files.remove_victims(victims, self._files.index.last_use_of(key))
         else:
             return
         self._try_place(key, pieces, nbytes)
+
+    def _evict_for(self, key: bytes, nbytes: int) -> Victims:
+        return self._files.index.evict(nbytes, self._files.index.last_use_of(key))
 
     def _try_place(self, key: bytes, pieces: list[NDArray[np.uint8]], nbytes: int) -> None:
         self._make(self._files.layout.directory(key))
@@ -127,6 +133,7 @@ class DiskWriter:
             try:
                 if write_fully(self._files.calls, fd, pieces) != nbytes:
                     raise OSError(errno.EIO, "the system took only a part of the file", path)
+                self._files.touch(fd, self._files.index.last_use_of(key))
                 if self._files.config.fsync:
                     self._files.calls.fdatasync(fd)
             finally:
@@ -138,10 +145,11 @@ class DiskWriter:
                 with contextlib.suppress(OSError):  # the sweep of a later start takes it
                     self._files.calls.unlink(path)
 
-    def _make(self, directory: str) -> None:
-        if directory not in self._made:
-            make_directories(self._files.calls, directory)
-            self._made.add(directory)
+    def _make(self, path: str) -> None:
+        if path not in self._made:
+            make_directories(self._files.calls, path)
+            with directory(self._files.calls, path):  # which is no link
+                self._made.add(path)
 
 
 def _failed(error: OSError) -> WriteOutcome:

@@ -1,7 +1,5 @@
 """A tier in ordinary memory: for tests, and the smallest example of the contract."""
 
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +24,7 @@ from kvortex.tiers.base import (
 )
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.payload import copy_payload
+from kvortex.tiers.uses import UseClock
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 
@@ -48,6 +47,7 @@ class MemoryTier(Tier):
     """
 
     name = "memory"
+    outlives_process = False
 
     def __init__(self, capacity_bytes: int, *, namespace: bytes) -> None:
         if capacity_bytes < 1:
@@ -56,7 +56,8 @@ class MemoryTier(Tier):
             raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
         self.namespace = namespace
         self._capacity_bytes = capacity_bytes
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._kept: dict[bytes, _Kept] = {}
+        self._uses = UseClock()
         self._used_bytes = 0
         self._evicted_blocks = 0
         self._counters = TierCounters()
@@ -107,6 +108,12 @@ class MemoryTier(Tier):
         self._check(keys)
         return [self._drop(key) is not None for key in keys]
 
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        self._check(keys)
+        for key, time_s in zip(keys, used_s, strict=True):
+            if (kept := self._kept.get(key)) is not None:
+                kept.last_use_s = max(kept.last_use_s, self._uses.at(time_s))
+
     @property
     def capacity_bytes(self) -> int:
         return self._capacity_bytes
@@ -142,25 +149,37 @@ class MemoryTier(Tier):
             self._drop(request.key)
             self._counters.record_removed_corrupt()
             return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT)
-        self._kept.move_to_end(request.key)
-        kept.last_use_s = time.time()
+        kept.last_use_s = max(kept.last_use_s, self._uses.at(request.used_s))
         return ReadOutcome(None, kept.payload.size, kept.raw_bytes, kept.codec, kept.digest)
 
     def _write(self, request: WriteRequest) -> WriteOutcome:
-        if request.key in self._kept:
-            self._kept.move_to_end(request.key)
+        used_s = self._uses.at(request.used_s)
+        if (kept := self._kept.get(request.key)) is not None:
+            kept.last_use_s = max(kept.last_use_s, used_s)
             return WriteOutcome(SaveOutcome.ALREADY_STORED)
         payload = as_bytes(request.payload)
-        if payload.size > self._capacity_bytes:
+        if payload.size > self._capacity_bytes or not self._make_room(payload.size, used_s):
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)
-        while self._used_bytes + payload.size > self._capacity_bytes:
-            self._drop(next(iter(self._kept)))
-            self._evicted_blocks += 1
-        self._kept[request.key] = _Kept(
-            payload.copy(), request.digest, request.raw_bytes, int(request.codec), time.time()
-        )
+        self._kept[request.key] = _Kept(payload.copy(), request.digest, request.raw_bytes, int(request.codec), used_s)
         self._used_bytes += payload.size
         return WriteOutcome(SaveOutcome.STORED)
+
+    def _make_room(self, nbytes: int, used_s: float) -> bool:
+        """Drop what was used longest ago; nothing, and False, if some of that was used after `used_s`."""
+        excess = self._used_bytes + nbytes - self._capacity_bytes
+        victims: list[bytes] = []
+        if excess > 0:
+            for key, kept in sorted(self._kept.items(), key=lambda item: item[1].last_use_s):
+                if kept.last_use_s > used_s:
+                    return False
+                victims.append(key)
+                excess -= kept.payload.size
+                if excess <= 0:
+                    break
+        for key in victims:
+            self._drop(key)
+        self._evicted_blocks += len(victims)
+        return True
 
     def _drop(self, key: bytes) -> _Kept | None:
         kept = self._kept.pop(key, None)

@@ -11,9 +11,9 @@ IoVector: TypeAlias = Sequence[memoryview]
 class OsCalls:
     """Passes everything on; every method raises `OSError` as the call does. Blocking; from any thread."""
 
-    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+    def open(self, path: str, flags: int, mode: int = 0o600, dir_fd: int | None = None) -> int:
         """A file descriptor; never inherited, never through a symbolic link."""
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, dir_fd=dir_fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -22,8 +22,11 @@ class OsCalls:
         """Length of an open file."""
         return os.fstat(fd).st_size
 
-    def stat(self, path: str) -> os.stat_result:
-        return os.stat(path, follow_symlinks=False)
+    def fstat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def stat(self, path: str, dir_fd: int | None = None) -> os.stat_result:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
 
     def preadv(self, fd: int, buffers: IoVector, offset: int) -> int:
         return os.preadv(fd, buffers, offset)
@@ -34,25 +37,29 @@ class OsCalls:
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
 
-    def touch(self, fd: int) -> None:
-        """Set the file's times to now."""
-        os.utime(fd)
+    def touch(self, file: int | str, time_s: float) -> None:
+        """Set the times of an open file, or of a path that is no symbolic link, in seconds since the epoch."""
+        times = (int(time_s * 1e9), int(time_s * 1e9))
+        if isinstance(file, int):
+            os.utime(file, ns=times)
+        else:
+            os.utime(file, ns=times, follow_symlinks=False)
 
     def replace(self, source: str, target: str) -> None:
         os.replace(source, target)
 
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
+    def unlink(self, path: str, dir_fd: int | None = None) -> None:
+        os.unlink(path, dir_fd=dir_fd)
 
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o700)
 
-    def rmdir(self, path: str) -> None:
-        os.rmdir(path)
+    def rmdir(self, path: str, dir_fd: int | None = None) -> None:
+        os.rmdir(path, dir_fd=dir_fd)
 
-    def scandir(self, path: str) -> list[os.DirEntry[str]]:
-        with os.scandir(path) as entries:
-            return list(entries)
+    def listdir(self, fd: int) -> list[str]:
+        """Names in an open directory."""
+        return os.listdir(fd)
 
     def try_lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file unless another process or descriptor has it."""

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from kvortex.jit import njit
 from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
 
 _WORD = 8

@@ -3,30 +3,30 @@
 A writer owns a directory `tmp/<id>` and the lock of a file `tmp/<id>.lock` for as long as it lives. The system drops
 the lock with the process, however it ends, so whoever gets it may clear the directory. Unlike a pid this means the
 same in all containers that share the directory, and is never used again.
+
+What is cleared was made here beyond doubt: an id is 32 hexadecimal digits, its lock is a file that begins with
+`LOCK_CONTENT`, its directory is no link, and in that only files of the names that writers give are removed. All else in
+`tmp` is somebody else's and stays.
 """
 
 import contextlib
 import itertools
 import os
+import re
+import stat
 import threading
 import uuid
+from collections.abc import Callable
+from typing import Final
 
+from kvortex.tiers.directories import directory, make_directories, names_in
 from kvortex.tiers.os_calls import OsCalls
 
+LOCK_CONTENT: Final = b"kvortex writer\n"
 _LOCK_SUFFIX = ".lock"
 _TEMP_SUFFIX = ".tmp"
-
-
-def make_directories(calls: OsCalls, path: str) -> None:
-    """Create a directory and those above it, mode 0700; existing ones stay as they are. Raises `OSError`."""
-    try:
-        calls.mkdir(path)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        make_directories(calls, os.path.dirname(path))
-        with contextlib.suppress(FileExistsError):  # another process was quicker
-            calls.mkdir(path)
+_LOCK_NAME = re.compile(r"([0-9a-f]{32})\.lock")
+_TEMP_NAME = re.compile(r"[0-9]+\.tmp")
 
 
 class TempSpace:
@@ -63,13 +63,25 @@ class TempSpace:
                     self._calls.unlink(self._lock_path(self._id))
             self._release()
 
-    def sweep(self) -> int:
-        """Remove what dead writers left; returns the number of files. Raises `OSError`."""
+    def sweep(self, on_error: Callable[[OSError], None]) -> int:
+        """Remove what dead writers left; returns the number of files.
+
+        `on_error` is told of what could not be looked at or removed; the rest goes nevertheless.
+        """
         removed = 0
-        entries = {entry.name for entry in self._calls.scandir(self._parent)}
-        owners = {name.removesuffix(_LOCK_SUFFIX) for name in entries}
-        for owner in owners - {self._id}:
-            removed += self._sweep_owner(owner)
+        try:
+            owners = [found[1] for name in names_in(self._calls, self._parent) if (found := _LOCK_NAME.fullmatch(name))]
+        except OSError as error:
+            on_error(error)
+            return 0
+        for owner in owners:
+            if owner != self._id:
+                try:
+                    removed += self._sweep_owner(owner)
+                except FileNotFoundError:  # another sweep was quicker
+                    continue
+                except OSError as error:
+                    on_error(error)
         return removed
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -80,17 +92,23 @@ class TempSpace:
     def _try_own(self) -> None:
         owner = uuid.uuid4().hex
         fd = self._calls.open(self._lock_path(owner), os.O_CREAT | os.O_EXCL | os.O_RDWR)
-        # A sweep that came before the lock has removed the file by now, or is about to: then it has the lock.
-        if self._calls.try_lock(fd) and self._is_file(self._lock_path(owner)):
-            self._lock_fd, self._id = fd, owner
-            self._calls.mkdir(f"{self._parent}/{owner}")
-        else:
-            self._calls.close(fd)
+        owned = False
+        try:
+            # A sweep that came before the lock has removed the file by now, or is about to: then it has the lock.
+            if self._calls.try_lock(fd) and self._is_there(self._lock_path(owner)):
+                with contextlib.suppress(OSError):  # a full disk can still be read; the sweep spares its files then
+                    self._calls.pwritev(fd, [memoryview(LOCK_CONTENT)], 0)
+                self._calls.mkdir(f"{self._parent}/{owner}")
+                self._lock_fd, self._id = fd, owner
+                owned = True
+        finally:
+            if not owned:
+                self._calls.close(fd)
 
     def _is_intact(self) -> bool:
-        return self._is_file(self._lock_path(self._id)) and self._is_file(f"{self._parent}/{self._id}")
+        return self._is_there(self._lock_path(self._id)) and self._is_there(f"{self._parent}/{self._id}")
 
-    def _is_file(self, path: str) -> bool:
+    def _is_there(self, path: str) -> bool:
         try:
             self._calls.stat(path)
         except FileNotFoundError:
@@ -103,23 +121,41 @@ class TempSpace:
             self._lock_fd = None
 
     def _sweep_owner(self, owner: str) -> int:
-        try:
-            fd = self._calls.open(self._lock_path(owner), os.O_CREAT | os.O_RDWR)
-        except FileNotFoundError:
-            return 0
-        try:
-            return self._clear(owner) if self._calls.try_lock(fd) else 0
-        finally:
-            self._calls.close(fd)
+        with directory(self._calls, self._parent) as parent_fd:
+            # Non-blocking: what has the name of a lock may be a pipe.
+            fd = self._calls.open(f"{owner}{_LOCK_SUFFIX}", os.O_RDONLY | os.O_NONBLOCK, dir_fd=parent_fd)
+            try:
+                content = self._lock_content(fd)
+                # An empty one is of a writer that died before it had made its directory.
+                if content not in (LOCK_CONTENT, b"") or not self._calls.try_lock(fd):
+                    return 0
+                return self._clear(parent_fd, owner, with_files=content == LOCK_CONTENT)
+            finally:
+                self._calls.close(fd)
 
-    def _clear(self, owner: str) -> int:
-        """Under the owner's lock."""
-        directory, removed = f"{self._parent}/{owner}", 0
-        with contextlib.suppress(FileNotFoundError):  # another sweep was quicker
-            for entry in self._calls.scandir(directory):
-                self._calls.unlink(entry.path)
+    def _lock_content(self, fd: int) -> bytes | None:
+        """What a lock says; None for what is no regular file."""
+        if not stat.S_ISREG(self._calls.fstat(fd).st_mode):
+            return None
+        content = bytearray(len(LOCK_CONTENT) + 1)
+        count = self._calls.preadv(fd, [memoryview(content)], 0)
+        return bytes(content[:count])
+
+    def _clear(self, parent_fd: int, owner: str, *, with_files: bool) -> int:
+        """Under the owner's lock; the lock goes last, and stays as long as anything is left."""
+        removed = 0
+        with contextlib.suppress(FileNotFoundError):  # it died before it had made one
+            if with_files:
+                with directory(self._calls, owner, parent_fd) as fd:
+                    removed = self._remove_files(fd)
+            self._calls.rmdir(owner, parent_fd)
+        self._calls.unlink(f"{owner}{_LOCK_SUFFIX}", parent_fd)
+        return removed
+
+    def _remove_files(self, fd: int) -> int:
+        removed = 0
+        for name in filter(_TEMP_NAME.fullmatch, self._calls.listdir(fd)):
+            if stat.S_ISREG(self._calls.stat(name, fd).st_mode):
+                self._calls.unlink(name, fd)
                 removed += 1
-            self._calls.rmdir(directory)
-        with contextlib.suppress(FileNotFoundError):
-            self._calls.unlink(self._lock_path(owner))
         return removed

@@ -27,6 +27,7 @@ from kvortex.vllm.versions import (
     connector_around,
     pass_reports_through,
     recompute_failed_loads,
+    watch_allocations,
     watch_sleep,
 )
 from kvortex.vllm.weights import WeightsWatch, watch_resets
@@ -83,6 +84,8 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             scheduler = importlib.import_module("kvortex.vllm.scheduler")
             half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, waits_for_hello=around is not None)
             self._scheduler_half = half
+            if around is not None:
+                watch_allocations(around, half.allocated_for_others)
             self._end_watches.callback(watch_resets(half.vllm_was_reset))
         else:
             worker = importlib.import_module("kvortex.vllm.worker")

@@ -1,12 +1,11 @@
 """What the scheduler half remembers: requests, and the jobs that are under way for them."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from kvortex.control import LoadPlan, SavePlan
-from kvortex.types import BLOCK_HASH_BYTES, BlockHash
+from kvortex.types import BlockHash
 from kvortex.vllm.events import PlannedBlocks
 from kvortex.vllm.plans import JobOutcome
 from kvortex.vllm.tier_planner import NO_WRITE
@@ -25,16 +24,12 @@ class TrackedRequest:
 
     request: "Request"
     block_ids: list[int] = field(default_factory=list)
+    first: int = 0  # block behind those that vLLM found in its own cache, when it last asked
     num_planned: int = 0  # leading blocks that were saved, or found saved
     too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
-    scheduled: bool = False  # since its blocks were allocated
     has_stale_kv: bool = False  # computed with weights that are others now: none of it is saved
-
-    def blocks_to_go_on(self, block_size: int) -> int:
-        """Blocks that it must have to compute its known tokens and one more."""
-        return max(int(self.request.num_tokens) // block_size + 1, len(self.block_ids))
 
 
 @dataclass(slots=True)
@@ -82,9 +77,3 @@ def group_parts(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
             group, count = [], 0
     if group:
         yield group
-
-
-def as_keys(hashes: Sequence[bytes]) -> list[BlockHash]:
-    """vLLM's hashes as keys: SHA-256 as it is, shorter ones hashed to full width."""
-    keys = [h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest() for h in hashes]
-    return cast("list[BlockHash]", keys)  # a BlockHash each would take longer than the list itself

@@ -5,27 +5,34 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Forms
+from kvortex.codecs import RAW, Forms
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError, KVortexError
-from kvortex.hashing import Namespace, cache_key
+from kvortex.hashing import Namespace
 from kvortex.sync import LoopThread
 from kvortex.tiering import tier_of
-from kvortex.tiers import ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
-from kvortex.types import BlockHash, TransferPlan
+from kvortex.tiering.guard import GuardedTier
+from kvortex.tiering.keys import key_as_is
+from kvortex.tiers import ReadOutcome, ReadRequest, WriteOutcome, WriteRequest
+from kvortex.tiers.uses import UseClock
+from kvortex.types import SaveOutcome, TransferPlan
 
 logger = logging.getLogger(__name__)
 
-KEY_BYTES = 32
+Value = TypeVar("Value")
+
 EPOCH_BYTES = 16
 SCAN_WAIT_S = 0.5  # a small store is known when the server starts, a large one becomes so while it serves
 REMEMBERED_KEYS = 1 << 20  # some 100 bytes each
+LOST_S = 60.0  # what could not be read may have been in the way of a device that hung: it is tried again
 FETCH_BATCH = 16  # blocks that a tier is asked for at once: they come in order, and none waits for the last
 
 
@@ -40,26 +47,32 @@ def check_supported(config: KVortexConfig) -> None:
             raise ConfigError(f"in vLLM {name} can be {value!r} only, not {getattr(config, name)!r}")
 
 
-class _Memory:
-    """The last keys that were added, up to `REMEMBERED_KEYS`."""
+_NOT_TRIED = WriteOutcome(SaveOutcome.FAILED)
+
+
+class _Memory(Generic[Value]):
+    """The last keys that were added, up to `REMEMBERED_KEYS`, with what is known of them."""
 
     def __init__(self) -> None:
-        self._keys: dict[bytes, None] = {}
+        self._known: dict[bytes, Value] = {}
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._keys
+        return key in self._known
 
-    def add(self, keys: Iterable[bytes]) -> None:
-        self._keys.update(dict.fromkeys(keys))
-        while len(self._keys) > REMEMBERED_KEYS:
-            del self._keys[next(iter(self._keys))]
+    def get(self, key: bytes) -> Value | None:
+        return self._known.get(key)
+
+    def add(self, keys: Iterable[bytes], value: Value) -> None:
+        self._known.update(dict.fromkeys(keys, value))
+        while len(self._known) > REMEMBERED_KEYS:
+            del self._known[next(iter(self._known))]
 
     def discard(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            self._keys.pop(key, None)
+            self._known.pop(key, None)
 
     def clear(self) -> None:
-        self._keys.clear()
+        self._known.clear()
 
 
 class TierIndex:
@@ -75,15 +88,25 @@ class TierIndex:
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._tier = tier
-        self._namespace = namespace
+        self._packs = namespace.codec != RAW
+        self._timeout_s = config.tier_timeout_s
         self._epoch = b""
-        self._written = _Memory()  # by this server's workers; the tier's own index knows of it after its next scan
-        self._lost = _Memory()
+        # By this server's workers, and whether packed; the tier's own index knows of it after its next scan.
+        self._written: _Memory[bool] = _Memory()
+        self._lost: _Memory[float] = _Memory()  # until when
         self._thread: LoopThread | None = LoopThread()
-        self._thread.run(self._open())
+        try:
+            self._thread.run(self._open())
+        except BaseException:
+            self._thread.stop()
+            raise
 
     async def _open(self) -> None:
-        await self._tier.open()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._tier.open()
+        except TimeoutError:
+            raise ConfigError(f"the {self._tier.name} tier has not opened in {self._timeout_s} s") from None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._tier.scanned(), SCAN_WAIT_S)
 
@@ -97,33 +120,37 @@ class TierIndex:
         self._written.clear()
         self._lost.clear()
 
-    def known_run(self, keys: Sequence[bytes]) -> list[int]:
-        """For the leading keys that are known to be there, the bytes that reading them takes; 0 where only the workers
-        can know."""
-        run = []
-        sizes = self._tier.lookup([cache_key(self._namespace, BlockHash(key)) for key in keys])
-        for key, nbytes in zip(keys, sizes, strict=True):
-            if key in self._lost or not (nbytes or key in self._written):
+    def known_run(self, keys: Sequence[bytes]) -> list[bool]:
+        """For the leading keys that are known to be there, whether the blocks rest packed."""
+        run: list[bool] = []
+        now_s = time.monotonic()
+        stored = self._tier.lookup(keys)
+        as_is = self._tier.lookup([key_as_is(key) for key in keys]) if self._packs else [0] * len(keys)
+        for key, nbytes, nbytes_as_is in zip(keys, stored, as_is, strict=True):
+            written = self._written.get(key)
+            if (self._lost.get(key) or 0.0) > now_s or not (nbytes or nbytes_as_is or written is not None):
                 break
-            run.append(nbytes)
+            run.append(self._packs and (bool(nbytes) if nbytes or nbytes_as_is else bool(written)))
         return run
 
-    def written(self, keys: Sequence[bytes]) -> None:
-        """The workers have written these blocks."""
-        self._written.add(keys)
+    def written(self, keys: Sequence[bytes], packed: bool) -> None:
+        """The workers have written these blocks, packed or as they are."""
+        self._written.add(keys, packed)
         self._lost.discard(keys)
 
     def lost(self, keys: Sequence[bytes]) -> None:
-        """The workers could not read these blocks."""
+        """The workers could not read these blocks: they are not asked for again for a while."""
         self._written.discard(keys)
-        self._lost.add(keys)
+        self._lost.add(keys, time.monotonic() + LOST_S)
 
     def close(self) -> None:
         """Close the tier; idempotent."""
         if self._thread is not None:
-            self._thread.run(self._tier.aclose())
-            self._thread.stop()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            try:
+                thread.run(self._tier.aclose())
+            finally:
+                thread.stop()
 
 
 class TierMover:
@@ -140,12 +167,14 @@ class TierMover:
         tier = tier_of(config, namespace)
         if tier is None:
             raise ConfigError("no lower tier is configured")
-        self._tier: Tier = tier
-        self._namespace = namespace
+        self._guard = GuardedTier(tier, config.tier_timeout_s, time.monotonic)
+        self._packs = namespace.codec != RAW
         self._pool = pool
         self._forms = forms
         self._timeout_s = config.tier_timeout_s
         self._usable = False
+        self._opening: asyncio.Task[None] | None = None
+        self._uses = UseClock()
         self._epoch = b""
 
     def forget_all(self) -> None:
@@ -153,18 +182,32 @@ class TierMover:
         self._epoch = os.urandom(EPOCH_BYTES)
 
     async def open(self) -> None:
-        """Open the tier; one that cannot be opened is logged and takes nothing."""
+        """Open the tier; one that cannot be opened is logged and takes nothing, one that takes long may come later."""
+        self._opening = asyncio.create_task(self._open())
+        if not (await asyncio.wait([self._opening], timeout=self._timeout_s))[0]:
+            name = self._guard.tier.name
+            logger.error("the %s tier cannot be used yet: it has not opened in %s s", name, self._timeout_s)
+
+    async def _open(self) -> None:
+        tier = self._guard.tier
         try:
-            await self._tier.open()
+            await tier.open()
             self._usable = True
         except KVortexError as error:
-            logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", self._tier.name, error)
+            logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", tier.name, error)
+        except Exception:  # a tier may be anybody's code, and must not stop the server
+            logger.exception("the %s tier cannot be used, blocks stay in the pool alone", tier.name)
 
     async def aclose(self) -> None:
         """Close it; nothing may be under way."""
         self._usable = False
-        await self._tier.aclose()
-        self._pool = self._pool[:0].copy()
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening], timeout=self._timeout_s)
+        try:
+            await self._guard.aclose()
+        finally:
+            self._pool = self._pool[:0].copy()
 
     async def write(self, keys: Sequence[bytes], plan: TransferPlan, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Write blocks of the pool; returns which are stored, `bool [n]`, when nothing reads the pool any more."""
@@ -175,19 +218,26 @@ class TierMover:
             stored[position] = outcome.outcome.is_stored
             settled.one()
 
+        used_s = self._uses.chain(plan.num_blocks).tolist()
         requests = [
             WriteRequest(
-                self._tier_key(key),
+                self._tier_key(key, _is_packed(plan, i)),
                 self._payload(plan, i),
                 digest,
                 self._forms.payloads.raw,
                 self._forms.codec_number(_is_packed(plan, i)),
                 partial(done, i),
+                used_s[i],
             )
             for i, (key, digest) in enumerate(zip(keys, digests.tolist(), strict=True))
         ]
-        if requests and self._usable:
-            await self._tier.write(requests, deadline_s=self._timeout_s)
+        if not self._usable:
+            return stored
+        admitted = self._guard.writes.admit(len(requests))
+        for request in requests[admitted:]:
+            request.settle(_NOT_TRIED)
+        if admitted:
+            await self._guard.write(requests[:admitted])
             await settled.wait()
         return stored
 
@@ -198,9 +248,14 @@ class TierMover:
             Which have arrived, `bool [n]`, when nothing writes to the pool any more.
         """
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
-        for start in range(0, plan.num_blocks, FETCH_BATCH):
-            batch = range(start, min(start + FETCH_BATCH, plan.num_blocks))
-            await self._fetch_batch(keys, plan, batch, digests, arrived)
+        used_s = self._uses.chain(plan.num_blocks)
+        start = 0
+        while self._usable and start < plan.num_blocks:
+            admitted = self._guard.reads.admit(min(FETCH_BATCH, plan.num_blocks - start))
+            if not admitted:  # it hangs, or failed too often: what is not read is computed
+                break
+            await self._fetch_batch(keys, plan, range(start, start + admitted), digests, arrived, used_s)
+            start += admitted
         return arrived
 
     async def _fetch_batch(
@@ -210,6 +265,7 @@ class TierMover:
         batch: range,
         digests: NDArray[np.uint64],
         arrived: NDArray[np.bool_],
+        used_s: NDArray[np.float64],
     ) -> None:
         settled = _Countdown(len(batch))
 
@@ -221,17 +277,22 @@ class TierMover:
                 arrived[position] = True
             settled.one()
 
-        requests = [ReadRequest(self._tier_key(keys[i]), self._payload(plan, i), partial(done, i)) for i in batch]
-        if self._usable:
-            await self._tier.read(requests, deadline_s=self._timeout_s)
-            await settled.wait()
+        requests = [
+            ReadRequest(
+                self._tier_key(keys[i], _is_packed(plan, i)), self._payload(plan, i), partial(done, i), float(used_s[i])
+            )
+            for i in batch
+        ]
+        await self._guard.read(requests)
+        await settled.wait()
 
     def _payload(self, plan: TransferPlan, position: int) -> NDArray[np.uint8]:
         offset = int(plan.offsets[position])
         return self._pool[offset : offset + self._forms.payload_nbytes(_is_packed(plan, position))]
 
-    def _tier_key(self, key: bytes) -> bytes:
-        return cache_key(self._namespace, BlockHash(_in_epoch(key, self._epoch)))
+    def _tier_key(self, key: bytes, packed: bool) -> bytes:
+        key = _in_epoch(key, self._epoch)
+        return key_as_is(key) if self._packs and not packed else key
 
 
 class _Countdown:
@@ -248,11 +309,6 @@ class _Countdown:
 
     async def wait(self) -> None:
         await self._event.wait()
-
-
-def split_keys(joined: bytes) -> list[bytes]:
-    """The keys of a job."""
-    return [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
 
 
 def _in_epoch(key: bytes, epoch: bytes) -> bytes:

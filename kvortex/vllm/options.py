@@ -1,15 +1,25 @@
 """The connector's options: `kv_connector_extra_config`, checked."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from kvortex.config import MIB, KVortexConfig
+from kvortex.config import MIB, KVortexConfig, ModelIdentity
 from kvortex.errors import ConfigError
+from kvortex.settings import conform, hints_of, require, require_known
 
 # Serving shares the GPU: four staging buffers of this size, instead of the engine's 128 MiB.
 STAGING_BYTES = 32 * MIB
+
+WITHOUT_MEANING: Final = {
+    "max_outstanding_requests": "vLLM's max_num_seqs bounds the requests",
+    "tier_shed": "what finds no room in the queue is not written",
+    "fetch_blocks": "a request's blocks are fetched together, up to half of the pool",
+}
+"""Settings of an engine that the connector does not use, and why."""
+
+IDENTITY_OPTIONS: Final = ("model", "weights_revision")
+"""What a user may add to what vLLM's own configuration says of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +28,7 @@ class ConnectorOptions:
 
     Args:
         engine: `cpu_pool_bytes` (per worker, or for all ranks that share a pool; write "16GiB") and every other
-            setting of `KVortexConfig`, given beside those below.
+            setting of `KVortexConfig` that has a meaning in vLLM, given beside those below.
         min_hit_blocks: shorter hits are computed; a load has to be worth a step of waiting.
         pending_wait_s: how long a request may wait for blocks that are just being saved before it computes them.
         save_decoded: save blocks that fill up while decoding too: the next turn's prompt begins with them.
@@ -29,29 +39,33 @@ class ConnectorOptions:
     pending_wait_s: float = 0.1
     save_decoded: bool = True
 
+    def __post_init__(self) -> None:
+        conform(self)
+        require(self.min_hit_blocks >= 1, f"min_hit_blocks must be at least 1, not {self.min_hit_blocks}")
+        require(self.pending_wait_s >= 0, f"pending_wait_s must not be negative, got {self.pending_wait_s}")
+
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorOptions":
         """Options by name.
 
         Raises:
-            ConfigError: an unknown name, or a value of the wrong type or out of range.
+            ConfigError: a name that is unknown or means nothing here, or a value of the wrong type or out of range.
         """
-        own = {f.name for f in dataclasses.fields(cls)} - {"engine"}
-        values = {name: value for name, value in extra.items() if name in own}
-        rest = {name: value for name, value in extra.items() if name not in own}
-        known = {f.name for f in dataclasses.fields(KVortexConfig)}
-        if unknown := sorted(set(rest) - known):
-            raise ConfigError(
-                f"kv_connector_extra_config: unknown option {unknown[0]!r}; known are {', '.join(sorted(own | known))}"
-            )
-        options = cls(engine=KVortexConfig.from_mapping({"max_batch_bytes": STAGING_BYTES, **rest}), **values)
-        options._check()
-        return options
+        own = set(hints_of(cls)) - {"engine"}
+        engine = set(hints_of(KVortexConfig)) - set(WITHOUT_MEANING)
+        for name in extra:
+            if name in WITHOUT_MEANING:
+                raise ConfigError(f"{name} has no effect in vLLM, leave it out: {WITHOUT_MEANING[name]}")
+        require_known(extra, own | engine, "kv_connector_extra_config", "option")
+        _check_identity(extra.get("identity", {}))
+        settings = {"max_batch_bytes": STAGING_BYTES, **{name: extra[name] for name in extra if name in engine}}
+        return cls(engine=KVortexConfig.from_mapping(settings), **{name: extra[name] for name in extra if name in own})
 
-    def _check(self) -> None:
-        if type(self.min_hit_blocks) is not int or self.min_hit_blocks < 1:
-            raise ConfigError(f"min_hit_blocks must be a positive number, not {self.min_hit_blocks!r}")
-        if not isinstance(self.pending_wait_s, int | float) or self.pending_wait_s < 0:
-            raise ConfigError(f"pending_wait_s must be seconds, not {self.pending_wait_s!r}")
-        if not isinstance(self.save_decoded, bool):
-            raise ConfigError(f"save_decoded must be true or false, not {self.save_decoded!r}")
+
+def _check_identity(identity: Any) -> None:
+    names = set(identity) if isinstance(identity, Mapping) else set()
+    for name in sorted(names & set(hints_of(ModelIdentity)) - set(IDENTITY_OPTIONS)):
+        raise ConfigError(
+            f"identity.{name} follows from vLLM's own configuration, leave it out; "
+            f"here identity takes {' and '.join(IDENTITY_OPTIONS)}"
+        )

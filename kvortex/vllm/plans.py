@@ -75,6 +75,13 @@ class WeightsChanged:
     """What one worker says when its model has got other weights: whatever was planned so far is of the old ones."""
 
 
+@dataclass(frozen=True)
+class PoolShrunk:
+    """What one worker says when no more of its pool can be pinned: how much of what is planned lies in what is."""
+
+    pool_bytes: int
+
+
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """What a worker found when it registered its caches; `namespace` of its blocks in the lower tier, if it has one.

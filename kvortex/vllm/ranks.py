@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
-from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 
 from kvortex.config import KVortexConfig
 from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
-from kvortex.memory import SharedMemory, SharedTicket
+from kvortex.memory import SharedMemory, SharedTicket, check_memory
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 from kvortex.vllm.model import is_latent, only_group
 
@@ -57,10 +57,11 @@ class Coordinated:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Who else there is: the ranks that hold the same KV, and the stages that hold other layers; None for nobody."""
+    """Who else there is: the ranks that hold the same KV, the stages that hold other layers, all; None for nobody."""
 
     equals: RankGroup | None = None
     stages: RankGroup | None = None
+    everybody: RankGroup | None = None
 
 
 def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Peers:
@@ -70,7 +71,29 @@ def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Pee
     return Peers(
         equals=Coordinated(get_tp_group()) if latent else None,
         stages=Coordinated(get_pp_group()) if parallel.pipeline_parallel_size > 1 else None,
+        everybody=Coordinated(get_world_group()) if parallel.world_size > 1 else None,
     )
+
+
+def check_memory_of_all(peers: Peers, pool_bytes: int, ranks: int) -> None:
+    """Refuse pools that this machine cannot hold together, before any of its ranks has taken one.
+
+    Args:
+        peers: of this rank; all of them call this at the same time.
+        pool_bytes: of one rank's pool.
+        ranks: of this machine that take as much each.
+
+    Raises:
+        ConfigError: they do not fit, here or where another rank is.
+    """
+    why = ""
+    try:
+        check_memory(pool_bytes, ranks=ranks)
+    except ConfigError as error:
+        why = str(error)
+    answers = peers.everybody.exchange(why) if peers.everybody is not None else [why]
+    if refused := [answer for answer in answers if answer]:
+        raise ConfigError(refused[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,25 +9,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm.v1.request import RequestStatus
 
+from kvortex.config import format_bytes
 from kvortex.control import ControlPlane, SavePlan
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
 from kvortex.types import BlockHash, BlockSizes, MissReason
+from kvortex.vllm.adapters import BlockKeys
+from kvortex.vllm.admission import Admission
 from kvortex.vllm.events import EventLog, PlannedBlocks
-from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, as_keys, group_parts
+from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, group_parts
 from kvortex.vllm.lower import TierIndex, check_supported
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
-    RESERVES_FOR_LOADS,
+    drop_stale_hashes,
     hash_root_is_random,
+    num_lookahead_tokens,
     report_aborted_loads,
     reports_in,
 )
@@ -68,7 +73,14 @@ class SchedulerHalf:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
         self._block_size = int(layer_specs(only_group(kv_cache_config))[0].block_size)
-        self._num_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
+        self._admission = Admission(
+            int(kv_cache_config.num_blocks) - 1,  # one is vLLM's null block
+            self._block_size,
+            num_lookahead_tokens(vllm_config),
+        )
+        transfer = vllm_config.kv_transfer_config
+        self._saves = transfer is None or transfer.is_kv_producer
+        self._loads = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._ready = not waits_for_hello
         self._weights_changed = False  # since vLLM's own cache was last emptied
@@ -81,6 +93,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
+        self._keys = BlockKeys()
         self._plan = ConnectorPlan()
         self._stats = ConnectorStats()
         self.stats = EngineStats()
@@ -111,6 +124,8 @@ class SchedulerHalf:
         if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
         self._ready = True
+        disk = f"disk at {self._options.engine.disk_path}" if self._tier is not None else "no disk"
+        logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
 
     def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
@@ -128,38 +143,55 @@ class SchedulerHalf:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None
         number = partial(next, self._job_ids)
-        return TierPlanner(engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats)
+        return TierPlanner(
+            engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats, self._events
+        )
 
     # -- look-up and load --------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
-        tracked = self._tracked.get(request.request_id)
-        if not self._ready or request.skip_reading_prefix_cache or (tracked is not None and tracked.computes):
+        if not self._ready:
             return 0, False
-        first = num_computed_tokens // self._block_size
-        keys = as_keys(request.block_hashes[first:])
+        tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
+        tracked.request = request
+        tracked.first = num_computed_tokens // self._block_size
+        if request.status == RequestStatus.PREEMPTED:
+            tracked.block_ids = []  # a reset preempts without a word in any step's output
+        if self._admission.must_let_pass(request, self._tracked.values()):
+            self._admission.pass_over(request)
+            return None, False
+        found = self._find(tracked, num_computed_tokens)
+        if found is None:
+            self._admission.pass_over(request)
+            return None, False
+        self._admission.settle(request.request_id)
+        logger.debug("request %s: %d blocks to load behind %d", request.request_id, found, tracked.first)
+        return found * self._block_size, found > 0
+
+    def _find(self, tracked: TrackedRequest, num_computed_tokens: int) -> int | None:
+        """Blocks to load for a request; None while it is worth waiting for more."""
+        request = tracked.request
+        if not self._loads or tracked.computes or request.skip_reading_prefix_cache:
+            return 0
+        keys = self._keys.of(request, slice(tracked.first, None))
+        # Behind a hit of vLLM's own, a single block is computed sooner than it is loaded.
+        least = max(self._options.min_hit_blocks, 2 if num_computed_tokens else 1)
+        if len(keys) < least:
+            return 0
         found = self._control.index.prefix_length(keys)
         if found < len(keys) and (
             self._is_worth_waiting(request.request_id, keys[found])
-            or self._fetches(request.request_id, first + found, keys[found:])
+            or self._fetches(request, tracked.first + found, keys[found:])
         ):
-            return None, False
-        if found < self._options.min_hit_blocks:
-            return 0, False
-        if not RESERVES_FOR_LOADS and not self._may_load(request):
-            return None, False
-        return found * self._block_size, True
+            return None
+        if found < least or not self._admission.may_load(request, self._tracked.values()):
+            return 0
+        return found
 
-    def _may_load(self, request: "Request") -> bool:
-        # Whoever waits with loaded blocks must be able to go on once those who run have given theirs back.
-        others = [t for t in self._tracked.values() if t.block_ids and t.request is not request]
-        held = sum(len(t.block_ids) if t.scheduled else t.blocks_to_go_on(self._block_size) for t in others)
-        return not others or held + request.num_tokens // self._block_size + 1 <= self._num_blocks
-
-    def _fetches(self, request_id: str, number: int, keys: Sequence[BlockHash]) -> bool:
+    def _fetches(self, request: "Request", number: int, keys: Sequence[BlockHash]) -> bool:
         """The workers have been told to bring the next blocks of a request from the lower tier."""
-        job = self._tier.plan_fetch(request_id, number, keys) if self._tier is not None else None
+        job = self._tier.plan_fetch(request, number, keys) if self._tier is not None else None
         if job is not None:
             self._plan.fetches.append(job)
         return job is not None
@@ -177,21 +209,31 @@ class SchedulerHalf:
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Pin what was promised and plan its load into the blocks just allocated."""
+        block_ids = list(blocks.get_block_ids()[0])
+        if not block_ids:
+            return  # how an older MultiConnector says that another one loads; see `allocated_for_others`
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         self._waiting_since_s.pop(request.request_id, None)
-        tracked.block_ids = list(blocks.get_block_ids()[0])
-        tracked.scheduled = False
+        self._admission.settle(request.request_id)
+        tracked.block_ids = block_ids
+        drop_stale_hashes(request, self._block_size)
         if num_external_tokens:
             self._plan_load(tracked, num_external_tokens // self._block_size)
         elif tracked.loading is None:
             self._count_misses(request)
 
+    def allocated_for_others(self, request: "Request", blocks: "KVCacheBlocks") -> None:
+        """A request got blocks that another connector loads into, or this one: what they held must have been read."""
+        tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
+        tracked.block_ids = list(blocks.get_block_ids()[0])
+        self._plan.fresh_block_ids.update(tracked.block_ids[tracked.first :])
+
     def _plan_load(self, tracked: TrackedRequest, count: int) -> None:
-        # The blocks allocated beyond the local hit are exactly those to be loaded.
-        block_ids = np.array(tracked.block_ids[-count:], dtype=np.int32)
-        first = len(tracked.block_ids) - count
-        keys = as_keys(tracked.request.block_hashes[first : first + count])
+        # By their place in the request: behind them there may be more, for drafts.
+        wanted = slice(tracked.first, tracked.first + count)
+        block_ids = np.array(tracked.block_ids[wanted], dtype=np.int32)
+        keys = self._keys.of(tracked.request, wanted)
         plan = self._control.plan_load(pack_keys(keys), block_ids)
         job_id = next(self._job_ids)
         missing = np.delete(block_ids, plan.positions)
@@ -203,7 +245,7 @@ class SchedulerHalf:
 
     def _count_misses(self, request: "Request") -> None:
         first = request.num_computed_tokens // self._block_size
-        keys = as_keys(request.block_hashes[first:])
+        keys = self._keys.of(request, slice(first, None))
         found = self._control.index.prefix_length(keys)
         if found < len(keys):
             self._stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
@@ -218,9 +260,7 @@ class SchedulerHalf:
         as_is: list[SavePart] = []
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is not None:
-                tracked.scheduled = True
-            if tracked is not None and self._ready and not tracked.has_stale_kv:
+            if tracked is not None and self._ready and self._saves and not tracked.has_stale_kv:
                 full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
                 if tracked.too_lossy:
                     as_is += self._parts_as_is(tracked, full)
@@ -269,7 +309,7 @@ class SchedulerHalf:
 
     def _part(self, tracked: TrackedRequest, blocks: slice) -> SavePart:
         event = PlannedBlocks.of(tracked.request, blocks, self._block_size) if self._events is not None else None
-        return SavePart(tracked, blocks, as_keys(tracked.request.block_hashes[blocks]), event)
+        return SavePart(tracked, blocks, self._keys.of(tracked.request, blocks), event)
 
     def _plan_save(self, parts: list[SavePart], *, as_is: bool = False) -> None:
         keys = [key for part in parts for key in part.keys]
@@ -281,9 +321,13 @@ class SchedulerHalf:
         job = self._jobs[job_id] = Job(plan, time.perf_counter(), as_is=as_is, parts=parts)
         keys_to_write = b""
         if self._tier is not None:
-            saved = [keys[position] for position in plan.positions.tolist()]
-            keys_to_write, job.write_id = self._tier.plan_write(saved)
+            positions = plan.positions.tolist()
+            told = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.keys))]
+            keys_to_write, job.write_id = self._tier.plan_write(
+                [keys[position] for position in positions], [told[position] for position in positions if told]
+            )
         self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
+        logger.debug("job %d saves %d of %d blocks", job_id, plan.transfer.num_blocks, len(keys))
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -294,6 +338,8 @@ class SchedulerHalf:
         if any(isinstance(report, WeightsChanged) for report in reports):
             self._forget_weights()
         for outcome in reports:
+            if isinstance(outcome, PoolShrunk):
+                self._shrink(outcome.pool_bytes)
             if not isinstance(outcome, JobOutcome):
                 continue
             if self._tier is not None and self._tier.report(outcome):
@@ -304,6 +350,17 @@ class SchedulerHalf:
                 del self._jobs[outcome.job_id]
                 self._finish(job)
         report_aborted_loads(connector_output, self._aborted)
+
+    def _shrink(self, pool_bytes: int) -> None:
+        allocator = self._control.allocator
+        if pool_bytes < allocator.capacity_bytes:
+            self._control.shrink(pool_bytes)
+            logger.warning("no more of the pool can be pinned: it holds %s from now on", self._describe_pool())
+
+    def _describe_pool(self) -> str:
+        capacity_bytes = self._control.allocator.capacity_bytes
+        num_blocks = capacity_bytes // self._sizes.packed
+        return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_blocks * self._block_size} tokens"
 
     def _finish(self, job: Job) -> None:
         count = job.plan.transfer.num_blocks
@@ -340,8 +397,8 @@ class SchedulerHalf:
 
     def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
         if self._events is not None and part.event is not None:
-            # A block that was orphaned by a reset has come and gone: it is not at its offset.
-            seen = self._control.index.contains_mask(part.keys)[numbers]
+            # A block that a reset has overtaken has come and gone: nothing is at its offset.
+            seen = self._control.allocator.holds(offsets)
             self._events.stored(part.event, numbers[seen].tolist(), offsets[seen].tolist())
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
@@ -361,12 +418,13 @@ class SchedulerHalf:
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; True if its blocks must be held because a load is still writing them."""
         self._waiting_since_s.pop(request.request_id, None)
+        self._admission.settle(request.request_id)
         if self._tier is not None:
             self._tier.forget_request(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._control.touch(pack_keys(as_keys(request.block_hashes[: tracked.num_planned])))
+        self._control.touch(pack_keys(self._keys.of(request, slice(tracked.num_planned))))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)
@@ -388,6 +446,8 @@ class SchedulerHalf:
 
     def reset_cache(self) -> bool:
         """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
+        if self._events is not None:
+            self._events.forget()
         self._control.clear()
         if self._tier is not None:
             self._tier.forget_all()

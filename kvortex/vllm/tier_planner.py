@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,13 @@ from kvortex.config import KVortexConfig
 from kvortex.control import ControlPlane, FetchPlan, HeldBlocks
 from kvortex.index import pack_keys
 from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
+from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.lower import TierIndex
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import FetchJob, JobOutcome
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ class _Write:
 
     hashes: list[bytes]
     keys: list[bytes]
+    told: Sequence[tuple[PlannedBlocks, int]] = ()  # what events say of each block, where there are events
     reports: int = 0
     failed: set[int] = field(default_factory=set)
     held: HeldBlocks | None = None
@@ -40,6 +46,7 @@ class _FetchUnderWay:
     hashes: list[bytes]
     keys: list[bytes]
     started_s: float
+    told: PlannedBlocks | None = None
     reports: int = 0
     failed: set[int] = field(default_factory=set)
 
@@ -55,6 +62,7 @@ class TierPlanner:
         num_workers: that report.
         next_id: numbers for jobs.
         stats: gives the counters of the moment.
+        events: told of what comes into the pool and onto the disk; None where nobody listens.
     """
 
     def __init__(
@@ -66,14 +74,16 @@ class TierPlanner:
         num_workers: int,
         next_id: Callable[[], int],
         stats: Callable[[], ConnectorStats],
+        events: EventLog | None,
     ) -> None:
+        self._events = events
         self._control = control
         self._sizes = sizes
         self._index = index
         self._num_workers = num_workers
         self._next_id = next_id
         self._stats = stats
-        self._wait_s = config.load_deadline_s or config.tier_timeout_s
+        self._wait_s = config.tier_timeout_s if config.load_deadline_s is None else config.load_deadline_s
         in_pool = control.allocator.capacity_bytes // sizes.packed
         self._max_writing = max(1, min(config.tier_queue_blocks, int(WRITING_SHARE * in_pool)))
         self._max_fetching = max(1, in_pool // 2)
@@ -85,8 +95,12 @@ class TierPlanner:
 
     # -- write -------------------------------------------------------------------------------------
 
-    def plan_write(self, hashes: Sequence[bytes]) -> tuple[bytes, int]:
+    def plan_write(self, hashes: Sequence[bytes], told: Sequence[tuple[PlannedBlocks, int]] = ()) -> tuple[bytes, int]:
         """Have the workers write the blocks of a save when they have them.
+
+        Args:
+            hashes: of the blocks.
+            told: for each block what an event will say, and which of those blocks it is; nothing without events.
 
         Returns:
             The keys for the save job, 32 bytes a block, and the number of the write; no keys where too much is being
@@ -97,7 +111,7 @@ class TierPlanner:
             return b"", NO_WRITE
         keys = self._index.keys_of(hashes)
         number = self._next_id()
-        self._writes[number] = _Write(list(hashes), keys)
+        self._writes[number] = _Write(list(hashes), keys, told)
         self._num_writing += len(hashes)
         return b"".join(keys), number
 
@@ -117,35 +131,53 @@ class TierPlanner:
         self._num_writing -= len(write.hashes)
         self._control.release(write.held.slots)
         stored = [i for i in range(len(write.keys)) if i not in write.failed]
-        self._index.written([write.keys[i] for i in stored])
+        sizes = dict(zip(write.held.positions.tolist(), write.held.nbytes.tolist(), strict=True))
+        for packed in (True, False):
+            of_form = [i for i in stored if self._control.is_packed(sizes.get(i, self._sizes.packed)) is packed]
+            self._index.written([write.keys[i] for i in of_form], packed)
+        self._announce_written(write, stored)
         self._stats().add("written_blocks", len(stored))
         self._stats().add("failed_writes", len(write.failed))
 
+    def _announce_written(self, write: _Write, stored: Sequence[int]) -> None:
+        if self._events is None:
+            return
+        by_part: dict[int, tuple[PlannedBlocks, list[int]]] = {}
+        for position in stored:
+            blocks, number = write.told[position]
+            by_part.setdefault(id(blocks), (blocks, []))[1].append(number)
+        for blocks, numbers in by_part.values():
+            self._events.written(blocks, numbers)
+
     # -- fetch -------------------------------------------------------------------------------------
 
-    def plan_fetch(self, request_id: str, number: int, hashes: Sequence[bytes]) -> FetchJob | None:
+    def plan_fetch(self, request: "Request", number: int, hashes: Sequence[bytes]) -> FetchJob | None:
         """Have the workers bring blocks from the tier.
 
         Args:
-            request_id: who asks; the same block is fetched for it once.
+            request: who asks; the same block is fetched for it once.
             number: of the first block in the request.
             hashes: of its blocks from there on, none of which is in the pool.
 
         Returns:
             The job; None where the tier has not got the first block, or the pool has no room.
         """
+        request_id = request.request_id
         if self._asked.get(request_id, -1) >= number:
             return None
         keys = self._index.keys_of(hashes[: self._max_fetching])
-        sizes = self._index.known_run(keys)
-        self._asked[request_id] = number + max(len(sizes) - 1, 0)
-        packed = np.array([self._sizes.rests_packed(nbytes) for nbytes in sizes], dtype=np.bool_)
-        plan = self._control.plan_fetch(pack_keys(hashes[: len(sizes)]), packed, "fetch")
+        packed = np.array(self._index.known_run(keys), dtype=np.bool_)
+        self._asked[request_id] = number + max(len(packed) - 1, 0)
+        plan = self._control.plan_fetch(pack_keys(hashes[: len(packed)]), packed, "fetch")
         if not plan.positions.size:
             return None
         places = plan.positions.tolist()
         job_id = self._next_id()
-        fetch = _FetchUnderWay(plan, [hashes[i] for i in places], [keys[i] for i in places], time.perf_counter())
+        told = None
+        if self._events is not None:
+            told = PlannedBlocks.of(request, slice(number, number + len(packed)), self._events.block_size)
+        fetched, its_keys = [hashes[i] for i in places], [keys[i] for i in places]
+        fetch = _FetchUnderWay(plan, fetched, its_keys, time.perf_counter(), told)
         self._fetches[job_id] = fetch
         self._arriving.update(dict.fromkeys(fetch.hashes, time.monotonic()))
         transfer = TransferPlan(
@@ -172,10 +204,19 @@ class TierPlanner:
                 self._control.finish_fetch(slot, offset, nbytes, 0)
         for block_hash in fetch.hashes:
             self._arriving.pop(block_hash, None)
+        self._announce_fetched(fetch)
         self._index.lost([fetch.keys[i] for i in fetch.failed])
         self._stats().add("fetched_blocks", len(fetch.hashes) - len(fetch.failed))
         self._stats().add("failed_fetches", len(fetch.failed))
         self._stats().add("fetch_seconds", time.perf_counter() - fetch.started_s)
+
+    def _announce_fetched(self, fetch: _FetchUnderWay) -> None:
+        if self._events is None or fetch.told is None:
+            return
+        seen = self._control.allocator.holds(fetch.plan.offsets)  # not what has failed, or what a reset overtook
+        positions, offsets = fetch.plan.positions[seen], fetch.plan.offsets[seen]
+        self._events.stored(fetch.told, positions.tolist(), offsets.tolist())
+        self._events.lost([fetch.told.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
 
     # -- both --------------------------------------------------------------------------------------
 

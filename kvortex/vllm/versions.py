@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
 from kvortex.errors import ConfigError
-from kvortex.vllm.plans import JobOutcome, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ else:
     _MessageBase = KVConnectorKVEvents
 
 
-Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged
+Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged | PoolShrunk
 
 
 class WorkerReports(_MessageBase):  # type: ignore[misc]
@@ -79,10 +79,28 @@ once unless told to hold, and then until the request is reported as *sent*.
 """
 
 
-RESERVES_FOR_LOADS: Final = IS_NEWER
-"""Newer versions admit a load only if the request can go on afterwards. In older ones requests that were loaded for
-can come to hold all blocks while none of them has room for its next token, and nothing moves any more.
-"""
+def num_lookahead_tokens(vllm_config: Any) -> int:
+    """Slots that every step needs beyond a request's tokens, for what is drafted.
+
+    Newer versions say it themselves; in others it depends on the method, and is the number of drafts at most.
+    """
+    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+    return max(int(getattr(vllm_config, "num_lookahead_tokens", 0) or 0), int(drafts))
+
+
+def drop_stale_hashes(request: Any, block_size: int) -> None:
+    """Hash a streaming session's blocks again from where it goes on with more input.
+
+    The token that was sampled last is dropped then. Some versions leave the block that it ended hashed with it, and
+    every later one after that.
+    """
+    if not getattr(request, "resumable", False) or not request.num_computed_tokens:
+        return
+    del request.block_hashes[request.num_computed_tokens // block_size :]
+    if hasattr(request, "update_block_hashes"):
+        request.update_block_hashes()
+    elif request.get_hash_new_full_blocks is not None:
+        request.block_hashes.extend(request.get_hash_new_full_blocks())
 
 
 def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
@@ -133,6 +151,21 @@ def pass_reports_through(multi_connector: Any) -> None:
         return next((events for events in found if events is not None), None)
 
     kind.get_kv_connector_kv_cache_events = get_kv_connector_kv_cache_events
+
+
+def watch_allocations(multi_connector: Any, allocated: Callable[[Any, Any], None]) -> None:
+    """Have `allocated` called with a request and its blocks whenever a `MultiConnector` hands them to one of its own.
+
+    It shows them, in older versions and 0.23, to the connector alone that loads into them.
+    """
+    told = multi_connector.update_state_after_alloc
+
+    def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
+        told(request, blocks, num_external_tokens)
+        if num_external_tokens:
+            allocated(request, blocks)
+
+    vars(multi_connector)["update_state_after_alloc"] = update_state_after_alloc
 
 
 HAS_SLEEP_HOOKS: Final = hasattr(base.KVConnectorBase_V1, "unregister_kv_caches")

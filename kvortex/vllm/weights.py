@@ -120,7 +120,7 @@ def _bits_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     if not values.is_contiguous():
         values = values.contiguous()
     flat = values.reshape(-1).view(torch.uint8)
-    return flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+    return flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0 else flat
 
 
 def _workers_of(vllm_config: "VllmConfig") -> Iterator[Any]:

@@ -20,10 +20,11 @@ from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
+from kvortex.tiering.keys import split_joined
 from kvortex.transfers import DataPlane
 from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.identity import identity_of
-from kvortex.vllm.lower import TierMover, split_keys
+from kvortex.vllm.lower import TierMover
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.places import Places, largest
@@ -32,11 +33,12 @@ from kvortex.vllm.plans import (
     FetchJob,
     JobOutcome,
     LoadJob,
+    PoolShrunk,
     SaveJob,
     WeightsChanged,
     WorkerHandshake,
 )
-from kvortex.vllm.ranks import Peers, Share
+from kvortex.vllm.ranks import Peers, Share, check_memory_of_all
 from kvortex.vllm.versions import Report, WorkerReports
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ class WorkerHalf:
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[_Save] = deque()
-        self._ended: deque[_Ended] = deque()
+        self._ended: deque[_Ended | PoolShrunk] = deque()
         self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
@@ -142,7 +144,9 @@ class WorkerHalf:
         try:
 
             async def start() -> DataPlane:
-                return DataPlane(share.config, caches, layout, memory=share.memory)
+                return DataPlane(
+                    share.config, caches, layout, memory=share.memory, on_pinning_stopped=self._pinning_stopped
+                )
 
             self._data = thread.run(start())
         except BaseException:
@@ -164,6 +168,9 @@ class WorkerHalf:
             shared,
         )
 
+    def _pinning_stopped(self, pinned_bytes: int) -> None:
+        self._ended.append(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
+
     def _make_share(self, layout: KVLayout) -> Share:
         config = self._options.engine
         own = block_sizes(layout, packing_for(layout, config.codec))
@@ -172,10 +179,17 @@ class WorkerHalf:
         stages = self._peers.stages
         planned = largest(stages.exchange(own)) if stages is not None else own
         self._places = Places(config.pin_piece_bytes, planned, own)
+        check_memory_of_all(self._peers, config.cpu_pool_bytes, self._num_pools_here())
         config = self._places.config(config)
         if self._peers.equals is None:
             return Share.own(config, own)
         return Share.of_group(self._peers.equals, config, layout, own)
+
+    def _num_pools_here(self) -> int:
+        parallel = self._vllm_config.parallel_config
+        sharing = self._peers.equals.size if self._peers.equals is not None else 1
+        ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+        return max(ranks // sharing // int(getattr(parallel, "nnodes", 1)), 1)
 
     def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
         engine = self._options.engine
@@ -347,11 +361,12 @@ class WorkerHalf:
                 outcome = JobOutcome(work.job.job_id, tuple(work.positions.tolist()))
             self._ended.append(_Ended(outcome, work.job))
         if isinstance(work.job, SaveJob) and work.job.keys:
-            saved = np.zeros(0, dtype=np.intp) if save is None or save.overwritten else ended[0].succeeded.nonzero()[0]
+            overwritten = save is not None and save.overwritten
+            saved = np.flatnonzero(ended[0].succeeded & (not overwritten))
             self._spawn(self._write_behind(work, work.job, ended[0], saved), self._tier_tasks)
 
     async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]) -> None:
-        keys = split_keys(job.keys)
+        keys = split_joined(job.keys)
         stored = np.zeros(request.succeeded.size, dtype=np.bool_)
         if self._mover is not None:
             wanted = [keys[position] for position in work.positions[saved].tolist()]
@@ -362,7 +377,7 @@ class WorkerHalf:
     async def _fetch(self, job: FetchJob) -> None:
         transfer = self._places.place(job.transfer)
         positions = self._share.part_of(transfer)
-        plan, keys = transfer.part(positions), split_keys(job.keys)
+        plan, keys = transfer.part(positions), split_joined(job.keys)
         digests = np.zeros(plan.num_blocks, dtype=np.uint64)
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
         if self._mover is not None:
@@ -387,6 +402,9 @@ class WorkerHalf:
         received: set[str] = set()
         while self._ended:
             ended = self._ended.popleft()
+            if isinstance(ended, PoolShrunk):
+                self._reports.append(ended)
+                continue
             self._reports.append(ended.outcome)
             if isinstance(ended.job, LoadJob):
                 received.add(ended.job.request_id)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine
 from kvortex.control import FetchPlan, LoadPlan
-from kvortex.hashing import Namespace, cache_key
+from kvortex.hashing import Namespace
 from kvortex.index import table
 from kvortex.sched import HostExecutor, TransferExecutor
+from kvortex.tiering.keys import key_as_is
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
 from tests.simulation.executor import SimulatedExecutor
@@ -80,7 +81,7 @@ class Life:
         self._finish_load, control.finish_load = control.finish_load, self._watch_load  # type: ignore[method-assign]
         if self.store is None:
             self.store = Store(self._scenario.store_blocks * BLOCK_NBYTES, namespace=namespace.digest)
-        names = {cache_key(namespace, block_hash): block_hash for chain in chains() for block_hash in chain}
+        names = {key: h for chain in chains() for h in chain for key in (h, key_as_is(h))}
         dice = random.Random(f"{self._name}/tier")
         self.tier = SimulatedTier(
             self.store,
@@ -97,8 +98,8 @@ class Life:
 
     # -- what is watched -------------------------------------------------------------------------------
 
-    def _watch_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str) -> FetchPlan:
-        plan = self._plan_fetch(keys, packed, owner)
+    def _watch_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str, **named: Any) -> FetchPlan:
+        plan = self._plan_fetch(keys, packed, owner, **named)
         for position in plan.positions.tolist():
             span = [asyncio.get_running_loop().time(), np.inf]
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
@@ -115,21 +116,20 @@ class Life:
             self._complain("a block that turned out to be wrong can still be loaded")
         return outcomes
 
-    def _watch_offer(self, keys: NDArray[np.uint64]) -> None:
+    def _watch_offer(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
         tiering = self.tiering
-        new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queued]
+        new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queue]
+        refused = tiering.link.guard.writes.refuses
         room = self.engine.config.tier_queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks
         self.offered += len(set(new))
         self.ledger.changes += 1
-        self._offer(keys)
-        usable = tiering.link.usable or not tiering.link.opened.is_set()
+        self._offer(keys, used_s)
+        usable = not refused and (tiering.link.usable or not tiering.link.opened.is_set())
         shed, least = tiering.writes.shed_blocks - before, max(len(set(new)) - room, 0)
         most = len(keys) if self.engine.config.tier_shed == "oldest" else max(len(new) - room, 0)
         if usable and not least <= shed <= most:
             self._complain(f"{len(new)} blocks offered with room for {room}: {shed} shed")
-        if set(tiering.writes._queue) != tiering.writes._queued:
-            self._complain("the queue and what is known to be in it differ")
 
     # -- what must hold --------------------------------------------------------------------------------
 
@@ -217,11 +217,12 @@ class Life:
         left = {
             "pins": int(index.rows["pins"][: int(index.totals[table.SLOTS_USED])].sum()),
             "reservations": self.control.index.num_pending,
-            "blocks on their way": len(tiering.fetches._arriving) + len(tiering.fetches._reading),
+            "blocks on their way": len(tiering.fetches._wanted) + len(tiering.fetches._reading),
             "blocks that wait to be written": len(tiering.writes._queue) + len(tiering.writes._demoted),
             "blocks being written": tiering.writes._writing,
             "evicted bytes": tiering.writes._demoted_bytes,
-            "places for fetches": self.engine.config.fetch_blocks - tiering.fetches._room._value,
+            "calls that read": tiering.fetches._num_reads,
+            "blocks that wait to be read": len(tiering.fetches._queue) + len(tiering.fetches._unknown),
             "uses": len(self.ledger.uses),
         }
         if any(left.values()):

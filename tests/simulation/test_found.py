@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvortex import KVortexEngine, MissReason
-from kvortex.hashing import Namespace, cache_key
+from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.testing.simulation import VirtualClockLoop
@@ -52,9 +52,7 @@ class Scene:
         await self.engine.flush()
         payload = np.arange(BLOCK_NBYTES, dtype=np.uint8)
         digest = payload_digest(payload)
-        await self.inner.write(
-            [WriteRequest(cache_key(self.namespace, h), payload, digest, BLOCK_NBYTES) for h in self.hashes]
-        )
+        await self.inner.write([WriteRequest(h, payload, digest, BLOCK_NBYTES) for h in self.hashes])
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -117,7 +115,7 @@ def test_a_flush_ends_with_the_engine() -> None:
     async def scene() -> None:
         async with Scene(lambda direction, *_: TierFault.HANG if direction is Direction.SAVE else None) as s:
             await s.engine.prefetch(s.hashes)
-            await s.inner.delete([cache_key(s.namespace, block_hash) for block_hash in s.hashes])
+            await s.inner.delete(s.hashes)
             s.tiering.used(s.keys)
             flushing = asyncio.create_task(s.engine.flush())
             await asyncio.sleep(1)
@@ -143,10 +141,8 @@ def test_a_load_ends_although_what_hangs_holds_every_place_among_the_fetches() -
 def test_a_read_that_is_cancelled_before_its_first_step_gives_its_extents_back() -> None:
     async def scene() -> None:
         async with Scene() as s:
-            fetches, loop = s.tiering.fetches, asyncio.get_running_loop()
-            fetches._arriving.update(awaited := {key: loop.create_future() for key in s.hashes})
-            await fetches._take_room(4)
-            fetches._plan_reads([(key, BLOCK_NBYTES) for key in s.hashes], awaited)
+            s.tiering.fetch(s.keys)
+            assert s.tiering.fetches._reading == set(s.hashes)
             await s.tiering.aclose()  # before the loop's next turn; pools at zero is checked after every test
 
     in_virtual_time(scene())

@@ -92,8 +92,8 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 def fetch_is_visible_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_fetch = ControlPlane.plan_fetch
 
-    def plan_and_commit(self: ControlPlane, *args: Any) -> Any:
-        plan = plan_fetch(self, *args)
+    def plan_and_commit(self: ControlPlane, *args: Any, **named: Any) -> Any:
+        plan = plan_fetch(self, *args, **named)
         for slot, offset, nbytes in zip(plan.slots, plan.offsets, plan.nbytes, strict=True):
             self.finish_fetch(int(slot), int(offset), int(nbytes), 0)
         return plan
@@ -139,7 +139,7 @@ def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_is_told_that_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fetches, "_not_coming", nothing)
+    monkeypatch.setattr(Fetches, "_ended", nothing)
 
 
 def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

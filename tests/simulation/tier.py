@@ -72,6 +72,7 @@ class SimulatedTier(Tier):
     """
 
     name = "simulated"
+    outlives_process = False
 
     def __init__(
         self,
@@ -153,6 +154,9 @@ class SimulatedTier(Tier):
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         await asyncio.sleep(self._dice.uniform(0, SHORT_S))
         return await self._store.delete(keys)
+
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
+        await self._store.touch(keys, used_s)
 
     def _draw(self, direction: Direction) -> TierFault | None:
         roll, faults = self._dice.random(), self.faults

@@ -14,9 +14,9 @@ import torch
 
 from kvortex import BlockHash, MissReason, SaveOutcome
 from kvortex.errors import EngineStateError
-from kvortex.hashing import cache_key
 from kvortex.index import pack_keys
 from kvortex.testing.simulation import NothingLeftToDoError, VirtualClockLoop
+from kvortex.tiering.keys import key_as_is
 from kvortex.tiers import WriteRequest
 from kvortex.tiers.payload import payload_digest
 from tests.simulation.executor import ExecutorFaults
@@ -187,7 +187,8 @@ class World:
         dice = random.Random(f"{self.seed}/warm")
         for block_hash in dice.sample(blocks, len(blocks)):
             payload = content(block_hash)
-            key = cache_key(life.engine.namespace, block_hash)
+            packs = life.forms.payloads.packs
+            key = key_as_is(block_hash) if packs else bytes(block_hash)
             await self._store.write([WriteRequest(key, payload, payload_digest(payload), BLOCK_NBYTES)])
 
     def _longest_s(self, life: Life) -> float:

@@ -12,6 +12,7 @@ METHODS = (
     "open",
     "close",
     "file_bytes",
+    "fstat",
     "stat",
     "preadv",
     "pwritev",
@@ -21,7 +22,7 @@ METHODS = (
     "unlink",
     "mkdir",
     "rmdir",
-    "scandir",
+    "listdir",
     "try_lock",
 )
 
@@ -66,9 +67,9 @@ class FaultyOs(OsCalls):
         return os.pwritev(fd, self._cut(buffers), offset)
 
     def _wrapped(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
             self._before(method, args)
-            return original(*args)
+            return original(*args, **named)
 
         return call
 

@@ -47,6 +47,7 @@ READ_FAULTS = [
 @pytest.mark.parametrize(("method", "error", "cause"), READ_FAULTS)
 async def test_a_read_that_fails(tmp_path: Path, calls: FaultyOs, method: str, error: int, cause: Cause) -> None:
     async with disk_tier(tmp_path, calls=calls) as tier:
+        await tier.scanned()
         await tier.write([write_request(0), write_request(1)])
         calls.fail(method, error, times=1)
         outcome = await read_one(tier, 0)
@@ -117,7 +118,7 @@ async def test_a_file_system_smaller_than_the_capacity_trades_one_block_for_anot
         assert tier.stats().evicted_blocks == 1
 
 
-async def test_a_victim_that_cannot_be_removed_stays(tmp_path: Path, calls: FaultyOs) -> None:
+async def test_where_no_victim_can_be_removed_all_of_them_stay(tmp_path: Path, calls: FaultyOs) -> None:
     async with disk_tier(tmp_path, calls=calls, capacity_bytes=2 * frame_bytes(NBYTES)) as tier:
         await tier.scanned()
         await tier.write([write_request(0)])
@@ -126,11 +127,29 @@ async def test_a_victim_that_cannot_be_removed_stays(tmp_path: Path, calls: Faul
         (outcome,) = await tier.write([write_request(2)])
         assert (outcome.outcome, outcome.cause) == (SaveOutcome.FAILED, Cause.READ_ONLY)
         assert tier.used_bytes == 2 * frame_bytes(NBYTES)
-        assert (await read_one(tier, 1)).reason is None
+        assert tier.stats().evicted_blocks == 0
         calls.heal()
+        assert (await read_one(tier, 0)).reason is None
+        assert (await read_one(tier, 1)).reason is None
         assert await tier.write([write_request(2)]) == [WriteOutcome(SaveOutcome.STORED)]
-        assert not file_of(tmp_path, key_of(0)).exists()  # it was still the first in line
+        assert not file_of(tmp_path, key_of(0)).exists()
         assert tier.stats().evicted_blocks == 1
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EIO, errno.EBUSY])
+async def test_one_victim_that_cannot_be_removed_does_not_stop_the_others(
+    tmp_path: Path, calls: FaultyOs, error: int
+) -> None:
+    async with disk_tier(tmp_path, calls=calls, capacity_bytes=3 * frame_bytes(NBYTES)) as tier:
+        await tier.scanned()
+        for number in range(3):
+            await tier.write([write_request(number)])
+        stuck = file_of(tmp_path, key_of(0)).name
+        calls.fail("unlink", error, when=lambda path, *_: path.endswith(stuck))
+        for number in (3, 4, 5, 6):
+            assert await tier.write([write_request(number)]) == [WriteOutcome(SaveOutcome.STORED)]
+            assert tier.used_bytes == 3 * frame_bytes(NBYTES)
+        assert (await read_one(tier, 0)).reason is None
 
 
 async def test_a_damaged_file_that_cannot_be_removed_is_not_known_any_more(tmp_path: Path, calls: FaultyOs) -> None:
@@ -318,7 +337,7 @@ async def test_a_part_that_cannot_be_scanned_does_not_stop_the_scan(tmp_path: Pa
     async with disk_tier(tmp_path) as tier:
         await tier.write([write_request(n) for n in range(30)])
     bad = file_of(tmp_path, key_of(7)).parent
-    calls.fail("scandir", errno.EIO, when=lambda path: path == str(bad))
+    calls.fail("open", errno.EIO, when=lambda path, *_: path == str(bad))
     async with disk_tier(tmp_path, calls=calls) as tier:
         await tier.scanned()
         expected = [NBYTES * (file_of(tmp_path, key_of(n)).parent != bad) for n in range(30)]

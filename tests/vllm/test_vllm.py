@@ -10,6 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 INSIDE = Path(__file__).parent / "inside"
 VERSIONS = ("0.32.0", "0.15.1")
+# No CPU build: its own scheduler, with played workers.
+SCHEDULER_ONLY = "0.23.0"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -26,9 +28,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=VERSIONS)
 def vllm_python(request: pytest.FixtureRequest) -> str:
     """Python of an environment with that version; made once, kept in a cache folder."""
+    return python_with(request.param)
+
+
+def python_with(version: str) -> str:
     script = REPOSITORY / "scripts" / "vllm_cpu_env.py"
-    done = subprocess.run([sys.executable, str(script), request.param], stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 0, f"no environment for vLLM {request.param}"
+    done = subprocess.run([sys.executable, str(script), version], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"no environment for vLLM {version}"
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -40,6 +46,15 @@ def expected(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("name", sorted(path.name for path in INSIDE.glob("check_*.py")))
 def test_inside(vllm_python: str, name: str, expected: Path) -> None:
+    run_inside(vllm_python, name, expected)
+
+
+@pytest.mark.parametrize("name", ["check_scheduler.py", "check_placement.py", "check_progress.py", "check_room.py"])
+def test_scheduler_without_workers(name: str, tmp_path: Path) -> None:
+    run_inside(python_with(SCHEDULER_ONLY), name, tmp_path / "answers.json")
+
+
+def run_inside(vllm_python: str, name: str, expected: Path) -> None:
     environment = {
         **os.environ,
         **ENVIRONMENT,

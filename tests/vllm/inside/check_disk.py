@@ -95,8 +95,8 @@ def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list
 
 def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "REMEMBERED_KEYS", 3)
-    memory = lower._Memory()
-    memory.add([b"a", b"b", b"c", b"d"])
+    memory: lower._Memory[bool] = lower._Memory()
+    memory.add([b"a", b"b", b"c", b"d"], True)
     assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
     memory.discard([b"b", b"x"])
     assert b"b" not in memory

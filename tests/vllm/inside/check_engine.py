@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import PROMPTS, SHARED, TAILS
-from engine_support import BLOCK_SIZE, Engine, flip_a_bit, prompt, running
+from engine_support import BLOCK_SIZE, Engine, flip_a_bit, keys_of, prompt, running
 
 from kvortex.errors import DeviceError
 from kvortex.types import MissReason
@@ -67,25 +67,6 @@ def check_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) 
         assert engine.generate([tokens]) == expected["long"]
         engine.settle()
         assert engine.loaded_blocks - loaded == len(tokens) // BLOCK_SIZE
-
-
-def keys_of(engine: Engine, tokens: list[int]) -> list[bytes]:
-    """The block hashes that vLLM gives a prompt, seen on its way through the connector."""
-    seen: list[bytes] = []
-    half = engine.scheduler_half
-    original = half.get_num_new_matched_tokens
-
-    def spy(request: object, num_computed: int) -> object:
-        seen[:] = [bytes(h) for h in request.block_hashes]
-        return original(request, num_computed)
-
-    half.get_num_new_matched_tokens = spy
-    try:
-        engine.generate([tokens], max_tokens=1)
-    finally:
-        del half.get_num_new_matched_tokens
-    engine.settle()
-    return seen
 
 
 @pytest.mark.parametrize("which", ["first", "later"])

@@ -372,6 +372,29 @@ def check_events_tell_what_the_cache_holds(
     assert {h for event in p.half.take_events() for h in event.block_hashes} == held
 
 
+@pytest.mark.parametrize("salt", [None, "pepper"])
+def check_events_tell_what_hashes_are_made_of(
+    played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, salt: str | None
+) -> None:
+    p = played(kv_events=True)
+    original, told = p.half.take_events, []
+
+    def spy() -> list[Any]:
+        taken = list(original())
+        told.extend(taken)
+        return taken
+
+    monkeypatch.setattr(p.half, "take_events", spy)
+    p.harness.add_request("a", tokens(100), max_tokens=2, cache_salt=salt)
+    p.run("a")
+    spy()
+    (event,) = told
+    assert len(event.block_hashes) == 3
+    if hasattr(event, "extra_keys"):  # 0.15 has no such field
+        assert event.extra_keys == [(salt,) if salt else None, None, None]
+        assert event.group_idx == 0
+
+
 def check_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)

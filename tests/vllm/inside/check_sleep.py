@@ -98,6 +98,8 @@ def check_what_other_weights_computed_is_not_loaded(engine: Engine, expected: di
     assert engine.generate([TOKENS]) == expected["whole blocks"]
     engine.settle()
     assert engine.misses(MissReason.CORRUPT) - corrupt == BLOCKS
+    engine.generate([TOKENS])
+    engine.settle()
     assert loads_of(engine) == BLOCKS
 
 

@@ -61,6 +61,11 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
 
 
+def ours(connector: Any) -> Any:
+    """The connector of this project, which may be one of several."""
+    return next(c for c in getattr(connector, "_connectors", [connector]) if type(c).__name__ == "KVortexConnector")
+
+
 class Engine:
     """An LLM and its connector's halves."""
 
@@ -73,7 +78,7 @@ class Engine:
 
     @property
     def scheduler_half(self) -> SchedulerHalf:
-        return self.core.scheduler.connector._scheduler
+        return ours(self.core.scheduler.connector)._scheduler
 
     @property
     def control(self) -> ControlPlane:
@@ -83,12 +88,14 @@ class Engine:
     def worker_half(self) -> WorkerHalf:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group()._worker
+        return ours(get_kv_transfer_group())._worker
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **options: Any) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, *, adapter: Any = None, **options: Any
+    ) -> list[list[int]]:
         parameters = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
         inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def likely_first(self, tokens: Sequence[int]) -> set[int]:
@@ -112,9 +119,19 @@ class Engine:
 
 @contextlib.contextmanager
 def running(
-    model: str, *, connector: bool = True, stores: bool = True, options: dict[str, Any] | None = None, **extra: Any
+    model: str,
+    *,
+    connector: bool = True,
+    stores: bool = True,
+    options: dict[str, Any] | None = None,
+    transfer: dict[str, Any] | None = None,
+    beside: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
+    **extra: Any,
 ) -> Iterator[Engine]:
-    """An engine; shut down at the end, its pool checked to hold what its index says and nothing else."""
+    """An engine; shut down at the end, its pool checked to hold what its index says and nothing else.
+
+    `transfer` are settings beside the connector's own, `beside` makes of ours the list of a `MultiConnector`'s.
+    """
     arguments: dict[str, Any] = {
         "model": model,
         "skip_tokenizer_init": True,
@@ -129,13 +146,16 @@ def running(
         **extra,
     }
     if connector:
-        arguments["kv_transfer_config"] = {
+        mine: dict[str, Any] = {
             "kv_connector": "KVortexConnector",
             "kv_connector_module_path": "kvortex.vllm",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"cpu_pool_bytes": "256MiB", "pin_piece_bytes": 16 << 20, **(options or {})},
         }
-        arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**arguments["kv_transfer_config"])
+        if beside is not None:
+            several = {"connectors": beside(mine)}
+            mine = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": several}
+        arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**mine, **(transfer or {}))
     llm = vllm.LLM(**arguments)
     engine = Engine(llm)
     try:
@@ -169,6 +189,25 @@ def count_stats(engine: Engine) -> Callable[[], Counter[str]]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def keys_of(engine: Engine, tokens: Sequence[int]) -> list[bytes]:
+    """The block hashes that vLLM gives a prompt, seen on its way through the connector."""
+    seen: list[bytes] = []
+    half = engine.scheduler_half
+    original = half.get_num_new_matched_tokens
+
+    def spy(request: object, num_computed: int) -> object:
+        seen[:] = [bytes(h) for h in request.block_hashes]
+        return original(request, num_computed)
+
+    half.get_num_new_matched_tokens = spy
+    try:
+        engine.generate([tokens], max_tokens=1)
+    finally:
+        del half.get_num_new_matched_tokens
+    engine.settle()
+    return seen
 
 
 def flip_a_bit(engine: Engine, key: bytes) -> None:

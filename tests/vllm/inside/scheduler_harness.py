@@ -106,6 +106,25 @@ class Step:
         return self.output.num_scheduled_tokens
 
 
+class Speculation:
+    """As much of a speculative configuration as the scheduler and a connector ask for."""
+
+    def __init__(self, method: str, num_speculative_tokens: int) -> None:
+        self.method = method
+        self.num_speculative_tokens = num_speculative_tokens
+
+    def use_eagle(self) -> bool:
+        return self.method in ("eagle", "eagle3", "mtp")
+
+    def uses_draft_model(self) -> bool:
+        return self.method == "draft_model"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return (lambda *_: False) if name.startswith(("use", "is_")) else 0
+
+
 class SchedulerHarness:
     """A Scheduler of one attention group over `num_blocks` blocks of `block_size` tokens.
 
@@ -133,6 +152,8 @@ class SchedulerHarness:
         failure_policy: Literal["recompute", "fail"] = "recompute",
         hash_algorithm: str = "sha256",
         kv_events: bool = False,
+        kv_role: str = "kv_both",
+        speculative: tuple[str, int] | None = None,
     ) -> None:
         self.block_size = block_size
         self.vllm_config = _vllm_config(
@@ -140,7 +161,7 @@ class SchedulerHarness:
             KVTransferConfig(
                 kv_connector=connector,
                 kv_connector_module_path=module_path,
-                kv_role="kv_both",
+                kv_role=kv_role,
                 kv_load_failure_policy=failure_policy,
                 kv_connector_extra_config=dict(extra_config or {}),
             ),
@@ -154,6 +175,8 @@ class SchedulerHarness:
         )
         if kv_events:
             self.vllm_config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        if speculative is not None:
+            self.vllm_config.speculative_config = Speculation(*speculative)  # type: ignore[assignment]
         self.scheduler: Scheduler = (AsyncScheduler if async_scheduling else Scheduler)(
             vllm_config=self.vllm_config,
             kv_cache_config=kv_cache_config(block_size, num_blocks),
@@ -192,6 +215,7 @@ class SchedulerHarness:
         *,
         max_tokens: int = 16,
         cache_salt: str | None = None,
+        resumable: bool = False,
     ) -> Request:
         request = _call_with_known(
             Request,
@@ -202,8 +226,9 @@ class SchedulerHarness:
             eos_token_id=2,
             cache_salt=cache_salt,
             block_hasher=self._block_hasher,
+            resumable=resumable,
         )
-        self.requests[request_id] = request
+        self.requests.setdefault(request_id, request)
         self.scheduler.add_request(request)
         return request
 

@@ -1,0 +1,123 @@
+"""`kvortex demo` and `kvortex replay`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kvortex import __version__
+from kvortex.config import EVICTION_POLICIES, format_bytes, parse_bytes
+from kvortex.errors import ConfigError, KVortexError
+from kvortex.settings import GIB, KIB
+
+REPLAY_BLOCK_BYTES = 4 * KIB
+"""Of a block in the cache of a replay: small, so that a trace of long prompts fits into any machine."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse arguments and run the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        report = None if arguments.json else _report()
+        return _run_demo(arguments, report) if arguments.command == "demo" else _run_replay(arguments, report)
+    except (KVortexError, OSError) as error:
+        print(f"kvortex: {error}", file=sys.stderr)
+        return 2
+
+
+def _report() -> ModuleType:
+    try:
+        from kvortex.cli import report
+    except ImportError as error:
+        raise ConfigError("tables need rich: pip install 'kvortex[demo]', or give --json") from error
+    return report
+
+
+def _run_demo(arguments: argparse.Namespace, report: ModuleType | None) -> int:
+    from kvortex.cli import replay, transformer
+
+    outcomes, device = transformer.run()
+    document: dict[str, Any] = {"device": device, "transformer": [vars(outcome) for outcome in outcomes]}
+    if report is not None:
+        report.print_transformer(outcomes, device)
+    is_right = all(outcome.identical for outcome in outcomes)
+    if is_right:
+        document["replay"] = replay.run(arguments, report)
+        is_right = document["replay"]["mismatches"] == 0
+    if report is None:
+        print(json.dumps(document))
+    return 0 if is_right else 1
+
+
+def _run_replay(arguments: argparse.Namespace, report: ModuleType | None) -> int:
+    from kvortex.cli import replay
+
+    figures = replay.run(arguments, report)
+    if report is None:
+        print(json.dumps(figures))
+    return 0 if figures["mismatches"] == 0 else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvortex", description="A KV-cache store for LLM serving.")
+    parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a transformer's KV leaves and comes back; then a trace is replayed")
+    _add_replay_options(demo)
+    replay = commands.add_parser("replay", help="replay a request trace through an engine")
+    _add_replay_options(replay)
+    return parser
+
+
+def _add_replay_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    own = format_bytes(REPLAY_BLOCK_BYTES)
+    add("--trace", type=Path, help="JSON lines with input_length and hash_ids, .xz or plain (default: the shipped one)")
+    add(
+        "--trace-block-size",
+        type=_positive,
+        metavar="TOKENS",
+        help="tokens that one of hash_ids names (default: block_size of a line, or what fits all lines)",
+    )
+    add("--requests", type=_positive, default=1000, help="replay the first N (default %(default)s)")
+    add("--pool", type=_size, default=GIB, help="CPU pool, e.g. 512MiB (default 1GiB)")
+    add(
+        "--block-bytes",
+        type=_size,
+        default=REPLAY_BLOCK_BYTES,
+        metavar="SIZE",
+        help="what 16 tokens of your model take, e.g. 2MiB: --pool holds as many blocks as a pool of that size would. "
+        f"The replay's own blocks, and the default, are {own}",
+    )
+    add("--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
+    add(
+        "--disk",
+        default="",
+        metavar="DIRECTORY",
+        help="keep blocks there too, for later runs as well; each request then waits until its blocks are written",
+    )
+    add("--concurrency", type=_positive, default=4, help="requests at a time (default %(default)s)")
+    add("--json", action="store_true", help="print figures as one JSON document instead of tables")
+
+
+def _size(text: str) -> int:
+    try:
+        nbytes = parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive size")
+    return nbytes
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number

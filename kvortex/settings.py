@@ -1,0 +1,205 @@
+"""What all settings have in common: sizes as text, values of their field's type, names that are nearly right."""
+
+import difflib
+import math
+import os
+import types
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from kvortex.errors import ConfigError
+
+KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
+LEAST_BYTES = 4096  # a page; what is below was meant in another unit
+
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def parse_bytes(text: str) -> int:
+    """`"16GiB"`, `"512 MiB"`, `"4096"` -> bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    stripped = text.strip().lower()
+    digits = stripped.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = _UNITS.get(stripped[len(digits) :].strip())
+    try:
+        if unit is None:
+            raise ValueError
+        nbytes = float(digits) * unit
+        if unit == 1 and not nbytes.is_integer():
+            raise ValueError
+        return int(nbytes)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
+
+
+def format_bytes(nbytes: float) -> str:
+    """`1610612736` -> `"1.5 GiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_size(name: str, nbytes: int, example: str) -> None:
+    """Raises `ConfigError` for a size that can only have been meant in another unit; the message has an example."""
+    require(nbytes >= 1, f"{name} must be at least 1, not {nbytes}")
+    require(
+        nbytes >= LEAST_BYTES,
+        f"{name} = {nbytes} is a number of bytes, and less than a page: did you mean {example!r}?",
+    )
+
+
+def conform(settings: Any, *, paths: Iterable[str] = ()) -> None:
+    """Bring the fields of a frozen dataclass to their types; called first of all in `__post_init__`.
+
+    Whole numbers of any type become `int`, other numbers `float`, sizes (`..._bytes`) may be text, paths any
+    `os.PathLike`, with a `~` in front; a mapping becomes the settings that the field holds. Where a time may be None,
+    for ever, infinity is None.
+
+    Args:
+        settings: the object.
+        paths: its fields that are paths.
+
+    Raises:
+        ConfigError: a value that cannot be meant; the message names the field.
+    """
+    for name, hint in hints_of(type(settings)).items():
+        value = getattr(settings, name)
+        held = _path(name, value) if name in paths else _conformed(name, value, hint)
+        if held is not value:
+            object.__setattr__(settings, name, held)
+
+
+def from_text(name: str, text: str, hint: Any) -> Any:
+    """The value of a field, given as text as in the environment; what is no text for its type stays text.
+
+    Raises:
+        ConfigError: not a value of a field that is true or false.
+    """
+    kind, is_optional = _without_none(hint)
+    stripped = text.strip()
+    if is_optional and stripped.lower() == "none":
+        return None
+    if kind is bool:
+        require(stripped.lower() in _TRUE + _FALSE, f"{name} = {text!r}: write 1 or 0")
+        return stripped.lower() in _TRUE
+    if kind in (int, float) and not name.endswith("_bytes"):
+        try:
+            return float(stripped) if kind is float or not stripped.lstrip("+-").isdigit() else int(stripped)
+        except ValueError:
+            return text
+    return text
+
+
+def known_names(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values by name, as from JSON or TOML, if these are the names of a dataclass's fields.
+
+    Raises:
+        ConfigError: an unknown name; the message has the one that is nearest.
+    """
+    require_known(values, hints_of(kind), kind.__name__)
+    return values
+
+
+def require_known(names: Iterable[object], known: Collection[str], owner: str, what: str = "setting") -> None:
+    """Raises `ConfigError` for a name that is not known; the message has the one that is nearest."""
+    for name in names:
+        if name not in known:
+            guess = nearest(str(name), known)
+            hint = f": did you mean {guess!r}?" if guess else ""
+            raise ConfigError(f"unknown {what} {name!r}{hint}; {owner} knows {', '.join(sorted(known))}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is so near that it must have been meant; None if there is none."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return found[0] if found else None
+
+
+def hints_of(kind: Any) -> Mapping[str, Any]:
+    """Types of a dataclass's fields by name."""
+    return _hints(kind)
+
+
+@cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return kinds[0], len(kinds) < len(get_args(hint))
+    return hint, False
+
+
+def _conformed(name: str, value: Any, hint: Any) -> Any:
+    kind, is_optional = _without_none(hint)
+    if value is None and is_optional:
+        return None
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
+        value = value.item()
+    if kind is bool:
+        return _boolean(name, value)
+    if kind is int:
+        return _whole_number(name, value)
+    if kind is float:
+        seconds = _number(name, value)
+        if is_optional and seconds == math.inf:
+            return None
+        require(math.isfinite(seconds), f"{name} must be a finite number, not {value!r}")
+        return seconds
+    holds_settings: bool = is_dataclass(kind)
+    if holds_settings and isinstance(value, Mapping):
+        return kind(**known_names(kind, value))
+    require(isinstance(value, kind), f"{name} must be {kind.__name__}, not {_shown(value)}")
+    return value
+
+
+def _boolean(name: str, value: Any) -> bool:
+    require(isinstance(value, bool), f"{name} must be true or false (bool), not {_shown(value)}")
+    return bool(value)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if isinstance(value, str) and name.endswith("_bytes"):
+        return parse_bytes(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and (isinstance(value, Integral) or float(value).is_integer()):
+        return int(value)
+    example = ', such as "16GiB"' if name.endswith("_bytes") else ""
+    raise ConfigError(f"{name} must be a whole number (int){example}, not {_shown(value)}")
+
+
+def _number(name: str, value: Any) -> float:
+    require(
+        isinstance(value, Real) and not isinstance(value, bool), f"{name} must be a number (float), not {_shown(value)}"
+    )
+    return float(value)
+
+
+def _path(name: str, value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    require(isinstance(text, str), f"{name} must be a path (str), not {_shown(value)}")
+    expanded = os.path.expanduser(text)
+    require(not expanded.startswith("~"), f"{name} = {text!r}: there is no such home; write the path in full")
+    return expanded
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} ({value!r})"

@@ -1,0 +1,118 @@
+"""A tier behind circuit breakers: whatever it does, a call ends in time and says what came of it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
+
+from kvortex.errors import KVortexError
+from kvortex.tiers import Cause, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
+from kvortex.tiers.breaker import CircuitBreaker
+from kvortex.types import MissReason, SaveOutcome
+
+logger = logging.getLogger(__name__)
+
+GRACE_S: Final = 1.0
+"""What a tier may take beyond a deadline that it was given, before it is not waited for any more."""
+
+CLOSE_TIMEOUT_S: Final = 30.0
+
+Request = TypeVar("Request", ReadRequest, WriteRequest)
+Outcome = TypeVar("Outcome", ReadOutcome, WriteOutcome)
+Result = TypeVar("Result")
+
+_UNREAD: Final = ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.IO_ERROR)
+_UNWRITTEN: Final = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR)
+
+
+class GuardedTier:
+    """The calls that move blocks, for one loop. What may be asked of the tier is for the caller to find out before, by
+    `admit` of the breaker; what comes of it is told to the breaker here.
+
+    A tier that raises is logged and counts as failed. If that is what its contract says of misuse nothing has been
+    started, and the requests are settled; otherwise nobody knows, and their memory is not used again.
+
+    Args:
+        tier: opened and closed by the owner.
+        timeout_s: of every call.
+        clock: seconds.
+    """
+
+    def __init__(self, tier: Tier, timeout_s: float, clock: Callable[[], float]) -> None:
+        self.tier = tier
+        self.reads, self.writes = CircuitBreaker(clock), CircuitBreaker(clock)
+        self._timeout_s = timeout_s
+
+    async def read(self, requests: Sequence[ReadRequest]) -> list[ReadOutcome]:
+        """Outcomes in the order of the requests; none where the tier has not said any."""
+        return await self._move(self.reads, self.tier.read, requests, _UNREAD)
+
+    async def write(self, requests: Sequence[WriteRequest]) -> list[WriteOutcome]:
+        """Likewise."""
+        return await self._move(self.writes, self.tier.write, requests, _UNWRITTEN)
+
+    async def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """What the store itself has; nothing where it does not say so in time."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        there = await self._call(self.reads, self.tier.contains(keys, deadline_s=self._timeout_s))
+        if there is None:
+            return [False] * len(keys)
+        if not any(there) and loop.time() - began_s >= self._timeout_s:
+            self.reads.hung()
+        else:
+            self.reads.worked()
+        return there
+
+    async def delete(self, keys: Sequence[bytes]) -> None:
+        """Take blocks away; what cannot be taken away stays."""
+        await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
+
+    async def touch(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
+        """Count blocks as used."""
+        await self._call(self.writes, self.tier.touch(keys, used_s, deadline_s=self._timeout_s))
+
+    async def aclose(self) -> None:
+        """Close the tier, or leave it alone if that takes too long. Raises what it raises."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.tier.aclose()
+        except TimeoutError:
+            logger.warning(
+                "the %s tier has not closed within %.0f s and is left alone", self.tier.name, CLOSE_TIMEOUT_S
+            )
+
+    async def _move(
+        self,
+        breaker: CircuitBreaker,
+        call: Callable[..., Awaitable[list[Outcome]]],
+        requests: Sequence[Request],
+        failure: Any,
+    ) -> list[Outcome]:
+        outcomes = await self._call(breaker, call(requests, deadline_s=self._timeout_s), requests, failure)
+        if outcomes is None:
+            return []
+        breaker.judge(outcomes)
+        return outcomes
+
+    async def _call(
+        self, breaker: CircuitBreaker, call: Awaitable[Result], requests: Sequence[Any] = (), failure: Any = None
+    ) -> Result | None:
+        try:
+            async with asyncio.timeout(self._timeout_s + GRACE_S):
+                return await call
+        except TimeoutError:
+            logger.warning("the %s tier does not keep its deadlines", self.tier.name)
+            breaker.hung()
+        except asyncio.CancelledError:
+            breaker.give_up()
+            raise
+        except (KVortexError, ValueError) as error:  # misuse, closed meanwhile: nothing has been started
+            logger.warning("the %s tier refuses a call: %s", self.tier.name, error)
+            for request in requests:
+                request.settle(failure)
+            breaker.failed()
+        except Exception:  # a tier may be anybody's code, and must not stop the pool
+            logger.exception("the %s tier failed unexpectedly", self.tier.name)
+            breaker.failed()
+        return None

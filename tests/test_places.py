@@ -1,0 +1,105 @@
+"""Ranks whose blocks differ in size follow one plan: no block of a rank overlaps another, none leaves its pool."""
+
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
+from kvortex.memory.allocator import ExtentAllocator
+from kvortex.types import PAGE_BYTES, BlockSizes, Direction, TransferPlan
+from kvortex.vllm.places import Places, largest
+
+UNIT = EXTENT_ALIGNMENT_BYTES
+
+pytestmark = pytest.mark.leaves_extents  # the allocators here stand for pools and hold no memory
+
+
+@st.composite
+def sizes(draw: st.DrawFn, *, raw: tuple[int, int] = (1, 300)) -> BlockSizes:
+    whole = draw(st.integers(*raw)) * UNIT
+    packs = draw(st.booleans())
+    return BlockSizes(whole, draw(st.integers(1, whole // UNIT)) * UNIT if packs else whole)
+
+
+@st.composite
+def unequal(draw: st.DrawFn) -> tuple[BlockSizes, list[BlockSizes]]:
+    ranks = draw(st.lists(sizes(), min_size=1, max_size=4))
+    return largest(ranks), ranks
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    unequal(),
+    st.integers(1, 40),
+    st.integers(PAGE_BYTES, 1 << 20),
+    st.lists(st.booleans(), min_size=1, max_size=200),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_planned_apart_lies_apart_in_every_rank(
+    found: tuple[BlockSizes, list[BlockSizes]], blocks: int, extra: int, packed: list[bool], random: Random
+) -> None:
+    planned, ranks = found
+    piece = -(-max(planned.raw, 1) * 3 // PAGE_BYTES) * PAGE_BYTES
+    pool = planned.raw * blocks + extra
+    allocator = ExtentAllocator(pool, piece)
+    # Blocks come and go, in both forms, as a pool under load has them.
+    extents: list[tuple[int, bool]] = []
+    for is_packed in packed:
+        wanted = planned.packed if is_packed else planned.raw
+        offsets = allocator.allocate_many(1, wanted, "test")
+        if offsets.size:
+            extents.append((int(offsets[0]), is_packed))
+        elif extents:
+            gone = extents.pop(random.randrange(len(extents)))
+            allocator.free_many(np.array([gone[0]], dtype=np.int64))
+    for own in ranks:
+        places = Places(piece, planned, own)
+        config = places.config(KVortexConfig(cpu_pool_bytes=pool, pin_piece_bytes=piece))
+        at = places.offsets(np.array([offset for offset, _ in extents], dtype=np.int64))
+        used = sorted(
+            (int(start), int(start) + (own.packed if is_packed else own.raw))
+            for start, (_, is_packed) in zip(at, extents, strict=True)
+        )
+        assert all(start % UNIT == 0 for start, _ in used)
+        assert all(end <= start for (_, end), (start, _) in pairwise(used))
+        assert all(end <= config.cpu_pool_bytes for _, end in used)
+        # Pieces are pinned one by one: no block may lie across two.
+        assert all(start // config.pin_piece_bytes == (end - 1) // config.pin_piece_bytes for start, end in used)
+
+
+@settings(max_examples=200, deadline=None)
+@given(unequal(), st.integers(1, 60), st.integers(0, 1 << 16))
+def test_what_a_smaller_pool_holds_is_planned_and_no_more(
+    found: tuple[BlockSizes, list[BlockSizes]], blocks: int, extra: int
+) -> None:
+    """A rank could pin a part of its pool only: what is planned must lie inside that part."""
+    planned, ranks = found
+    piece = -(-planned.raw * 3 // PAGE_BYTES) * PAGE_BYTES
+    for own in ranks:
+        places = Places(piece, planned, own)
+        nbytes = own.raw * blocks + extra
+        allocator = ExtentAllocator(places.planned_bytes(nbytes), piece)
+        offsets = places.offsets(allocator.allocate_many(10_000, planned.raw, "test"))
+        assert all(offset + own.raw <= nbytes for offset in offsets.tolist())
+
+
+def test_equal_ranks_lie_where_they_were_planned() -> None:
+    sizes = BlockSizes(4096, 2048)
+    places = Places(1 << 20, sizes, sizes)
+    plan = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.array([0, 4096, 8192], dtype=np.int64))
+    assert places.place(plan) is plan
+    config = KVortexConfig(cpu_pool_bytes=1 << 24)
+    assert places.config(config) is config
+
+
+@pytest.mark.parametrize(("own", "share"), [(2, 2 / 3), (1, 1 / 3), (3, 1)])
+def test_a_stage_with_fewer_layers_takes_memory_in_proportion(own: int, share: float) -> None:
+    layer = 64 << 10
+    planned, mine = BlockSizes(3 * layer, 3 * layer), BlockSizes(own * layer, own * layer)
+    pool, piece = 1 << 30, 16 << 20
+    config = Places(piece, planned, mine).config(KVortexConfig(cpu_pool_bytes=pool, pin_piece_bytes=piece))
+    assert config.cpu_pool_bytes == pytest.approx(pool * share, rel=0.01)

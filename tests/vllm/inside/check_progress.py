@@ -1,0 +1,311 @@
+"""The real Scheduler over few blocks, its workers played by a seed: every request ends, and none runs on foreign KV.
+
+Device, pool and disk hold of each token what its KV depends on: all the tokens up to it. A request that runs must find
+that of its own tokens in its blocks, whoever has put it there. Jobs end late, in any order, or fail; requests are
+aborted and preempted; blocks are so few that hits, misses and those who wait stand in each other's way. A run
+that fails names its seed; KVORTEX_HUNT_RUNS sets how many there are.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from scheduler_harness import SchedulerHarness, Step, WorkerReport
+from tiny_model import make_tiny_model
+from vllm.v1.request import RequestStatus
+
+from kvortex.hashing import Namespace
+from kvortex.types import BlockSizes
+from kvortex.vllm import scheduler as scheduler_module
+from kvortex.vllm import tier_planner
+from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.versions import IS_NEWER, WorkerReports
+
+BLOCK_SIZE = 32
+BLOCK_NBYTES = BLOCK_SIZE * 4096
+RUNS = int(os.environ.get("KVORTEX_HUNT_RUNS", "400"))
+STEPS_A_REQUEST = 100  # for its tokens, one after the other, its prompt in pieces, its load and those of others
+STEP_S = 0.02
+MAX_MODEL_LEN = 512
+NOTHING = -1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+class Clock:
+    """Time goes by with steps."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    perf_counter = monotonic
+
+
+def chain_of(token_ids: list[int]) -> list[int]:
+    """For each token what its KV depends on."""
+    chain, before = [], 0
+    for token in token_ids:
+        before = hash((before, token))
+        chain.append(before)
+    return chain
+
+
+class Workers:
+    """One worker that does its jobs when the seed says so, over contents in place of bytes."""
+
+    def __init__(self, harness: SchedulerHarness, random: Random) -> None:
+        self.harness, self.random = harness, random
+        self.device: dict[int, list[int]] = {}
+        self.pool: dict[int, list[int]] = {}
+        self.disk: dict[bytes, list[int]] = {}
+        self.unread: list[SaveJob] = []
+        self.read: list[tuple[SaveJob, frozenset[int]]] = []
+        self.unwritten: list[tuple[SaveJob, frozenset[int]]] = []
+        self.loads: list[LoadJob] = []
+        self.fetches: list[FetchJob] = []
+        self.fails = 0.0
+        self.sloth = 0.0
+
+    def step(self) -> Step:
+        step = self.harness.schedule()
+        plan: ConnectorPlan = step.metadata
+        for save in [save for save in self.unread if not plan.fresh_block_ids.isdisjoint(block_ids(save))]:
+            self._read(save)
+        self.loads += plan.loads
+        self.fetches += plan.fetches
+        self._forward(step)
+        self.unread += plan.saves
+        self.harness.finish(step, self._report())
+        return step
+
+    def _forward(self, step: Step) -> None:
+        tables = {name: self.harness.block_ids(name) for name in step.num_scheduled_tokens}
+        for name, count in step.num_scheduled_tokens.items():
+            request = self.harness.requests[name]
+            end = request.num_computed_tokens  # counts this step's tokens already
+            chain = chain_of(list(request.all_token_ids)[:end])
+            for position in range(end):
+                place = self.device.setdefault(tables[name][position // BLOCK_SIZE], [NOTHING] * BLOCK_SIZE)
+                if position < end - count:
+                    assert place[position % BLOCK_SIZE] == chain[position], f"{name} runs on foreign KV at {position}"
+                else:
+                    place[position % BLOCK_SIZE] = chain[position]
+
+    def _read(self, save: SaveJob) -> None:
+        self.unread.remove(save)
+        failed = frozenset(i for i in range(save.transfer.num_blocks) if self.random.random() < self.fails)
+        for i, (block_id, offset) in enumerate(zip(block_ids(save), save.transfer.offsets.tolist(), strict=True)):
+            if i not in failed:
+                self.pool[offset] = list(self.device[block_id])
+        self.read.append((save, failed))
+
+    def _is_due(self) -> bool:
+        return self.random.random() >= self.sloth
+
+    def _report(self) -> WorkerReport:
+        for save in [save for save in self.unread if self._is_due()]:
+            self._read(save)
+        outcomes = [*self._saves(), *self._writes(), *self._fetches()]
+        received, invalid = set(), set()
+        for job in [job for job in self.loads if self._is_due()]:
+            self.loads.remove(job)
+            failed = {i for i in range(job.transfer.num_blocks) if self.random.random() < self.fails}
+            ids = job.transfer.block_ids.tolist()
+            for i, (block_id, offset) in enumerate(zip(ids, job.transfer.offsets.tolist(), strict=True)):
+                self.device[block_id] = [NOTHING] * BLOCK_SIZE if i in failed else list(self.pool[offset])
+            split = {i for i in failed if self.random.random() < 0.5}
+            outcomes.append(JobOutcome(job.job_id, tuple(failed - split), tuple(split)))
+            received.add(job.request_id)
+            invalid |= {ids[i] for i in failed} | set(job.missing_block_ids)
+        message = WorkerReports(outcomes) if outcomes else None
+        channel: dict[str, Any] = {"worker_meta": message} if IS_NEWER else {"kv_cache_events": message}
+        return WorkerReport(finished_recving=received, invalid_block_ids=invalid, **channel)
+
+    def _saves(self) -> Iterator[JobOutcome]:
+        for save, failed in [job for job in self.read if self._is_due()]:
+            self.read.remove((save, failed))
+            yield JobOutcome(save.job_id, tuple(failed))
+            if save.keys:
+                self.unwritten.append((save, failed))
+
+    def _writes(self) -> Iterator[JobOutcome]:
+        for save, failed in [job for job in self.unwritten if self._is_due()]:
+            self.unwritten.remove((save, failed))
+            lost = failed | {i for i in range(save.transfer.num_blocks) if self.random.random() < self.fails}
+            for i, offset in enumerate(save.transfer.offsets.tolist()):
+                if i not in lost:
+                    self.disk[save.keys[32 * i : 32 * i + 32]] = list(self.pool[offset])
+            yield JobOutcome(save.write_id, tuple(lost))
+
+    def _fetches(self) -> Iterator[JobOutcome]:
+        for job in [job for job in self.fetches if self._is_due()]:
+            self.fetches.remove(job)
+            keys = [job.keys[32 * i : 32 * i + 32] for i in range(job.transfer.num_blocks)]
+            lost = {i for i, key in enumerate(keys) if key not in self.disk or self.random.random() < self.fails}
+            for i, offset in enumerate(job.transfer.offsets.tolist()):
+                if i not in lost:
+                    self.pool[offset] = list(self.disk[keys[i]])
+            yield JobOutcome(job.job_id, tuple(lost))
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.unread or self.read or self.unwritten or self.loads or self.fetches)
+
+
+def block_ids(save: SaveJob) -> list[int]:
+    return [int(n) for n in save.transfer.block_ids]
+
+
+class Run:
+    """A server's life, from one seed."""
+
+    def __init__(self, model: Path, home: Path, seed: int, clock: Clock) -> None:
+        self.random = random = Random(seed)
+        self.clock = clock
+        num_blocks = random.choice([6, 9, 12, 20])
+        pool_blocks = random.choice([6, 12, 40])
+        disk = {"disk_path": str(home), "disk_capacity_bytes": 1 << 30} if random.random() < 0.4 else {}
+        self.lookahead = random.choice([0, 0, 1, 3, 8])
+        self.harness = SchedulerHarness(
+            model,
+            num_blocks=num_blocks + 1,
+            max_num_seqs=random.choice([2, 4, 8]),
+            max_num_batched_tokens=random.choice([48, 128, 512]),
+            enable_prefix_caching=random.random() < 0.5,
+            kv_events=True,
+            extra_config={
+                "cpu_pool_bytes": pool_blocks * BLOCK_NBYTES,
+                "pin_piece_bytes": pool_blocks * BLOCK_NBYTES,
+                "pending_wait_s": random.choice([0.0, 0.1, 1.0]),
+                "min_hit_blocks": random.choice([1, 1, 2]),
+                **disk,
+            },
+        )
+        self.workers = Workers(self.harness, random)
+        self.workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
+        self.workers.sloth = random.choice([0.0, 0.5, 0.9])
+        sizes = BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES)
+        namespace = Namespace(
+            model="played", weights_revision="", layout=b"layout", block_size=BLOCK_SIZE, kv_dtype="float32"
+        )
+        hello = WorkerHandshake(
+            b"layout", sizes, num_blocks + 1, pool_blocks * BLOCK_NBYTES, namespace if disk else None
+        )
+        self.half.accept_handshake([hello])
+        # No model here drafts: only the room for it is asked for.
+        self.harness.scheduler.num_lookahead_tokens = self.lookahead
+        self.half._admission._num_lookahead_tokens = self.lookahead
+        # Prompts with common beginnings, none too long for the device by itself.
+        longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - self.lookahead
+        base = [random.randrange(3, 1000) for _ in range(longest)]
+        cuts = [random.randrange(1, longest) for _ in range(6)]
+        self.prompts = [base[:cut] + [random.randrange(3, 1000) for _ in range(min(40, longest - cut))] for cut in cuts]
+        self.names = 0
+        self.in_pool: set[Any] = set()
+        self.on_disk: set[Any] = set()
+        self._take_events = self.half.take_events  # vLLM asks for them, in the middle of a step
+        vars(self.half)["take_events"] = self._listen
+
+    @property
+    def half(self) -> SchedulerHalf:
+        half: SchedulerHalf = self.harness.connector._scheduler
+        return half
+
+    def live(self) -> None:
+        for _ in range(self.random.choice([10, 40, 80])):
+            for _ in range(self.random.choice([0, 0, 1, 2])):
+                self._add()
+            chance = self.random.random()
+            running = [name for name, request in self.harness.requests.items() if not request.is_finished()]
+            if chance < 0.04 and running:
+                self.harness.abort(self.random.choice(running))
+            elif chance < 0.05 and all(r.status == RequestStatus.RUNNING for r in self._holders()):
+                self.harness.preempt_all()
+            elif chance < 0.06:
+                self.half.reset_cache()
+            self._step()
+        self._end()
+
+    def _holders(self) -> list[Any]:
+        """Requests with blocks; vLLM takes none from those that wait with them."""
+        held = [self.harness.requests[name] for name in self.harness.held_request_ids]
+        return [request for request in held if self.harness.block_ids(request.request_id)]
+
+    def _add(self) -> None:
+        name, self.names = f"r{self.names}", self.names + 1
+        self.harness.add_request(name, self.random.choice(self.prompts), max_tokens=self.random.choice([1, 3, 50]))
+
+    def _step(self) -> None:
+        self.clock.now_s += STEP_S
+        self.workers.step()
+        self._listen()
+        # A block that is dropped while it is read has left when that has ended.
+        told, known = len(self.in_pool), len(self.half._control.index)
+        assert told >= known if self.half.has_work() else told == known, "events and index differ"
+
+    def _listen(self) -> list[Any]:
+        events = list(self._take_events())
+        for event in events:
+            place = self.in_pool if event.medium == "CPU" else self.on_disk
+            if hasattr(event, "token_ids"):
+                assert place.isdisjoint(event.block_hashes)
+                place.update(event.block_hashes)
+            else:
+                assert place.issuperset(event.block_hashes)
+                place.difference_update(event.block_hashes)
+        return events
+
+    def _end(self) -> None:
+        """Nobody comes any more, jobs end: everybody must, within a bound of steps."""
+        self.workers.sloth = 0.0
+        num_open = sum(not r.is_finished() for r in self.harness.requests.values())
+        for _ in range(STEPS_A_REQUEST * (num_open + 1)):
+            open_requests = [r for r in self.harness.requests.values() if not r.is_finished()]
+            if not open_requests and self.workers.is_idle and not self.half.has_work():
+                break
+            self._step()
+        else:
+            states = {r.request_id: r.status.name for r in open_requests}
+            raise AssertionError(f"no end: {states}, {self.harness.num_free_blocks} blocks free")
+        assert self.harness.num_free_blocks == self.harness.vllm_config.cache_config.num_gpu_blocks - 1
+        control = self.half._control
+        assert control.allocator.allocated_bytes == control.index.committed_bytes
+        assert control.index.num_pending == 0
+        assert not self.half._jobs
+        assert not self.half._aborted
+        assert not self.half._tracked
+        assert not self.half._admission._passed_over
+
+
+@pytest.mark.parametrize("part", range(8))
+def check_every_request_ends_on_its_own_kv(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    clock = Clock()
+    for module in (scheduler_module, tier_planner):
+        monkeypatch.setattr(module, "time", clock)
+    for seed in range(part, RUNS, 8):
+        home = tmp_path / str(seed)
+        run = Run(model, home, seed, clock)
+        try:
+            run.live()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        finally:
+            run.harness.shutdown()
+
+
+def check_hunts_are_not_empty() -> None:
+    """What a hunt rests on: a foreign token is seen."""
+    assert chain_of([1, 2, 3])[:2] == chain_of([1, 2])
+    assert chain_of([9, 2])[1] != chain_of([1, 2])[1]

@@ -1,0 +1,209 @@
+"""Weights that change under a running engine: what the old ones computed is not served."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_support import BLOCK_SIZE, Engine, prompt, running
+from safetensors.torch import load_file, save_file
+from tiny_model import make_tiny_model
+from vllm import SamplingParams
+from vllm.v1.worker.worker_base import WorkerBase
+
+from kvortex.vllm.weights import WeightsWatch, weights_checksum
+
+TOKENS = prompt(4 * BLOCK_SIZE + 5, 1)
+BLOCKS = len(TOKENS) // BLOCK_SIZE
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("weights")
+    old, new = make_tiny_model(home / "old", "qwen3"), make_tiny_model(home / "new", "qwen3")
+    weights = load_file(new / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name in weights:
+        if "input_layernorm" in name:
+            weights[name] = torch.rand(weights[name].shape, generator=generator) * 2
+    save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+    return {"old": old, "new": new}
+
+
+@pytest.fixture(scope="module")
+def answers(models: dict[str, Path]) -> dict[str, list[int]]:
+    found = {}
+    for name, path in models.items():
+        with running(str(path), connector=False) as engine:
+            found[name] = engine.generate([TOKENS])[0]
+    assert found["old"] != found["new"]
+    return found
+
+
+@pytest.fixture
+def engine(models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """With vLLM's own prefix cache, as servers have it; over a disk where that is asked for."""
+    disk = (
+        {"disk_path": str(tmp_path / "disk"), "disk_capacity_bytes": "1GiB"} if getattr(request, "param", False) else {}
+    )
+    with running(str(models["old"]), options=disk, enable_prefix_caching=True) as engine:
+        yield engine
+
+
+def norms_of(path: Path) -> list[tuple[str, torch.Tensor]]:
+    """The weights in which the models differ. vLLM's CPU backend packs others away and cannot take them again."""
+    return [(name, tensor) for name, tensor in load_file(path / "model.safetensors").items() if "input_layer" in name]
+
+
+def loaded(engine: Engine, path: Path) -> None:
+    """What reinforcement learning does: each worker's model loads what it is sent."""
+    tensors = norms_of(path)
+    engine.llm.apply_model(lambda model: bool(model.load_weights(tensors)))
+
+
+def written(engine: Engine, path: Path) -> None:
+    """A function that writes parameters."""
+    fresh = dict(norms_of(path))
+
+    def change(model: torch.nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in fresh:
+                parameter.data.copy_(fresh[name])
+
+    engine.llm.apply_model(change)
+
+
+def behind_its_back(engine: Engine, path: Path) -> None:
+    """Through no method of vLLM: only a look at the weights sees it."""
+    fresh = dict(norms_of(path))
+    for name, parameter in worker_of(engine).get_model().named_parameters():
+        if name in fresh:
+            parameter.data.copy_(fresh[name])
+
+
+def worker_of(engine: Engine) -> Any:
+    return engine.core.model_executor.driver_worker.worker
+
+
+WAYS: dict[str, Callable[[Engine, Path], None]] = {
+    "loaded": loaded,
+    "written": written,
+    "behind its back": behind_its_back,
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "way"),
+    [*((False, way) for way in WAYS), (True, "loaded")],
+    indirect=["engine"],
+    ids=[*WAYS, "with a disk"],
+)
+def check_old_blocks_are_not_served_after_a_plain_reset(
+    engine: Engine, models: dict[str, Path], answers: dict[str, list[int]], way: str
+) -> None:
+    assert engine.generate([TOKENS])[0] == answers["old"]
+    engine.settle()
+    WAYS[way](engine, models["new"])
+    assert engine.llm.reset_prefix_cache()
+    before = engine.loaded_blocks
+    assert engine.generate([TOKENS])[0] == answers["new"]
+    engine.settle()
+    assert engine.loaded_blocks == before
+    # What the new ones compute is kept as ever.
+    engine.llm.reset_prefix_cache()
+    engine.generate([TOKENS])
+    engine.settle()
+    engine.llm.reset_prefix_cache()
+    assert engine.generate([TOKENS])[0] == answers["new"]
+    engine.settle()
+    assert engine.loaded_blocks > before
+
+
+def check_weights_that_stay_cost_nothing(engine: Engine, answers: dict[str, list[int]]) -> None:
+    """A reset or a function that only reads is no reason to forget."""
+    engine.generate([TOKENS])
+    engine.settle()
+    engine.llm.apply_model(lambda model: sum(p.numel() for p in model.parameters()))
+    assert engine.llm.reset_prefix_cache()
+    assert engine.generate([TOKENS])[0] == answers["old"]
+    engine.settle()
+    assert engine.loaded_blocks == BLOCKS
+
+
+def check_what_is_computed_across_a_change_is_not_stored(
+    engine: Engine, models: dict[str, Path], answers: dict[str, list[int]]
+) -> None:
+    """Half with the old weights, half with the new ones: such KV is nobody's."""
+    request = engine.llm.llm_engine
+    parameters = SamplingParams(temperature=0.0, max_tokens=3 * BLOCK_SIZE, ignore_eos=True)
+    request.add_request("across", {"prompt_token_ids": TOKENS}, parameters)
+    for _ in range(BLOCK_SIZE):
+        request.step()
+    loaded(engine, models["new"])
+    mixed: list[int] = []
+    while request.has_unfinished_requests():
+        for output in request.step():
+            mixed = list(output.outputs[0].token_ids)
+    assert len(mixed) == 3 * BLOCK_SIZE
+    engine.llm.reset_prefix_cache()
+    engine.settle()
+    before = engine.loaded_blocks
+    again = [*TOKENS, *mixed]
+    engine.generate([again])
+    engine.settle()
+    assert engine.loaded_blocks == before
+
+
+class PlayedWorker(WorkerBase):
+    """Has whatever method some version has to replace weights."""
+
+    def __init__(self, config: Any) -> None:
+        self.vllm_config, self.model = config, torch.nn.Linear(4, 4)
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
+
+    def reload_weights(self) -> None: ...
+
+    def update_weights(self, update: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self) -> None:
+        raise RuntimeError("half of them came")
+
+    def apply_model(self, function: Callable[[torch.nn.Module], Any]) -> Any:
+        return function(self.model)
+
+
+def check_every_method_that_replaces_weights_is_watched() -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace())
+    worker, stranger = PlayedWorker(config), PlayedWorker(SimpleNamespace(model_config=SimpleNamespace()))
+    changes: list[str] = []
+    watch = WeightsWatch(config, lambda: changes.append("changed"))
+    stranger.reload_weights()
+    assert not changes
+    worker.reload_weights()
+    worker.update_weights({})
+    assert len(changes) == 2
+    with pytest.raises(RuntimeError):  # what it left behind is not what was there
+        worker.finish_weight_update()
+    assert len(changes) == 3
+    assert worker.apply_model(lambda model: model.weight.sum().item()) == worker.model.weight.sum().item()
+    assert len(changes) == 3
+    worker.apply_model(lambda model: model.bias.data.add_(1))
+    assert len(changes) == 4
+    watch.end()
+    worker.reload_weights()
+    assert len(changes) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
+def check_the_checksum_sees_one_bit(dtype: torch.dtype) -> None:
+    model = torch.nn.ParameterList(
+        [torch.nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False) for shape in ((3, 5), (8,), ())]
+    )
+    for parameter in model:
+        before = weights_checksum([model])
+        parameter.data.view(-1).view(torch.uint8)[-1] ^= 1
+        assert weights_checksum([model]) != before
