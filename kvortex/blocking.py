@@ -1,7 +1,17 @@
 """Blocking work beside an event loop, also while the interpreter ends and no thread can be had any more."""
 
 import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def interpreter_ends() -> bool:
+    """Whether the main thread is over: what runs now are exit handlers, and executors take nothing on any more."""
+    return not threading.main_thread().is_alive()
 
 
 async def run_blocking(work: Callable[[], None]) -> None:
@@ -12,3 +22,21 @@ async def run_blocking(work: Callable[[], None]) -> None:
         work()
     else:
         await done
+
+
+def submit_or_run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> "Future[T]":
+    """Run `work` on a thread of `executor`, or here and now where an interpreter that ends gives no threads any more.
+
+    The future has what became of it, as that of a thread.
+    """
+    try:
+        return executor.submit(work)
+    except RuntimeError:
+        if not interpreter_ends():
+            raise
+        future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001 - as a thread's future would keep it
+        future.set_exception(error)
+    return future

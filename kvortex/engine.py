@@ -418,6 +418,11 @@ class KVortexEngine:
         """The blocking face, for other threads than the loop's."""
         return SyncEngine(self, self._loop)
 
+    @property
+    def is_shut_down(self) -> bool:
+        """Everything has been given back."""
+        return self._released
+
     async def shutdown(self) -> None:
         """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel.
 

@@ -52,17 +52,35 @@ def run_self_test(
     Raises:
         LayoutSelfTestError: what came back differs; names the tensor.
     """
-    path = _Path(executor, np.array(block_ids, dtype=np.int32), offsets, pool, after)
-    with torch.inference_mode():  # else autograd refuses to write tensors of that mode, and leaves that need gradients
-        blocks = {(name, b): block_of(name, b) for name in tensors for b in block_ids}
-        before = {place: block.clone() for place, block in blocks.items()}
-        try:
-            _round_trip(blocks, _random_bytes, path, layout.block_nbytes, packed=False)
-            if packing is not None:
-                _round_trip(blocks, _small_integers, path, packing.block_nbytes, packed=True)
-        finally:
-            for place, block in blocks.items():
-                block.copy_(before[place])
+    # Whatever autograd thinks of the cache, inside this mode its bytes may be written.
+    with torch.inference_mode():
+        _run(
+            layout,
+            tensors,
+            block_of,
+            block_ids,
+            _Path(executor, np.array(block_ids, np.int32), offsets, pool, after),
+            packing,
+        )
+
+
+def _run(
+    layout: KVLayout,
+    tensors: Mapping[str, torch.Tensor],
+    block_of: BlockBytes,
+    block_ids: Sequence[int],
+    path: "_Path",
+    packing: Packing | None,
+) -> None:
+    blocks = {(name, b): block_of(name, b) for name in tensors for b in block_ids}
+    before = {place: block.clone() for place, block in blocks.items()}
+    try:
+        _round_trip(blocks, _random_bytes, path, layout.block_nbytes, packed=False)
+        if packing is not None:
+            _round_trip(blocks, _small_integers, path, packing.block_nbytes, packed=True)
+    finally:
+        for place, block in blocks.items():
+            block.copy_(before[place])
 
 
 @dataclass(frozen=True)

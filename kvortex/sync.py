@@ -1,11 +1,15 @@
 """The blocking face of an engine, for callers without an event loop, from any thread."""
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -57,7 +61,7 @@ class LoopThread:
             EngineStateError: the loop has been stopped.
         """
         with self._lock:
-            if not self._stopping:
+            if not self._stopping and not sys.is_finalizing():  # then no other thread runs any more
                 return asyncio.run_coroutine_threadsafe(call, self.loop)
         call.close()
         raise EngineStateError("the engine has been shut down")
@@ -68,6 +72,8 @@ class LoopThread:
 
     def stop(self) -> None:
         """End the loop and the thread; idempotent, from any thread but the loop's."""
+        if sys.is_finalizing():
+            return  # no other thread runs any more
         with self._lock:
             if not self._stopping:
                 self._stopping = True
@@ -80,6 +86,11 @@ async def _end_other_tasks() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _shut_down(face: "weakref.ref[SyncEngine]") -> None:
+    if (engine := face()) is not None:
+        engine.shutdown()
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -111,6 +122,10 @@ class SyncEngine:
         self._loop = loop
         self._thread = thread
         self._one_ends = threading.Lock()
+        self._at_exit: Callable[[], None] | None = None
+        if thread is not None:  # a thread that simply stopped would leave tasks and the pool behind
+            self._at_exit = partial(_shut_down, weakref.ref(self))
+            atexit.register(self._at_exit)
 
     def register_kv_caches(
         self,
@@ -187,10 +202,15 @@ class SyncEngine:
         """As `KVortexEngine.shutdown`; ends the thread that `create_sync` made. From any number of threads at once."""
         self._refuse_to_block_a_loop(self._loop if not self._loop.is_closed() else running_loop())
         with self._one_ends:
-            if self._loop.is_closed():
-                asyncio.run(self._engine.shutdown())
-                return
-            self._wait(self._engine.shutdown(), None)
+            if self._at_exit is not None:
+                atexit.unregister(self._at_exit)
+            if sys.is_finalizing():
+                return  # no other thread runs any more, and the process takes everything along
+            if not self._engine.is_shut_down:
+                if self._loop.is_closed():
+                    asyncio.run(self._engine.shutdown())
+                else:
+                    self._wait(self._engine.shutdown(), None)
             if self._thread is not None:
                 self._thread.stop()
 
@@ -223,7 +243,7 @@ class SyncEngine:
                     return future.result(LOOK_AT_LOOP_S)
                 if future.done():
                     return future.result()  # the call's own TimeoutError, unless it has just ended
-                if self._loop.is_closed():
+                if self._loop.is_closed() or sys.is_finalizing():
                     raise EngineStateError("the engine's loop was closed while the call was under way")
         except concurrent.futures.CancelledError:
             raise EngineStateError("the engine's loop ended while the call was under way") from None

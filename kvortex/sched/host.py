@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.errors import DeviceError
+from kvortex.blocking import submit_or_run
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
@@ -51,11 +51,8 @@ class HostExecutor(TransferExecutor):
         return self._DEPTH - self._in_flight
 
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
-        try:
-            future = self._worker.submit(self._move, batch)
-        except RuntimeError as error:  # the interpreter ends, and threads take nothing on any more
-            raise DeviceError(f"the batch cannot be started: {error}") from error
         self._in_flight += 1
+        future = submit_or_run(self._worker, partial(self._move, batch))
         future.add_done_callback(partial(self._report, on_done, on_source_read))
 
     def _report(self, on_done: Completion, on_source_read: SourceRead, done: Future[_Moved]) -> None:

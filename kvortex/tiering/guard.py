@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
+from kvortex.blocking import interpreter_ends
 from kvortex.errors import KVortexError
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.tiers.breaker import CircuitBreaker
@@ -112,7 +113,8 @@ class GuardedTier:
             for request in requests:
                 request.settle(failure)
             breaker.failed()
-        except Exception:  # a tier may be anybody's code, and must not stop the pool
-            logger.exception("the %s tier failed unexpectedly", self.tier.name)
+        except Exception as error:  # a tier may be anybody's code, and must not stop the pool
+            level = logging.DEBUG if interpreter_ends() else logging.ERROR  # then threads are refused to everybody
+            logger.log(level, "the %s tier failed unexpectedly", self.tier.name, exc_info=error)
             breaker.failed()
         return None

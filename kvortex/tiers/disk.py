@@ -8,6 +8,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from aiofiles.os import wrap  # type: ignore[import-untyped]
 
+from kvortex.blocking import interpreter_ends
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.tiers.base import (
     Cause,
@@ -243,6 +244,10 @@ class DiskTier(Tier):
             except OSError as error:
                 self._files.count(error)
                 logger.warning("cannot scan %s: %s", self._layout.root, error)
+            except RuntimeError:
+                if interpreter_ends():
+                    return  # its threads take nothing on any more
+                raise
             self._scanned.set()
             if self._config.rescan_interval_s is None:
                 return
