@@ -52,9 +52,28 @@ def run_self_test(
     Raises:
         LayoutSelfTestError: what came back differs; names the tensor.
     """
+    # Whatever autograd thinks of the cache, inside this mode its bytes may be written.
+    with torch.inference_mode():
+        _run(
+            layout,
+            tensors,
+            block_of,
+            block_ids,
+            _Path(executor, np.array(block_ids, np.int32), offsets, pool, after),
+            packing,
+        )
+
+
+def _run(
+    layout: KVLayout,
+    tensors: Mapping[str, torch.Tensor],
+    block_of: BlockBytes,
+    block_ids: Sequence[int],
+    path: "_Path",
+    packing: Packing | None,
+) -> None:
     blocks = {(name, b): block_of(name, b) for name in tensors for b in block_ids}
     before = {place: block.clone() for place, block in blocks.items()}
-    path = _Path(executor, np.array(block_ids, dtype=np.int32), offsets, pool, after)
     try:
         _round_trip(blocks, _random_bytes, path, layout.block_nbytes, packed=False)
         if packing is not None:
