@@ -2,6 +2,10 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 async def run_blocking(work: Callable[[], None]) -> None:
@@ -12,3 +16,21 @@ async def run_blocking(work: Callable[[], None]) -> None:
         work()
     else:
         await done
+
+
+def submit_or_run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> "Future[T]":
+    """Run `work` on a thread of `executor`, or here and now where an interpreter that ends gives no threads any more.
+
+    The future has what became of it, as that of a thread.
+    """
+    try:
+        return executor.submit(work)
+    except RuntimeError as error:
+        if "interpreter shutdown" not in str(error):  # told by nothing else
+            raise
+        future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001 - as a thread's future would keep it
+        future.set_exception(error)
+    return future

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.blocking import submit_or_run
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
@@ -51,19 +52,8 @@ class HostExecutor(TransferExecutor):
 
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
         self._in_flight += 1
-        try:
-            future = self._worker.submit(self._move, batch)
-        except RuntimeError:  # the interpreter ends and gives no threads any more: here and now, then
-            future = self._moved_here(batch)
+        future = submit_or_run(self._worker, partial(self._move, batch))
         future.add_done_callback(partial(self._report, on_done, on_source_read))
-
-    def _moved_here(self, batch: Batch) -> "Future[_Moved]":
-        future: Future[_Moved] = Future()
-        try:
-            future.set_result(self._move(batch))
-        except Exception as error:  # noqa: BLE001 - as a thread's future would keep it
-            future.set_exception(error)
-        return future
 
     def _report(self, on_done: Completion, on_source_read: SourceRead, done: Future[_Moved]) -> None:
         self._ended.append(partial(self._finish, done, on_done, on_source_read))

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, TypeVar
 
+from kvortex.blocking import submit_or_run
 from kvortex.tiers.base import Cause
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class BatchRunner(Generic[Request, Outcome]):
         ]
 
     def _submit(self, request: Request, countdown: "_Countdown") -> Future[Outcome]:
-        future = self._executor.submit(self._work, request)
+        future = submit_or_run(self._executor, partial(self._work, request))
         future.add_done_callback(countdown)
         return future
 
