@@ -1,7 +1,6 @@
 """Blocking work beside an event loop, also while the interpreter ends and no thread can be had any more."""
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -10,8 +9,13 @@ T = TypeVar("T")
 
 
 def interpreter_ends() -> bool:
-    """Whether the main thread is over: what runs now are exit handlers, and executors take nothing on any more."""
-    return not threading.main_thread().is_alive()
+    """Whether executors take nothing on any more, not even new ones: the main thread is over, exit handlers run."""
+    with ThreadPoolExecutor(max_workers=1) as probe:
+        try:
+            probe.submit(int)
+        except RuntimeError:
+            return True
+    return False
 
 
 async def run_blocking(work: Callable[[], None]) -> None:

@@ -200,6 +200,8 @@ class SyncEngine:
 
     def shutdown(self) -> None:
         """As `KVortexEngine.shutdown`; ends the thread that `create_sync` made. From any number of threads at once."""
+        if sys.is_finalizing():
+            return  # the thread of the loop has been stopped for good, and all memory is about to go
         self._refuse_to_block_a_loop(self._loop if not self._loop.is_closed() else running_loop())
         with self._one_ends:
             if self._at_exit is not None:

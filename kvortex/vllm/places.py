@@ -55,7 +55,7 @@ class Places:
             return config
         pieces, rest = divmod(config.cpu_pool_bytes, self.planned_piece)
         nbytes = pieces * self.piece + self._scaled(rest)
-        return replace(config, cpu_pool_bytes=max(nbytes, self.own.raw), pin_piece_bytes=self.piece)
+        return replace(config, cpu_pool_bytes=max(nbytes, self.own.raw, PAGE_BYTES), pin_piece_bytes=self.piece)
 
     def place(self, plan: TransferPlan) -> TransferPlan:
         """A plan with this rank's offsets."""

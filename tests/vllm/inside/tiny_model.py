@@ -149,6 +149,11 @@ def random_weights(architecture: Architecture, dtype: torch.dtype, seed: int) ->
     return weights
 
 
+def lacks_float32_latent() -> bool:
+    """On processors with AMX vLLM's CPU backend takes latent attention to kernels that have no float32."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def force_prefix_caching() -> None:
     """Undo what vLLM's CPU platform does to models with latent attention: turn the prefix cache off."""
     from vllm.platforms.cpu import CpuPlatform
