@@ -343,3 +343,17 @@ async def test_looking_up_and_then_loading_what_was_found_has_the_hit_rate_of_th
     assert stats.hit_rate == 0.09
     assert stats.load_hit_rate == 1.0
     assert engine.get_stats().hit_rate == 0.09  # what was counted outlives the engine
+
+
+async def test_a_cancelled_save_has_not_failed() -> None:
+    async with running_engine(make_cache(), fault_of=holding(Direction.SAVE)) as (engine, executor):
+        task = asyncio.ensure_future(engine.save_blocks(chain(40), range(40)))
+        await until_held(executor)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await finish(executor, task)
+        stored = engine.check_blocks(chain(40))
+        assert 0 < stored.sum() < 40, "what was under way arrived, the rest was given up"
+        reasons = {engine.miss_reason(h) for h, there in zip(chain(40), stored.tolist(), strict=True) if not there}
+        assert reasons == {MissReason.NEVER_STORED}
+        assert [t.failures for t in engine.get_stats().transfers] == [0]
