@@ -151,8 +151,6 @@ class SchedulerHalf:
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
-        if not self._ready:
-            return 0, False
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         tracked.first = num_computed_tokens // self._block_size
@@ -172,7 +170,7 @@ class SchedulerHalf:
     def _find(self, tracked: TrackedRequest, num_computed_tokens: int) -> int | None:
         """Blocks to load for a request; None while it is worth waiting for more."""
         request = tracked.request
-        if not self._loads or tracked.computes or request.skip_reading_prefix_cache:
+        if not self._ready or not self._loads or tracked.computes or request.skip_reading_prefix_cache:
             return 0
         keys = self._keys.of(request, slice(tracked.first, None))
         # Behind a hit of vLLM's own, a single block is computed sooner than it is loaded.

@@ -50,6 +50,7 @@ def _let_engines_follow_each_other() -> None:
 
 _let_engines_follow_each_other()
 BLOCK_SIZE = 32
+NUM_BLOCKS = 512
 LIKELY = 20
 
 
@@ -142,6 +143,7 @@ def running(
         "enable_prefix_caching": False,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 8,
+        "num_gpu_blocks_override": NUM_BLOCKS,
         "seed": 0,
         **extra,
     }
