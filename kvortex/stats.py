@@ -140,8 +140,9 @@ class MissCounters:
         hits = outcomes.count(None)
         self.hits += hits
         if hits < len(outcomes):
-            for reason, count in Counter(reason for reason in outcomes if reason is not None).items():
-                self.by_reason[reason] += count
+            for reason, count in Counter(outcomes).items():
+                if reason is not None:
+                    self.by_reason[reason] += count
 
 
 @dataclass(frozen=True, slots=True)

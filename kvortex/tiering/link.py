@@ -120,7 +120,8 @@ class TierLink:
         return found
 
     def _known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        return np.fromiter(self.tier.lookup(split_keys(keys)), dtype=np.int64, count=len(keys)) > 0
+        found = self.tier.lookup(split_keys(keys))
+        return np.array(found, dtype=np.int64) > 0 if any(found) else np.zeros(len(keys), dtype=np.bool_)
 
     async def ask_forms(self, hashes: Sequence[bytes]) -> list[int]:
         """The same from the store itself, for blocks that are not known to be there."""

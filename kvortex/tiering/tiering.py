@@ -158,7 +158,7 @@ class Tiering:
         """A load is over: what it found is in use, and what was wrong is taken away from the tier."""
         if (num_hits := outcomes.count(None)) == len(outcomes):
             self.used(keys)
-        elif num_hits or any(outcome is MissReason.CORRUPT for outcome in outcomes):
+        elif num_hits or MissReason.CORRUPT in outcomes:
             self.used(keys[[outcome is None for outcome in outcomes]])
             self._damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
 

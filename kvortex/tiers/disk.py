@@ -144,7 +144,8 @@ class DiskTier(Tier):
     # -- asking ----------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        return [max(0, nbytes - HEADER_BYTES) if nbytes else 0 for nbytes in self._index.stored_bytes(keys)]
+        stored = self._index.stored_bytes(keys)
+        return [max(0, nbytes - HEADER_BYTES) if nbytes else 0 for nbytes in stored] if any(stored) else stored
 
     async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         self._check(keys)

@@ -4,7 +4,7 @@ import contextlib
 import heapq
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -79,8 +79,10 @@ class DiskIndex:
         """Bytes of known files and of those being written."""
         return self._used_bytes
 
-    def stored_bytes(self, keys: Iterable[bytes]) -> list[int]:
+    def stored_bytes(self, keys: Sequence[bytes]) -> list[int]:
         """Length of each key's file, 0 where none is known."""
+        if self._blocks.keys().isdisjoint(keys):
+            return [0] * len(keys)
         get = self._blocks.get
         return [block.stored_bytes if (block := get(key)) is not None else 0 for key in keys]
 
