@@ -50,7 +50,7 @@ def check_supported(config: KVortexConfig) -> None:
 _NOT_TRIED = WriteOutcome(SaveOutcome.FAILED)
 
 
-class _Memory(Generic[Value]):
+class Memory(Generic[Value]):
     """The last keys that were added, up to `REMEMBERED_KEYS`, with what is known of them."""
 
     def __init__(self) -> None:
@@ -92,8 +92,8 @@ class TierIndex:
         self._timeout_s = config.tier_timeout_s
         self._epoch = b""
         # By this server's workers, and whether packed; the tier's own index knows of it after its next scan.
-        self._written: _Memory[bool] = _Memory()
-        self._lost: _Memory[float] = _Memory()  # until when
+        self._written: Memory[bool] = Memory()
+        self._lost: Memory[float] = Memory()  # until when
         self._thread: LoopThread | None = LoopThread()
         try:
             self._thread.run(self._open())
@@ -285,6 +285,14 @@ class TierMover:
         ]
         await self._guard.read(requests)
         await settled.wait()
+
+    async def touch(self, keys: Sequence[bytes]) -> None:
+        """Count blocks as used now, from the head of their chain; in whichever form they are there."""
+        if not self._usable or self._guard.writes.refuses:
+            return
+        used_s = self._uses.chain(len(keys)).tolist()
+        for packed in (True, False) if self._packs else (True,):
+            await self._guard.touch([self._tier_key(key, packed) for key in keys], used_s)
 
     def _payload(self, plan: TransferPlan, position: int) -> NDArray[np.uint8]:
         offset = int(plan.offsets[position])

@@ -49,13 +49,15 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     """One step's jobs.
 
     `fresh_block_ids` were allocated for this step: the forward or a load will write them, so a save that still
-    reads one of them for its last owner must have read it before.
+    reads one of them for its last owner must have read it before. `used_keys`, 32 bytes a block, are of chains that
+    requests have used, each from its head: in the lower tier they count as used now.
     """
 
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)
     fetches: list[FetchJob] = field(default_factory=list)
+    used_keys: bytes = b""
     looks_at_weights: bool = False  # vLLM's own cache was emptied: perhaps because the weights have changed
 
 

@@ -422,7 +422,10 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._control.touch(pack_keys(self._keys.of(request, slice(tracked.num_planned))))
+        used = self._keys.of(request, slice(tracked.num_planned))
+        self._control.touch(pack_keys(used))
+        if self._tier is not None:
+            self._plan.used_keys += self._tier.used(used)
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)

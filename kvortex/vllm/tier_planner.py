@@ -14,7 +14,7 @@ from kvortex.control import ControlPlane, FetchPlan, HeldBlocks
 from kvortex.index import pack_keys
 from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
 from kvortex.vllm.events import EventLog, PlannedBlocks
-from kvortex.vllm.lower import TierIndex
+from kvortex.vllm.lower import Memory, TierIndex
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import FetchJob, JobOutcome
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 WRITING_SHARE = 0.25
 """Of the pool: blocks that are being written cannot be evicted, so no more than this at a time."""
 NO_WRITE = -1
+USED_AGAIN_S = 30.0
+"""The workers are told of the same chain's use at most this often."""
 
 
 @dataclass
@@ -91,6 +93,7 @@ class TierPlanner:
         self._writes: dict[int, _Write] = {}
         self._fetches: dict[int, _FetchUnderWay] = {}
         self._arriving: dict[bytes, float] = {}  # hash -> when its fetch was planned
+        self._used_s: Memory[float] = Memory()  # last hash of a chain -> when the workers were told of its use
         self._asked: dict[str, int] = {}  # request -> block up to which it has had blocks fetched
 
     # -- write -------------------------------------------------------------------------------------
@@ -217,6 +220,25 @@ class TierPlanner:
         positions, offsets = fetch.plan.positions[seen], fetch.plan.offsets[seen]
         self._events.stored(fetch.told, positions.tolist(), offsets.tolist())
         self._events.lost([fetch.told.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    def used(self, hashes: Sequence[bytes]) -> bytes:
+        """A request has used a chain, wherever its blocks came from.
+
+        Returns:
+            What the workers are told, 32 bytes a block: the keys of those that the tier has; nothing where they were
+            told of the same chain shortly before.
+        """
+        keys = self._index.keys_of(hashes)
+        keys = keys[: len(self._index.known_run(keys))]
+        if not keys:
+            return b""
+        now_s, told_s = time.monotonic(), self._used_s.get(keys[-1])
+        if told_s is not None and now_s - told_s < USED_AGAIN_S:
+            return b""
+        self._used_s.add([keys[-1]], now_s)
+        return b"".join(keys)
 
     # -- both --------------------------------------------------------------------------------------
 

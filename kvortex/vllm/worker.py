@@ -289,9 +289,13 @@ class WorkerHalf:
         """Begin this step's loads, behind what the forward's stream has queued so far, and its fetches."""
         loads, self._plan.loads = self._plan.loads, []
         fetches, self._plan.fetches = self._plan.fetches, []
+        used_keys, self._plan.used_keys = self._plan.used_keys, b""
         for fetch in fetches:
             _, loop = self._planes()
             loop.call_soon_threadsafe(self._spawn, self._fetch(fetch), self._tier_tasks)
+        if used_keys:
+            _, loop = self._planes()
+            loop.call_soon_threadsafe(self._spawn, self._touch(used_keys), self._tier_tasks)
         for job in loads:
             self._submit(_Work(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks)), None)
 
@@ -384,6 +388,10 @@ class WorkerHalf:
             arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
         self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
         self._ended.append(_Ended(JobOutcome(job.job_id, tuple(positions[~arrived].tolist())), job))
+
+    async def _touch(self, keys: bytes) -> None:
+        if self._mover is not None:
+            await self._mover.touch(split_joined(keys))
 
     def _judge(self, work: _Work, request: TransferRequest) -> JobOutcome:
         places, digests = self._share.places(work.transfer), self._share.digests

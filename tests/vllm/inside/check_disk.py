@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PROMPTS
-from engine_support import BLOCK_SIZE, Engine, count_stats, running
+from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, settle_disk
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
@@ -18,6 +19,7 @@ from kvortex.vllm import lower
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 BLOCK_NBYTES = BLOCK_SIZE * 4096
+FILE_NBYTES = BLOCK_NBYTES + 4096
 
 
 def num_blocks(name: str) -> int:
@@ -93,9 +95,26 @@ def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list
         assert engine.loaded_blocks - before == num_blocks("long")
 
 
+@pytest.mark.parametrize("settings", [{}, {"enable_prefix_caching": True}], ids=["in the pool", "on the device"])
+def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The disk drives out what nobody asks for, not what the pool, or vLLM itself, serves all the time."""
+    asked, idle, new = (prompt(4 * BLOCK_SIZE + 1, seed) for seed in (71, 72, 73))
+    capacity = 10 * FILE_NBYTES
+    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": capacity}
+    with running(model, options=options, **settings) as engine:
+        for tokens in (asked, idle, asked, new):
+            engine.generate([tokens], max_tokens=2)
+            settle_disk(engine)
+    with running(model, options=options) as engine:
+        for tokens, blocks in ((asked, 4), (new, 4), (idle, 2)):
+            before = engine.loaded_blocks
+            engine.generate([tokens], max_tokens=2)
+            assert fetched(engine) - before == blocks
+
+
 def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "REMEMBERED_KEYS", 3)
-    memory: lower._Memory[bool] = lower._Memory()
+    memory: lower.Memory[bool] = lower.Memory()
     memory.add([b"a", b"b", b"c", b"d"], True)
     assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
     memory.discard([b"b", b"x"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import BLOCK_SIZE, Engine, prompt, running
+from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
 from lora_support import make_adapter, request_of
 from tiny_model import make_tiny_model
 
@@ -52,16 +52,6 @@ class Server:
 
 def ask(engine: Engine, adapter: Any = None) -> list[int]:
     return engine.generate([TOKENS], adapter=adapter)[0]
-
-
-def settle_disk(engine: Engine) -> None:
-    """Let every block be written; vLLM steps on only while it is asked."""
-    for _ in range(100):
-        engine.settle()
-        tier = engine.scheduler_half._tier
-        if tier is None or not tier.num_jobs:
-            return
-    raise AssertionError("writes do not end")
 
 
 def rope(**parameters: Any) -> dict[str, Any]:

@@ -118,6 +118,16 @@ class Engine:
         self.generate([prompt(3, seed=999)], max_tokens=2)
 
 
+def settle_disk(engine: Engine) -> None:
+    """Let every block be written; vLLM steps on only while it is asked."""
+    for _ in range(100):
+        engine.settle()
+        tier = engine.scheduler_half._tier
+        if tier is None or not tier.num_jobs:
+            return
+    raise AssertionError("writes do not end")
+
+
 @contextlib.contextmanager
 def running(
     model: str,
