@@ -62,7 +62,7 @@ def test_the_index_is_an_lru_of_bytes(steps: list[tuple[str, int, int]]) -> None
             assert nbytes <= 0 or not model
         assert index.used_bytes == sum(model.values())
         assert len(index) == len(model)
-        assert index.stored_bytes(map(key_of, range(13))) == [model.get(key_of(n), 0) for n in range(13)]
+        assert index.stored_bytes([key_of(n) for n in range(13)]) == [model.get(key_of(n), 0) for n in range(13)]
 
 
 def test_a_key_has_one_owner() -> None:
