@@ -131,7 +131,7 @@ def test_a_scan_sorts_by_last_use_and_drops_what_it_does_not_see() -> None:
     store(index, key_of(6))  # written behind the scan's back
     index.merge([(key_of(5), indexed(last_use_s=9.0))], set())
     index.end_scan()
-    assert index.stored_bytes(map(key_of, (0, 5, 6))) == [0, 1, 1]
+    assert index.stored_bytes([key_of(n) for n in (0, 5, 6)]) == [0, 1, 1]
     assert index.used_bytes == 2
     index.begin_scan()
     index.end_scan(unread={"ns"})
