@@ -41,7 +41,8 @@ class GuardedTier:
 
     def __init__(self, tier: Tier, timeout_s: float, clock: Callable[[], float]) -> None:
         self.tier = tier
-        self.reads, self.writes = CircuitBreaker(clock), CircuitBreaker(clock)
+        self.reads = CircuitBreaker(f"reads of the {tier.name} tier", clock)
+        self.writes = CircuitBreaker(f"writes to the {tier.name} tier", clock)
         self._timeout_s = timeout_s
 
     async def read(self, requests: Sequence[ReadRequest]) -> list[ReadOutcome]:

@@ -7,12 +7,15 @@ works the breaker is closed again, otherwise the next pause is twice as long.
 Reads and writes have a breaker each: a device that takes no more writes may read as well as ever.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Final
 
 from kvortex.stats import BreakerFigures
 from kvortex.tiers.base import Cause, ReadOutcome, WriteOutcome
+
+logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 60.0
@@ -33,10 +36,12 @@ class CircuitBreaker:
     """Of one tier and direction. Changed on one thread; `refuses` and `figures` may be read from any.
 
     Args:
+        name: of the tier and direction, for the log.
         clock: seconds.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self._name = name
         self._clock = clock
         self._state = BreakerState.CLOSED
         self._opened = self._failures = 0
@@ -84,6 +89,8 @@ class CircuitBreaker:
     def worked(self) -> None:
         """A call came to an answer. One that began before the breaker was opened does not close it."""
         self._failures = 0
+        if self._state is BreakerState.HALF_OPEN:
+            logger.info("%s work again", self._name)
         if self._state is not BreakerState.OPEN:
             self._state = BreakerState.CLOSED
             self._pause_s = FIRST_PAUSE_S
@@ -103,6 +110,10 @@ class CircuitBreaker:
             return  # of the calls that hang together the first has said it
         if self._state is BreakerState.HALF_OPEN:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        else:
+            logger.warning(
+                "%s hang or fail: none is tried for %g s, then one from time to time", self._name, self._pause_s
+            )
         self._state = BreakerState.OPEN
         self._opened += 1
         self._failures = 0

@@ -181,6 +181,11 @@ class TierMover:
         """Other weights may follow: what was written so far is not found again."""
         self._epoch = os.urandom(EPOCH_BYTES)
 
+    @property
+    def num_pauses(self) -> int:
+        """How often the tier was left alone because it hung or failed; from any thread."""
+        return self._guard.reads.figures().opened + self._guard.writes.figures().opened
+
     async def open(self) -> None:
         """Open the tier; one that cannot be opened is logged and takes nothing, one that takes long may come later."""
         self._opening = asyncio.create_task(self._open())

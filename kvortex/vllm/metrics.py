@@ -22,6 +22,7 @@ COUNTERS = {
     "shed_writes": "Blocks not written because too much waited",
     "fetched_blocks": "Blocks brought back from the lower tier",
     "failed_fetches": "Blocks that the lower tier did not give back",
+    "tier_pauses": "Times that a worker left the lower tier alone for a while because it hung or failed",
     "fetch_seconds": "Seconds from the plan of a fetch to its end, summed over fetches",
 }
 MISS_PREFIX = "missed_blocks_"

@@ -70,6 +70,9 @@ class PassiveWorker:
     def take_failed_block_ids(self) -> set[int]:
         return set()
 
+    def take_stats(self) -> ConnectorStats:
+        return ConnectorStats()
+
     def take_reports(self) -> None:
         return None
 

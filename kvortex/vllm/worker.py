@@ -25,6 +25,7 @@ from kvortex.transfers import DataPlane
 from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.identity import identity_of
 from kvortex.vllm.lower import TierMover
+from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.places import Places, largest
@@ -124,6 +125,7 @@ class WorkerHalf:
         self._ended: deque[_Ended | PoolShrunk] = deque()
         self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
+        self._pauses_told = 0
         self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
         self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier; likewise
 
@@ -424,6 +426,14 @@ class WorkerHalf:
         """Blocks that hold no KV although a load was asked to fill them."""
         failed, self._failed_block_ids = self._failed_block_ids, set()
         return failed
+
+    def take_stats(self) -> ConnectorStats:
+        """This rank's figures since the last call."""
+        stats, pauses = ConnectorStats(), self._mover.num_pauses if self._mover is not None else 0
+        if pauses > self._pauses_told:
+            stats.add("tier_pauses", pauses - self._pauses_told)
+            self._pauses_told = pauses
+        return stats
 
     def take_reports(self) -> WorkerReports | None:
         """What there is to say since the last call, None if nothing."""

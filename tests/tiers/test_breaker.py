@@ -34,7 +34,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def breaker(clock: Clock) -> CircuitBreaker:
-    return CircuitBreaker(clock)
+    return CircuitBreaker("reads of the disk tier", clock)
 
 
 def opened(breaker: CircuitBreaker) -> CircuitBreaker:
@@ -130,3 +130,22 @@ def test_what_began_before_it_was_opened_does_not_close_it(breaker: CircuitBreak
     opened(breaker)
     breaker.judge([HIT] * 16)
     assert breaker.refuses
+
+
+def test_the_log_says_once_that_a_tier_is_left_alone_and_once_that_it_is_back(
+    breaker: CircuitBreaker, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="kvortex")
+    opened(breaker)
+    for _ in range(4):
+        clock.now_s += LONGEST_PAUSE_S
+        breaker.admit(1)
+        breaker.judge([BROKEN])
+    clock.now_s += LONGEST_PAUSE_S
+    breaker.admit(1)
+    breaker.judge([HIT])
+    breaker.judge([HIT])
+    assert [record.getMessage() for record in caplog.records] == [
+        "reads of the disk tier hang or fail: none is tried for 1 s, then one from time to time",
+        "reads of the disk tier work again",
+    ]

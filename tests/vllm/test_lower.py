@@ -142,6 +142,7 @@ async def test_a_tier_that_hangs_costs_a_server_one_timeout(bench: Bench) -> Non
         for _ in range(5):
             assert not (await bench.mover.fetch(KEYS, plan_of(packed), digests)).any()
         assert bench.asked == asked + lower.FETCH_BATCH
+        assert bench.mover.num_pauses == 1
         bench.tier.release()
         assert (await hung).sum() == lower.FETCH_BATCH, "it may have its memory only when nothing writes to it"
         await bench.mover.aclose()

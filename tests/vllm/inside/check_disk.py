@@ -77,6 +77,15 @@ def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
 
 
+def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
+    with running(model, options={"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}) as engine:
+        worker = engine.worker_half
+        worker._mover._guard.reads.hung()
+        worker._mover._guard.writes.hung()
+        assert worker.take_stats().data == {"tier_pauses": 2}
+        assert worker.take_stats().is_empty()
+
+
 def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
     with running(model, options=options) as engine:
