@@ -18,7 +18,7 @@ import pytest
 import torch
 from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
 from lora_support import make_adapter, request_of
-from tiny_model import make_tiny_model
+from tiny_model import make_tiny_model, quantization, quantize
 
 from kvortex.vllm.versions import IS_NEWER
 
@@ -75,6 +75,7 @@ DIFFERENT = {
     "long position encoding, below its reach": Server(settings=longrope(200)),
     "long position encoding, beyond its reach": Server(settings=longrope(512)),
     "epsilon of the norms": Server(settings={"hf_overrides": {"rms_norm_eps": 0.3}}),
+    "quantisation that the config names": Server(settings={"hf_overrides": {"quantization_config": quantization()}}),
     "weights, in a folder of the same name": Server("others/name"),
     "weights, copied into the same folder later": Server("replaced/name"),
     "block size": Server(settings={"block_size": 64}),
@@ -168,6 +169,18 @@ def check_two_kinds_of_fp8_have_keys_of_their_own(
     server = Server(settings={"kv_cache_dtype": kind})
     assert server.run(home, disk) == (without(server), 0)
     assert server.run(home, disk) == (without(server), BLOCKS)
+
+
+@pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have no stand-ins for 8-bit weights")
+def check_quantised_weights_have_keys_of_their_own(
+    home: Path, disk: Path, without: Callable[[Server], list[int]]
+) -> None:
+    shutil.copytree(home / "models" / "name", home / "quantised" / "name")
+    quantize(home / "quantised" / "name")
+    for model in ("models/name", "quantised/name"):
+        server = Server(model, settings={"dtype": "bfloat16"})
+        for loaded in (0, BLOCKS):
+            assert server.run(home, home / "disk for quantised weights") == (without(server), loaded)
 
 
 IN_A_PROCESS = """

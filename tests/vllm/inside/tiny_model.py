@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Architecture = Literal["llama", "qwen3", "deepseek_v2"]
 
@@ -44,6 +44,36 @@ def make_tiny_model(
     (directory / "config.json").write_text(json.dumps(model_config(architecture, dtype), indent=1))
     save_file(random_weights(architecture, dtype, seed), directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def quantize(directory: Path) -> Path:
+    """Give a model 8-bit weights, a scale a row, in place; its layers then run on integers."""
+    weights = load_file(directory / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        scales = weights[name].abs().amax(1, keepdim=True) / 127
+        weights[name] = (weights[name] / scales).round().to(torch.int8)
+        weights[f"{name}_scale"] = scales
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    kind = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**kind, "strategy": "channel", "dynamic": False},
+        "input_activations": {**kind, "strategy": "token", "dynamic": True},
+    }
+    config["quantization_config"] = quantization(group)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return directory
+
+
+def quantization(*groups: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of quantised weights; without groups none of them is."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+    }
 
 
 def model_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
