@@ -49,6 +49,19 @@ def _let_engines_follow_each_other() -> None:
 
 
 _let_engines_follow_each_other()
+
+
+def _own_the_freezing_of_garbage() -> Callable[[], None]:
+    """A million objects are imported, and vLLM looks through them all some ten times an engine, for seconds.
+
+    What is there before an engine starts is left out of it, and stays so when vLLM thaws what it has frozen itself.
+    """
+    freeze = gc.freeze
+    gc.freeze = gc.unfreeze = lambda: None
+    return freeze
+
+
+freeze_imports = _own_the_freezing_of_garbage()
 BLOCK_SIZE = 32
 NUM_BLOCKS = 512
 LIKELY = 20
@@ -168,6 +181,7 @@ def running(
             several = {"connectors": beside(mine)}
             mine = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": several}
         arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**mine, **(transfer or {}))
+    freeze_imports()
     llm = vllm.LLM(**arguments)
     engine = Engine(llm)
     try:
