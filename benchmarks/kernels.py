@@ -20,7 +20,7 @@ import torch
 from transfer import environment
 
 from kvortex.codecs import packing_for
-from kvortex.driver import Device
+from kvortex.cuda.driver import Device
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS

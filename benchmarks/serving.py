@@ -26,7 +26,7 @@ import torch
 from transfer import BLOCK_SIZE, environment, make_cache, measure_ceilings
 
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
-from kvortex.driver import Device
+from kvortex.cuda.driver import Device
 
 BLOCK_BYTES, SEGMENT_BYTES = 2 << 20, 64 << 10
 TOTAL_BYTES = 1 << 30

@@ -25,7 +25,7 @@ import torch
 
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
 from kvortex.codecs import pack_reference, packing_for, unpack_reference
-from kvortex.driver import Device
+from kvortex.cuda.driver import Device
 from kvortex.kernels.reference import gather_reference, scatter_reference
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.codecs import Packing
-from kvortex.driver import Event
+from kvortex.cuda.driver import Event
 from kvortex.errors import LayoutSelfTestError
 from kvortex.kernels import digest_reference
 from kvortex.layout import KVLayout

@@ -14,7 +14,7 @@ from kvortex.blocking import run_blocking
 from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.control import check_block_fits
-from kvortex.driver import Device, Event, stream_handle
+from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels

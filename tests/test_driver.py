@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvortex.driver import Device, KernelArguments, align_up, stream_handle
+from kvortex.arithmetic import align_up
+from kvortex.cuda.driver import Device, KernelArguments, stream_handle
 from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKernelError
 
 

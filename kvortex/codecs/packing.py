@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.arithmetic import align_up
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
-from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.types import BlockSizes

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
-from kvortex.driver import Device, Kernel, KernelArguments, Launch, Stream
+from kvortex.cuda.driver import Device, Kernel, KernelArguments, Launch, Stream
 from kvortex.kernels import pack
 from kvortex.kernels._cuda import SIMULATED, compile_ptx, nvvm_version, simulate
 from kvortex.kernels.copy import GATHER, SCATTER

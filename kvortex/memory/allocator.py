@@ -9,8 +9,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.arithmetic import align_up
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
-from kvortex.driver import align_up
 from kvortex.errors import DoubleFreeError, ForeignExtentError, OutOfPoolMemoryError
 from kvortex.stats import PoolFigures
 from kvortex.types import Extent

@@ -13,8 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.arithmetic import align_up
 from kvortex.config import MIB
-from kvortex.driver import Device, align_up
+from kvortex.cuda.driver import Device
 from kvortex.errors import ConfigError, DeviceError
 from kvortex.memory.numa import make_present, prefer_node
 from kvortex.memory.shared import SharedMemory

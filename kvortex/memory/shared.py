@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from kvortex.driver import align_up
+from kvortex.arithmetic import align_up
 from kvortex.errors import ConfigError
 
 

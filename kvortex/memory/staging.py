@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from kvortex.driver import Device, Stream
+from kvortex.cuda.driver import Device, Stream
 from kvortex.errors import DeviceError, DoubleFreeError, ForeignExtentError, OutOfPoolMemoryError, PoolLeakError
 from kvortex.stats import PoolFigures
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.codecs import Packing
-from kvortex.driver import Device, Event, Stream
+from kvortex.cuda.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
+from kvortex.cuda.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
 from kvortex.jit import njit
 
 SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
@@ -119,7 +119,7 @@ def queue_batch(
         streams: for the kernel, for the copies.
         events: the end of the staging buffer's last batch, or 0; then those to record when staging is filled, and
             when all is done.
-        launch: the kernel's, see `kvortex.driver.Launch`.
+        launch: the kernel's, see `kvortex.cuda.driver.Launch`.
         memory: addresses of the staging buffer and of the pool.
         sizes: bytes of a block in both, and of a piece of the pool, which no copy may cross.
         offsets: of the blocks in the pool.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.driver import Event
+from kvortex.cuda.driver import Event
 from kvortex.types import Direction
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvortex.driver import SYNCHRONIZE, Device, Event
+from kvortex.cuda.driver import SYNCHRONIZE, Device, Event
 from kvortex.errors import DeviceError
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.native import STOP, libc_calls, report_events

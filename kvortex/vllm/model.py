@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
+from kvortex.arithmetic import align_up
 from kvortex.codecs import packed_nbytes
 from kvortex.config import EXTENT_ALIGNMENT_BYTES
-from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.types import BlockSizes
 

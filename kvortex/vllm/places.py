@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.arithmetic import align_up
 from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
-from kvortex.driver import align_up
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 
 

@@ -14,8 +14,8 @@ import torch.distributed
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 
+from kvortex.arithmetic import align_up
 from kvortex.config import KVortexConfig
-from kvortex.driver import align_up
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.memory import SharedMemory, SharedTicket, check_memory

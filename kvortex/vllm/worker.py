@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.codecs import RAW, block_sizes, packing_for
-from kvortex.driver import Event
+from kvortex.cuda.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout

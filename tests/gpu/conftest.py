@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.codecs import Packing
-from kvortex.driver import Device
+from kvortex.cuda.driver import Device
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS

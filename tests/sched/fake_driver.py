@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, types
 
-from kvortex.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT, Launch
+from kvortex.cuda.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT, Launch
 from kvortex.errors import DeviceError
 from kvortex.sched.native import call
 

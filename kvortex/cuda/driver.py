@@ -325,8 +325,3 @@ class Launch:
     def set_grid(self, thread_blocks: int) -> None:
         """How many thread blocks there are."""
         self.words[1] = thread_blocks
-
-
-def align_up(nbytes: int, alignment: int) -> int:
-    """The least multiple of `alignment` that is not below `nbytes`."""
-    return -(-nbytes // alignment) * alignment

@@ -1,0 +1,1 @@
+"""The CUDA driver: the calls that are needed, on raw handles."""
