@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex._strides import BlockRuns, dense_runs, find_block_dim, find_overlap
 from kvortex.errors import LayoutError
+from kvortex.layout.strides import BlockRuns, dense_runs, find_block_dim, find_overlap
 
 if TYPE_CHECKING:
     import torch
