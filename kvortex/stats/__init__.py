@@ -1,0 +1,18 @@
+"""What an engine counts, snapshots of it, and their text for people and for Prometheus."""
+
+from kvortex.stats.counters import EngineStats, MissCounters, TransferStats
+from kvortex.stats.figures import BreakerFigures, PoolFigures, TieringFigures, TransferSnapshot
+from kvortex.stats.histogram import LatencyHistogram
+from kvortex.stats.snapshot import StatsSnapshot
+
+__all__ = [
+    "BreakerFigures",
+    "EngineStats",
+    "LatencyHistogram",
+    "MissCounters",
+    "PoolFigures",
+    "StatsSnapshot",
+    "TieringFigures",
+    "TransferSnapshot",
+    "TransferStats",
+]

@@ -1,0 +1,196 @@
+"""Everything that an engine has counted, at one moment: to look at, as JSON, as metrics."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvortex.stats.figures import PoolFigures, TieringFigures, TransferSnapshot
+from kvortex.stats.prometheus import Metric, Sample, prometheus_text
+from kvortex.stats.table import pool_lines, tiering_line, transfer_lines
+from kvortex.types import Direction, MissReason
+
+
+@dataclass(frozen=True, slots=True)
+class StatsSnapshot:
+    """Everything counted since the engine was made, at one moment.
+
+    `hits` and `misses` are of blocks that a load asked for, `looked_up_blocks` and `found_blocks` of prefixes that
+    `match_prefix` was asked for. A block that goes to two tiers counts in both, and so twice in the totals over tiers.
+    """
+
+    hits: int
+    misses: Mapping[MissReason, int]
+    evicted_blocks: int
+    kept_as_is_blocks: int
+    transfers: tuple[TransferSnapshot, ...]
+    pools: tuple[PoolFigures, ...]
+    tiering: TieringFigures | None = None
+    looked_up_blocks: int = 0
+    found_blocks: int = 0
+    block_size: int = 0
+    """In tokens; 0 before caches are registered."""
+
+    @property
+    def looked_up_tokens(self) -> int:
+        return self.looked_up_blocks * self.block_size
+
+    @property
+    def found_tokens(self) -> int:
+        return self.found_blocks * self.block_size
+
+    @property
+    def num_misses(self) -> int:
+        return sum(self.misses.values())
+
+    @property
+    def hit_rate(self) -> float:
+        """Of look-ups, found blocks over all that were asked for; of loads where none was made; 0.0 before both.
+
+        Who looks a prefix up and loads what was found has hits alone in its loads.
+        """
+        return self.found_blocks / self.looked_up_blocks if self.looked_up_blocks else self.load_hit_rate
+
+    @property
+    def load_hit_rate(self) -> float:
+        """Hits over the blocks that loads asked for; 0.0 before the first load."""
+        loads = self.hits + self.num_misses
+        return self.hits / loads if loads else 0.0
+
+    @property
+    def blocks_saved(self) -> int:
+        return sum(t.blocks for t in self._going(Direction.SAVE))
+
+    @property
+    def bytes_saved(self) -> int:
+        return sum(t.nbytes for t in self._going(Direction.SAVE))
+
+    @property
+    def blocks_loaded(self) -> int:
+        return sum(t.blocks for t in self._going(Direction.LOAD))
+
+    @property
+    def bytes_loaded(self) -> int:
+        return sum(t.nbytes for t in self._going(Direction.LOAD))
+
+    def _going(self, direction: Direction) -> list[TransferSnapshot]:
+        return [t for t in self.transfers if t.direction is direction]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same figures as plain dicts, lists, strings and numbers: ready for JSON."""
+        return {
+            "hit_rate": self.hit_rate,
+            "load_hit_rate": self.load_hit_rate,
+            "looked_up_blocks": self.looked_up_blocks,
+            "found_blocks": self.found_blocks,
+            "looked_up_tokens": self.looked_up_tokens,
+            "found_tokens": self.found_tokens,
+            "hits": self.hits,
+            "misses": {reason.value: count for reason, count in self.misses.items()},
+            "blocks_saved": self.blocks_saved,
+            "bytes_saved": self.bytes_saved,
+            "blocks_loaded": self.blocks_loaded,
+            "bytes_loaded": self.bytes_loaded,
+            "evicted_blocks": self.evicted_blocks,
+            "kept_as_is_blocks": self.kept_as_is_blocks,
+            "transfers": [asdict(t) | {"direction": t.direction.value} for t in self.transfers],
+            "pools": [asdict(pool) for pool in self.pools],
+            "tiering": asdict(self.tiering) if self.tiering is not None else None,
+        }
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason.value} {count}" for reason, count in self.misses.items() if count)
+        lines = [
+            *self._lookup_lines(),
+            f"hit rate {self.load_hit_rate:.1%}: {self.hits} hits, {self.num_misses} misses"
+            + (f" ({reasons})" if reasons else ""),
+            f"evicted {self.evicted_blocks} blocks"
+            + (f", kept {self.kept_as_is_blocks} as they are" if self.kept_as_is_blocks else ""),
+        ]
+        lines += transfer_lines(self.transfers) + pool_lines(self.pools)
+        if self.tiering is not None:
+            lines.append(tiering_line(self.tiering))
+        return "\n".join(lines)
+
+    def _lookup_lines(self) -> list[str]:
+        if not self.looked_up_blocks:
+            return []
+        return [
+            f"looked up {self.looked_up_blocks} blocks, found {self.found_blocks} ({self.hit_rate:.1%}, "
+            f"{self.found_tokens} of {self.looked_up_tokens} tokens); of what was loaded:"
+        ]
+
+    def to_prometheus(self, prefix: str = "kvortex") -> str:
+        """The text exposition format, version 0.0.4; latencies are histograms over the engine's life.
+
+        Raises `ValueError` when `prefix` cannot start a metric name.
+        """
+        return prometheus_text(metrics_of(self), prefix)
+
+
+def metrics_of(snapshot: StatsSnapshot) -> list[Metric]:
+    """(name, type, help, samples) of every metric; a sample is (suffix, labels, value)."""
+    transfers = [({"direction": t.direction.value, "tier": t.tier}, t) for t in snapshot.transfers]
+    pools = [({"pool": p.name}, p) for p in snapshot.pools]
+    misses: list[Sample] = [("", {"reason": r.value}, n) for r, n in snapshot.misses.items()]
+    latencies: list[Sample] = []
+    for labels, t in transfers:
+        latencies += [("_bucket", labels | {"le": f"{seconds:.6g}"}, below) for seconds, below in t.buckets]
+        latencies += [("_bucket", labels | {"le": "+Inf"}, t.num_transfers)]
+        latencies += [("_sum", labels, t.total_s), ("_count", labels, t.num_transfers)]
+    counter, gauge = "counter", "gauge"
+    return [
+        ("looked_up_blocks_total", counter, "Blocks of prefixes looked up.", [("", {}, snapshot.looked_up_blocks)]),
+        ("found_blocks_total", counter, "Those that could be loaded.", [("", {}, snapshot.found_blocks)]),
+        ("looked_up_tokens_total", counter, "Tokens of prefixes looked up.", [("", {}, snapshot.looked_up_tokens)]),
+        ("found_tokens_total", counter, "Those that could be loaded.", [("", {}, snapshot.found_tokens)]),
+        ("hits_total", counter, "Blocks that loads asked for and got.", [("", {}, snapshot.hits)]),
+        ("misses_total", counter, "Blocks that loads asked for and did not get, by reason.", misses),
+        ("evicted_blocks_total", counter, "Blocks evicted.", [("", {}, snapshot.evicted_blocks)]),
+        (
+            "kept_as_is_blocks_total",
+            counter,
+            "Blocks that packing would have changed too much.",
+            [("", {}, snapshot.kept_as_is_blocks)],
+        ),
+        ("transfer_blocks_total", counter, "Blocks moved.", [("", ls, t.blocks) for ls, t in transfers]),
+        ("transfer_bytes_total", counter, "Bytes moved.", [("", ls, t.nbytes) for ls, t in transfers]),
+        ("transfer_failures_total", counter, "Blocks lost.", [("", ls, t.failures) for ls, t in transfers]),
+        ("transfer_latency_seconds", "histogram", "Latency of whole transfers.", latencies),
+        *_tiering_metrics(snapshot.tiering),
+        ("pool_capacity_bytes", gauge, "Size.", [("", ls, p.capacity_bytes) for ls, p in pools]),
+        ("pool_allocated_bytes", gauge, "Bytes in use.", [("", ls, p.allocated_bytes) for ls, p in pools]),
+        ("pool_largest_free_bytes", gauge, "Free run.", [("", ls, p.largest_free_bytes) for ls, p in pools]),
+        ("pool_fragmentation", gauge, "0 is none.", [("", ls, p.fragmentation) for ls, p in pools]),
+        ("pool_extents", gauge, "Extents in use.", [("", ls, p.num_extents) for ls, p in pools]),
+        ("pool_pinned_bytes", gauge, "Page-locked bytes.", [("", ls, p.pinned_bytes) for ls, p in pools]),
+    ]
+
+
+def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
+    if figures is None:
+        return []
+    labels = {"tier": figures.tier}
+    counters: dict[str, tuple[str, float]] = {
+        "tier_written_blocks_total": ("Blocks written to a lower tier.", figures.written_blocks),
+        "tier_failed_writes_total": ("Blocks that a lower tier did not take.", figures.failed_writes),
+        "tier_fetched_blocks_total": ("Blocks brought back from a lower tier.", figures.fetched_blocks),
+        "tier_shed_blocks_total": ("Blocks not written because too much waited.", figures.shed_blocks),
+    }
+    gauges: dict[str, tuple[str, float]] = {
+        "tier_usable": ("1 if the tier could be opened.", int(figures.usable)),
+        "tier_waiting_blocks": ("Blocks that wait to be written.", figures.waiting_blocks),
+        "tier_arriving_blocks": ("Blocks on their way back.", figures.arriving_blocks),
+        "tier_used_bytes": ("Bytes that the tier takes.", figures.used_bytes),
+        "tier_capacity_bytes": ("Bytes that it may take.", figures.capacity_bytes),
+    }
+    causes: list[Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
+    breakers = [(labels | {"calls": calls}, breaker) for calls, breaker in figures.breakers.items()]
+    refusing: list[Sample] = [("", ls, int(b.state != "closed")) for ls, b in breakers]
+    opened: list[Sample] = [("", ls, b.opened) for ls, b in breakers]
+    return [
+        *((name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()),
+        ("tier_causes_total", "counter", "What lay behind misses and refused writes.", causes),
+        ("tier_breaker_opened_total", "counter", "Times that a tier was left alone because it hung or failed.", opened),
+        ("tier_breaker_open", "gauge", "1 while a tier is left alone.", refusing),
+        *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
+    ]

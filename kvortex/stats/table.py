@@ -1,0 +1,53 @@
+"""Figures as rows of text, for people."""
+
+from kvortex.config import format_bytes
+from kvortex.stats.figures import PoolFigures, TieringFigures, TransferSnapshot
+
+_TRANSFER_HEAD = ("transfer", "tier", "blocks", "bytes", "failed", "p50 ms", "p90 ms", "p99 ms")
+_POOL_HEAD = ("pool", "capacity", "allocated", "largest free", "fragmented", "extents", "pinned")
+
+
+def transfer_lines(transfers: tuple[TransferSnapshot, ...]) -> list[str]:
+    """One line a direction and tier below a head; none without transfers."""
+    rows = [_transfer_row(t) for t in transfers]
+    return _aligned([_TRANSFER_HEAD, *rows], num_left=2) if rows else []
+
+
+def pool_lines(pools: tuple[PoolFigures, ...]) -> list[str]:
+    """One line a pool below a head; none without pools."""
+    rows = [_pool_row(p) for p in pools]
+    return _aligned([_POOL_HEAD, *rows], num_left=1) if rows else []
+
+
+def tiering_line(t: TieringFigures) -> str:
+    """What moved to and from the lower tier, how full it is, and what went wrong."""
+    state = "" if t.usable else " (cannot be used)"
+    return (
+        f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
+        f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {format_bytes(t.used_bytes)} of "
+        f"{format_bytes(t.capacity_bytes)}"
+        + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
+        + "".join(f", {what} are {b.state}, {b.opened} times so far" for what, b in t.breakers.items() if b.opened)
+    )
+
+
+def _transfer_row(t: TransferSnapshot) -> tuple[str, ...]:
+    latencies = (f"{seconds * 1e3:.3f}" for seconds in (t.p50_s, t.p90_s, t.p99_s))
+    return (t.direction.value, t.tier, str(t.blocks), format_bytes(t.nbytes), str(t.failures), *latencies)
+
+
+def _pool_row(p: PoolFigures) -> tuple[str, ...]:
+    sizes = (format_bytes(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
+    return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), format_bytes(p.pinned_bytes))
+
+
+def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:
+    """Rows with their columns lined up: the first `num_left` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
