@@ -35,8 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
-from kvortex.control import ControlPlane
 from kvortex.index import RESERVED, CacheIndex, EvictionPolicy
+from kvortex.planes.control import ControlPlane
 from kvortex.types import BlockSizes
 
 BLOCK_TOKENS, TRACE_BLOCK_TOKENS = 16, 512

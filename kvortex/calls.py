@@ -11,10 +11,10 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.control import CPU_TIER
+from kvortex.planes.control import CPU_TIER
+from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats
-from kvortex.transfers import DataPlane
 from kvortex.types import Direction, TransferPlan
 
 FIRST_PART_BYTES = 16 << 20

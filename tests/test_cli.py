@@ -263,7 +263,7 @@ class Finder:
         return interrupt() if name == "torch" else None
 sys.meta_path.insert(0, Finder())
 """
-AS_IT_COMPILES = "import kvortex.control; kvortex.control.warm_up = interrupt"
+AS_IT_COMPILES = "import kvortex.planes.control; kvortex.planes.control.warm_up = interrupt"
 IN_A_TRANSFER = """
 import kvortex.engine
 async def save_blocks(*arguments, **options):

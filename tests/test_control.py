@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane
 from kvortex.errors import ConfigError
 from kvortex.index import pack_keys
+from kvortex.planes.control import ControlPlane
 from kvortex.types import BlockSizes, MissReason, SaveOutcome
 
 BLOCK_NBYTES = 4096

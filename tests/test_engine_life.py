@@ -15,14 +15,14 @@ import torch
 from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
 from kvortex import KVortexConfig, KVortexEngine, ModelIdentity
-from kvortex.control import ControlPlane
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.memory import PinnedPool
+from kvortex.planes.control import ControlPlane
+from kvortex.planes.data import DataPlane
 from kvortex.sync import SyncEngine
 from kvortex.testing import Fault
 from kvortex.tiers import MemoryTier
-from kvortex.transfers import DataPlane
 
 # -- pools of few blocks -----------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[PinnedPool]:
         made.append(PinnedPool(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr("kvortex.transfers.PinnedPool", make)
+    monkeypatch.setattr("kvortex.planes.data.PinnedPool", make)
     return made
 
 
@@ -116,7 +116,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "control plane": lambda patch: patch.setattr(ControlPlane, "from_config", refuse) or {},
     "namespace": lambda patch: patch.setattr(DataPlane, "namespace", refuse) or {},
     "executor": lambda patch: patch.setattr(DataPlane, "_make_executor", refuse) or {},
-    "self-test": lambda patch: patch.setattr("kvortex.transfers.run_self_test", refuse) or {},
+    "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse) or {},
     "wrapped executor": lambda patch: {"wrap_executor": refuse},
     "tier": lambda patch: {"make_tier": refuse},
     "link to the tier": lambda patch: (

@@ -54,7 +54,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[MeanDevice]:
     def make(capacity_bytes: int, **how: Any) -> PinnedPool:
         return PinnedPool(capacity_bytes, **{**how, "device": mean})
 
-    monkeypatch.setattr("kvortex.transfers.PinnedPool", make)
+    monkeypatch.setattr("kvortex.planes.data.PinnedPool", make)
     yield mean
     assert not mean.registered, "everything is unregistered at the end"
 

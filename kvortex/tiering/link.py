@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from kvortex.codecs import Forms
 from kvortex.config import UNNAMED_MODEL, KVortexConfig
-from kvortex.control import ControlPlane
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
+from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
 from kvortex.tiering.guard import CLOSE_TIMEOUT_S, GuardedTier
 from kvortex.tiering.keys import key_as_is, keys_as_is, split_keys

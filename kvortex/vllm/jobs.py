@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from kvortex.control import LoadPlan, SavePlan
+from kvortex.planes.control import LoadPlan, SavePlan
 from kvortex.types import BlockHash
 from kvortex.vllm.events import PlannedBlocks
 from kvortex.vllm.plans import JobOutcome

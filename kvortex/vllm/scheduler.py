@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from vllm.v1.request import RequestStatus
 
 from kvortex.config import format_bytes
-from kvortex.control import ControlPlane, SavePlan
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
+from kvortex.planes.control import ControlPlane, SavePlan
 from kvortex.stats import EngineStats
 from kvortex.types import BlockHash, BlockSizes, MissReason
 from kvortex.vllm.adapters import BlockKeys

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.control import ControlPlane, FetchPlan, HeldBlocks
 from kvortex.index import pack_keys
+from kvortex.planes.control import ControlPlane, FetchPlan, HeldBlocks
 from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
 from kvortex.vllm.events import EventLog, PlannedBlocks
 from kvortex.vllm.lower import Memory, TierIndex

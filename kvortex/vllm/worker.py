@@ -18,10 +18,10 @@ from kvortex.cuda.driver import Event
 from kvortex.errors import EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
+from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
 from kvortex.sync import LoopThread
 from kvortex.tiering.keys import split_joined
-from kvortex.transfers import DataPlane
 from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.identity import identity_of
 from kvortex.vllm.lower import TierMover

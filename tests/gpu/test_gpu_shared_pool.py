@@ -12,8 +12,8 @@ import torch
 from kvortex.config import KVortexConfig
 from kvortex.layout import KVLayout
 from kvortex.memory import SharedMemory, SharedTicket
+from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
-from kvortex.transfers import DataPlane
 from kvortex.types import Direction, TransferPlan
 
 pytestmark = pytest.mark.gpu

@@ -19,8 +19,8 @@ from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory, SharedTicket
+from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
-from kvortex.transfers import DataPlane
 from kvortex.types import Direction, TransferPlan
 
 PAGE = mmap.PAGESIZE

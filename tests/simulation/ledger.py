@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.control import ControlPlane
+from kvortex.planes.control import ControlPlane
 
 
 @dataclass(eq=False, slots=True)

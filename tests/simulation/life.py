@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine
-from kvortex.control import FetchPlan, LoadPlan
 from kvortex.hashing import Namespace
 from kvortex.index import table
+from kvortex.planes.control import FetchPlan, LoadPlan
 from kvortex.sched import HostExecutor, TransferExecutor
 from kvortex.tiering.keys import key_as_is
 from kvortex.tiers.payload import payload_digest

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvortex.control import ControlPlane
+from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Arrival
 from kvortex.tiering.fetches import Fetches
 from kvortex.tiering.write_behind import WriteBehind

@@ -15,7 +15,7 @@ import torch
 import vllm
 from tiny_model import VOCAB_SIZE, make_tiny_model
 
-from kvortex.control import ControlPlane
+from kvortex.planes.control import ControlPlane
 from kvortex.types import MissReason
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler import SchedulerHalf

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from kvortex.blocking import run_blocking
 from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
-from kvortex.control import check_block_fits
 from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
@@ -21,8 +20,9 @@ from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.kernels.claims import BlockClaims
 from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
+from kvortex.planes.control import check_block_fits
+from kvortex.planes.self_test import run_self_test
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
-from kvortex.self_test import run_self_test
 from kvortex.stats import PoolFigures
 from kvortex.types import Direction, TransferPlan
 

@@ -1,0 +1,1 @@
+"""The two planes: control decides which blocks move where, data moves them."""
