@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvortex.config import KVortexConfig, ModelIdentity
     from kvortex.engine import KVortexEngine
+    from kvortex.engine.sync import SyncEngine
     from kvortex.errors import KVortexError
     from kvortex.hashing import Namespace, cache_key, hash_blocks
     from kvortex.layout import KVLayout
     from kvortex.stats import StatsSnapshot
-    from kvortex.sync import SyncEngine
     from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ _HOME = {
     "SaveOutcome": "types",
     "SaveResult": "types",
     "StatsSnapshot": "stats",
-    "SyncEngine": "sync",
+    "SyncEngine": "engine",
     "cache_key": "hashing",
     "hash_blocks": "hashing",
 }

@@ -39,7 +39,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[ExtentAllocator]:
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of more than 64 small blocks are planned in parts, as those of large blocks are."""
-    monkeypatch.setattr("kvortex.calls.FIRST_PART_BYTES", 1)
+    monkeypatch.setattr("kvortex.engine.calls.FIRST_PART_BYTES", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvortex.calls import FIRST_PART_BLOCKS, FIRST_PART_BYTES, MAX_PART_BLOCKS, MAX_PART_BYTES, Call, Callers
+from kvortex.engine.calls import FIRST_PART_BLOCKS, FIRST_PART_BYTES, MAX_PART_BLOCKS, MAX_PART_BYTES, Call, Callers
 from kvortex.stats import EngineStats
 from kvortex.types import Direction
 

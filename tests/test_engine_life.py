@@ -15,12 +15,12 @@ import torch
 from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
 from kvortex import KVortexConfig, KVortexEngine, ModelIdentity
+from kvortex.engine.sync import SyncEngine
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.memory import PinnedPool
 from kvortex.planes.control import ControlPlane
 from kvortex.planes.data import DataPlane
-from kvortex.sync import SyncEngine
 from kvortex.testing import Fault
 from kvortex.tiers import MemoryTier
 
@@ -120,7 +120,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "wrapped executor": lambda patch: {"wrap_executor": refuse},
     "tier": lambda patch: {"make_tier": refuse},
     "link to the tier": lambda patch: (
-        patch.setattr("kvortex.engine.TierLink", refuse)
+        patch.setattr("kvortex.engine.engine.TierLink", refuse)
         or {"make_tier": lambda namespace: MemoryTier(1 << 20, namespace=namespace.digest)}
     ),
 }

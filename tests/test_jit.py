@@ -10,10 +10,10 @@ from pathlib import Path
 import numba
 import pytest
 
-from kvortex import jit
-from kvortex.private_folder import private_folder
+from kvortex.runtime import jit
+from kvortex.runtime.private_folder import private_folder
 
-PACKAGE = Path(jit.__file__).parent
+PACKAGE = Path(jit.__file__).parents[1]
 ROUND_TRIP = """
 import asyncio, logging, torch
 logging.basicConfig(level="INFO", format="%(name)s %(message)s")

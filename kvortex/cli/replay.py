@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from kvortex import BlockHash, KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
 from kvortex.cli.commands import REPLAY_BLOCK_BYTES
 from kvortex.cli.trace import read_trace
+from kvortex.config import format_bytes
 from kvortex.errors import ConfigError
 from kvortex.planes.control import CPU_TIER
-from kvortex.settings import format_bytes
 from kvortex.stats import StatsSnapshot
 from kvortex.types import Direction
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvortex.settings import format_bytes
+from kvortex.config import format_bytes
 
 if TYPE_CHECKING:
     from kvortex.cli.transformer import Outcome

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.jit import njit
+from kvortex.runtime.jit import njit
 
 Slots = NDArray[np.int64]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index.policy import Slots
-from kvortex.jit import njit
+from kvortex.runtime.jit import njit
 
 # One array, so that nothing is counted up and down while the steps run: references to many would be. A slot is a
 # row of `cells`, with these columns. The last four rows close the four rings, and ring r is named r - 4.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.jit import njit
+from kvortex.runtime.jit import njit
 from kvortex.types import MissReason
 
 Keys = NDArray[np.uint64]

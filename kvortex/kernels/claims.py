@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.errors import InvalidBlockIdError
-from kvortex.jit import njit
+from kvortex.runtime.jit import njit
 from kvortex.types import Direction
 
 _WRITTEN = -1

@@ -7,10 +7,10 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from kvortex.jit import njit
 from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
 from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, segment_table, validate_block_ids
 from kvortex.layout import KVLayout
+from kvortex.runtime.jit import njit
 
 # numba's fallback threading layer must not be entered from two threads at once.
 one_parallel_region = threading.Lock()

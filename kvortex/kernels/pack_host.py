@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from kvortex.codecs.packing import FORMATS, GROUP_UNITS, NOT_FINITE, Packing
 from kvortex.codecs.reference import relative_errors
-from kvortex.jit import njit
 from kvortex.kernels.conversions import Emitter, make_conversions
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.host import mix, one_parallel_region, word_starts
 from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, validate_block_ids
 from kvortex.layout import KVLayout
+from kvortex.runtime.jit import njit
 
 _conversions = [make_conversions(Emitter(fmt), intrinsic) for fmt in FORMATS]
 _largest_0, _largest_1, _largest_2, _largest_3 = (c.largest for c in _conversions)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvortex.errors import UnsupportedKernelError
-from kvortex.private_folder import private_folder
+from kvortex.runtime.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
 

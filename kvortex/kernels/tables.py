@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.errors import InvalidBlockIdError
-from kvortex.jit import njit
 from kvortex.layout import KVLayout
+from kvortex.runtime.jit import njit
 
 LANE_BYTES = 16  # one access of one thread
 TILE_LANES = 256  # a warp's share: eight accesses a lane, all in flight together

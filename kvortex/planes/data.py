@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.blocking import run_blocking
 from kvortex.codecs import block_sizes, forms_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.cuda.driver import Device, Event, stream_handle
@@ -22,6 +21,7 @@ from kvortex.layout import KVLayout
 from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.planes.control import check_block_fits
 from kvortex.planes.self_test import run_self_test
+from kvortex.runtime.blocking import run_blocking
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.stats import PoolFigures
 from kvortex.types import Direction, TransferPlan

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.blocking import submit_or_run
 from kvortex.kernels import HostKernels, HostPackKernels
+from kvortex.runtime.blocking import submit_or_run
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.executor import Completion, SourceRead, TransferExecutor, batch_arrays, call_all

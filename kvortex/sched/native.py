@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kvortex.cuda.driver import COPY, LAUNCH, NOT_READY, QUERY, RECORD, SYNCHRONIZE, WAIT
-from kvortex.jit import njit
+from kvortex.runtime.jit import njit
 
 SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""

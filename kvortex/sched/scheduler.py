@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.blocking import run_blocking
 from kvortex.errors import DeviceError, EngineStateError, KVortexError
+from kvortex.runtime.blocking import run_blocking
 from kvortex.sched.batcher import Batch, Batcher
 from kvortex.sched.executor import TransferExecutor
 from kvortex.sched.request import TransferRequest

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
-from kvortex.blocking import interpreter_ends
 from kvortex.errors import KVortexError
+from kvortex.runtime.blocking import interpreter_ends
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.tiers.breaker import CircuitBreaker
 from kvortex.types import MissReason, SaveOutcome

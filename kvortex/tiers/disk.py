@@ -8,8 +8,8 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from aiofiles.os import wrap  # type: ignore[import-untyped]
 
-from kvortex.blocking import interpreter_ends
 from kvortex.errors import ConfigError, EngineStateError
+from kvortex.runtime.blocking import interpreter_ends
 from kvortex.tiers.base import (
     Cause,
     ReadOutcome,

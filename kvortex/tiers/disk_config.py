@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from kvortex.settings import conform, require
+from kvortex.config.fields import conform, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

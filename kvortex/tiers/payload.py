@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.jit import njit
 from kvortex.kernels.digest import FIRST, LENGTH, MASK, POSITION, SECOND
+from kvortex.runtime.jit import njit
 
 _WORD = 8
 _POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, TypeVar
 
-from kvortex.blocking import submit_or_run
+from kvortex.runtime.blocking import submit_or_run
 from kvortex.tiers.base import Cause
 
 logger = logging.getLogger(__name__)

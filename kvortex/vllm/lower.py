@@ -17,7 +17,7 @@ from kvortex.codecs import RAW, Forms
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.hashing import Namespace
-from kvortex.sync import LoopThread
+from kvortex.runtime.loop_thread import LoopThread
 from kvortex.tiering import tier_of
 from kvortex.tiering.guard import GuardedTier
 from kvortex.tiering.keys import key_as_is

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvortex.config import MIB, KVortexConfig, ModelIdentity
+from kvortex.config.fields import conform, hints_of, require, require_known
 from kvortex.errors import ConfigError
-from kvortex.settings import conform, hints_of, require, require_known
 
 # Serving shares the GPU: four staging buffers of this size, instead of the engine's 128 MiB.
 STAGING_BYTES = 32 * MIB

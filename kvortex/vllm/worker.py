@@ -19,8 +19,8 @@ from kvortex.errors import EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.planes.data import DataPlane
+from kvortex.runtime.loop_thread import LoopThread
 from kvortex.sched import TransferRequest
-from kvortex.sync import LoopThread
 from kvortex.tiering.keys import split_joined
 from kvortex.types import BlockSizes, TransferPlan
 from kvortex.vllm.identity import identity_of

@@ -7,8 +7,8 @@ import pytest
 
 import kvortex
 from kvortex.config import KVortexConfig
+from kvortex.config.fields import hints_of
 from kvortex.errors import ConfigError
-from kvortex.settings import hints_of
 from kvortex.vllm.options import WITHOUT_MEANING, ConnectorOptions
 
 PACKAGE = Path(kvortex.__file__).parent

@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.arguments import BlockHashes, BlockIds
+from kvortex.engine.arguments import BlockHashes, BlockIds
 from kvortex.errors import EngineStateError
 from kvortex.layout import KVLayout
+from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.stats import StatsSnapshot
 from kvortex.types import LoadResult, SaveResult
 
 if TYPE_CHECKING:
-    from kvortex.engine import KVortexEngine
+    from kvortex.engine.engine import KVortexEngine
 
 T = TypeVar("T")
 
@@ -32,73 +33,9 @@ LOOK_AT_LOOP_S: Final = 1.0
 """How often somebody who waits for a call looks whether the loop that runs it is still there."""
 
 
-class LoopThread:
-    """An event loop on a daemon thread, for callers on other threads."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        # One of our own: the loop's would be ended by a further thread, which an interpreter that ends does not give.
-        self._workers = ThreadPoolExecutor(thread_name_prefix="kvortex-loop-worker")
-        self.loop.set_default_executor(self._workers)
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="kvortex-loop", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_forever()
-            self.loop.run_until_complete(_end_other_tasks())
-        finally:
-            self._workers.shutdown()
-            self.loop.close()
-
-    def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the loop. Its future always ends: `stop` cancels what is under way.
-
-        Raises:
-            EngineStateError: the loop has been stopped.
-        """
-        with self._lock:
-            if not self._stopping and not sys.is_finalizing():  # then no other thread runs any more
-                return asyncio.run_coroutine_threadsafe(call, self.loop)
-        call.close()
-        raise EngineStateError("the engine has been shut down")
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it. Raises as `submit`."""
-        return self.submit(call).result()
-
-    def stop(self) -> None:
-        """End the loop and the thread; idempotent, from any thread but the loop's."""
-        if sys.is_finalizing():
-            return  # no other thread runs any more
-        with self._lock:
-            if not self._stopping:
-                self._stopping = True
-                self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-
-
-async def _end_other_tasks() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
 def _shut_down(face: "weakref.ref[SyncEngine]") -> None:
     if (engine := face()) is not None:
         engine.shutdown()
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs in this thread, if one does."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class SyncEngine:

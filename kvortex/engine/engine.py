@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.arguments import BlockHashes, BlockIds, named_blocks
-from kvortex.calls import Call, Callers
 from kvortex.config import KVortexConfig
+from kvortex.engine.arguments import BlockHashes, BlockIds, named_blocks
+from kvortex.engine.calls import Call, Callers
+from kvortex.engine.sync import SyncEngine
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
@@ -23,9 +24,9 @@ from kvortex.layout import KVLayout
 from kvortex.memory import check_memory
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.planes.data import DataPlane
+from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.sync import LoopThread, SyncEngine, running_loop
 from kvortex.tiering import Arrival, Tiering, TierLink, tier_of
 from kvortex.tiers import Tier
 from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult

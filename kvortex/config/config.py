@@ -9,23 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from kvortex.errors import ConfigError
-from kvortex.settings import (
+from kvortex.config.fields import (
     GIB,
-    KIB,
     MIB,
     conform,
-    format_bytes,
     from_text,
     hints_of,
     known_names,
     nearest,
-    parse_bytes,
     require,
     require_size,
 )
-
-__all__ = ["GIB", "KIB", "MIB", "KVortexConfig", "ModelIdentity", "format_bytes", "parse_bytes"]
+from kvortex.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

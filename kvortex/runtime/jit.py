@@ -12,7 +12,7 @@ from typing import Any, Self
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
-from kvortex.private_folder import private_folder
+from kvortex.runtime.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
 
