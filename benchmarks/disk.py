@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kvortex.config import parse_bytes
 from kvortex.memory.pinned import PinnedPool
 from kvortex.tiers import DiskTier, DiskTierConfig, ReadRequest, WriteRequest
-from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk.layout import DiskLayout
 from kvortex.tiers.frame import HEADER_BYTES
 from kvortex.tiers.payload import payload_digest, warm_up
 from kvortex.types import Extent, SaveOutcome

@@ -11,8 +11,7 @@ from kvortex.tiers.base import (
     WriteOutcome,
     WriteRequest,
 )
-from kvortex.tiers.disk import DiskTier
-from kvortex.tiers.disk_config import DiskTierConfig
+from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.memory import MemoryTier
 
 __all__ = [

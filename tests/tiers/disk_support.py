@@ -5,8 +5,8 @@ from typing import Any
 
 from kvortex.testing.tier_conformance import NAMESPACE, ROOMY_BYTES, is_right, read_request
 from kvortex.tiers import DiskTier, DiskTierConfig, ReadOutcome
-from kvortex.tiers.disk_layout import DiskLayout
-from kvortex.tiers.os_calls import OsCalls
+from kvortex.tiers.disk.layout import DiskLayout
+from kvortex.tiers.disk.os_calls import OsCalls
 
 
 def disk_tier(root: Path, *, calls: OsCalls | None = None, namespace: bytes = NAMESPACE, **settings: Any) -> DiskTier:

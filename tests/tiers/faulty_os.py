@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from kvortex.tiers.os_calls import IoVector, OsCalls
+from kvortex.tiers.disk.os_calls import IoVector, OsCalls
 
 METHODS = (
     "open",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.testing.tier_conformance import key_of
-from kvortex.tiers.disk_index import Admission, DiskIndex, IndexedBlock
+from kvortex.tiers.disk.index import Admission, DiskIndex, IndexedBlock
 
 CAPACITY = 10
 

@@ -10,7 +10,7 @@ import pytest
 from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, key_of, write_request
 from kvortex.tiers import Cause
-from kvortex.tiers.temp_space import LOCK_CONTENT
+from kvortex.tiers.disk.temp_space import LOCK_CONTENT
 from tests.tiers.disk_support import disk_tier, file_of, read_one
 from tests.tiers.faulty_os import FaultyOs
 

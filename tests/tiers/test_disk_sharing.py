@@ -23,7 +23,7 @@ from kvortex.testing.tier_conformance import (
     write_request,
 )
 from kvortex.tiers import Cause, DiskTierConfig, ReadRequest, WriteOutcome
-from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk.layout import DiskLayout
 from kvortex.tiers.frame import FrameHeader, encode_header, frame_bytes
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.disk_support import disk_tier, file_of, read_one, temp_files
@@ -231,8 +231,8 @@ def test_several_processes_share_a_directory(tmp_path: Path) -> None:
 
 DIE = """
 import os, signal, sys
-from kvortex.tiers.os_calls import OsCalls
-from kvortex.tiers.temp_space import TempSpace
+from kvortex.tiers.disk.os_calls import OsCalls
+from kvortex.tiers.disk.temp_space import TempSpace
 space = TempSpace(sys.argv[1], OsCalls())
 space.open()
 for _ in range(3):

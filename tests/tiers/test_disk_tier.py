@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 
 from kvortex.testing.tier_conformance import TierConformance
 from kvortex.tiers import DiskTier, DiskTierConfig, Tier
-from kvortex.tiers.disk_layout import DiskLayout
+from kvortex.tiers.disk.layout import DiskLayout
 
 
 class TestDiskTier(TierConformance):

@@ -10,7 +10,7 @@ import pytest
 
 from kvortex.testing.tier_conformance import NAMESPACE, NBYTES, key_of, read_request, write_request
 from kvortex.tiers import MemoryTier, Tier, WriteRequest
-from kvortex.tiers.disk_index import Admission, DiskIndex
+from kvortex.tiers.disk.index import Admission, DiskIndex
 from kvortex.tiers.frame import frame_bytes
 from kvortex.tiers.uses import UseClock
 from kvortex.types import SaveOutcome

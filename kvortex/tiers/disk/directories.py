@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from kvortex.errors import ConfigError
-from kvortex.tiers.os_calls import OsCalls
+from kvortex.tiers.disk.os_calls import OsCalls
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)

@@ -19,8 +19,8 @@ import uuid
 from collections.abc import Callable
 from typing import Final
 
-from kvortex.tiers.directories import directory, make_directories, names_in
-from kvortex.tiers.os_calls import OsCalls
+from kvortex.tiers.disk.directories import directory, make_directories, names_in
+from kvortex.tiers.disk.os_calls import OsCalls
 
 LOCK_CONTENT: Final = b"kvortex writer\n"
 _LOCK_SUFFIX = ".lock"

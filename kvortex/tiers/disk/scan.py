@@ -4,10 +4,10 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvortex.tiers.directories import directory, names_in
-from kvortex.tiers.disk_index import IndexedBlock
-from kvortex.tiers.disk_layout import DiskLayout, is_fan_out_name, is_namespace_name, key_of
-from kvortex.tiers.os_calls import OsCalls
+from kvortex.tiers.disk.directories import directory, names_in
+from kvortex.tiers.disk.index import IndexedBlock
+from kvortex.tiers.disk.layout import DiskLayout, is_fan_out_name, is_namespace_name, key_of
+from kvortex.tiers.disk.os_calls import OsCalls
 
 
 @dataclass(frozen=True, slots=True)

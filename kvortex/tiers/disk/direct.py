@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.tiers.disk.os_calls import IoVector, OsCalls
 from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES
-from kvortex.tiers.os_calls import IoVector, OsCalls
 from kvortex.tiers.payload import address_of
 
 _HUGE_PAGE_BYTES = 2 << 20

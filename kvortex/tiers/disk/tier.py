@@ -25,20 +25,20 @@ from kvortex.tiers.base import (
     check_writes,
 )
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.direct import BUFFERED, DirectIO, probe
-from kvortex.tiers.directories import check_owned, make_directories
-from kvortex.tiers.disk_config import DiskTierConfig
-from kvortex.tiers.disk_files import DiskFiles
-from kvortex.tiers.disk_index import DiskIndex
-from kvortex.tiers.disk_layout import DiskLayout
-from kvortex.tiers.disk_reader import DiskReader
-from kvortex.tiers.disk_scan import list_parts, read_part
-from kvortex.tiers.disk_writer import DiskWriter
+from kvortex.tiers.disk.config import DiskTierConfig
+from kvortex.tiers.disk.direct import BUFFERED, DirectIO, probe
+from kvortex.tiers.disk.directories import check_owned, make_directories
+from kvortex.tiers.disk.files import DiskFiles
+from kvortex.tiers.disk.index import DiskIndex
+from kvortex.tiers.disk.layout import DiskLayout
+from kvortex.tiers.disk.os_calls import OsCalls
+from kvortex.tiers.disk.reader import DiskReader
+from kvortex.tiers.disk.runner import BatchRunner
+from kvortex.tiers.disk.scan import list_parts, read_part
+from kvortex.tiers.disk.temp_space import TempSpace
+from kvortex.tiers.disk.writer import DiskWriter
 from kvortex.tiers.frame import HEADER_BYTES
-from kvortex.tiers.os_calls import OsCalls
 from kvortex.tiers.payload import warm_up
-from kvortex.tiers.runner import BatchRunner
-from kvortex.tiers.temp_space import TempSpace
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from kvortex.tiers.base import Cause
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.direct import DirectIO, Scratch, read_fully
-from kvortex.tiers.directories import directory
-from kvortex.tiers.disk_config import DiskTierConfig
-from kvortex.tiers.disk_index import DiskIndex, IndexedBlock, Victims
-from kvortex.tiers.disk_layout import DiskLayout, name_of
-from kvortex.tiers.disk_scan import ScanPart, read_part
+from kvortex.tiers.disk.config import DiskTierConfig
+from kvortex.tiers.disk.direct import DirectIO, Scratch, read_fully
+from kvortex.tiers.disk.directories import directory
+from kvortex.tiers.disk.index import DiskIndex, IndexedBlock, Victims
+from kvortex.tiers.disk.layout import DiskLayout, name_of
+from kvortex.tiers.disk.os_calls import OsCalls
+from kvortex.tiers.disk.scan import ScanPart, read_part
 from kvortex.tiers.frame import HEADER_BYTES, FrameHeader, decode_header
-from kvortex.tiers.os_calls import OsCalls
 from kvortex.tiers.payload import address_of
 from kvortex.types import BLOCK_HASH_BYTES
 
