@@ -3,12 +3,15 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit bench clean
+.PHONY: demo test check lint unit clean
 
 demo: $(VENV)/.done
 	$(BIN)/kvortex demo
 
 test: lint unit
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
