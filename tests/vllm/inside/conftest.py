@@ -40,5 +40,7 @@ def expected(model: str) -> dict[str, list[list[int]]]:
         answers["turn 2"] = engine.generate([SHARED + first + TAILS[0]], max_tokens=20)
         answers["crowd"] = engine.generate(CROWD, max_tokens=40)
     if shared is not None:
-        shared.write_text(json.dumps(answers))
+        written = shared.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(answers))
+        written.rename(shared)  # whole, for those who look meanwhile
     return answers
