@@ -1,6 +1,7 @@
 """The nouns that cross module borders: hashes, ids, extents, outcomes. Plain data, nothing else."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NamedTuple, NewType
@@ -119,6 +120,9 @@ class SaveResult:
         """Outcome -> number of blocks."""
         return dict(Counter(self.outcomes))
 
+    def __repr__(self) -> str:
+        return f"<SaveResult of {len(self.outcomes)} blocks{_listed(self.counts())}>"
+
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
@@ -155,3 +159,12 @@ class LoadResult:
     def miss_counts(self) -> dict[MissReason, int]:
         """Reason -> number of blocks."""
         return dict(Counter(reason for reason in self.outcomes if reason is not None))
+
+    def __repr__(self) -> str:
+        return (
+            f"<LoadResult of {len(self.outcomes)} blocks: {self.num_loaded} loaded{_listed(self.miss_counts(), ', ')}>"
+        )
+
+
+def _listed(counts: Mapping[SaveOutcome, int] | Mapping[MissReason, int], begin: str = ": ") -> str:
+    return begin + ", ".join(f"{count} {kind.value}" for kind, count in counts.items()) if counts else ""

@@ -295,3 +295,12 @@ def test_a_variable_of_somebody_else_is_said_and_left_alone(name: str, caplog: p
     """A service called kvortex gives every container of its namespace such variables."""
     assert KVortexConfig.from_env({name: "10.0.0.1"}) == KVortexConfig()
     assert name in caplog.text
+
+
+def test_it_prints_on_one_line_what_is_not_the_default() -> None:
+    assert repr(KVortexConfig()) == "KVortexConfig()"
+    config = KVortexConfig(cpu_pool_bytes="16GiB", codec="fp8", identity=ModelIdentity(model="llama"))
+    assert (
+        repr(config) == "KVortexConfig(cpu_pool_bytes=17179869184, codec='fp8', identity=ModelIdentity(model='llama'))"
+    )
+    assert eval(repr(config)) == config

@@ -69,6 +69,20 @@ async def test_outcomes_of_a_save() -> None:
         assert engine.match_prefix(hashes) == 8
 
 
+async def test_what_is_printed_is_one_line() -> None:
+    engine = await KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 * MIB))
+    assert repr(engine) == "<KVortexEngine: no caches registered yet; a pool of 16.0 MiB>"
+    layout = engine.register_kv_caches(make_cache(), BLOCK_SIZE)
+    assert repr(layout) == f"<KVLayout: {layout.describe()}>"
+    assert layout.describe() in repr(engine)
+    assert repr(await engine.save_blocks(chain(3), range(3))) == "<SaveResult of 3 blocks: 3 stored>"
+    assert repr(await engine.load_blocks(chain(4), range(4))) == "<LoadResult of 4 blocks: 3 loaded, 1 never_stored>"
+    assert repr(await engine.load_blocks([], [])) == "<LoadResult of 0 blocks: 0 loaded>"
+    await engine.shutdown()
+    assert "shut down" in repr(engine)
+    assert all("\n" not in repr(thing) for thing in (engine, layout))
+
+
 async def test_two_saves_of_one_block_at_once_store_it_once() -> None:
     cache = make_cache()
     async with running_engine(cache) as (engine, executor):

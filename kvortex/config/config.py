@@ -12,6 +12,7 @@ from typing import Any, Self
 from kvortex.config.fields import (
     GIB,
     MIB,
+    changes_of,
     conform,
     from_text,
     hints_of,
@@ -61,6 +62,9 @@ class ModelIdentity:
         conform(self)
         for kind, rank, size in (("tp", self.tp_rank, self.tp_size), ("pp", self.pp_rank, self.pp_size)):
             require(0 <= rank < size, f"{kind}_rank {rank} is not in [0, {kind}_size = {size})")
+
+    def __repr__(self) -> str:
+        return changes_of(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,9 @@ class KVortexConfig:
         require(self.linger_s >= 0, f"linger_s must not be negative, got {self.linger_s}")
         require(0 < self.watermark <= 1, f"watermark must lie in (0, 1], got {self.watermark}")
         require(0 < self.eviction_ratio < 1, f"eviction_ratio must lie in (0, 1), got {self.eviction_ratio}")
+
+    def __repr__(self) -> str:
+        return changes_of(self)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:

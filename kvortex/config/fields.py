@@ -84,6 +84,14 @@ def conform(settings: Any, *, paths: Iterable[str] = ()) -> None:
             object.__setattr__(settings, name, held)
 
 
+def changes_of(settings: Any) -> str:
+    """One line that makes the same settings again: what differs from the defaults."""
+    default = type(settings)()
+    values = {name: getattr(settings, name) for name in hints_of(type(settings))}
+    changed = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name))
+    return f"{type(settings).__name__}({changed})"
+
+
 def from_text(name: str, text: str, hint: Any) -> Any:
     """The value of a field, given as text as in the environment; what is no text for its type stays text.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.config import KVortexConfig
+from kvortex.config import KVortexConfig, format_bytes
 from kvortex.engine.arguments import BlockHashes, BlockIds, named_blocks
 from kvortex.engine.calls import Call, Callers
 from kvortex.engine.sync import SyncEngine
@@ -61,6 +61,12 @@ class KVortexEngine:
         self._tiering: Tiering | None = None
         self._shutdown: asyncio.Task[None] | None = None
         self._released = False
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._shutdown is not None else "no caches registered yet"
+        if self._shutdown is None and self._data is not None:
+            state = self._data.layout.describe()
+        return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.cpu_pool_bytes)}>"
 
     @classmethod
     def create(cls, config: KVortexConfig | None = None) -> "_Creation":

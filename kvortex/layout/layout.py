@@ -202,6 +202,9 @@ class KVLayout:
             raise IndexError(f"payload offset {payload_offset} is outside of [0, {self.block_nbytes})")
         return self.segments[bisect_right(self.payload_offsets, payload_offset) - 1]
 
+    def __repr__(self) -> str:
+        return f"<KVLayout: {self.describe()}>"
+
     def describe(self) -> str:
         """One line for logs."""
         sizes = sorted({segment.nbytes for segment in self.segments})
