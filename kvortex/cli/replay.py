@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, report: ModuleType | None) -> dict[str, A
     """Replay the trace that the arguments name.
 
     Args:
-        arguments: of the command line.
+        arguments: the parsed command line.
         report: shows progress, figures and notes; None shows nothing.
 
     Returns:

@@ -79,7 +79,7 @@ def encode_units(
     Args:
         words: `uint64 [n, 2 * lanes]`, the cache's.
         exponents: `int32 [n]`, scale bytes of the units' groups.
-        fmt: of the units.
+        fmt: name of the packed format that the units have.
 
     Returns:
         Packed words `uint64 [n]`; the sums of squares, `uint64 [n]`, of what rounding lost and of what there was,

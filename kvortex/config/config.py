@@ -46,7 +46,7 @@ class ModelIdentity:
     Args:
         model: its name; needed as soon as a lower tier keeps blocks beyond the process.
         weights_revision: what tells its weights from others of that name, such as a commit.
-        fingerprint: of whatever else changes the bytes: configuration, quantisation, position encoding.
+        fingerprint: digest of whatever else changes the bytes: configuration, quantisation, position encoding.
         tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
     """
 

@@ -288,7 +288,7 @@ class KernelArguments:
     """Kernel arguments in one place, so that a launch changes values and builds nothing.
 
     Args:
-        values: of eight bytes each; or an array, which is an argument as a whole and may be changed in place.
+        values: eight-byte integers; or an array, which is one argument as a whole and may be changed in place.
     """
 
     def __init__(self, *values: int | NDArray[np.generic]) -> None:
@@ -312,8 +312,8 @@ class Launch:
 
     Args:
         kernel: what `Device.load_kernel` returned.
-        threads: of a thread block.
-        arguments: of the kernel.
+        threads: size of a thread block.
+        arguments: what the kernel is called with.
 
     `words` are these as `int64 [4]`: handle, thread blocks, threads of each, address of the arguments.
     """

@@ -73,8 +73,8 @@ class Call(Generic[T]):
         callers: where it takes its turn.
         data: carries it out.
         stats: count what it moved.
-        stream: of the caller, see `DataPlane.record_event`.
-        direction: of its transfers.
+        stream: CUDA stream whose queued work the transfers wait for, see `DataPlane.record_event`.
+        direction: all its transfers go this way.
         block_ids: all that they touch in the cache, `int32 [n]`; nobody else's while the call lasts.
     """
 

@@ -228,7 +228,7 @@ class CacheIndex:
         """Make reserved blocks visible.
 
         Args:
-            slots: of reservations that the caller owns.
+            slots: reservations that the caller owns, `int64 [n]`.
             offsets: `[n]`, where the blocks lie.
             nbytes: `[n]`, or one size for all.
             digests: `[n]` 64-bit checksums.
@@ -313,7 +313,7 @@ class CacheIndex:
         """Remove committed blocks from view at once, whether pinned or not; slots that hold none are ignored.
 
         Args:
-            slots: of blocks that the caller has pinned: only then do they still name the same blocks.
+            slots: blocks that the caller has pinned: only then do they still name the same blocks.
             reason: what later misses are told.
 
         Returns:

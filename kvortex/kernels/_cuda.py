@@ -335,9 +335,9 @@ def compile_ptx(
     Args:
         function: the kernel's body.
         arguments: one letter each, see `pointer_signature`.
-        compute_capability: of the device.
-        threads: of a thread block, at most; it limits the registers of a thread.
-        table_entries: of the table among the arguments, which the launch copies: 4,096 bytes of arguments in all.
+        compute_capability: (major, minor) of the device.
+        threads: largest thread block; it limits the registers of a thread.
+        table_entries: length of the table among the arguments, which the launch copies: 4,096 bytes in all.
     """
     ptx, _ = cuda.compile(
         function,

@@ -16,7 +16,7 @@ class BlockClaims:
     """Gives each block to any number of saves, which read it, or to one load, which writes it.
 
     Args:
-        num_blocks: of the cache.
+        num_blocks: size of the paged cache in blocks.
     """
 
     def __init__(self, num_blocks: int) -> None:

@@ -30,7 +30,7 @@ class Emitter:
     """Emits the arithmetic of one format.
 
     Args:
-        fmt: of the units.
+        fmt: name of the packed format that the units have.
         fp8_hardware: the target converts E4M3 itself (compute capability 8.9 and newer).
         pairs_hardware: it compares pairs of 16-bit integers (compute capability 9.0 and newer).
         cuda: the target is a GPU: it converts half precision itself.

@@ -47,8 +47,8 @@ class BatchSlot:
     """Memory of one batch in flight: results in pinned host memory, scratch on the device.
 
     Args:
-        device: of the scratch.
-        max_blocks: of a batch.
+        device: that holds the scratch memory.
+        max_blocks: blocks of the largest batch.
         scratch: device address of `8 * scratch_words(max_blocks)` bytes, set to zero on `stream`.
     """
 
@@ -70,10 +70,10 @@ class DeviceKernels:
     """Launcher of gather and scatter for one layout on a CUDA device: blocks as they are, or packed on the way.
 
     Args:
-        layout: of tensors that stay alive as long as this object.
+        layout: where blocks lie; its tensors stay alive as long as this object.
         device: where they lie.
         tiles: device address of `device_table(layout, packing)`.
-        packing: of the layout; None leaves blocks as they are.
+        packing: how blocks of that layout are packed; None leaves them as they are.
     """
 
     def __init__(self, layout: KVLayout, device: Device, tiles: int, packing: Packing | None = None) -> None:

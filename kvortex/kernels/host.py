@@ -59,7 +59,7 @@ class HostKernels:
     """Launcher of the twins for one layout in host memory.
 
     Args:
-        layout: of tensors that stay alive as long as this object.
+        layout: where blocks lie; its tensors stay alive as long as this object.
         pool: `uint8`, the memory that extents lie in; 8-byte aligned.
     """
 

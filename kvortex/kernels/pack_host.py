@@ -154,8 +154,8 @@ class HostPackKernels:
     """Launcher of the packing twins for one layout in host memory.
 
     Args:
-        layout: of tensors that stay alive as long as this object.
-        packing: of that layout.
+        layout: where blocks lie; its tensors stay alive as long as this object.
+        packing: how blocks of that layout are packed.
         pool: `uint8`, the memory that extents lie in; 8-byte aligned.
     """
 

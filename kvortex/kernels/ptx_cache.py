@@ -37,8 +37,8 @@ def load_cached(
         key: tells this kernel from others of the same sources, the version of NVVM that compiles it included.
         compile_kernel: gives PTX and the name of its entry point.
         load_kernel: loads these.
-        directory: of the cache; by default `kvortex/kernels` in the user's cache directory (`XDG_CACHE_HOME`), or a
-            private temporary one where that cannot be written.
+        directory: where compiled kernels are kept; by default `kvortex/kernels` in the user's cache directory
+            (`XDG_CACHE_HOME`), or a private temporary one where that cannot be written.
 
     Raises:
         UnsupportedKernelError: the driver does not take what is compiled here and now either.

@@ -35,11 +35,11 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
     what was lost and what there was.
 
     Args:
-        name: of the kernel.
+        name: names the kernel in profiles.
         move_tile: `(arena, staging, tiles, row, block id, start in staging, lane)` -> the lane's part of the digest,
             of what was lost, of what there was, and the largest magnitude it saw.
-        columns: of the tile table.
-        largest_bits: of the largest magnitude that may be packed; None where nothing is.
+        columns: number of columns of the tile table.
+        largest_bits: bit pattern of the largest magnitude that may be packed; None where nothing is.
     """
     ops = DEVICE_OPS
     fetch_add, warp_sum, warp_largest, as_int64 = ops.fetch_add, ops.warp_sum, ops.warp_largest, ops.int64

@@ -31,7 +31,7 @@ class ExtentAllocator:
     Args:
         capacity_bytes: size of the whole range.
         piece_bytes: size of a piece; the last one may be smaller.
-        name: of the pool, in messages and figures.
+        name: names the pool in messages and figures.
     """
 
     def __init__(self, capacity_bytes: int, piece_bytes: int | None = None, *, name: str = "cpu") -> None:

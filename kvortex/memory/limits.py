@@ -37,7 +37,7 @@ def check_memory(demand_bytes: int, *, ranks: int = 1, root: Path = Path("/")) -
 
     Args:
         demand_bytes: the pool of one rank.
-        ranks: of this machine and container that take as much each; 1 where they share the pool.
+        ranks: processes of this machine and container that take as much each; 1 where they share the pool.
         root: where `proc` and the control groups are looked for.
 
     Raises:

@@ -93,10 +93,10 @@ class ControlPlane:
     """Plans saves and loads over one index and one range of extents.
 
     Args:
-        index: of one namespace.
-        allocator: of the pool that extents lie in.
+        index: the blocks of one namespace.
+        allocator: hands out extents of the pool.
         pacer: how much to evict as the pool fills.
-        sizes: of blocks in the pool.
+        sizes: bytes that a block takes in the pool.
 
     `on_removed` is told the offsets of blocks that were visible and have left the pool. `on_evicted` is shown what is
     evicted to keep the pool below its watermark, coldest first, and answers how many of the first blocks it takes over:
@@ -176,7 +176,7 @@ class ControlPlane:
         """Commit what arrived, give back the rest.
 
         Args:
-            plan: of the save.
+            plan: what `plan_save` returned.
             digests: `uint64 [n]`.
             succeeded: `bool [n]`, what arrived and may be used; None for all.
             too_lossy: `bool [n]`, what did not because packing loses too much of it.
@@ -325,7 +325,7 @@ class ControlPlane:
         """Drop what arrived but is not intact, unpin.
 
         Args:
-            plan: of the load.
+            plan: what `plan_load` returned.
             intact: `bool [n]`, what is as it was saved; None for all.
             succeeded: `bool [n]`, what arrived; None for all.
 

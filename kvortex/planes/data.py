@@ -201,7 +201,7 @@ class DataPlane:
             on_settled: called on the loop.
             more_follows: another request of the same call comes right behind.
             wants_source_released: report as soon as a save has read the cache.
-            claim: of the caller on the plan's blocks, until the request has settled. Without one they are claimed
+            claim: the caller's claim on the plan's blocks, until the request has settled. Without one they are claimed
                 here, until a save has read them or a load has settled.
 
         Raises:

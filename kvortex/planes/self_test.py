@@ -44,10 +44,10 @@ def run_self_test(
         block_of: how torch reaches a block.
         block_ids: blocks to use.
         executor: idle; nobody else polls it meanwhile.
-        offsets: of as many extents of the pool.
+        offsets: byte offsets of as many extents of the pool.
         pool: the pool's bytes.
         after: gives an event for what torch has queued on the device so far, None on the host.
-        packing: of the layout; None where nothing is packed.
+        packing: how blocks of the layout are packed; None where they are not.
 
     Raises:
         LayoutSelfTestError: what came back differs; names the tensor.

@@ -77,12 +77,12 @@ class CudaExecutor(TransferExecutor):
     queued, a scatter too. A thread a direction sleeps on the events and rings the doorbell behind `fd`.
 
     Args:
-        layout: of the registered tensors.
+        layout: says where the blocks of the registered tensors lie.
         pool: pinned memory that extents lie in.
         device: where the tensors lie.
         num_streams: that carry copies.
-        staging_nbytes: of one buffer: the largest batch.
-        packing: of the layout; None where nothing is packed.
+        staging_nbytes: size of one staging buffer in bytes, which is the largest batch.
+        packing: how blocks of that layout are packed; None where they are not.
         max_pack_error: a block that loses more is reported as too lossy.
 
     Raises:

@@ -23,7 +23,7 @@ class HostExecutor(TransferExecutor):
     """Runs one batch at a time; the twins use all cores themselves and release the GIL.
 
     Args:
-        kernels: of the registered layout and the pool.
+        kernels: copy between the registered tensors and the pool.
         pack_kernels: likewise; None where nothing is packed.
         max_pack_error: a block that loses more is reported as too lossy.
     """

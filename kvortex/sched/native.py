@@ -66,7 +66,7 @@ def report_events(
 
     Args:
         driver: addresses of the driver's functions.
-        libc: of the C library's.
+        libc: addresses of the C library's functions.
         events: `[capacity]`, a ring of handles, filled in order.
         statuses: `[capacity]`, in which the result of waiting for each is stored.
         told: `[1]`, for what `done_fd` is told.
@@ -116,13 +116,13 @@ def queue_batch(
         driver: addresses of the driver's functions.
         loads: or saves.
         after: events that the kernel waits for.
-        streams: for the kernel, for the copies.
+        streams: raw handles of the stream that runs the kernel and of those that carry the copies.
         events: the end of the staging buffer's last batch, or 0; then those to record when staging is filled, and
             when all is done.
         launch: the kernel's, see `kvortex.cuda.driver.Launch`.
         memory: addresses of the staging buffer and of the pool.
         sizes: bytes of a block in both, and of a piece of the pool, which no copy may cross.
-        offsets: of the blocks in the pool.
+        offsets: byte offset of each block in the pool, `int64 [n]`.
     """
     kernels, copies = streams
     emptied, staged, done = events

@@ -26,8 +26,8 @@ class EventWaiter:
     milliseconds. It sleeps on an event, looks for what else has fired, and rings once for all of it.
 
     Args:
-        device: of the events.
-        name: of the thread.
+        device: that the events were recorded on.
+        name: names the waiting thread.
         doorbell: rung with `unit` an event that has fired, for `fired`.
         unit: 1, or more if others ring it too.
         capacity: events that are watched at a time, at most.

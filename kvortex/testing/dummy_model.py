@@ -10,7 +10,7 @@ def write_llama(directory: Path, **config: int) -> None:
     """Write the `config.json` of a Llama in bfloat16 into `directory`.
 
     Args:
-        directory: of the model, as vLLM takes it.
+        directory: where the model's files are written, as vLLM reads them.
         config: sizes by their names there: `hidden_size`, `intermediate_size`, `num_hidden_layers`, `head_dim`,
             `num_attention_heads`, `num_key_value_heads`, `vocab_size`; and whatever else shall not be as here.
     """

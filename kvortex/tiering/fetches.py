@@ -22,7 +22,7 @@ class Fetch:
     """One call's blocks on their way from a tier.
 
     Args:
-        keys: of the call, `uint64 [n, 4]`, a chain from its head.
+        keys: block hashes that are wanted, `uint64 [n, 4]`, a chain from its head.
         used_s: when its blocks count as used, `float64 [n]`.
     """
 

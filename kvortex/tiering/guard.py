@@ -35,7 +35,7 @@ class GuardedTier:
 
     Args:
         tier: opened and closed by the owner.
-        timeout_s: of every call.
+        timeout_s: seconds that any call may take.
         clock: seconds.
     """
 

@@ -31,11 +31,11 @@ class TierLink:
     """A pool and a tier, and whether there is anything to be had from it.
 
     Args:
-        config: of the engine.
-        control: of the pool.
+        config: the engine's settings.
+        control: decides what is in the pool.
         pool: its bytes.
-        forms: of the blocks.
-        namespace: of the blocks.
+        forms: how blocks are encoded, and their sizes.
+        namespace: what the blocks' bytes belong to.
         tier: the tier.
         stats: counts what moves.
 

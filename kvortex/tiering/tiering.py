@@ -179,9 +179,9 @@ class Arrival:
     """What one load waits for: the lower tier's blocks, until its deadline.
 
     Args:
-        tiering: of the engine.
-        keys: of the call, `uint64 [n, 4]`.
-        deadline_s: from now; None waits as long as it takes.
+        tiering: the engine's, over one tier.
+        keys: block hashes of the load, `uint64 [n, 4]`.
+        deadline_s: seconds from now; None waits as long as it takes.
     """
 
     def __init__(self, tiering: Tiering, keys: NDArray[np.uint64], deadline_s: float | None) -> None:

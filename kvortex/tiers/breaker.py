@@ -36,7 +36,7 @@ class CircuitBreaker:
     """Of one tier and direction. Changed on one thread; `refuses` and `figures` may be read from any.
 
     Args:
-        name: of the tier and direction, for the log.
+        name: the tier and direction in words, for the log.
         clock: seconds.
     """
 
