@@ -31,6 +31,7 @@ class WeightsWatch:
     def __init__(self, vllm_config: "VllmConfig", on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._watched: list[tuple[dict[str, Any], str]] = []
+        self._depth = 0  # of watched calls within each other: it is the outermost that leaves whole weights behind
         self._models: list[torch.nn.Module] = []
         for worker in _workers_of(vllm_config):
             self._models += _models_of(worker)
@@ -47,10 +48,13 @@ class WeightsWatch:
             return
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
             try:
                 return method(*args, **kwargs)
             finally:
-                after()
+                self._depth -= 1
+                if not self._depth:
+                    after()
 
         vars(owner)[name] = watched
         self._watched.append((vars(owner), name))
@@ -105,12 +109,13 @@ def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
 def weights_checksum(models: list[torch.nn.Module]) -> list[int]:
     """Sums over the bits of every parameter, in order: one pass over them on their device.
 
-    Any realistic change of weights changes a sum. Parameters without memory, as in sleep, are left out.
+    Any realistic change of weights changes a sum. Parameters without memory, as in sleep or between the parts of an
+    update, are left out.
     """
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for model in models:
         for parameter in model.parameters():
-            if parameter.numel() and parameter.untyped_storage().nbytes():
+            if parameter.numel() and not parameter.is_meta and parameter.untyped_storage().nbytes():
                 sums.setdefault(parameter.device, []).append(_bits_of(parameter).sum(dtype=torch.int64))
     return [value for of_device in sums.values() for value in torch.stack(of_device).tolist()]
 
