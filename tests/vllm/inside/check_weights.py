@@ -128,14 +128,23 @@ def check_old_blocks_are_not_served_after_a_plain_reset(
     assert engine.generate([TOKENS])[0] == answers["new"]
     engine.settle()
     assert engine.loaded_blocks == before
-    # What the new ones compute is kept as ever.
-    engine.llm.reset_prefix_cache()
-    engine.generate([TOKENS])
-    engine.settle()
+    # What the new ones compute is kept as ever, from the first prompt on.
     engine.llm.reset_prefix_cache()
     assert engine.generate([TOKENS])[0] == answers["new"]
     engine.settle()
-    assert engine.loaded_blocks > before
+    assert engine.loaded_blocks == before + BLOCKS
+
+
+def check_weights_that_come_before_the_first_prompt_cost_nothing(
+    engine: Engine, models: dict[str, Path], answers: dict[str, list[int]]
+) -> None:
+    """Trainers start engines with weights of no meaning, and send those that count."""
+    written(engine, models["new"])
+    for loaded_blocks in (0, BLOCKS):
+        assert engine.generate([TOKENS])[0] == answers["new"]
+        engine.settle()
+        assert engine.loaded_blocks == loaded_blocks
+        assert engine.llm.reset_prefix_cache()
 
 
 def check_weights_that_stay_cost_nothing(engine: Engine, answers: dict[str, list[int]]) -> None:
