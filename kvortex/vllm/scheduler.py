@@ -355,8 +355,6 @@ class SchedulerHalf:
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
-        if self._gives_tokens:
-            self._gives_tokens.popleft()
         reports = reports_in(connector_output)
         self.accept_handshake([report for report in reports if isinstance(report, WorkerHandshake)])
         if changes := [report.last_plan for report in reports if isinstance(report, WeightsChanged)]:
@@ -493,11 +491,12 @@ class SchedulerHalf:
         return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
 
     def take_stats(self) -> ConnectorStats | None:
-        """Figures since they were last taken; None if there are none, or if they would be lost.
+        """Figures since they were last taken; None if there are none. Asked for once a step, as it is taken in.
 
-        vLLM 0.23 asks before a step is taken in, and its offline engine drops the figures of a step without tokens.
+        vLLM 0.23's offline engine drops those of a step without tokens, so they wait for a later one.
         """
-        if self._stats.is_empty() or (self._gives_tokens and not self._gives_tokens[0]):
+        are_kept = self._gives_tokens.popleft() if self._gives_tokens else True
+        if self._stats.is_empty() or (self._tracked and not are_kept):
             return None
         taken, self._stats = self._stats, ConnectorStats()
         return taken
