@@ -93,7 +93,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
-        self._keys = BlockKeys()
+        self._keys = BlockKeys(vllm_config.lora_config)
         self._plan = ConnectorPlan()
         self._stats = ConnectorStats()
         self.stats = EngineStats()
@@ -434,6 +434,7 @@ class SchedulerHalf:
     def _forget_weights(self) -> None:
         """The weights are others: nothing that is stored is served, nothing that was begun with them is stored."""
         self._weights_changed = True
+        self._keys.forget_adapters()
         for tracked in self._tracked.values():
             tracked.has_stale_kv = True
         self.reset_cache()
