@@ -98,7 +98,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
-        self._keys = BlockKeys()
+        self._keys = BlockKeys(vllm_config.lora_config)
         self._plan_numbers = itertools.count()
         self._plan = self._next_plan()
         self._gives_tokens: deque[bool] = deque(maxlen=MAX_STEPS)  # of each step that is not over
@@ -462,6 +462,7 @@ class SchedulerHalf:
 
     def _forget_weights(self, last_plan: int) -> None:
         """The weights are others: nothing that is stored is served, nothing computed up to that plan is stored."""
+        self._keys.forget_adapters()
         for tracked in self._tracked.values():
             tracked.has_stale_kv |= tracked.first_plan is not None and tracked.first_plan <= last_plan
             tracked.num_planned = 0
