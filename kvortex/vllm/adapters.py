@@ -2,9 +2,12 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import snapshot_download
 
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash
 from kvortex.vllm.files import weights_digest
@@ -16,13 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 class BlockKeys:
-    """Keys of a request's blocks: vLLM's hashes, joined with a digest of the adapter's files where one is used.
+    """Keys of a request's blocks: vLLM's hashes, joined with a digest of the adapter where one is used.
 
     An adapter is looked at when its number is first seen, as vLLM loads it then: one that was unloaded and loaded again
     under the same name has another number.
+
+    Args:
+        lora: vLLM's `LoRAConfig`, which says how much of an adapter is applied; None without adapters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lora: Any = None) -> None:
+        applied = (getattr(lora, name, None) for name in ("lora_dtype", "target_modules"))
+        self._applied = " ".join(map(str, applied))
         self._digests: dict[tuple[int, str, str], bytes] = {}
 
     def of(self, request: "Request", blocks: slice = slice(None)) -> list[BlockHash]:
@@ -30,22 +38,43 @@ class BlockKeys:
         adapter = self._digest_of(request.lora_request) if request.lora_request is not None else b""
         return as_keys(request.block_hashes[blocks], adapter)
 
+    def forget_adapters(self) -> None:
+        """They may hold something else now."""
+        self._digests.clear()
+
     def _digest_of(self, adapter: Any) -> bytes:
         name = (int(adapter.lora_int_id), str(adapter.lora_name), str(adapter.lora_path))
         if getattr(adapter, "load_inplace", False):
             self._digests.pop(name, None)
         if name not in self._digests:
-            self._digests[name] = self._look_at(adapter).encode()
+            self._digests[name] = f"{self._applied} {self._look_at(adapter)}".encode()
         return self._digests[name]
 
     def _look_at(self, adapter: Any) -> str:
-        try:
-            found = weights_digest(Path(adapter.lora_path))
-        except OSError as error:
-            logger.warning("the files of adapter %s cannot be read: %s", adapter.lora_name, error)
-            found = ""
-        # Nothing tells a hub's adapter from a later one of its name but that it was loaded again.
-        return found or f"{adapter.lora_path} {adapter.lora_int_id}"
+        # Nothing tells one that cannot be looked at from a later one of its name: its blocks are of this server alone.
+        return adapter_digest(adapter) or f"{adapter.lora_path} {adapter.lora_int_id} {_PROCESS}"
+
+
+_PROCESS = os.urandom(16).hex()
+
+
+def adapter_digest(adapter: Any) -> str:
+    """What the files of a `LoRARequest` hold, as 64 hex digits; `""` where they are not on this machine."""
+    try:
+        return weights_digest(_folder_of(str(adapter.lora_path)))
+    except (OSError, ValueError) as error:
+        logger.warning("the files of adapter %s cannot be read: %s", adapter.lora_name, error)
+        return ""
+
+
+def _folder_of(path: str) -> Path:
+    """Where vLLM has an adapter's files: in a folder, or downloaded from the Hugging Face hub.
+
+    Raises:
+        OSError, ValueError: it has none, or what the path means is not known.
+    """
+    folder = Path(path).expanduser()
+    return folder if folder.exists() else Path(snapshot_download(path, local_files_only=True))
 
 
 def as_keys(hashes: Sequence[bytes], adapter: bytes = b"") -> list[BlockHash]:

@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import Final
 
 WEIGHT_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".tensors"})
+CONFIG_NAMES: Final = frozenset(
+    {
+        "adapter_config.json",
+        "hf_quant_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    }
+)
+"""Files beside the weights that say how they, or a model's inputs, are taken; `config.json` vLLM resolves itself."""
 WINDOW_BYTES: Final = 4096
 MAX_WINDOWS: Final = 256
 """Of all files together: a look at the weights takes milliseconds on a disk, a second on a slow share."""
@@ -14,7 +24,7 @@ SMALL_FILE_BYTES: Final = 1 << 20  # read whole
 
 
 def weights_digest(path: Path) -> str:
-    """What a model's or an adapter's files hold, as 64 hex digits; `""` where there are none.
+    """What a model's or an adapter's files hold, as 64 hex digits; `""` where there are no weights.
 
     A file counts with its name, its size, its time of change and windows of its bytes that are spread over it. Where
     it is a link into a folder of blobs named by their content, as in Hugging Face's cache, that name says it all.
@@ -25,8 +35,8 @@ def weights_digest(path: Path) -> str:
     Raises:
         OSError: a file is there but cannot be read.
     """
-    files = sorted(_weight_files(path))
-    if not files:
+    files = sorted(_counting_files(path))
+    if not path.is_file() and not any(file.suffix in WEIGHT_SUFFIXES for file in files):
         return ""
     digest = hashlib.sha256()
     windows = max(2, MAX_WINDOWS // len(files))
@@ -37,12 +47,12 @@ def weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(path: Path) -> Iterator[Path]:
+def _counting_files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
         for file in path.iterdir():
-            if file.suffix in WEIGHT_SUFFIXES or file.name == "adapter_config.json":
+            if file.suffix in WEIGHT_SUFFIXES or file.name in CONFIG_NAMES:
                 yield file
 
 

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAFTS_WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
+_OF_INPUTS = (
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "video_pruning_rate",
+    "video_pruning_method",
+    "mm_encoder_attn_dtype",
+)
+"""What a server sets of how images and the like become embeddings; their names in vLLM's hashes say nothing of it."""
 _VOLATILE = ("transformers_version",)  # beside names that begin with an underscore
 
 
@@ -73,7 +81,8 @@ def source_of(model: Any, load: Any) -> ModelSource:
         return ModelSource(str(remote), str(model.revision or ""))
     path = Path(model.model)
     if not path.exists():
-        commit = getattr(model.hf_config, "_commit_hash", None)
+        # Where the configuration comes from elsewhere, so does its commit.
+        commit = None if getattr(model, "hf_config_path", None) else getattr(model.hf_config, "_commit_hash", None)
         return ModelSource(str(model.model), str(commit or model.revision or ""))
     path = path.resolve() if not path.is_symlink() else path.absolute()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
@@ -114,6 +123,12 @@ def _computation_of(model: Any) -> dict[str, Any]:
         "no_sliding_window": bool(getattr(model, "disable_sliding_window", False)),
         "code": str(getattr(model, "code_revision", None)),
     }
+    if (online := getattr(model, "quantization_config", None)) is not None:  # of weights that are quantised on loading
+        facts["quantization_config"] = str(online)
+    if classes := getattr(model, "model_class_overrides", None):
+        facts["classes"] = _plain(classes)
+    if (inputs := getattr(model, "multimodal_config", None)) is not None:
+        facts["inputs"] = {name: _plain(getattr(inputs, name, None)) for name in _OF_INPUTS}
     if "longrope" in json.dumps(config):  # servers that accept long prompts use the factors for these everywhere
         reaches = _values_of("original_max_position_embeddings", config)
         facts["long_factors"] = [model.max_model_len > reach for reach in reaches]

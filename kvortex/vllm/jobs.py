@@ -29,6 +29,7 @@ class TrackedRequest:
     too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
     loading: int | None = None  # its load job
     computes: bool = False  # a load failed: it is not offered again
+    first_plan: int | None = None  # number of the first plan that computes or loads its KV
     has_stale_kv: bool = False  # computed with weights that are others now: none of it is saved
 
 
@@ -55,6 +56,7 @@ class Job:
     too_lossy: set[int] = field(default_factory=set)
     as_is: bool = False  # of a save: packing would have lost too much of these
     parts: list[SavePart] = field(default_factory=list)  # of a save: its call, in order
+    is_forgotten: bool = False  # whatever comes of it is not kept
     write_id: int = NO_WRITE  # of a save: the write to the lower tier that follows it
 
     def add(self, outcome: JobOutcome) -> None:

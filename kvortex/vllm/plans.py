@@ -46,7 +46,7 @@ class FetchJob:
 
 @dataclass
 class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
-    """One step's jobs.
+    """One step's jobs. Steps have numbers, from 0.
 
     `fresh_block_ids` were allocated for this step: the forward or a load will write them, so a save that still
     reads one of them for its last owner must have read it before. `used_keys`, 32 bytes a block, are of chains that
@@ -59,6 +59,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     fetches: list[FetchJob] = field(default_factory=list)
     used_keys: bytes = b""
     looks_at_weights: bool = False  # vLLM's own cache was emptied: perhaps because the weights have changed
+    number: int = -1
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ class JobOutcome:
 
 @dataclass(frozen=True)
 class WeightsChanged:
-    """What one worker says when its model has got other weights: whatever was planned so far is of the old ones."""
+    """What one worker says when its model has got other weights: whatever was computed, or moved, for plans up to
+    `last_plan` is of the old ones."""
+
+    last_plan: int
 
 
 @dataclass(frozen=True)

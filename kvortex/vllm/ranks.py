@@ -6,6 +6,7 @@ loads all blocks, over its own link, and compares them with the digests of whoev
 """
 
 import logging
+import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -158,7 +159,7 @@ class Share:
     def forget(self) -> None:
         """Make every block that was saved so far fail its check, without a look at who reads it."""
         mine = self.digests[self.rank :: self.size]
-        np.invert(mine, out=mine)
+        mine ^= np.uint64(secrets.randbits(64))  # another number each time: forgotten twice is not remembered
 
     def close(self) -> None:
         """Give the memory up; idempotent."""

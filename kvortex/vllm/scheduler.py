@@ -3,9 +3,10 @@
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_STEPS: Final = 64
+"""Steps that are remembered until they are over; vLLM has two or three of them at a time."""
+
 
 class SchedulerHalf:
     """Plans over vLLM's own block hashes.
@@ -83,7 +87,8 @@ class SchedulerHalf:
         self._loads = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._ready = not waits_for_hello
-        self._weights_changed = False  # since vLLM's own cache was last emptied
+        self._first_plan: int | None = None  # that computed anything since vLLM's own cache was last emptied
+        self._is_mixed = False  # vLLM's own cache may serve what older weights computed
         self._sizes = expected_sizes(kv_cache_config, options.engine.codec)
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
         check_supported(options.engine)
@@ -93,8 +98,10 @@ class SchedulerHalf:
         self._jobs: dict[int, Job] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
-        self._keys = BlockKeys()
-        self._plan = ConnectorPlan()
+        self._keys = BlockKeys(vllm_config.lora_config)
+        self._plan_numbers = itertools.count()
+        self._plan = self._next_plan()
+        self._gives_tokens: deque[bool] = deque(maxlen=MAX_STEPS)  # of each step that is not over
         self._stats = ConnectorStats()
         self.stats = EngineStats()
         events = vllm_config.kv_events_config
@@ -106,6 +113,9 @@ class SchedulerHalf:
                 "vLLM's block hashes start from a random root: they serve this process only. "
                 "Set PYTHONHASHSEED to share a cache between processes or restarts"
             )
+
+    def _next_plan(self) -> ConnectorPlan:
+        return ConnectorPlan(number=next(self._plan_numbers))
 
     def accept_handshake(self, handshakes: Sequence[WorkerHandshake]) -> None:
         """Learn what the workers registered: how large their blocks are, how much their pools hold.
@@ -240,6 +250,11 @@ class SchedulerHalf:
         self._plan.fresh_block_ids.update(block_ids.tolist())
         self._jobs[job_id] = Job(plan, time.perf_counter(), request_id)
         tracked.loading = job_id
+        self._begin(tracked)
+
+    def _begin(self, tracked: TrackedRequest) -> None:
+        if tracked.first_plan is None:
+            tracked.first_plan = self._plan.number
 
     def _count_misses(self, request: "Request") -> None:
         first = request.num_computed_tokens // self._block_size
@@ -256,9 +271,15 @@ class SchedulerHalf:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         parts: list[SavePart] = []
         as_is: list[SavePart] = []
+        gives_tokens = False
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is not None and self._ready and self._saves and not tracked.has_stale_kv:
+            if tracked is None:
+                continue
+            request = tracked.request
+            gives_tokens |= request.num_computed_tokens + num_tokens >= request.num_tokens
+            self._begin(tracked)
+            if self._ready and self._saves and not tracked.has_stale_kv:
                 full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
                 if tracked.too_lossy:
                     as_is += self._parts_as_is(tracked, full)
@@ -269,7 +290,10 @@ class SchedulerHalf:
             self._plan_save(group)
         for group in group_parts(as_is):
             self._plan_save(group, as_is=True)
-        plan, self._plan = self._plan, ConnectorPlan()
+        if scheduler_output.num_scheduled_tokens and self._first_plan is None:
+            self._first_plan = self._plan.number
+        self._gives_tokens.append(gives_tokens)
+        plan, self._plan = self._plan, self._next_plan()
         return plan
 
     def _follow_tables(self, scheduler_output: "SchedulerOutput") -> None:
@@ -333,8 +357,10 @@ class SchedulerHalf:
         """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
         reports = reports_in(connector_output)
         self.accept_handshake([report for report in reports if isinstance(report, WorkerHandshake)])
-        if any(isinstance(report, WeightsChanged) for report in reports):
-            self._forget_weights()
+        if changes := [report.last_plan for report in reports if isinstance(report, WeightsChanged)]:
+            last_plan = max(changes)
+            self._is_mixed |= self._first_plan is not None and self._first_plan <= last_plan
+            self._forget_weights(last_plan)
         for outcome in reports:
             if isinstance(outcome, PoolShrunk):
                 self._shrink(outcome.pool_bytes)
@@ -381,6 +407,9 @@ class SchedulerHalf:
         if job.as_is:
             self._stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
+        if job.is_forgotten:  # requests that have nothing to do with what was forgotten go on, and save again
+            for part in job.parts:
+                part.tracked.num_planned = min(part.tracked.num_planned, part.blocks.start)
         if job.too_lossy or self._events is not None:
             self._tell_parts(job, plan, succeeded, lossy)
 
@@ -431,19 +460,23 @@ class SchedulerHalf:
         self._aborted.add(request.request_id)
         return HOLD_ABORTED_LOADS
 
-    def _forget_weights(self) -> None:
-        """The weights are others: nothing that is stored is served, nothing that was begun with them is stored."""
-        self._weights_changed = True
+    def _forget_weights(self, last_plan: int) -> None:
+        """The weights are others: nothing that is stored is served, nothing computed up to that plan is stored."""
+        self._keys.forget_adapters()
         for tracked in self._tracked.values():
-            tracked.has_stale_kv = True
+            tracked.has_stale_kv |= tracked.first_plan is not None and tracked.first_plan <= last_plan
+            tracked.num_planned = 0
+        for job in self._jobs.values():
+            job.is_forgotten = True
         self.reset_cache()
 
     def vllm_was_reset(self) -> None:
         """vLLM has emptied its own prefix cache: until now it may have served what old weights computed."""
         self._plan.looks_at_weights = True
-        if self._weights_changed:
-            self._forget_weights()
-            self._weights_changed = False
+        if self._is_mixed:
+            self._forget_weights(self._plan.number)
+        self._is_mixed = False
+        self._first_plan = None
 
     def reset_cache(self) -> bool:
         """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
@@ -459,8 +492,12 @@ class SchedulerHalf:
         return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
 
     def take_stats(self) -> ConnectorStats | None:
-        """Figures since the last call, None if there are none."""
-        if self._stats.is_empty():
+        """Figures since they were last taken; None if there are none. Asked for once a step, as it is taken in.
+
+        vLLM 0.23's offline engine drops those of a step without tokens, so they wait for a later one.
+        """
+        are_kept = self._gives_tokens.popleft() if self._gives_tokens else True
+        if self._stats.is_empty() or (self._tracked and not are_kept):
             return None
         taken, self._stats = self._stats, ConnectorStats()
         return taken

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from kvortex.vllm.adapters import adapter_digest
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -21,7 +23,7 @@ class WeightsWatch:
 
     What replaces weights, in vLLM's worker or through a model's `load_weights`, is noticed as it ends. What may have
     changed them, such as a function that was applied to the model, is followed by a look at all of them, as is
-    whatever asks for one with `look`.
+    whatever asks for one with `look`. An adapter whose files were replaced is noticed when it is loaded again.
 
     Args:
         vllm_config: of the engine; its worker in this process is watched.
@@ -31,12 +33,15 @@ class WeightsWatch:
     def __init__(self, vllm_config: "VllmConfig", on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._watched: list[tuple[dict[str, Any], str]] = []
+        self._depth = 0  # of watched calls within each other: it is the outermost that leaves whole weights behind
         self._models: list[torch.nn.Module] = []
+        self._adapters: dict[int, str] = {}  # number -> what it held when it was last loaded
         for worker in _workers_of(vllm_config):
             self._models += _models_of(worker)
             for name in REPLACING:
                 self._watch(worker, name, self._replaced)
             self._watch(worker, "apply_model", self.look)
+            self._watch_adapters(getattr(getattr(worker, "model_runner", None), "lora_manager", None))
         for model in self._models:
             self._watch(model, "load_weights", self._replaced)
         self._seen = weights_checksum(self._models)
@@ -47,13 +52,33 @@ class WeightsWatch:
             return
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
             try:
                 return method(*args, **kwargs)
             finally:
-                after()
+                self._depth -= 1
+                if not self._depth:
+                    after()
 
         vars(owner)[name] = watched
         self._watched.append((vars(owner), name))
+
+    def _watch_adapters(self, manager: Any) -> None:
+        """Notice that an adapter is loaded again, under the number that it had, and holds something else."""
+        load = getattr(manager, "_load_adapter", None)
+        if load is None:
+            return
+
+        def watched(adapter: Any) -> Any:
+            loaded = load(adapter)
+            digest = adapter_digest(adapter)
+            if self._adapters.setdefault(int(adapter.lora_int_id), digest) != digest:
+                self._adapters[int(adapter.lora_int_id)] = digest
+                self._changed()
+            return loaded
+
+        vars(manager)["_load_adapter"] = watched
+        self._watched.append((vars(manager), "_load_adapter"))
 
     def _replaced(self) -> None:
         self._seen = weights_checksum(self._models)
@@ -105,12 +130,13 @@ def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
 def weights_checksum(models: list[torch.nn.Module]) -> list[int]:
     """Sums over the bits of every parameter, in order: one pass over them on their device.
 
-    Any realistic change of weights changes a sum. Parameters without memory, as in sleep, are left out.
+    Any realistic change of weights changes a sum. Parameters without memory, as in sleep or between the parts of an
+    update, are left out.
     """
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for model in models:
         for parameter in model.parameters():
-            if parameter.numel() and parameter.untyped_storage().nbytes():
+            if parameter.numel() and not parameter.is_meta and parameter.untyped_storage().nbytes():
                 sums.setdefault(parameter.device, []).append(_bits_of(parameter).sum(dtype=torch.int64))
     return [value for of_device in sums.values() for value in torch.stack(of_device).tolist()]
 

@@ -257,7 +257,7 @@ class WorkerHalf:
         self._share.forget()
         if self._mover is not None:
             self._mover.forget_all()
-        self._reports.append(WeightsChanged())
+        self._reports.append(WeightsChanged(self._plan.number))
 
     async def _settle(self) -> None:
         while self._tasks:

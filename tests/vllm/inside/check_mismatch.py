@@ -146,6 +146,14 @@ def check_other_bytes_have_other_keys(
     assert answer == without(DIFFERENT[name])
 
 
+@pytest.mark.skipif(not IS_NEWER, reason="the older version applies an adapter to all layers that it names")
+def check_an_adapter_that_is_applied_to_other_layers_has_keys_of_its_own(
+    home: Path, disk: Path, without: Callable[[Server], list[int]]
+) -> None:
+    server = Server(adapter="adapters/1/name", settings={"lora_target_modules": ["o_proj"]})
+    assert server.run(home, disk) == (without(server), 0)
+
+
 def check_an_adapter_finds_its_own(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
     server = Server(adapter="adapters/1/name")
     answer, loaded = server.run(home, disk)

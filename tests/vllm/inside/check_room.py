@@ -1,6 +1,7 @@
 """Whoever is answered "not yet" does not keep others from going on, and loads leave room to go on."""
 
 import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,23 @@ def check_blocks_that_another_connector_loads_into_are_fresh(played: Callable[..
     several.update_state_after_alloc(request, manager.get_blocks("a"), 96)
     assert set(p.harness.block_ids("a")) <= p.half._plan.fresh_block_ids
     manager.free(request)
+
+
+def check_figures_go_out_with_tokens(played: Callable[..., Played]) -> None:
+    """Two steps at a time: the one behind that which ends a load has no tokens, and some engines drop its figures."""
+    p = played()
+    p.harness.add_request("first", tokens(4 * BLOCK_SIZE + 1), max_tokens=2)
+    p.run("first")
+    p.harness.add_request("again", tokens(4 * BLOCK_SIZE + 1), max_tokens=4)
+    told = Counter[str]()
+    under_way = deque([p.schedule()])
+    for _ in range(12):
+        under_way.append(p.schedule())
+        for output in p.harness.finish(under_way.popleft(), p.report()).values():
+            if output.outputs and output.scheduler_stats is not None:
+                told.update(output.scheduler_stats.kv_connector_stats or {})
+    assert told["loaded_blocks"] == 4
+    assert told["loads"] == 1
 
 
 class PlayedTier(Played):

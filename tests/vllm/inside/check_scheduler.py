@@ -10,6 +10,7 @@ from scheduler_harness import SchedulerHarness, Step, WorkerReport
 from tiny_model import make_tiny_model
 
 from kvortex.types import MissReason
+from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome
 from kvortex.vllm.scheduler import SchedulerHalf
 from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, WorkerReports
@@ -58,7 +59,10 @@ class Played:
         message = WorkerReports(outcomes) if outcomes else None
         channel = {"worker_meta": message} if IS_NEWER else {"kv_cache_events": message}
         return WorkerReport(
-            finished_recving=received, invalid_block_ids=faults.get("invalid_block_ids", frozenset()), **channel
+            finished_recving=received,
+            invalid_block_ids=faults.get("invalid_block_ids", frozenset()),
+            kv_connector_stats=ConnectorStats(),  # there are always some, if empty ones
+            **channel,
         )
 
     def step(self, **options: Any) -> Step:
