@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvortex.engine.calls import FIRST_PART_BLOCKS, FIRST_PART_BYTES, MAX_PART_BLOCKS, MAX_PART_BYTES, Call, Callers
+from kvortex.engine.calls import (
+    FIRST_PART_BLOCKS,
+    FIRST_PART_BYTES,
+    MAX_PART_BLOCKS,
+    MAX_PART_BYTES,
+    CallQueue,
+    TransferCall,
+)
 from kvortex.stats import EngineStats
 from kvortex.types import Direction
 
@@ -16,7 +23,9 @@ MIB = 1 << 20
 
 def parts(num_blocks: int, block_nbytes: int) -> list[slice]:
     data: Any = SimpleNamespace(sizes=SimpleNamespace(packed=block_nbytes))
-    call: Call[None] = Call(Callers(1), data, EngineStats(), None, Direction.SAVE, np.empty(0, np.int32))
+    call: TransferCall[None] = TransferCall(
+        CallQueue(1), data, EngineStats(), None, Direction.SAVE, np.empty(0, np.int32)
+    )
     return list(call.parts(num_blocks))
 
 
@@ -37,18 +46,18 @@ def test_a_long_call_has_few_parts_and_a_short_one_has_one() -> None:
 
 
 async def test_so_many_have_a_turn_and_all_are_waited_for() -> None:
-    callers = Callers(1)
-    await callers.gone()
-    await callers.enter()
-    second = asyncio.create_task(callers.enter())
-    third = asyncio.create_task(callers.enter())
-    gone = asyncio.create_task(callers.gone())
+    queue = CallQueue(1)
+    await queue.wait_empty()
+    await queue.acquire()
+    second = asyncio.create_task(queue.acquire())
+    third = asyncio.create_task(queue.acquire())
+    gone = asyncio.create_task(queue.wait_empty())
     await asyncio.sleep(0)
     third.cancel()
-    callers.leave()
+    queue.release()
     await second
     await asyncio.sleep(0.001)
     assert third.cancelled()
     assert not gone.done(), "the second has its turn"
-    callers.leave()
+    queue.release()
     await gone

@@ -93,7 +93,7 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
-class Forms:
+class Encodings:
     """How blocks of one layout rest, as they are and packed: bytes of a payload and of an extent, and the codec."""
 
     payloads: BlockSizes
@@ -105,14 +105,14 @@ class Forms:
         return self.payloads.packed if packed else self.payloads.raw
 
     def codec_number(self, packed: bool) -> Codec:
-        """What a frame says of a block in this form."""
+        """What a frame says of a block in this encoding."""
         return Codec[(self.codec if packed else RAW).upper()]
 
 
-def forms_of(layout: KVLayout, packing: Packing | None) -> Forms:
-    """Forms of a layout's blocks."""
+def encodings_of(layout: KVLayout, packing: Packing | None) -> Encodings:
+    """Encodings of a layout's blocks."""
     payloads = BlockSizes(layout.block_nbytes, packing.block_nbytes if packing else layout.block_nbytes)
-    return Forms(payloads, block_sizes(layout, packing), packing.codec if packing else RAW)
+    return Encodings(payloads, block_sizes(layout, packing), packing.codec if packing else RAW)
 
 
 def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:

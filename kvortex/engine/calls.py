@@ -29,48 +29,49 @@ it is planned: hence the bounds."""
 T = TypeVar("T")
 
 
-class Callers:
-    """Whoever is in a save or load of one engine: so many have their turn, others wait for it.
+class CallQueue:
+    """The fair wait queue of an engine's saves and loads: a bounded number of them run, others wait in order.
 
     Args:
-        max_turns: at a time.
+        max_running: calls that run at a time.
     """
 
-    def __init__(self, max_turns: int) -> None:
-        self._turns = asyncio.Semaphore(max_turns)
+    def __init__(self, max_running: int) -> None:
+        self._places = asyncio.Semaphore(max_running)
         self._count = 0
-        self._gone = asyncio.Event()
-        self._gone.set()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
 
-    async def enter(self) -> None:
-        """Wait for a turn, to be ended with `leave`."""
+    async def acquire(self) -> None:
+        """Wait for a place, to be given back with `release`."""
         self._count += 1
-        self._gone.clear()
+        self._is_empty.clear()
         try:
-            await self._turns.acquire()
+            await self._places.acquire()
         except BaseException:
             self._forget_one()
             raise
 
-    def leave(self) -> None:
-        self._turns.release()
+    def release(self) -> None:
+        """Give a place back, which is the next one's then."""
+        self._places.release()
         self._forget_one()
 
     def _forget_one(self) -> None:
         self._count -= 1
         if not self._count:
-            self._gone.set()
+            self._is_empty.set()
 
-    async def gone(self) -> None:
-        """Wait until nobody is left, those that wait for a turn included."""
-        await self._gone.wait()
+    async def wait_empty(self) -> None:
+        """Wait until no call is left, neither running nor waiting."""
+        await self._is_empty.wait()
 
 
-class Call(Generic[T]):
+class TransferCall(Generic[T]):
     """The transfers that one `save_blocks` or `load_blocks` is made of; what it has started ends with its block.
 
     Args:
-        callers: where it takes its turn.
+        queue: where it waits for a place.
         data: carries it out.
         stats: count what it moved.
         stream: CUDA stream whose queued work the transfers wait for, see `DataPlane.record_event`.
@@ -80,14 +81,14 @@ class Call(Generic[T]):
 
     def __init__(
         self,
-        callers: Callers,
+        queue: CallQueue,
         data: DataPlane,
         stats: EngineStats,
         stream: object,
         direction: Direction,
         block_ids: NDArray[np.int32],
     ) -> None:
-        self._callers = callers
+        self._queue = queue
         self._data = data
         self._stats = stats
         self._stream = stream
@@ -102,8 +103,8 @@ class Call(Generic[T]):
             undo.callback(self._claim.release)
             self._after = self._data.record_event(self._stream)
             undo.callback(self._data.release_event, self._after)
-            await self._callers.enter()
-            undo.callback(self._callers.leave)
+            await self._queue.acquire()
+            undo.callback(self._queue.release)
             self._resources = undo.pop_all()
         self._started_s = time.perf_counter()
         return self

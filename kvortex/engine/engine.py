@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig, format_bytes
 from kvortex.engine.arguments import BlockHashes, BlockIds, named_blocks
-from kvortex.engine.calls import Call, Callers
+from kvortex.engine.calls import CallQueue, TransferCall
 from kvortex.engine.sync import SyncEngine
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
@@ -27,7 +27,7 @@ from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.sched import TransferExecutor, TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.tiering import Arrival, Tiering, TierLink, tier_of
+from kvortex.tiering import LoadFetch, Tiering, TierLink, tier_of
 from kvortex.tiers import Tier
 from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult
 
@@ -54,7 +54,7 @@ class KVortexEngine:
         self.config = config
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
-        self._callers = Callers(config.max_outstanding_requests)
+        self._queue = CallQueue(config.max_outstanding_requests)
         self._control: ControlPlane | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
@@ -144,7 +144,7 @@ class KVortexEngine:
         return layout
 
     def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
-        return Tiering(TierLink(self.config, control, data.pool.bytes, data.forms, namespace, tier, self.stats))
+        return Tiering(TierLink(self.config, control, data.pool.bytes, data.encodings, namespace, tier, self.stats))
 
     def _shrink(self, pinned_bytes: int) -> None:
         if self._control is not None and self._shutdown is None:
@@ -209,7 +209,7 @@ class KVortexEngine:
     async def _save(self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object) -> SaveResult:
         self._check_loop()
         control, data = self._planes()
-        call: Call[SaveOutcome] = Call(self._callers, data, self.stats, stream, Direction.SAVE, ids)
+        call: TransferCall[SaveOutcome] = TransferCall(self._queue, data, self.stats, stream, Direction.SAVE, ids)
         removed_before = control.index.removed_blocks
         async with call:
             for part in call.parts(len(ids)):
@@ -231,7 +231,7 @@ class KVortexEngine:
     async def _save_as_is(
         self,
         control: ControlPlane,
-        call: Call[SaveOutcome],
+        call: TransferCall[SaveOutcome],
         keys: NDArray[np.uint64],
         ids: NDArray[np.int32],
         outcomes: tuple[SaveOutcome, ...],
@@ -280,28 +280,28 @@ class KVortexEngine:
     ) -> LoadResult:
         self._check_loop()
         self._planes()
-        arrival = Arrival(self._tiering, keys, deadline_s) if self._tiering is not None else None
+        fetch = LoadFetch(self._tiering, keys, deadline_s) if self._tiering is not None else None
         try:
-            outcomes = await self._load_arriving(keys, ids, stream, arrival)
+            outcomes = await self._load_arriving(keys, ids, stream, fetch)
         except BaseException:
-            if arrival is not None:
-                arrival.cancel()
+            if fetch is not None:
+                fetch.cancel()
             raise
-        if self._tiering is not None and arrival is not None:
-            outcomes = arrival.explain(outcomes)
+        if self._tiering is not None and fetch is not None:
+            outcomes = fetch.mark_late(outcomes)
             self._tiering.loaded(keys, outcomes)
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)
 
     async def _load_arriving(
-        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, arrival: Arrival | None
+        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, fetch: LoadFetch | None
     ) -> tuple[MissReason | None, ...]:
         control, data = self._planes()
-        call: Call[MissReason | None] = Call(self._callers, data, self.stats, stream, Direction.LOAD, ids)
+        call: TransferCall[MissReason | None] = TransferCall(self._queue, data, self.stats, stream, Direction.LOAD, ids)
         async with call:
             for part in call.parts(len(ids)):
-                if arrival is not None:
-                    await arrival.wait(keys[part])
+                if fetch is not None:
+                    await fetch.wait(keys[part])
                 plan = control.plan_load(keys[part], ids[part])
                 await call.start(plan.transfer, partial(_finish_load, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
@@ -443,7 +443,7 @@ class KVortexEngine:
             return
         if self._loop.is_closed():
             self._loop, self._shutdown = asyncio.get_running_loop(), None
-            self._callers = Callers(self.config.max_outstanding_requests)  # of the old loop's calls none comes back
+            self._queue = CallQueue(self.config.max_outstanding_requests)  # of the old loop's calls none comes back
         self._check_loop()
         if self._shutdown is None:
             self._shutdown = asyncio.create_task(self._release(), name="kvortex-shutdown")
@@ -457,7 +457,7 @@ class KVortexEngine:
                 stack.callback(_forget_all, self._control)
             if self._tiering is not None:
                 stack.push_async_callback(self._tiering.aclose)
-            await self._callers.gone()
+            await self._queue.wait_empty()
 
     def __del__(self) -> None:
         if getattr(self, "_data", None) is not None and self._shutdown is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import block_sizes, forms_of, packing_for
+from kvortex.codecs import block_sizes, encodings_of, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
@@ -64,9 +64,11 @@ class DataPlane:
         self.layout = layout
         self.packing = packing_for(layout, config.codec)
         self.sizes = block_sizes(layout, self.packing)
-        self.forms = forms_of(layout, self.packing)
+        self.encodings = encodings_of(layout, self.packing)
         # Blocks that were packed within a looser bound are of no use where a tighter one is asked for.
-        self._codec_name = f"{self.packing.codec} within {config.max_pack_error}" if self.packing else self.forms.codec
+        self._codec_name = (
+            f"{self.packing.codec} within {config.max_pack_error}" if self.packing else self.encodings.codec
+        )
         check_block_fits(self.sizes, config.cpu_pool_bytes, config.pin_piece_bytes)
         self.device = _device_of(layout)
         self._tensors = dict(tensors)

@@ -137,8 +137,10 @@ def _as_bytes(block: torch.Tensor) -> torch.Tensor:
 def _transfer(path: _Path, direction: Direction, packed: bool) -> NDArray[np.uint64]:
     offsets, executor = path.offsets, path.executor
     size = int(offsets[1] - offsets[0]) if len(offsets) > 1 else path.pool.size
-    form = np.full(len(offsets), packed)
-    request = TransferRequest(direction, path.block_ids, offsets, size, path.after(), packed=form, packed_nbytes=size)
+    encoding = np.full(len(offsets), packed)
+    request = TransferRequest(
+        direction, path.block_ids, offsets, size, path.after(), packed=encoding, packed_nbytes=size
+    )
     batch = Batch(direction, (Slice(request, 0, len(offsets)),), len(offsets) * size, packed)
     outcomes: list[NDArray[np.uint64] | Exception] = []
 

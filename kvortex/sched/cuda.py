@@ -103,8 +103,8 @@ class CudaExecutor(TransferExecutor):
         self._device = device
         self._pool = pool
         self._max_pack_error = max_pack_error
-        forms = (None,) if packing is None else (None, packing)
-        self._block_nbytes = [staging_block_nbytes(layout, form) for form in forms]
+        encodings = (None,) if packing is None else (None, packing)
+        self._block_nbytes = [staging_block_nbytes(layout, encoding) for encoding in encodings]
         self._closed = False
         staging_nbytes = max(staging_nbytes, *self._block_nbytes)
         max_blocks = min(MAX_BATCH_BLOCKS, staging_nbytes // min(self._block_nbytes))
@@ -113,7 +113,7 @@ class CudaExecutor(TransferExecutor):
             undo.callback(self._doorbell.close)
             self.fd = self._doorbell.fd
             self._lanes = self._make_lanes(num_streams, undo)
-            tables = [device_table(layout, form) for form in forms]
+            tables = [device_table(layout, encoding) for encoding in encodings]
             scratch_nbytes = 8 * scratch_words(max_blocks)
             lane_nbytes = STAGING_BUFFERS * (staging_nbytes + SLOTS_PER_BUFFER * scratch_nbytes)
             self.staging = DeviceStagingPool(device, len(self._lanes) * lane_nbytes + sum(t.nbytes for t in tables))
@@ -133,7 +133,8 @@ class CudaExecutor(TransferExecutor):
                     offsets = np.empty(max_blocks, dtype=np.int64)
                     lane.idle.append(_InFlight(slot, self._event(undo), self._event(undo), offsets))
             self._kernels = [
-                DeviceKernels(layout, device, address, form) for address, form in zip(addresses, forms, strict=True)
+                DeviceKernels(layout, device, address, encoding)
+                for address, encoding in zip(addresses, encodings, strict=True)
             ]
             device.synchronize_stream(setup)
             undo.callback(self._synchronize)

@@ -68,11 +68,11 @@ class Fetch:
 class _Wanted:
     """A block that calls wait for."""
 
-    __slots__ = ("calls", "form", "key", "reading")
+    __slots__ = ("calls", "encoding", "key", "reading")
 
-    def __init__(self, key: bytes, form: int) -> None:
+    def __init__(self, key: bytes, encoding: int) -> None:
         self.key = key
-        self.form = form
+        self.encoding = encoding
         self.calls: list[Fetch] = []
         self.reading = False
 
@@ -111,7 +111,7 @@ class Fetches:
         """`bool [n]`: what the tier is known to have, and would give. From memory, from any thread."""
         if not self._link.usable or self._link.guard.reads.refuses:
             return np.zeros(len(keys), dtype=np.bool_)
-        found: NDArray[np.bool_] = self._link.forms_there(keys) != NOT_KNOWN
+        found: NDArray[np.bool_] = self._link.encodings_known(keys) != NOT_KNOWN
         return found
 
     def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
@@ -125,22 +125,22 @@ class Fetches:
         found = np.full(positions.size, NOT_KNOWN, dtype=np.int8)
         asks = not refuses
         if asks and link.usable and positions.size:
-            found = link.forms_there(keys[positions])
+            found = link.encodings_known(keys[positions])
             asks = not link.tier.stats().scan.complete
         if not asks and not self._wanted:
             positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
         columns = zip(split_keys(keys[positions]), positions.tolist(), found.tolist(), strict=True)
-        for key, position, form in columns:
-            if form != NOT_KNOWN or asks or key in self._wanted:  # what is being read already may still come
-                self._want(fetch, key, position, form)
+        for key, position, encoding in columns:
+            if encoding != NOT_KNOWN or asks or key in self._wanted:  # what is being read already may still come
+                self._want(fetch, key, position, encoding)
         self._go_on()
         return fetch
 
-    def _want(self, fetch: Fetch, key: bytes, position: int, form: int) -> None:
+    def _want(self, fetch: Fetch, key: bytes, position: int, encoding: int) -> None:
         wanted = self._wanted.get(key)
         if wanted is None:
-            wanted = self._wanted[key] = _Wanted(key, form)
-            (self._queue if form != NOT_KNOWN else self._unknown)[key] = wanted
+            wanted = self._wanted[key] = _Wanted(key, encoding)
+            (self._queue if encoding != NOT_KNOWN else self._unknown)[key] = wanted
         if key not in fetch.left:
             fetch.left[key] = position
             wanted.calls.append(fetch)
@@ -157,9 +157,11 @@ class Fetches:
     def tier_is_open(self) -> None:
         """What was asked for before can be looked up now."""
         keys = list(self._unknown)
-        found = self._link.forms_there(join_keys(keys)).tolist() if keys else []
+        found = self._link.encodings_known(join_keys(keys)).tolist() if keys else []
         complete = self._link.tier.stats().scan.complete
-        self._sort_in([(key, form) for key, form in zip(keys, found, strict=True) if form != NOT_KNOWN or complete])
+        self._sort_in(
+            [(key, encoding) for key, encoding in zip(keys, found, strict=True) if encoding != NOT_KNOWN or complete]
+        )
         self._go_on()
 
     def end(self) -> None:
@@ -205,7 +207,9 @@ class Fetches:
         link, call = self._link, batch[0].calls[0]
         for wanted in batch:
             del self._queue[wanted.key]
-        packed = np.array([wanted.form == PACKED and link.forms.payloads.packs for wanted in batch], dtype=np.bool_)
+        packed = np.array(
+            [wanted.encoding == PACKED and link.encodings.payloads.packs for wanted in batch], dtype=np.bool_
+        )
         # What stands in front of these in their chain must not go to make room for them.
         chain = call.keys[: max(call.left[wanted.key] for wanted in batch) + 1]
         plan = link.control.plan_fetch(join_keys([wanted.key for wanted in batch]), packed, "fetch", chain=chain)
@@ -254,7 +258,7 @@ class Fetches:
     def _arrived(self, wanted: _Wanted, slot: int, offset: int, nbytes: int, outcome: ReadOutcome) -> None:
         link = self._link
         packed = link.control.is_packed(nbytes)
-        expected = link.forms.codec_number(packed), link.forms.payload_nbytes(packed)
+        expected = link.encodings.codec_number(packed), link.encodings.payload_nbytes(packed)
         if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
             link.control.finish_fetch(slot, offset, nbytes, outcome.digest)
             self.fetched_blocks += 1
@@ -285,7 +289,7 @@ class Fetches:
             if not link.guard.reads.admit(1):
                 self._ended(list(self._unknown.values()))
                 return
-            found = await link.ask_forms(keys)
+            found = await link.ask_encodings(keys)
             self._sort_in(list(zip(keys, found, strict=True)))
             self._go_on()
 
@@ -294,12 +298,12 @@ class Fetches:
         self._go_on()
 
     def _sort_in(self, found: Iterable[tuple[bytes, int]]) -> None:
-        for key, form in found:
+        for key, encoding in found:
             wanted = self._unknown.pop(key, None)
-            if wanted is not None and form == NOT_KNOWN:
+            if wanted is not None and encoding == NOT_KNOWN:
                 self._ended([wanted])
             elif wanted is not None:
-                wanted.form = form
+                wanted.encoding = encoding
                 self._queue[key] = wanted
 
     def _ended(self, blocks: Iterable[_Wanted]) -> None:

@@ -1,7 +1,7 @@
 """Under which keys a tier has the blocks of one namespace.
 
 A block's key is its hash. Where a codec packs, blocks that rest as they are have other keys: so what the tier says of a
-key tells the form as well, and with it the size and place that a block needs before it is read.
+key tells the encoding as well, and with it the size and place that a block needs before it is read.
 """
 
 import hashlib

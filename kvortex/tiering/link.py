@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Forms
+from kvortex.codecs import Encodings
 from kvortex.config import UNNAMED_MODEL, KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
@@ -34,7 +34,7 @@ class TierLink:
         config: the engine's settings.
         control: decides what is in the pool.
         pool: its bytes.
-        forms: how blocks are encoded, and their sizes.
+        encodings: how blocks are encoded, and their sizes.
         namespace: what the blocks' bytes belong to.
         tier: the tier.
         stats: counts what moves.
@@ -48,7 +48,7 @@ class TierLink:
         config: KVortexConfig,
         control: ControlPlane,
         pool: NDArray[np.uint8],
-        forms: Forms,
+        encodings: Encodings,
         namespace: Namespace,
         tier: Tier,
         stats: EngineStats,
@@ -56,7 +56,7 @@ class TierLink:
         check_model_is_named(tier, namespace)
         self.config = config
         self.control = control
-        self.forms = forms
+        self.encodings = encodings
         self.tier = tier
         self.guard = GuardedTier(tier, config.tier_timeout_s, asyncio.get_running_loop().time)
         self.opened = asyncio.Event()
@@ -105,16 +105,16 @@ class TierLink:
     # -- keys --------------------------------------------------------------------------------------
 
     def key_of(self, block_hash: bytes, packed: bool) -> bytes:
-        """Under which key the tier has a block in one of its forms."""
-        return key_as_is(block_hash) if self.forms.payloads.packs and not packed else block_hash
+        """Under which key the tier has a block in one of its encodings."""
+        return key_as_is(block_hash) if self.encodings.payloads.packs and not packed else block_hash
 
-    def forms_there(self, hashes: NDArray[np.uint64]) -> NDArray[np.int8]:
-        """In which form the tier is known to have each block: NOT_KNOWN, PACKED or AS_IS, `int8 [n]`.
+    def encodings_known(self, hashes: NDArray[np.uint64]) -> NDArray[np.int8]:
+        """In which encoding the tier is known to have each block: NOT_KNOWN, PACKED or AS_IS, `int8 [n]`.
 
         One step, from memory, from any thread.
         """
         found = self._known(hashes).astype(np.int8)
-        if self.forms.payloads.packs and not found.all():
+        if self.encodings.payloads.packs and not found.all():
             others = np.flatnonzero(found == NOT_KNOWN)
             found[others] = np.where(self._known(keys_as_is(hashes[others])), AS_IS, NOT_KNOWN)
         return found
@@ -123,12 +123,12 @@ class TierLink:
         found = self.tier.lookup(split_keys(keys))
         return np.array(found, dtype=np.int64) > 0 if any(found) else np.zeros(len(keys), dtype=np.bool_)
 
-    async def ask_forms(self, hashes: Sequence[bytes]) -> list[int]:
+    async def ask_encodings(self, hashes: Sequence[bytes]) -> list[int]:
         """The same from the store itself, for blocks that are not known to be there."""
         packed = await self.guard.contains([self.key_of(block_hash, True) for block_hash in hashes])
         found = [PACKED if there else NOT_KNOWN for there in packed]
-        others = [i for i, form in enumerate(found) if form == NOT_KNOWN]
-        if self.forms.payloads.packs and others and not self.guard.reads.refuses:
+        others = [i for i, encoding in enumerate(found) if encoding == NOT_KNOWN]
+        if self.encodings.payloads.packs and others and not self.guard.reads.refuses:
             as_is = await self.guard.contains([self.key_of(hashes[i], False) for i in others])
             for i, there in zip(others, as_is, strict=True):
                 found[i] = AS_IS if there else NOT_KNOWN
@@ -136,26 +136,26 @@ class TierLink:
 
     def payload(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """A block's payload in the pool; `nbytes` is the size of its extent."""
-        return self.pool[offset : offset + self.forms.payload_nbytes(self.control.is_packed(nbytes))]
+        return self.pool[offset : offset + self.encodings.payload_nbytes(self.control.is_packed(nbytes))]
 
     async def delete(self, hashes: NDArray[np.uint64]) -> None:
-        """Take blocks away from the tier, in whichever form."""
+        """Take blocks away from the tier, in whichever encoding."""
         keys = split_keys(hashes)
-        if self.forms.payloads.packs:
+        if self.encodings.payloads.packs:
             keys += split_keys(keys_as_is(hashes))
         await self.guard.delete(keys)
 
     async def touch(self, hashes: NDArray[np.uint64], found: NDArray[np.int8], used_s: NDArray[np.float64]) -> None:
-        """Count blocks that the tier has, in these forms, as used at these times."""
-        for form, of_form in ((PACKED, hashes), (AS_IS, keys_as_is(hashes))):
-            there = found == form
+        """Count blocks that the tier has, in these encodings, as used at these times."""
+        for encoding, of_encoding in ((PACKED, hashes), (AS_IS, keys_as_is(hashes))):
+            there = found == encoding
             if there.any():
-                await self.guard.touch(split_keys(of_form[there]), used_s[there].tolist())
+                await self.guard.touch(split_keys(of_encoding[there]), used_s[there].tolist())
 
     def record(self, direction: Direction, blocks: int, seconds: float) -> None:
         """Count one transfer."""
         if blocks:
-            nbytes = blocks * self.forms.payloads.packed
+            nbytes = blocks * self.encodings.payloads.packed
             self._stats.record_transfer(direction, self.tier.name, blocks=blocks, nbytes=nbytes, seconds=seconds)
 
 

@@ -147,7 +147,7 @@ class Tiering:
         link = self.link
         if self.is_exclusive or not len(keys) or not link.may_work:
             return
-        found = link.forms_there(keys)
+        found = link.encodings_known(keys)
         new = found == NOT_KNOWN
         if new.any():
             self.writes.offer(keys[new], used_s[new])
@@ -175,7 +175,7 @@ class Tiering:
         return self.fetches.fetch(keys)
 
 
-class Arrival:
+class LoadFetch:
     """What one load waits for: the lower tier's blocks, until its deadline.
 
     Args:
@@ -202,7 +202,7 @@ class Arrival:
         """The load is given up: what only it wanted is not fetched any more."""
         self._fetch.cancel()
 
-    def explain(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
+    def mark_late(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
         """The call's outcomes, with the deadline as the reason where a block was on its way."""
         if not self._late:
             return outcomes

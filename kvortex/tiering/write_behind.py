@@ -155,10 +155,10 @@ class WriteBehind:
     def _next_queued(self, most: int) -> list[WriteRequest]:
         used_s = {key: self._queue.pop(key) for key in list(itertools.islice(self._queue, most))}
         hashes = join_keys(list(used_s))
-        known = self._link.forms_there(hashes)
+        known = self._link.encodings_known(hashes)
         if (known != NOT_KNOWN).any():
             self._link.spawn(self._link.touch(hashes, known, np.array(list(used_s.values()))))
-        keys = [key for key, form in zip(used_s, known.tolist(), strict=True) if form == NOT_KNOWN]
+        keys = [key for key, encoding in zip(used_s, known.tolist(), strict=True) if encoding == NOT_KNOWN]
         held = self._link.control.hold(join_keys(keys))
         self._writing += len(held.slots)
         columns = (held.positions, held.slots, held.offsets, held.nbytes, held.digests)
@@ -180,7 +180,7 @@ class WriteBehind:
     ) -> WriteRequest:
         link = self._link
         packed = link.control.is_packed(nbytes)
-        raw_nbytes, codec = link.forms.payloads.raw, link.forms.codec_number(packed)
+        raw_nbytes, codec = link.encodings.payloads.raw, link.encodings.codec_number(packed)
         tier_key = link.key_of(key, packed)
         return WriteRequest(tier_key, link.payload(offset, nbytes), digest, raw_nbytes, codec, done, used_s)
 

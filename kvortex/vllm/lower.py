@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import RAW, Forms
+from kvortex.codecs import RAW, Encodings
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.hashing import Namespace
@@ -160,17 +160,19 @@ class TierMover:
         config: names the tier.
         namespace: of this rank.
         pool: its bytes.
-        forms: of the blocks.
+        encodings: of the blocks.
     """
 
-    def __init__(self, config: KVortexConfig, namespace: Namespace, pool: NDArray[np.uint8], forms: Forms) -> None:
+    def __init__(
+        self, config: KVortexConfig, namespace: Namespace, pool: NDArray[np.uint8], encodings: Encodings
+    ) -> None:
         tier = tier_of(config, namespace)
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._guard = GuardedTier(tier, config.tier_timeout_s, time.monotonic)
         self._packs = namespace.codec != RAW
         self._pool = pool
-        self._forms = forms
+        self._encodings = encodings
         self._timeout_s = config.tier_timeout_s
         self._usable = False
         self._opening: asyncio.Task[None] | None = None
@@ -229,8 +231,8 @@ class TierMover:
                 self._tier_key(key, _is_packed(plan, i)),
                 self._payload(plan, i),
                 digest,
-                self._forms.payloads.raw,
-                self._forms.codec_number(_is_packed(plan, i)),
+                self._encodings.payloads.raw,
+                self._encodings.codec_number(_is_packed(plan, i)),
                 partial(done, i),
                 used_s[i],
             )
@@ -276,7 +278,7 @@ class TierMover:
 
         def done(position: int, outcome: ReadOutcome) -> None:
             packed = _is_packed(plan, position)
-            expected = self._forms.codec_number(packed), self._forms.payload_nbytes(packed)
+            expected = self._encodings.codec_number(packed), self._encodings.payload_nbytes(packed)
             if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
                 digests[position] = outcome.digest
                 arrived[position] = True
@@ -292,7 +294,7 @@ class TierMover:
         await settled.wait()
 
     async def touch(self, keys: Sequence[bytes]) -> None:
-        """Count blocks as used now, from the head of their chain; in whichever form they are there."""
+        """Count blocks as used now, from the head of their chain; in whichever encoding they are there."""
         if not self._usable or self._guard.writes.refuses:
             return
         used_s = self._uses.chain(len(keys)).tolist()
@@ -301,7 +303,7 @@ class TierMover:
 
     def _payload(self, plan: TransferPlan, position: int) -> NDArray[np.uint8]:
         offset = int(plan.offsets[position])
-        return self._pool[offset : offset + self._forms.payload_nbytes(_is_packed(plan, position))]
+        return self._pool[offset : offset + self._encodings.payload_nbytes(_is_packed(plan, position))]
 
     def _tier_key(self, key: bytes, packed: bool) -> bytes:
         key = _in_epoch(key, self._epoch)

@@ -36,7 +36,7 @@ class Places:
 
     @property
     def _fraction(self) -> tuple[int, int]:
-        # The larger of both forms' proportions: neither form then overlaps its neighbour.
+        # The larger of both encodings' proportions: neither encoding then overlaps its neighbour.
         raw, packed = (self.own.raw, self.planned.raw), (self.own.packed, self.planned.packed)
         return max(raw, packed, key=lambda pair: pair[0] / pair[1])
 

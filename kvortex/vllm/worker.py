@@ -196,7 +196,7 @@ class WorkerHalf:
     def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
         engine = self._options.engine
         self._namespace = data.namespace(identity_of(self._vllm_config, self._kv_group, self._rank, engine.identity))
-        self._mover = TierMover(engine, self._namespace, data.pool.bytes, data.forms)
+        self._mover = TierMover(engine, self._namespace, data.pool.bytes, data.encodings)
         thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:

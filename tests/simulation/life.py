@@ -74,9 +74,11 @@ class Life:
         assert control is not None
         self.control = control
         self.pool = data.pool.bytes
-        self.forms = data.forms
+        self.encodings = data.encodings
         self.ledger = Ledger(control, self._complain, self._became_visible)
-        self.executor.watch(self.pool, self._cache, self.ledger, (data.forms.payloads.raw, data.forms.payloads.packed))
+        self.executor.watch(
+            self.pool, self._cache, self.ledger, (data.encodings.payloads.raw, data.encodings.payloads.packed)
+        )
         self._plan_fetch, control.plan_fetch = control.plan_fetch, self._watch_fetch  # type: ignore[method-assign]
         self._finish_load, control.finish_load = control.finish_load, self._watch_load  # type: ignore[method-assign]
         if self.store is None:
@@ -141,7 +143,7 @@ class Life:
             block_hash = rows[slot]["key"].tobytes()
             if block_hash in self._harm.corrupted:
                 continue
-            payload = self.pool[offset : offset + self.forms.payload_nbytes(self.control.is_packed(int(size)))]
+            payload = self.pool[offset : offset + self.encodings.payload_nbytes(self.control.is_packed(int(size)))]
             if payload_digest(payload) != int(digest):
                 self._complain(f"block {name_of(block_hash)} is visible, and its bytes are not what its digest says")
             if payload.size == BLOCK_NBYTES and not np.array_equal(payload, content(BlockHash(block_hash))):

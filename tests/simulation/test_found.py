@@ -12,7 +12,7 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.testing.simulation import VirtualClockLoop
-from kvortex.tiering import Arrival
+from kvortex.tiering import LoadFetch
 from kvortex.tiers import MemoryTier, Tier, WriteRequest
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
@@ -102,11 +102,11 @@ def test_a_deadline_is_told_by_the_loops_clock() -> None:
     async def scene() -> None:
         async with Scene(lambda *_: TierFault.HANG, tier_timeout_s=1e6) as s:
             began_s = asyncio.get_running_loop().time()
-            arrival = Arrival(s.tiering, s.keys, 3600.0)
+            arrival = LoadFetch(s.tiering, s.keys, 3600.0)
             await asyncio.sleep(3000.0)
             await arrival.wait(s.keys)
             assert asyncio.get_running_loop().time() - began_s == pytest.approx(3600.0)
-            assert arrival.explain((MissReason.PENDING,) * 4) == (MissReason.DEADLINE,) * 4
+            assert arrival.mark_late((MissReason.PENDING,) * 4) == (MissReason.DEADLINE,) * 4
 
     in_virtual_time(scene())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvortex.planes.control import ControlPlane
-from kvortex.tiering import Arrival
+from kvortex.tiering import LoadFetch
 from kvortex.tiering.fetches import Fetches
 from kvortex.tiering.write_behind import WriteBehind
 from tests.simulation.run import run_seeds, run_side_by_side
@@ -126,7 +126,7 @@ def evicted_blocks_are_freed_before_they_are_written(monkeypatch: pytest.MonkeyP
 
 
 def late_blocks_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Arrival, "explain", lambda self, outcomes: outcomes)
+    monkeypatch.setattr(LoadFetch, "mark_late", lambda self, outcomes: outcomes)
 
 
 def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Both halves' sides of the lower tier, without vLLM: forms, breakers, tiers that do not open."""
+"""Both halves' sides of the lower tier, without vLLM: encodings, breakers, tiers that do not open."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
-from kvortex.codecs import Forms
+from kvortex.codecs import Encodings
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.testing import FaultInjectingTier, TierFault
@@ -22,7 +22,7 @@ from kvortex.vllm import lower
 from kvortex.vllm.lower import TierIndex, TierMover
 
 RAW_BYTES, PACKED_BYTES = 8192, 4224
-FORMS = Forms(BlockSizes(RAW_BYTES, PACKED_BYTES), BlockSizes(RAW_BYTES, PACKED_BYTES), "fp8")
+ENCODINGS = Encodings(BlockSizes(RAW_BYTES, PACKED_BYTES), BlockSizes(RAW_BYTES, PACKED_BYTES), "fp8")
 NUM_BLOCKS = 40
 KEYS = [bytes([n]) * 32 for n in range(NUM_BLOCKS)]
 TIMEOUT_S = 0.2
@@ -53,14 +53,14 @@ class Bench:
         monkeypatch.setattr(lower, "tier_of", lambda *_: self.tier)
         monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 3600.0)
         self.pool: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, NUM_BLOCKS * RAW_BYTES, np.uint8)
-        self.mover = TierMover(config(), namespace(), self.pool, FORMS)
+        self.mover = TierMover(config(), namespace(), self.pool, ENCODINGS)
 
     def _fault_of(self, direction: Direction, number: int, key: bytes) -> TierFault | None:
         self.asked += 1
         return self.fault
 
     def digests(self, packed: Sequence[bool]) -> NDArray[np.uint64]:
-        sizes = [FORMS.payload_nbytes(p) for p in packed]
+        sizes = [ENCODINGS.payload_nbytes(p) for p in packed]
         return np.array(
             [payload_digest(self.pool[i * RAW_BYTES :][:nbytes]) for i, nbytes in enumerate(sizes)], dtype=np.uint64
         )
@@ -82,7 +82,7 @@ async def test_a_block_comes_back_in_the_form_in_which_it_was_written(bench: Ben
     assert (await bench.mover.fetch(KEYS, plan_of(packed), arrived)).all()
     assert (arrived == digests).all()
     for n, is_packed in enumerate(packed):
-        nbytes = FORMS.payload_nbytes(is_packed)
+        nbytes = ENCODINGS.payload_nbytes(is_packed)
         assert (bench.pool[n * RAW_BYTES :][:nbytes] == before[n * RAW_BYTES :][:nbytes]).all()
     await bench.mover.aclose()
 
@@ -98,8 +98,8 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
         index = TierIndex(config(), namespace())
         try:
             assert index.known_run(KEYS) == packed[:20]
-            for form in (True, False):
-                index.written([key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is form], form)
+            for encoding in (True, False):
+                index.written([key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding)
             everything = index.known_run(KEYS)
             index.lost(KEYS[5:6])
             assert index.known_run(KEYS) == packed[:5]
@@ -182,7 +182,7 @@ async def test_a_server_starts_without_a_tier_that_does_not_open(
     tier: Tier = kind(1 << 20, namespace=namespace().digest)
     monkeypatch.setattr(lower, "tier_of", lambda *_: tier)
     async with asyncio.timeout(HANGS_S):
-        mover = TierMover(config(), namespace(), np.zeros(NUM_BLOCKS * RAW_BYTES, np.uint8), FORMS)
+        mover = TierMover(config(), namespace(), np.zeros(NUM_BLOCKS * RAW_BYTES, np.uint8), ENCODINGS)
         await mover.open()
         assert "cannot be used" in caplog.text
         digests = np.zeros(NUM_BLOCKS, dtype=np.uint64)
