@@ -295,3 +295,9 @@ def test_a_variable_of_somebody_else_is_said_and_left_alone(name: str, caplog: p
     """A service called kvortex gives every container of its namespace such variables."""
     assert KVortexConfig.from_env({name: "10.0.0.1"}) == KVortexConfig()
     assert name in caplog.text
+
+
+def test_a_path_with_a_null_character_is_refused_when_the_config_is_made() -> None:
+    for path in ("x\0y", "~/\0", "\0"):
+        with pytest.raises(ConfigError, match=r"disk_path .* null character"):
+            KVortexConfig(disk_path=path, identity=ModelIdentity(model="m"))
