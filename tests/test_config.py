@@ -27,6 +27,7 @@ from kvortex.tiers import DiskTierConfig
         ("eviction_ratio", 0.0),
         ("eviction_ratio", 1.0),
         ("ghost_entries", -1),
+        ("ghost_entries", 10**30),
         ("eviction_policy", "fifo"),
         ("codec", "fp4"),
         ("linger_s", float("inf")),
