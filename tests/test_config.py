@@ -27,6 +27,7 @@ from kvortex.tiers import DiskTierConfig
         ("eviction_ratio", 0.0),
         ("eviction_ratio", 1.0),
         ("ghost_entries", -1),
+        ("ghost_entries", 10**30),
         ("eviction_policy", "fifo"),
         ("codec", "fp4"),
         ("linger_s", float("inf")),
@@ -304,3 +305,9 @@ def test_it_prints_on_one_line_what_is_not_the_default() -> None:
         repr(config) == "KVortexConfig(cpu_pool_bytes=17179869184, codec='fp8', identity=ModelIdentity(model='llama'))"
     )
     assert eval(repr(config)) == config
+
+
+def test_a_path_with_a_null_character_is_refused_when_the_config_is_made() -> None:
+    for path in ("x\0y", "~/\0", "\0"):
+        with pytest.raises(ConfigError, match=r"disk_path .* null character"):
+            KVortexConfig(disk_path=path, identity=ModelIdentity(model="m"))

@@ -8,7 +8,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -146,8 +146,14 @@ async def test_a_registration_that_fails_leaves_nothing_behind_and_can_be_tried_
         assert (await engine.save_blocks(chain(4), range(4))).ok
 
 
-async def test_memory_that_the_index_cannot_have_is_an_error_and_no_half_made_engine(pools: list[PinnedPool]) -> None:
-    async with KVortexEngine.create(small_config(ghost_entries=1 << 42)) as engine:
+async def test_memory_that_the_index_cannot_have_is_an_error_and_no_half_made_engine(
+    pools: list[PinnedPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr("kvortex.index.cache_index.steps.new_table", refuse)
+    async with KVortexEngine.create(small_config()) as engine:
         for _ in range(2):
             with pytest.raises(MemoryError):
                 engine.register_kv_caches(make_cache(), BLOCK_SIZE)

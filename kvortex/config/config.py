@@ -26,6 +26,7 @@ from kvortex.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 EXTENT_ALIGNMENT_BYTES = 128  # a memory transaction of the GPU; every extent starts on one
+MAX_GHOST_ENTRIES = 1 << 28  # 72 bytes each
 ENV_PREFIX = "KVORTEX_"
 ENV_FILE = "CONFIG"
 ENV_IDENTITY = "IDENTITY_"
@@ -158,7 +159,10 @@ class KVortexConfig:
         for name, choices in {"eviction_policy": EVICTION_POLICIES, "codec": CODECS, **CHOICES}.items():
             value = getattr(self, name)
             require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        require(self.ghost_entries >= 0, f"ghost_entries must not be negative, got {self.ghost_entries}")
+        require(
+            0 <= self.ghost_entries <= MAX_GHOST_ENTRIES,
+            f"ghost_entries must lie in [0, {MAX_GHOST_ENTRIES}], got {self.ghost_entries}",
+        )
         require(self.tier_timeout_s > 0, f"tier_timeout_s must be positive, got {self.tier_timeout_s}")
         require(
             self.load_deadline_s is None or self.load_deadline_s >= 0,

@@ -204,6 +204,7 @@ def _number(name: str, value: Any) -> float:
 def _path(name: str, value: Any) -> str:
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     require(isinstance(text, str), f"{name} must be a path (str), not {_shown(value)}")
+    require("\0" not in text, f"{name} = {text!r}: no path has a null character; write it without")
     expanded = os.path.expanduser(text)
     require(not expanded.startswith("~"), f"{name} = {text!r}: there is no such home; write the path in full")
     return expanded

@@ -17,6 +17,7 @@ CONFIG_NAMES: Final = frozenset(
     }
 )
 """Files beside the weights that say how they, or a model's inputs, are taken; `config.json` vLLM resolves itself."""
+MODEL_CODE_SUFFIX: Final = ".py"  # a model may bring its own
 WINDOW_BYTES: Final = 4096
 MAX_WINDOWS: Final = 256
 """Of all files together: a look at the weights takes milliseconds on a disk, a second on a slow share."""
@@ -52,7 +53,7 @@ def _counting_files(path: Path) -> Iterator[Path]:
         yield path
     elif path.is_dir():
         for file in path.iterdir():
-            if file.suffix in WEIGHT_SUFFIXES or file.name in CONFIG_NAMES:
+            if file.suffix in WEIGHT_SUFFIXES or file.name in CONFIG_NAMES or file.suffix == MODEL_CODE_SUFFIX:
                 yield file
 
 

@@ -96,7 +96,7 @@ def facts_of(vllm_config: "VllmConfig") -> dict[str, Any]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     facts: dict[str, Any] = {
         **_computation_of(model),
-        "cache_dtype": str(cache.cache_dtype),
+        "cache_dtype": _cache_dtype_of(cache.cache_dtype, model),
         "layers": _layers_of(vllm_config),
     }
     if getattr(cache, "calculate_kv_scales", False):
@@ -139,9 +139,19 @@ def _layers_of(vllm_config: "VllmConfig") -> list[tuple[str, str, str]]:
     """Of each layer its attention backend and what it stores: two kinds of FP8 have one dtype."""
     layers = vllm_config.compilation_config.static_forward_context
     return sorted(
-        (name, type(getattr(layer, "impl", None)).__name__, str(getattr(layer, "kv_cache_dtype", "")))
+        (
+            name,
+            type(getattr(layer, "impl", None)).__name__,
+            _cache_dtype_of(getattr(layer, "kv_cache_dtype", ""), vllm_config.model_config),
+        )
         for name, layer in layers.items()
     )
+
+
+def _cache_dtype_of(name: object, model: Any) -> str:
+    """One name for what has several: `auto` and the model's own type, `fp8` and `fp8_e4m3`."""
+    own = str(model.dtype).removeprefix("torch.")
+    return {"auto": own, "fp8": "fp8_e4m3"}.get(str(name), str(name))
 
 
 def _values_of(name: str, config: Any) -> Iterator[int]:

@@ -42,6 +42,8 @@ class WeightsWatch:
                 self._watch(worker, name, self._replaced)
             self._watch(worker, "apply_model", self.look)
             self._watch_adapters(getattr(getattr(worker, "model_runner", None), "lora_manager", None))
+        if not self._models:
+            logger.warning("vLLM's worker is not found: weights that change are not noticed before a reset is told")
         for model in self._models:
             self._watch(model, "load_weights", self._replaced)
         self._seen = weights_checksum(self._models)

@@ -23,12 +23,12 @@ INPUTS: dict[str, Any] = {
 }
 
 
-def facts(**model: Any) -> dict[str, Any]:
+def facts(cache_dtype: str = "auto", **model: Any) -> dict[str, Any]:
     settings = {"hf_config": PretrainedConfig(), "dtype": torch.float16, "quantization": None, "max_model_len": 8}
     return facts_of(
         SimpleNamespace(
             model_config=SimpleNamespace(**settings | model),
-            cache_config=SimpleNamespace(cache_dtype="auto"),
+            cache_config=SimpleNamespace(cache_dtype=cache_dtype),
             compilation_config=SimpleNamespace(static_forward_context={}),
             speculative_config=None,
             device_config=SimpleNamespace(device_type="cuda"),
@@ -59,6 +59,11 @@ def check_what_only_costs_time_or_room_is_not_named(change: dict[str, Any]) -> N
     )
 
 
+@pytest.mark.parametrize(("one", "other"), [("auto", "float16"), ("fp8", "fp8_e4m3")])
+def check_two_names_of_one_cache_dtype_are_one(one: str, other: str) -> None:
+    assert facts(cache_dtype=one) == facts(cache_dtype=other) != facts(cache_dtype="fp8_e5m2")
+
+
 def check_which_layers_are_quantised_on_loading_is_named() -> None:
     first, second = ({"linear": "fp8_per_tensor", "ignore": [name]} for name in ("q_proj", "k_proj"))
     assert facts(quantization_config=first) != facts(quantization_config=second) != facts()
@@ -77,7 +82,9 @@ def check_a_configuration_from_elsewhere_says_nothing_of_the_weights() -> None:
     assert source_of(model, load).content == ""
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "processor_config.json", "hf_quant_config.json", "modeling_own.py"]
+)
 def check_files_beside_the_weights_count(tmp_path: Path, name: str) -> None:
     model = make_tiny_model(tmp_path, "qwen3")
     before = weights_digest(model)

@@ -207,10 +207,11 @@ class Run:
         self.half._admission._num_lookahead_tokens = self.lookahead
         # Prompts with common beginnings, none too long for the device by itself.
         longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - self.lookahead
-        base = [random.randrange(3, 1000) for _ in range(longest)]
+        self.base = base = [random.randrange(3, 1000) for _ in range(longest)]
         cuts = [random.randrange(1, longest) for _ in range(6)]
         self.prompts = [base[:cut] + [random.randrange(3, 1000) for _ in range(min(40, longest - cut))] for cut in cuts]
         self.names = 0
+        self.sessions: list[Any] = []  # requests whose input goes on
         self.in_pool: set[Any] = set()
         self.on_disk: set[Any] = set()
         self._take_events = self.half.take_events  # vLLM asks for them, in the middle of a step
@@ -242,6 +243,22 @@ class Run:
         return [request for request in held if self.harness.block_ids(request.request_id)]
 
     def _add(self) -> None:
+        open_sessions = [session for session in self.sessions if not session.is_finished()]
+        if self.random.random() < 0.2:
+            self._add_session(f"s{len(self.sessions)}", self.random.choice(self.prompts)[:60])
+        elif open_sessions and self.random.random() < 0.4:
+            session = self.random.choice(open_sessions)
+            if not session.streaming_queue and session.num_tokens + 110 < len(self.base):  # its last token is dropped
+                self._add_session(session.request_id, self.base[: self.random.choice([1, 5, 32, 40])])
+        else:
+            self._add_request()
+
+    def _add_session(self, name: str, token_ids: list[int]) -> None:
+        request = self.harness.add_request(name, token_ids, max_tokens=self.random.choice([1, 3, 4]), resumable=True)
+        if request is self.harness.requests[name]:
+            self.sessions.append(request)
+
+    def _add_request(self) -> None:
         name, self.names = f"r{self.names}", self.names + 1
         self.harness.add_request(name, self.random.choice(self.prompts), max_tokens=self.random.choice([1, 3, 50]))
 
@@ -268,6 +285,7 @@ class Run:
     def _end(self) -> None:
         """Nobody comes any more, jobs end: everybody must, within a bound of steps."""
         self.workers.sloth = 0.0
+        self.harness.abort(session.request_id for session in self.sessions if not session.is_finished())
         num_open = sum(not r.is_finished() for r in self.harness.requests.values())
         for _ in range(STEPS_A_REQUEST * (num_open + 1)):
             open_requests = [r for r in self.harness.requests.values() if not r.is_finished()]
