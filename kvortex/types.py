@@ -55,6 +55,7 @@ class MissReason(StrEnum):
     TRANSFER_FAILED = "transfer_failed"
     TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
     DEADLINE = "deadline"  # a tier did not deliver in time
+    NOT_FETCHED = "not_fetched"  # a tier has it, and the pool no room for it, or the tier is left alone for a while
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,9 @@ async def test_a_tier_that_hangs_costs_a_load_one_timeout_whatever_its_length() 
         assert (await engine.load_blocks(bench.hashes, bench.ids)).num_loaded == 0
         assert bench.asked[Direction.LOAD] == engine.config.fetch_blocks, "what waited behind those was given up"
         for _ in range(5):
-            await engine.load_blocks(bench.hashes, bench.ids)
+            misses = (await engine.load_blocks(bench.hashes, bench.ids)).miss_counts()
+            assert set(misses) <= {MissReason.NOT_FETCHED, MissReason.PENDING}, "the tier has them all"
+            assert misses[MissReason.NOT_FETCHED] > 0
             assert await engine.prefetch(bench.hashes) == 0
             assert not engine.check_blocks(bench.hashes).any(), "nothing is promised that would not be given"
         assert bench.asked[Direction.LOAD] == engine.config.fetch_blocks, "and it is left alone"

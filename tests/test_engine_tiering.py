@@ -378,6 +378,7 @@ async def test_a_prefix_longer_than_the_pool_keeps_its_head(bench: Bench, call: 
             assert await engine.prefetch(hashes) == 16
         loaded = await engine.load_blocks(hashes, range(40))
         assert loaded.num_prefix_loaded == 16
+        assert loaded.miss_counts() == {MissReason.NOT_FETCHED: 24}
         assert contents(cache, range(16)) == want[:16]
 
 

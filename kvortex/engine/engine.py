@@ -288,7 +288,7 @@ class KVortexEngine:
                 fetch.cancel()
             raise
         if self._tiering is not None and fetch is not None:
-            outcomes = fetch.mark_late(outcomes)
+            outcomes = fetch.name_misses(outcomes)
             self._tiering.loaded(keys, outcomes)
         self.stats.record_outcomes(outcomes)
         return LoadResult(tuple(ids.tolist()), outcomes)

@@ -31,6 +31,8 @@ class Fetch:
         self.used_s = used_s
         self.left: dict[bytes, int] = {}
         """What it still waits for: block -> its position in the call."""
+        self.in_tier = np.empty(0, dtype=np.intp)
+        """Positions of the blocks that only the tier had when the call began, as far as that was known."""
         self._fetches = fetches
         self._waits: list[tuple[set[bytes], asyncio.Future[None]]] = []
 
@@ -119,14 +121,17 @@ class Fetches:
         link = self._link
         fetch = Fetch(self, keys, link.uses.chain(len(keys)))
         refuses = link.guard.reads.refuses
-        if not link.may_work or (refuses and not self._wanted):
+        if not link.may_work:
             return fetch
         positions = np.flatnonzero(~link.control.index.contains_mask(keys))
         found = np.full(positions.size, NOT_KNOWN, dtype=np.int8)
         asks = not refuses
-        if asks and link.usable and positions.size:
+        if link.usable and positions.size:
             found = link.encodings_known(keys[positions])
-            asks = not link.tier.stats().scan.complete
+            asks = asks and not link.tier.stats().scan.complete
+        fetch.in_tier = positions[found != NOT_KNOWN]
+        if refuses:
+            found[:] = NOT_KNOWN
         if not asks and not self._wanted:
             positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
         columns = zip(split_keys(keys[positions]), positions.tolist(), found.tolist(), strict=True)

@@ -202,14 +202,20 @@ class LoadFetch:
         """The load is given up: what only it wanted is not fetched any more."""
         self._fetch.cancel()
 
-    def mark_late(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
-        """The call's outcomes, with the deadline as the reason where a block was on its way."""
-        if not self._late:
+    def name_misses(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
+        """The call's outcomes, with the reason that the tier gives: a block was late, or was not fetched at all."""
+        in_tier = self._fetch.in_tier.tolist()
+        if outcomes.count(None) == len(outcomes) or not (self._late or in_tier):
             return outcomes
-        return tuple(
-            MissReason.DEADLINE if outcome is not None and key in self._late else outcome
-            for key, outcome in zip(split_keys(self._keys), outcomes, strict=True)
-        )
+        named = list(outcomes)
+        for position in in_tier:
+            if named[position] in (MissReason.NEVER_STORED, MissReason.EVICTED):
+                named[position] = MissReason.NOT_FETCHED
+        if self._late:
+            for position, key in enumerate(split_keys(self._keys)):
+                if named[position] is not None and key in self._late:
+                    named[position] = MissReason.DEADLINE
+        return tuple(named)
 
 
 def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:

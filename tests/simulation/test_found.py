@@ -106,7 +106,7 @@ def test_a_deadline_is_told_by_the_loops_clock() -> None:
             await asyncio.sleep(3000.0)
             await arrival.wait(s.keys)
             assert asyncio.get_running_loop().time() - began_s == pytest.approx(3600.0)
-            assert arrival.mark_late((MissReason.PENDING,) * 4) == (MissReason.DEADLINE,) * 4
+            assert arrival.name_misses((MissReason.PENDING,) * 4) == (MissReason.DEADLINE,) * 4
 
     in_virtual_time(scene())
 

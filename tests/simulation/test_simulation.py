@@ -126,7 +126,7 @@ def evicted_blocks_are_freed_before_they_are_written(monkeypatch: pytest.MonkeyP
 
 
 def late_blocks_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoadFetch, "mark_late", lambda self, outcomes: outcomes)
+    monkeypatch.setattr(LoadFetch, "name_misses", lambda self, outcomes: outcomes)
 
 
 def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

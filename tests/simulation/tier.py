@@ -92,6 +92,7 @@ class SimulatedTier(Tier):
         self.good_reads = 0
         self.moving: set[_Move] = set()
         self.read_spans: dict[bytes, list[list[float]]] = {}
+        self.said_there: set[bytes] = set()
         self._store = store
         self._pool_address = pool.__array_interface__["data"][0]
         self._ledger = ledger
@@ -123,7 +124,9 @@ class SimulatedTier(Tier):
     # -- asking ----------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        return [self._stale(key, nbytes) for key, nbytes in zip(keys, self._store.lookup(keys), strict=True)]
+        told = [self._stale(key, nbytes) for key, nbytes in zip(keys, self._store.lookup(keys), strict=True)]
+        self.said_there.update(self._hash_of(key) for key, nbytes in zip(keys, told, strict=True) if nbytes)
+        return told
 
     def _stale(self, key: bytes, nbytes: int) -> int:
         if not self.faults.stale or self._dice.random() >= self.faults.stale:

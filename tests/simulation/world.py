@@ -370,6 +370,7 @@ class World:
             MissReason.TRANSFER_FAILED: block_hash in self._harm.failed,
             MissReason.TOO_LOSSY: is_lossy(block_hash) and self.scenario.settings["codec"] != "raw",
             MissReason.DEADLINE: overdue or block_hash in self._harm.late,
+            MissReason.NOT_FETCHED: block_hash in life.tier.said_there,
             MissReason.EVICTED: life.control.index.evicted_blocks > 0,
             MissReason.PENDING: bool(reads or saves),
         }
