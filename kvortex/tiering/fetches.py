@@ -31,8 +31,8 @@ class Fetch:
         self.used_s = used_s
         self.left: dict[bytes, int] = {}
         """What it still waits for: block -> its position in the call."""
-        self.in_tier = np.empty(0, dtype=np.intp)
-        """Positions of the blocks that only the tier had when the call began, as far as that was known."""
+        self.in_tier: set[int] = set()
+        """Positions of the blocks that only the tier had when it was looked at."""
         self._fetches = fetches
         self._waits: list[tuple[set[bytes], asyncio.Future[None]]] = []
 
@@ -129,7 +129,7 @@ class Fetches:
         if link.usable and positions.size:
             found = link.encodings_known(keys[positions])
             asks = asks and not link.tier.stats().scan.complete
-        fetch.in_tier = positions[found != NOT_KNOWN]
+        fetch.in_tier.update(positions[found != NOT_KNOWN].tolist())
         if refuses:
             found[:] = NOT_KNOWN
         if not asks and not self._wanted:
@@ -310,6 +310,8 @@ class Fetches:
             elif wanted is not None:
                 wanted.encoding = encoding
                 self._queue[key] = wanted
+                for call in wanted.calls:
+                    call.in_tier.add(call.left[key])
 
     def _ended(self, blocks: Iterable[_Wanted]) -> None:
         """Whoever waits for these need not wait any longer: they are in the pool, or they will not be.

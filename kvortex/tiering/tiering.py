@@ -204,7 +204,7 @@ class LoadFetch:
 
     def name_misses(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
         """The call's outcomes, with the reason that the tier gives: a block was late, or was not fetched at all."""
-        in_tier = self._fetch.in_tier.tolist()
+        in_tier = self._fetch.in_tier
         if outcomes.count(None) == len(outcomes) or not (self._late or in_tier):
             return outcomes
         named = list(outcomes)

@@ -135,7 +135,9 @@ class SimulatedTier(Tier):
 
     async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         await asyncio.sleep(self._dice.uniform(0, SHORT_S))
-        return await self._store.contains(keys)
+        there = await self._store.contains(keys)
+        self.said_there.update(self._hash_of(key) for key, is_there in zip(keys, there, strict=True) if is_there)
+        return there
 
     def scan(self) -> AsyncIterator[StoredBlock]:
         return self._store.scan()
