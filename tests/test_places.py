@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
 from kvortex.memory.allocator import ExtentAllocator
 from kvortex.types import PAGE_BYTES, BlockSizes, Direction, TransferPlan
-from kvortex.vllm.places import Places, largest
+from kvortex.vllm.worker.places import Places, largest
 
 UNIT = EXTENT_ALIGNMENT_BYTES
 

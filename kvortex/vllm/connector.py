@@ -30,7 +30,7 @@ from kvortex.vllm.versions import (
     watch_allocations,
     watch_sleep,
 )
-from kvortex.vllm.weights import WeightsWatch, watch_resets
+from kvortex.vllm.worker.weights import WeightsWatch, watch_resets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from kvortex.vllm.scheduler import SchedulerHalf
-    from kvortex.vllm.worker import WorkerHalf
+    from kvortex.vllm.scheduler.half import SchedulerHalf
+    from kvortex.vllm.worker.half import WorkerHalf
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +81,15 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 self._worker_half = PassiveWorker()
         elif role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config, around)
-            scheduler = importlib.import_module("kvortex.vllm.scheduler")
+            scheduler = importlib.import_module("kvortex.vllm.scheduler.half")
             half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, waits_for_hello=around is not None)
             self._scheduler_half = half
             if around is not None:
                 watch_allocations(around, half.allocated_for_others)
             self._end_watches.callback(watch_resets(half.vllm_was_reset))
         else:
-            worker = importlib.import_module("kvortex.vllm.worker")
-            ranks = importlib.import_module("kvortex.vllm.ranks")
+            worker = importlib.import_module("kvortex.vllm.worker.half")
+            ranks = importlib.import_module("kvortex.vllm.worker.ranks")
             peers = ranks.peers_of(vllm_config, kv_cache_config)
             says_hello = around is not None
             self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, peers, says_hello=says_hello)

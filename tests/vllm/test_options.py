@@ -12,7 +12,7 @@ from kvortex.errors import ConfigError
 from kvortex.vllm.options import WITHOUT_MEANING, ConnectorOptions
 
 PACKAGE = Path(kvortex.__file__).parent
-OF_THE_CONNECTOR = [*PACKAGE.glob("vllm/*.py"), PACKAGE / "planes" / "data.py", PACKAGE / "planes" / "control.py"]
+OF_THE_CONNECTOR = [*PACKAGE.glob("vllm/**/*.py"), PACKAGE / "planes" / "data.py", PACKAGE / "planes" / "control.py"]
 
 
 def test_options_reach_the_engine() -> None:

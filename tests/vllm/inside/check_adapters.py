@@ -12,7 +12,7 @@ from engine_support import BLOCK_SIZE, Engine, prompt, running
 from lora_support import make_adapter, request_of
 from tiny_model import make_tiny_model
 
-from kvortex.vllm.adapters import BlockKeys
+from kvortex.vllm.identity.adapters import BlockKeys
 
 TOKENS = prompt(4 * BLOCK_SIZE + 5, 1)
 BLOCKS = len(TOKENS) // BLOCK_SIZE
@@ -100,7 +100,7 @@ def check_an_adapter_of_the_hub_is_the_snapshot_that_was_downloaded(
         assert local_files_only
         return str(found[repository])
 
-    monkeypatch.setattr("kvortex.vllm.adapters.snapshot_download", snapshot_download)
+    monkeypatch.setattr("kvortex.vllm.identity.adapters.snapshot_download", snapshot_download)
     before = key_of("owner/name")
     assert before == key_of(str(home / "name"))
     found["owner/name"] = home / "later" / "name"
@@ -110,5 +110,5 @@ def check_an_adapter_of_the_hub_is_the_snapshot_that_was_downloaded(
 def check_an_adapter_that_is_nowhere_is_of_this_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of("nobody/nothing")
     assert key_of("nobody/nothing") == before
-    monkeypatch.setattr("kvortex.vllm.adapters._PROCESS", "another")
+    monkeypatch.setattr("kvortex.vllm.identity.adapters._PROCESS", "another")
     assert key_of("nobody/nothing") != before

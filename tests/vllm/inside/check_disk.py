@@ -15,7 +15,7 @@ from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, set
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.types import MissReason
-from kvortex.vllm import lower
+from kvortex.vllm.scheduler import tier_index
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 BLOCK_NBYTES = BLOCK_SIZE * 4096
@@ -122,8 +122,8 @@ def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path,
 
 
 def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower, "REMEMBERED_KEYS", 3)
-    memory: lower.Memory[bool] = lower.Memory()
+    monkeypatch.setattr(tier_index, "REMEMBERED_KEYS", 3)
+    memory: tier_index.Memory[bool] = tier_index.Memory()
     memory.add([b"a", b"b", b"c", b"d"], True)
     assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
     memory.discard([b"b", b"x"])
@@ -132,7 +132,7 @@ def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def check_another_inclusion_is_refused() -> None:
     with pytest.raises(ConfigError, match="in vLLM tier_inclusion can be 'inclusive' only"):
-        lower.check_supported(KVortexConfig(tier_inclusion="exclusive"))
+        tier_index.check_supported(KVortexConfig(tier_inclusion="exclusive"))
 
 
 SERVER = """

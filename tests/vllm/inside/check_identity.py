@@ -10,8 +10,8 @@ from lora_support import make_adapter
 from tiny_model import make_tiny_model
 from transformers import PretrainedConfig
 
-from kvortex.vllm.files import weights_digest
-from kvortex.vllm.identity import facts_of, source_of
+from kvortex.vllm.identity.files import weights_digest
+from kvortex.vllm.identity.identity import facts_of, source_of
 
 INPUTS: dict[str, Any] = {
     "mm_processor_kwargs": None,

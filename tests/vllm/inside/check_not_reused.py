@@ -11,8 +11,8 @@ from vllm.config import KVTransferConfig, PoolerConfig
 
 from kvortex.vllm import connector as connector_module
 from kvortex.vllm.passive import PassiveScheduler, PassiveWorker
-from kvortex.vllm.scheduler import SchedulerHalf
-from kvortex.vllm.worker import WorkerHalf
+from kvortex.vllm.scheduler.half import SchedulerHalf
+from kvortex.vllm.worker.half import WorkerHalf
 
 TOKENS = prompt(4 * BLOCK_SIZE + 5, 1)
 

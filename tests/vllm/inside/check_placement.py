@@ -9,7 +9,7 @@ from check_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from scheduler_harness import SAMPLED_TOKEN, SchedulerHarness
 from tiny_model import make_tiny_model
 
-from kvortex.vllm.adapters import as_keys
+from kvortex.vllm.identity.adapters import as_keys
 
 
 @pytest.fixture(scope="module")

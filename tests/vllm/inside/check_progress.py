@@ -19,10 +19,10 @@ from vllm.v1.request import RequestStatus
 
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
-from kvortex.vllm import scheduler as scheduler_module
-from kvortex.vllm import tier_planner
 from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
-from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.scheduler import half as scheduler_module
+from kvortex.vllm.scheduler import tier_planner
+from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32

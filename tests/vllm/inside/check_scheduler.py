@@ -12,7 +12,7 @@ from tiny_model import make_tiny_model
 from kvortex.types import MissReason
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome
-from kvortex.vllm.scheduler import SchedulerHalf
+from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32
@@ -149,7 +149,7 @@ def check_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> N
 
 
 def check_larger_saves_are_not_put_together(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvortex.vllm.jobs.MIN_SAVE_BLOCKS", 3)
+    monkeypatch.setattr("kvortex.vllm.scheduler.jobs.MIN_SAVE_BLOCKS", 3)
     p = played()
     for number, blocks in enumerate((3, 1, 1, 1, 2)):
         p.harness.add_request(str(number), tokens(BLOCK_SIZE * blocks + 1, number), max_tokens=1)

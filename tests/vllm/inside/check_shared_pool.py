@@ -20,7 +20,7 @@ from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.types import BlockSizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
-from kvortex.vllm.ranks import Peers
+from kvortex.vllm.worker.ranks import Peers
 
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 16, 32, 64
 BLOCK_NBYTES = BLOCK_SIZE * WIDTH * 4
@@ -46,7 +46,7 @@ class PipeGroup:
 
 def work(connection: Connection, rank: int, blind: bool) -> None:
     """A rank: registers its cache, then does what it is told until the pipe closes."""
-    from kvortex.vllm.worker import WorkerHalf
+    from kvortex.vllm.worker.half import WorkerHalf
 
     spec = MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=WIDTH, dtype=torch.float32)
     config = SimpleNamespace(num_blocks=NUM_BLOCKS, kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])

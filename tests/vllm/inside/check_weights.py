@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.v1.worker.worker_base import WorkerBase
 
 from kvortex.vllm.versions import IS_NEWER
-from kvortex.vllm.weights import WeightsWatch, weights_checksum
+from kvortex.vllm.worker.weights import WeightsWatch, weights_checksum
 
 TOKENS = prompt(4 * BLOCK_SIZE + 5, 1)
 BLOCKS = len(TOKENS) // BLOCK_SIZE

@@ -18,8 +18,8 @@ from tiny_model import VOCAB_SIZE, make_tiny_model
 from kvortex.planes.control import ControlPlane
 from kvortex.types import MissReason
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.scheduler import SchedulerHalf
-from kvortex.vllm.worker import WorkerHalf
+from kvortex.vllm.scheduler.half import SchedulerHalf
+from kvortex.vllm.worker.half import WorkerHalf
 
 cpu_ops_0151.install()
 

@@ -18,8 +18,10 @@ from kvortex.tiering import guard
 from kvortex.tiers import MemoryTier, Tier, breaker
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import BlockSizes, Direction, TransferPlan
-from kvortex.vllm import lower
-from kvortex.vllm.lower import TierIndex, TierMover
+from kvortex.vllm.scheduler import tier_index
+from kvortex.vllm.scheduler.tier_index import TierIndex
+from kvortex.vllm.worker import tier_mover
+from kvortex.vllm.worker.tier_mover import TierMover
 
 RAW_BYTES, PACKED_BYTES = 8192, 4224
 ENCODINGS = Encodings(BlockSizes(RAW_BYTES, PACKED_BYTES), BlockSizes(RAW_BYTES, PACKED_BYTES), "fp8")
@@ -50,7 +52,8 @@ class Bench:
         self.asked = 0
         self.inner = MemoryTier(1 << 30, namespace=namespace().digest)
         self.tier = FaultInjectingTier(self.inner, self._fault_of)
-        monkeypatch.setattr(lower, "tier_of", lambda *_: self.tier)
+        for module in (tier_index, tier_mover):
+            monkeypatch.setattr(module, "tier_of", lambda *_: self.tier)
         monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 3600.0)
         self.pool: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, NUM_BLOCKS * RAW_BYTES, np.uint8)
         self.mover = TierMover(config(), namespace(), self.pool, ENCODINGS)
@@ -120,7 +123,7 @@ async def test_what_was_lost_is_asked_for_again_after_a_while(bench: Bench, monk
         index.written(KEYS[1:], True)
         assert index.known_run(KEYS) == []
         assert index.known_run(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
-        monkeypatch.setattr(lower, "LOST_S", -1.0)
+        monkeypatch.setattr(tier_index, "LOST_S", -1.0)
         index.lost(KEYS[3:4])
         index._written.add(KEYS, True)
         assert index.known_run(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
@@ -141,10 +144,10 @@ async def test_a_tier_that_hangs_costs_a_server_one_timeout(bench: Bench) -> Non
             await asyncio.sleep(0.001)
         for _ in range(5):
             assert not (await bench.mover.fetch(KEYS, plan_of(packed), digests)).any()
-        assert bench.asked == asked + lower.FETCH_BATCH
+        assert bench.asked == asked + tier_mover.FETCH_BATCH
         assert bench.mover.num_pauses == 1
         bench.tier.release()
-        assert (await hung).sum() == lower.FETCH_BATCH, "it may have its memory only when nothing writes to it"
+        assert (await hung).sum() == tier_mover.FETCH_BATCH, "it may have its memory only when nothing writes to it"
         await bench.mover.aclose()
 
 
@@ -180,7 +183,7 @@ async def test_a_server_starts_without_a_tier_that_does_not_open(
 ) -> None:
     monkeypatch.setattr(guard, "CLOSE_TIMEOUT_S", TIMEOUT_S)
     tier: Tier = kind(1 << 20, namespace=namespace().digest)
-    monkeypatch.setattr(lower, "tier_of", lambda *_: tier)
+    monkeypatch.setattr(tier_mover, "tier_of", lambda *_: tier)
     async with asyncio.timeout(HANGS_S):
         mover = TierMover(config(), namespace(), np.zeros(NUM_BLOCKS * RAW_BYTES, np.uint8), ENCODINGS)
         await mover.open()
@@ -195,7 +198,7 @@ async def test_a_scheduler_half_does_not_wait_for_ever_for_its_tier(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tier = NeverOpens(1 << 20, namespace=namespace().digest)
-    monkeypatch.setattr(lower, "tier_of", lambda *_: tier)
+    monkeypatch.setattr(tier_index, "tier_of", lambda *_: tier)
     async with asyncio.timeout(HANGS_S):
         with pytest.raises(ConfigError, match="has not opened in"):
             await asyncio.to_thread(TierIndex, config(), namespace())

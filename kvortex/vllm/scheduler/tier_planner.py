@@ -13,10 +13,10 @@ from kvortex.config import KVortexConfig
 from kvortex.index import pack_keys
 from kvortex.planes.control import ControlPlane, FetchPlan, HeldBlocks
 from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
-from kvortex.vllm.events import EventLog, PlannedBlocks
-from kvortex.vllm.lower import Memory, TierIndex
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import FetchJob, JobOutcome
+from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
+from kvortex.vllm.scheduler.tier_index import Memory, TierIndex
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

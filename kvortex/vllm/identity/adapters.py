@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import snapshot_download
 
 from kvortex.types import BLOCK_HASH_BYTES, BlockHash
-from kvortex.vllm.files import weights_digest
+from kvortex.vllm.identity.files import weights_digest
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

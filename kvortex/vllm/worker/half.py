@@ -23,12 +23,10 @@ from kvortex.runtime.loop_thread import LoopThread
 from kvortex.sched import TransferRequest
 from kvortex.tiering.keys import split_joined
 from kvortex.types import BlockSizes, TransferPlan
-from kvortex.vllm.identity import identity_of
-from kvortex.vllm.lower import TierMover
+from kvortex.vllm.identity.identity import identity_of
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.places import Places, largest
 from kvortex.vllm.plans import (
     ConnectorPlan,
     FetchJob,
@@ -39,8 +37,10 @@ from kvortex.vllm.plans import (
     WeightsChanged,
     WorkerHandshake,
 )
-from kvortex.vllm.ranks import Peers, Share, check_memory_of_all
 from kvortex.vllm.versions import Report, WorkerReports
+from kvortex.vllm.worker.places import Places, largest
+from kvortex.vllm.worker.ranks import Peers, Share, check_memory_of_all
+from kvortex.vllm.worker.tier_mover import TierMover
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

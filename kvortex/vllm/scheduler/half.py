@@ -19,16 +19,16 @@ from kvortex.index import pack_keys
 from kvortex.planes.control import ControlPlane, SavePlan
 from kvortex.stats import EngineStats
 from kvortex.types import BlockHash, BlockSizes, MissReason
-from kvortex.vllm.adapters import BlockKeys
-from kvortex.vllm.admission import Admission
-from kvortex.vllm.events import EventLog, PlannedBlocks
-from kvortex.vllm.jobs import Job, SavePart, TrackedRequest, group_parts
-from kvortex.vllm.lower import TierIndex, check_supported
+from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
-from kvortex.vllm.tier_planner import NO_WRITE, TierPlanner
+from kvortex.vllm.scheduler.admission import Admission
+from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
+from kvortex.vllm.scheduler.jobs import Job, SavePart, TrackedRequest, group_parts
+from kvortex.vllm.scheduler.tier_index import TierIndex, check_supported
+from kvortex.vllm.scheduler.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     drop_stale_hashes,

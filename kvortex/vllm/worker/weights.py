@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from kvortex.vllm.adapters import adapter_digest
+from kvortex.vllm.identity.adapters import adapter_digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kvortex.config import ModelIdentity
-from kvortex.vllm.files import weights_digest
+from kvortex.vllm.identity.files import weights_digest
 from kvortex.vllm.model import is_latent
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 from kvortex.planes.control import LoadPlan, SavePlan
 from kvortex.types import BlockHash
-from kvortex.vllm.events import PlannedBlocks
 from kvortex.vllm.plans import JobOutcome
-from kvortex.vllm.tier_planner import NO_WRITE
+from kvortex.vllm.scheduler.events import PlannedBlocks
+from kvortex.vllm.scheduler.tier_planner import NO_WRITE
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -1,0 +1,1 @@
+"""What names the bytes of a server's blocks."""

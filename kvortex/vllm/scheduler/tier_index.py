@@ -1,0 +1,136 @@
+"""What the scheduler half knows of the lower tier."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
+
+from kvortex.codecs import RAW
+from kvortex.config import KVortexConfig
+from kvortex.errors import ConfigError
+from kvortex.hashing import Namespace
+from kvortex.runtime.loop_thread import LoopThread
+from kvortex.tiering import tier_of
+from kvortex.tiering.keys import key_as_is
+from kvortex.vllm.epoch import in_epoch, new_epoch
+
+Value = TypeVar("Value")
+
+SCAN_WAIT_S = 0.5  # a small store is known when the server starts, a large one becomes so while it serves
+REMEMBERED_KEYS = 1 << 20  # some 100 bytes each
+LOST_S = 60.0  # what could not be read may have been in the way of a device that hung: it is tried again
+
+
+def check_supported(config: KVortexConfig) -> None:
+    """Refuse what the connector does not do with a lower tier.
+
+    Raises:
+        ConfigError: another inclusion or admission than the default.
+    """
+    for name, value in (("tier_inclusion", "inclusive"), ("tier_admission", "always")):
+        if getattr(config, name) != value:
+            raise ConfigError(f"in vLLM {name} can be {value!r} only, not {getattr(config, name)!r}")
+
+
+class Memory(Generic[Value]):
+    """The last keys that were added, up to `REMEMBERED_KEYS`, with what is known of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Value] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known
+
+    def get(self, key: bytes) -> Value | None:
+        return self._known.get(key)
+
+    def add(self, keys: Iterable[bytes], value: Value) -> None:
+        self._known.update(dict.fromkeys(keys, value))
+        while len(self._known) > REMEMBERED_KEYS:
+            del self._known[next(iter(self._known))]
+
+    def discard(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._known.pop(key, None)
+
+    def clear(self) -> None:
+        self._known.clear()
+
+
+class TierIndex:
+    """Which blocks the lower tier has, as the scheduler half knows: the first rank's, all ranks write the same blocks.
+
+    Args:
+        config: names the tier.
+        namespace: of the first rank.
+    """
+
+    def __init__(self, config: KVortexConfig, namespace: Namespace) -> None:
+        tier = tier_of(config, namespace)
+        if tier is None:
+            raise ConfigError("no lower tier is configured")
+        self._tier = tier
+        self._packs = namespace.codec != RAW
+        self._timeout_s = config.tier_timeout_s
+        self._epoch = b""
+        # By this server's workers, and whether packed; the tier's own index knows of it after its next scan.
+        self._written: Memory[bool] = Memory()
+        self._lost: Memory[float] = Memory()  # until when
+        self._thread: LoopThread | None = LoopThread()
+        try:
+            self._thread.run(self._open())
+        except BaseException:
+            self._thread.stop()
+            raise
+
+    async def _open(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._tier.open()
+        except TimeoutError:
+            raise ConfigError(f"the {self._tier.name} tier has not opened in {self._timeout_s} s") from None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._tier.scanned(), SCAN_WAIT_S)
+
+    def keys_of(self, hashes: Sequence[bytes]) -> list[bytes]:
+        """Under which keys the workers keep these blocks."""
+        return [in_epoch(block_hash, self._epoch) for block_hash in hashes]
+
+    def forget_all(self) -> None:
+        """What is there belongs to other weights from now on: it is not asked for again."""
+        self._epoch = new_epoch()
+        self._written.clear()
+        self._lost.clear()
+
+    def known_run(self, keys: Sequence[bytes]) -> list[bool]:
+        """For the leading keys that are known to be there, whether the blocks rest packed."""
+        run: list[bool] = []
+        now_s = time.monotonic()
+        stored = self._tier.lookup(keys)
+        as_is = self._tier.lookup([key_as_is(key) for key in keys]) if self._packs else [0] * len(keys)
+        for key, nbytes, nbytes_as_is in zip(keys, stored, as_is, strict=True):
+            written = self._written.get(key)
+            if (self._lost.get(key) or 0.0) > now_s or not (nbytes or nbytes_as_is or written is not None):
+                break
+            run.append(self._packs and (bool(nbytes) if nbytes or nbytes_as_is else bool(written)))
+        return run
+
+    def written(self, keys: Sequence[bytes], packed: bool) -> None:
+        """The workers have written these blocks, packed or as they are."""
+        self._written.add(keys, packed)
+        self._lost.discard(keys)
+
+    def lost(self, keys: Sequence[bytes]) -> None:
+        """The workers could not read these blocks: they are not asked for again for a while."""
+        self._written.discard(keys)
+        self._lost.add(keys, time.monotonic() + LOST_S)
+
+    def close(self) -> None:
+        """Close the tier; idempotent."""
+        if self._thread is not None:
+            thread, self._thread = self._thread, None
+            try:
+                thread.run(self._tier.aclose())
+            finally:
+                thread.stop()
