@@ -100,12 +100,12 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
     def known() -> list[bool]:
         index = TierIndex(config(), namespace())
         try:
-            assert index.known_run(KEYS) == packed[:20]
+            assert index.known_prefix(KEYS) == packed[:20]
             for encoding in (True, False):
                 index.written([key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding)
-            everything = index.known_run(KEYS)
+            everything = index.known_prefix(KEYS)
             index.lost(KEYS[5:6])
-            assert index.known_run(KEYS) == packed[:5]
+            assert index.known_prefix(KEYS) == packed[:5]
             return everything
         finally:
             index._tier = MemoryTier(1, namespace=namespace().digest)  # this one's is the mover's too
@@ -121,12 +121,12 @@ async def test_what_was_lost_is_asked_for_again_after_a_while(bench: Bench, monk
         index.written(KEYS, True)
         index.lost(KEYS)
         index.written(KEYS[1:], True)
-        assert index.known_run(KEYS) == []
-        assert index.known_run(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
+        assert index.known_prefix(KEYS) == []
+        assert index.known_prefix(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
         monkeypatch.setattr(tier_index, "LOST_S", -1.0)
         index.lost(KEYS[3:4])
         index._written.add(KEYS, True)
-        assert index.known_run(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
+        assert index.known_prefix(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
         index.close()
 
     await asyncio.to_thread(asked_again)

@@ -26,7 +26,7 @@ from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.scheduler.admission import Admission
 from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
-from kvortex.vllm.scheduler.jobs import Job, SavePart, TrackedRequest, group_parts
+from kvortex.vllm.scheduler.jobs import OpenJob, SavePart, TrackedRequest, group_parts
 from kvortex.vllm.scheduler.tier_index import TierIndex, check_supported
 from kvortex.vllm.scheduler.tier_planner import NO_WRITE, TierPlanner
 from kvortex.vllm.versions import (
@@ -95,7 +95,7 @@ class SchedulerHalf:
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._waiting_since_s: dict[str, float] = {}
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, OpenJob] = {}
         self._aborted: set[str] = set()
         self._job_ids = itertools.count()
         self._keys = BlockKeys(vllm_config.lora_config)
@@ -189,23 +189,24 @@ class SchedulerHalf:
             return 0
         found = self._control.index.prefix_length(keys)
         if found < len(keys) and (
-            self._is_worth_waiting(request.request_id, keys[found])
-            or self._fetches(request, tracked.first + found, keys[found:])
+            self._wait_for_block(request.request_id, keys[found])
+            or self._begin_fetch(request, tracked.first + found, keys[found:])
         ):
             return None
         if found < least or not self._admission.may_load(request, self._tracked.values()):
             return 0
         return found
 
-    def _fetches(self, request: "Request", number: int, keys: Sequence[BlockHash]) -> bool:
-        """The workers have been told to bring the next blocks of a request from the lower tier."""
+    def _begin_fetch(self, request: "Request", number: int, keys: Sequence[BlockHash]) -> bool:
+        """Have the workers bring the next blocks of a request from the lower tier; False where there are none."""
         job = self._tier.plan_fetch(request, number, keys) if self._tier is not None else None
         if job is not None:
             self._plan.fetches.append(job)
         return job is not None
 
-    def _is_worth_waiting(self, request_id: str, key: BlockHash) -> bool:
-        if self._tier is not None and self._tier.is_worth_waiting(key):
+    def _wait_for_block(self, request_id: str, key: BlockHash) -> bool:
+        """Begin, or go on, to wait for a block that is on its way into the pool; False if it is not worth it."""
+        if self._tier is not None and self._tier.is_arriving(key):
             return True
         # Its save is under way: some milliseconds now spare computing it. Bounded, as a save may fail.
         if self._control.index.miss_reason(key) is not MissReason.PENDING:
@@ -248,7 +249,7 @@ class SchedulerHalf:
         request_id = tracked.request.request_id
         self._plan.loads.append(LoadJob(job_id, request_id, plan.transfer, tuple(missing.tolist())))
         self._plan.fresh_block_ids.update(block_ids.tolist())
-        self._jobs[job_id] = Job(plan, time.perf_counter(), request_id)
+        self._jobs[job_id] = OpenJob(plan, time.perf_counter(), request_id)
         tracked.loading = job_id
         self._begin(tracked)
 
@@ -340,7 +341,7 @@ class SchedulerHalf:
         if not plan.transfer.num_blocks:
             return
         job_id = next(self._job_ids)
-        job = self._jobs[job_id] = Job(plan, time.perf_counter(), as_is=as_is, parts=parts)
+        job = self._jobs[job_id] = OpenJob(plan, time.perf_counter(), as_is=as_is, parts=parts)
         keys_to_write = b""
         if self._tier is not None:
             positions = plan.positions.tolist()
@@ -386,7 +387,7 @@ class SchedulerHalf:
         num_blocks = capacity_bytes // self._sizes.packed
         return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_blocks * self._block_size} tokens"
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: OpenJob) -> None:
         count = job.plan.transfer.num_blocks
         succeeded = np.ones(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
@@ -397,7 +398,7 @@ class SchedulerHalf:
             intact[list(job.corrupt)] = False
             self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
 
-    def _finish_save(self, job: Job, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
+    def _finish_save(self, job: OpenJob, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
         count = len(succeeded)
         lossy = np.zeros(count, dtype=np.bool_)
         lossy[list(job.too_lossy)] = True
@@ -411,9 +412,11 @@ class SchedulerHalf:
             for part in job.parts:
                 part.tracked.num_planned = min(part.tracked.num_planned, part.blocks.start)
         if job.too_lossy or self._events is not None:
-            self._tell_parts(job, plan, succeeded, lossy)
+            self._report_to_parts(job, plan, succeeded, lossy)
 
-    def _tell_parts(self, job: Job, plan: SavePlan, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]) -> None:
+    def _report_to_parts(
+        self, job: OpenJob, plan: SavePlan, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]
+    ) -> None:
         positions, start = plan.positions, 0
         for part in job.parts:
             mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))
@@ -432,7 +435,7 @@ class SchedulerHalf:
         """KV events since the last call; none unless vLLM publishes them."""
         return self._events.take() if self._events is not None else ()
 
-    def _finish_load(self, job: Job, outcomes: Sequence[MissReason | None]) -> None:
+    def _finish_load(self, job: OpenJob, outcomes: Sequence[MissReason | None]) -> None:
         tracked = self._tracked.get(job.request_id)
         if tracked is not None:
             tracked.loading = None

@@ -44,7 +44,7 @@ class SavePart:
 
 
 @dataclass
-class Job:
+class OpenJob:
     """A job that is under way in the workers."""
 
     plan: SavePlan | LoadPlan

@@ -103,7 +103,7 @@ class TierIndex:
         self._written.clear()
         self._lost.clear()
 
-    def known_run(self, keys: Sequence[bytes]) -> list[bool]:
+    def known_prefix(self, keys: Sequence[bytes]) -> list[bool]:
         """For the leading keys that are known to be there, whether the blocks rest packed."""
         run: list[bool] = []
         now_s = time.monotonic()

@@ -31,7 +31,7 @@ USED_AGAIN_S = 30.0
 
 
 @dataclass
-class _Write:
+class _OpenWrite:
     """Blocks that the workers write when they have saved them; `held` once the save is over here too."""
 
     hashes: list[bytes]
@@ -43,7 +43,7 @@ class _Write:
 
 
 @dataclass
-class _FetchUnderWay:
+class _OpenFetch:
     plan: FetchPlan
     hashes: list[bytes]
     keys: list[bytes]
@@ -90,8 +90,8 @@ class TierPlanner:
         self._max_writing = max(1, min(config.tier_queue_blocks, int(WRITING_SHARE * in_pool)))
         self._max_fetching = max(1, in_pool // 2)
         self._num_writing = 0
-        self._writes: dict[int, _Write] = {}
-        self._fetches: dict[int, _FetchUnderWay] = {}
+        self._writes: dict[int, _OpenWrite] = {}
+        self._fetches: dict[int, _OpenFetch] = {}
         self._arriving: dict[bytes, float] = {}  # hash -> when its fetch was planned
         self._used_s: Memory[float] = Memory()  # last hash of a chain -> when the workers were told of its use
         self._asked: dict[str, int] = {}  # request -> block up to which it has had blocks fetched
@@ -114,7 +114,7 @@ class TierPlanner:
             return b"", NO_WRITE
         keys = self._index.keys_of(hashes)
         number = self._next_id()
-        self._writes[number] = _Write(list(hashes), keys, told)
+        self._writes[number] = _OpenWrite(list(hashes), keys, told)
         self._num_writing += len(hashes)
         return b"".join(keys), number
 
@@ -126,7 +126,7 @@ class TierPlanner:
         write.held = HeldBlocks(positions[held.positions], held.slots, held.offsets, held.nbytes, held.digests)
         self._end_if_written(number, write)
 
-    def _end_if_written(self, number: int, write: _Write) -> None:
+    def _end_if_written(self, number: int, write: _OpenWrite) -> None:
         # Of several workers one may have written before another has reported the save.
         if write.held is None or write.reports < self._num_workers:
             return
@@ -142,7 +142,7 @@ class TierPlanner:
         self._stats().add("written_blocks", len(stored))
         self._stats().add("failed_writes", len(write.failed))
 
-    def _announce_written(self, write: _Write, stored: Sequence[int]) -> None:
+    def _announce_written(self, write: _OpenWrite, stored: Sequence[int]) -> None:
         if self._events is None:
             return
         by_part: dict[int, tuple[PlannedBlocks, list[int]]] = {}
@@ -169,7 +169,7 @@ class TierPlanner:
         if self._asked.get(request_id, -1) >= number:
             return None
         keys = self._index.keys_of(hashes[: self._max_fetching])
-        packed = np.array(self._index.known_run(keys), dtype=np.bool_)
+        packed = np.array(self._index.known_prefix(keys), dtype=np.bool_)
         self._asked[request_id] = number + max(len(packed) - 1, 0)
         plan = self._control.plan_fetch(pack_keys(hashes[: len(packed)]), packed, "fetch")
         if not plan.positions.size:
@@ -180,7 +180,7 @@ class TierPlanner:
         if self._events is not None:
             told = PlannedBlocks.of(request, slice(number, number + len(packed)), self._events.block_size)
         fetched, its_keys = [hashes[i] for i in places], [keys[i] for i in places]
-        fetch = _FetchUnderWay(plan, fetched, its_keys, time.perf_counter(), told)
+        fetch = _OpenFetch(plan, fetched, its_keys, time.perf_counter(), told)
         self._fetches[job_id] = fetch
         self._arriving.update(dict.fromkeys(fetch.hashes, time.monotonic()))
         transfer = TransferPlan(
@@ -191,12 +191,12 @@ class TierPlanner:
         )
         return FetchJob(job_id, transfer, b"".join(fetch.keys))
 
-    def is_worth_waiting(self, block_hash: bytes) -> bool:
+    def is_arriving(self, block_hash: bytes) -> bool:
         """A block is on its way, and not for too long yet."""
         since_s = self._arriving.get(block_hash)
         return since_s is not None and time.monotonic() - since_s < self._wait_s
 
-    def _end_fetch(self, job_id: int, fetch: _FetchUnderWay) -> None:
+    def _end_fetch(self, job_id: int, fetch: _OpenFetch) -> None:
         del self._fetches[job_id]
         plan = fetch.plan
         columns = zip(plan.slots.tolist(), plan.offsets.tolist(), plan.nbytes.tolist(), strict=True)
@@ -213,7 +213,7 @@ class TierPlanner:
         self._stats().add("failed_fetches", len(fetch.failed))
         self._stats().add("fetch_seconds", time.perf_counter() - fetch.started_s)
 
-    def _announce_fetched(self, fetch: _FetchUnderWay) -> None:
+    def _announce_fetched(self, fetch: _OpenFetch) -> None:
         if self._events is None or fetch.told is None:
             return
         seen = self._control.allocator.holds(fetch.plan.offsets)  # not what has failed, or what a reset overtook
@@ -231,7 +231,7 @@ class TierPlanner:
             told of the same chain shortly before.
         """
         keys = self._index.keys_of(hashes)
-        keys = keys[: len(self._index.known_run(keys))]
+        keys = keys[: len(self._index.known_prefix(keys))]
         if not keys:
             return b""
         now_s, told_s = time.monotonic(), self._used_s.get(keys[-1])

@@ -39,7 +39,7 @@ from kvortex.vllm.plans import (
 )
 from kvortex.vllm.versions import Report, WorkerReports
 from kvortex.vllm.worker.places import Places, largest
-from kvortex.vllm.worker.ranks import Peers, Share, check_memory_of_all
+from kvortex.vllm.worker.ranks import Peers, PoolShare, check_memory_of_all
 from kvortex.vllm.worker.tier_mover import TierMover
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ stuck: the step goes on, and what those saves read is thrown away."""
 
 
 @dataclass
-class _Save:
+class _UnreadSave:
     """A save whose blocks may not have been read yet."""
 
     block_ids: frozenset[int]
@@ -63,7 +63,7 @@ class _Save:
 
 
 @dataclass(frozen=True, eq=False)
-class _Work:
+class _RankPart:
     """This rank's part of a job; `positions` are its blocks' in the job's transfer."""
 
     job: SaveJob | LoadJob
@@ -72,7 +72,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Ended:
+class _EndedJob:
     """What the loop's thread tells the worker's."""
 
     outcome: JobOutcome
@@ -116,13 +116,13 @@ class WorkerHalf:
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
         self._mover: TierMover | None = None
-        self._share = Share(options.engine, np.empty(0, dtype=np.uint64), 1)
+        self._share = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
         self._places = Places(1, BlockSizes(1, 1), BlockSizes(1, 1))
         self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
-        self._unread: deque[_Save] = deque()
-        self._ended: deque[_Ended | PoolShrunk] = deque()
+        self._unread: deque[_UnreadSave] = deque()
+        self._ended: deque[_EndedJob | PoolShrunk] = deque()
         self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
         self._pauses_told = 0
@@ -173,7 +173,7 @@ class WorkerHalf:
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         self._ended.append(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
 
-    def _make_share(self, layout: KVLayout) -> Share:
+    def _make_share(self, layout: KVLayout) -> PoolShare:
         config = self._options.engine
         own = block_sizes(layout, packing_for(layout, config.codec))
         if config.codec != RAW and not own.packs and self._rank == 0:
@@ -184,8 +184,8 @@ class WorkerHalf:
         check_memory_of_all(self._peers, config.cpu_pool_bytes, self._num_pools_here())
         config = self._places.config(config)
         if self._peers.equals is None:
-            return Share.own(config, own)
-        return Share.of_group(self._peers.equals, config, layout, own)
+            return PoolShare.own(config, own)
+        return PoolShare.of_group(self._peers.equals, config, layout, own)
 
     def _num_pools_here(self) -> int:
         parallel = self._vllm_config.parallel_config
@@ -299,47 +299,47 @@ class WorkerHalf:
             _, loop = self._planes()
             loop.call_soon_threadsafe(self._spawn, self._touch(used_keys), self._tier_tasks)
         for job in loads:
-            self._submit(_Work(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks)), None)
+            self._submit(_RankPart(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks)), None)
 
     def start_saves(self) -> None:
         """Begin this rank's part of the step's saves, behind the forward that wrote their blocks."""
         saves, self._plan.saves = self._plan.saves, []
         for job in saves:
-            work = self._part_of(job)
-            if not work.transfer.num_blocks:
-                self._ended.append(_Ended(JobOutcome(job.job_id), job))
+            part = self._part_of(job)
+            if not part.transfer.num_blocks:
+                self._ended.append(_EndedJob(JobOutcome(job.job_id), job))
                 if job.keys:
-                    self._ended.append(_Ended(JobOutcome(job.write_id), job))
+                    self._ended.append(_EndedJob(JobOutcome(job.write_id), job))
                 continue
-            save = _Save(frozenset(work.transfer.block_ids.tolist()))
+            save = _UnreadSave(frozenset(part.transfer.block_ids.tolist()))
             self._unread.append(save)
-            self._submit(work, save)
+            self._submit(part, save)
 
-    def _part_of(self, job: SaveJob) -> _Work:
+    def _part_of(self, job: SaveJob) -> _RankPart:
         transfer = self._places.place(job.transfer)
         positions = self._share.part_of(transfer)
-        return _Work(job, transfer.part(positions), positions)
+        return _RankPart(job, transfer.part(positions), positions)
 
-    def _submit(self, work: _Work, save: _Save | None) -> None:
+    def _submit(self, part: _RankPart, save: _UnreadSave | None) -> None:
         if self._asleep:
-            self._refuse(work, save)
+            self._refuse(part, save)
             return
         data, loop = self._planes()
         after = data.record_event()
-        loop.call_soon_threadsafe(self._start, work, save, after)
+        loop.call_soon_threadsafe(self._start, part, save, after)
 
-    def _refuse(self, work: _Work, save: _Save | None) -> None:
+    def _refuse(self, part: _RankPart, save: _UnreadSave | None) -> None:
         if save is not None:
             save.read.set()
-        failed = tuple(work.positions.tolist())
-        self._ended.append(_Ended(JobOutcome(work.job.job_id, failed), work.job))
-        if isinstance(work.job, SaveJob) and work.job.keys:
-            self._ended.append(_Ended(JobOutcome(work.job.write_id, failed), work.job))
+        failed = tuple(part.positions.tolist())
+        self._ended.append(_EndedJob(JobOutcome(part.job.job_id, failed), part.job))
+        if isinstance(part.job, SaveJob) and part.job.keys:
+            self._ended.append(_EndedJob(JobOutcome(part.job.write_id, failed), part.job))
 
     # -- on the loop's thread ----------------------------------------------------------------------
 
-    def _start(self, work: _Work, save: _Save | None, after: Event | None) -> None:
-        self._spawn(self._carry_out(work, save, after), self._tasks)
+    def _start(self, part: _RankPart, save: _UnreadSave | None, after: Event | None) -> None:
+        self._spawn(self._carry_out(part, save, after), self._tasks)
 
     def _spawn(self, call: Coroutine[Any, Any, None], tasks: "set[asyncio.Task[None]]") -> None:
         task = asyncio.get_running_loop().create_task(call)
@@ -347,11 +347,11 @@ class WorkerHalf:
         task.add_done_callback(tasks.discard)
         task.add_done_callback(_raise_in_loop)
 
-    async def _carry_out(self, work: _Work, save: _Save | None, after: Event | None) -> None:
+    async def _carry_out(self, part: _RankPart, save: _UnreadSave | None, after: Event | None) -> None:
         data, _ = self._planes()
         ended: list[TransferRequest] = []
         try:
-            request = await data.start(work.transfer, after, ended.append, wants_source_released=save is not None)
+            request = await data.start(part.transfer, after, ended.append, wants_source_released=save is not None)
             if save is not None:
                 await request.source_released.wait()
                 save.read.set()
@@ -362,23 +362,25 @@ class WorkerHalf:
             if save is not None:
                 save.read.set()
             data.release_event(after)
-            outcome = self._judge(work, ended[0])
+            outcome = self._outcome_of(part, ended[0])
             if save is not None and save.overwritten:
-                outcome = JobOutcome(work.job.job_id, tuple(work.positions.tolist()))
-            self._ended.append(_Ended(outcome, work.job))
-        if isinstance(work.job, SaveJob) and work.job.keys:
+                outcome = JobOutcome(part.job.job_id, tuple(part.positions.tolist()))
+            self._ended.append(_EndedJob(outcome, part.job))
+        if isinstance(part.job, SaveJob) and part.job.keys:
             overwritten = save is not None and save.overwritten
             saved = np.flatnonzero(ended[0].succeeded & (not overwritten))
-            self._spawn(self._write_behind(work, work.job, ended[0], saved), self._tier_tasks)
+            self._spawn(self._write_behind(part, part.job, ended[0], saved), self._tier_tasks)
 
-    async def _write_behind(self, work: _Work, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]) -> None:
+    async def _write_behind(
+        self, part: _RankPart, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]
+    ) -> None:
         keys = split_joined(job.keys)
         stored = np.zeros(request.succeeded.size, dtype=np.bool_)
         if self._mover is not None:
-            wanted = [keys[position] for position in work.positions[saved].tolist()]
-            stored[saved] = await self._mover.write(wanted, work.transfer.part(saved), request.digests[saved])
-        failed = tuple(work.positions[~stored].tolist())
-        self._ended.append(_Ended(JobOutcome(job.write_id, failed), job))
+            wanted = [keys[position] for position in part.positions[saved].tolist()]
+            stored[saved] = await self._mover.write(wanted, part.transfer.part(saved), request.digests[saved])
+        failed = tuple(part.positions[~stored].tolist())
+        self._ended.append(_EndedJob(JobOutcome(job.write_id, failed), job))
 
     async def _fetch(self, job: FetchJob) -> None:
         transfer = self._places.place(job.transfer)
@@ -389,21 +391,21 @@ class WorkerHalf:
         if self._mover is not None:
             arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
         self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
-        self._ended.append(_Ended(JobOutcome(job.job_id, tuple(positions[~arrived].tolist())), job))
+        self._ended.append(_EndedJob(JobOutcome(job.job_id, tuple(positions[~arrived].tolist())), job))
 
     async def _touch(self, keys: bytes) -> None:
         if self._mover is not None:
             await self._mover.touch(split_joined(keys))
 
-    def _judge(self, work: _Work, request: TransferRequest) -> JobOutcome:
-        places, digests = self._share.places(work.transfer), self._share.digests
+    def _outcome_of(self, part: _RankPart, request: TransferRequest) -> JobOutcome:
+        places, digests = self._share.places(part.transfer), self._share.digests
         wrong = np.zeros(request.num_blocks, dtype=np.bool_)
-        if isinstance(work.job, SaveJob):
+        if isinstance(part.job, SaveJob):
             digests[places[request.succeeded]] = request.digests[request.succeeded]
         else:
             wrong = request.succeeded & (request.digests != digests[places])
         kinds = (~request.succeeded, wrong, request.too_lossy)
-        return JobOutcome(work.job.job_id, *(tuple(work.positions[kind].tolist()) for kind in kinds))
+        return JobOutcome(part.job.job_id, *(tuple(part.positions[kind].tolist()) for kind in kinds))
 
     # -- what became of it -------------------------------------------------------------------------
 

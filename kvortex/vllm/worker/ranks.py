@@ -98,7 +98,7 @@ def check_memory_of_all(peers: Peers, pool_bytes: int, ranks: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class PoolShare:
     """What one rank saves of what all hold, and the digests of all that is saved.
 
     Args:
