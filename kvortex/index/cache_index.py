@@ -23,7 +23,7 @@ _NO_OFFSETS = np.empty(0, np.int64)
 
 
 class Reservation:
-    """What became of the keys of a `reserve`.
+    """The outcome of a `reserve` of `n` keys.
 
     A state is RESERVED (the call must `commit` or `abort` the slot), STORED (committed already) or BUSY (reserved
     by someone else, or at an earlier position of the call).
@@ -37,13 +37,13 @@ class Reservation:
 
     @property
     def slots(self) -> Slots:
-        """`int64 [n]`: those that the call owns, or -1."""
+        """Slot of each key, `int64 [n]`; -1 where the call does not own one."""
         slots: Slots = self._results[steps.RESERVE_SLOTS]
         return slots
 
     @property
     def states(self) -> NDArray[np.int64]:
-        """`int64 [n]`."""
+        """RESERVED, STORED or BUSY for each key, `int64 [n]`."""
         states: NDArray[np.int64] = self._results[steps.RESERVE_STATES]
         return states
 
@@ -55,10 +55,7 @@ class Reservation:
 
 
 class Pins:
-    """What became of the keys of a `pin`: of all, and of the `k` hits alone, in order.
-
-    A reason is a position in MISS_REASONS, and means something for misses only.
-    """
+    """The outcome of a `pin` of `n` keys, of which `k` are hits. Everything is in the order of the keys."""
 
     __slots__ = ("_results", "num_hits")
 
@@ -67,40 +64,40 @@ class Pins:
         self.num_hits = num_hits
 
     def __len__(self) -> int:
-        """`n`."""
+        """Number of keys, `n`."""
         return len(self._results[0])
 
     @property
     def slots(self) -> Slots:
-        """`int64 [n]`, -1 for a miss."""
+        """Slot of each key, `int64 [n]`; -1 for a miss."""
         slots: Slots = self._results[steps.PIN_SLOTS]
         return slots
 
     @property
     def reasons(self) -> NDArray[np.int64]:
-        """`int64 [n]`."""
+        """Why each key is a miss, `int64 [n]`, as positions in MISS_REASONS; without meaning for hits."""
         reasons: NDArray[np.int64] = self._results[steps.PIN_REASONS]
         return reasons
 
     @property
     def hits(self) -> Slots:
-        """Slots `int64 [k]`."""
+        """Slots of the hits, `int64 [k]`."""
         slots: Slots = self._results[steps.PIN_HITS, : self.num_hits]
         return slots
 
     @property
     def offsets(self) -> Offsets:
-        """`int64 [k]`."""
+        """Where the blocks of the hits lie, `int64 [k]`."""
         return self._results[steps.PIN_OFFSETS, : self.num_hits]
 
     @property
     def nbytes(self) -> NDArray[np.int64]:
-        """`int64 [k]`."""
+        """Bytes of the hits' extents, `int64 [k]`."""
         return self._results[steps.PIN_NBYTES, : self.num_hits]
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """`uint64 [k]`."""
+        """64-bit checksums of the hits, `uint64 [k]`."""
         return self._results[steps.PIN_DIGESTS, : self.num_hits].view(np.uint64)
 
 
@@ -124,7 +121,22 @@ class CacheIndex:
     thread: each is one compiled step under the GIL. All else takes one lock. Methods that take several keys expect
     a prefix chain, root first, and do all of it or nothing.
 
-    Whoever gets an offset back (from `commit`, `unpin`, `drop`, `evict`, `clear`) owns it and frees it; each
+    A slot's states, and the methods that change them:
+
+        free      --reserve-->       pending
+        pending   --commit-->        committed
+        pending   --abort-->         ghost, if a reason is given or the slot was one before; else free
+        pending   --clear-->         orphaned   --commit, abort-->  free
+        committed --pin, unpin-->    committed, with a count of pins
+        committed --evict, drop-->   ghost, if it is not pinned
+        committed --drop, clear-->   dropped, if it is   --last unpin-->  free; the ghost is in another slot
+        ghost     --reserve-->       pending, in the same slot
+        ghost     --ring is full-->  free
+
+    A *ghost* is no block any more: the slot remembers the key and why it went. A *dropped* block cannot be found, and its
+    memory is still being read. An *orphaned* reservation was cleared before its commit, which then gives the offset back.
+
+    The caller that gets an offset back (from `commit`, `unpin`, `drop`, `evict` or `clear`) owns it and must free it; each
     offset comes back exactly once.
 
     A chain's place in the eviction order is set when it is reserved, not when its batches are committed one by

@@ -1,11 +1,11 @@
-"""Who may have blocks of the device loaded, so that nobody is left waiting for ever.
+"""Admission: which requests may load blocks now, so that no request waits for ever.
 
-A request whose load has ended holds its blocks and waits for vLLM to come to it in its queue. vLLM stops at the first
-request that finds no room, and what waits behind it is not reached: its blocks are never given back, and nothing moves
-any more. Two rules keep the queue moving, whatever the version does by itself:
+A request whose load has ended holds its device blocks and waits for its turn in vLLM's queue. vLLM stops at the first
+request that does not fit, and never reaches those behind it. If one of those holds blocks, they are never given back, and
+the scheduler makes no progress any more. Two rules prevent that, whatever the version does by itself:
 
-- Whoever does not fit beside those who wait with blocks is passed over until they have run.
-- A load is planned only if all who wait with blocks, and all who were passed over before, can go on beside it.
+1. If waiting requests hold blocks, a request that does not fit beside them is passed over until they have run.
+2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, still fits beside it.
 """
 
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ class Admission:
     """The two rules over one device's blocks.
 
     Args:
-        num_blocks: that can be allocated.
-        block_size: in tokens.
+        num_blocks: blocks of the device that can be allocated.
+        block_size: tokens of a block.
         num_lookahead_tokens: slots that a request needs beyond its tokens in every step, for drafts.
     """
 
@@ -42,7 +42,7 @@ class Admission:
         return (int(request.num_tokens) + self._num_lookahead_tokens) // self._block_size + 1
 
     def must_let_pass(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
-        """Others wait with blocks, and this one does not fit beside them: they go first."""
+        """Rule 1: True if other requests wait with blocks, and this one does not fit beside them."""
         others = [t for t in tracked if t.block_ids and t.request is not request]
         waiting = [t for t in others if t.request.status in WAITING_WITH_BLOCKS]
         if not waiting:
@@ -52,7 +52,7 @@ class Admission:
         return held + self.needs(request) > self._num_blocks
 
     def may_load(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
-        """Everybody who waits with blocks can go on when this one does so too."""
+        """Rule 2: True if all requests that wait with blocks, or were passed over, can still go on beside this one."""
         waiting = [t for t in tracked if t.request is not request and t.block_ids]
         taken = sum(self._to_go_on(t) for t in waiting if t.request.status in WAITING_WITH_BLOCKS)
         for name, needed in self._passed_over.items():
@@ -62,11 +62,11 @@ class Admission:
         return not taken or taken + self.needs(request) <= self._num_blocks
 
     def pass_over(self, request: "Request") -> None:
-        """It was asked to wait: nobody who comes later may take the room that it needs."""
+        """Note that a request was asked to wait: later ones may not take the room that it needs."""
         self._passed_over[request.request_id] = self.needs(request)
 
     def settle(self, request_id: str) -> None:
-        """It has been answered, or has gone."""
+        """Forget a request: it has been answered, or has ended."""
         self._passed_over.pop(request_id, None)
 
     def _to_go_on(self, tracked: TrackedRequest) -> int:
