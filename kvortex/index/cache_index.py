@@ -133,11 +133,12 @@ class CacheIndex:
         ghost     --reserve-->       pending, in the same slot
         ghost     --ring is full-->  free
 
-    A *ghost* is no block any more: the slot remembers the key and why it went. A *dropped* block cannot be found, and its
-    memory is still being read. An *orphaned* reservation was cleared before its commit, which then gives the offset back.
+    A *ghost* is no block any more: the slot remembers the key and why it went. A *dropped* block cannot be found, and
+    its memory is still being read. An *orphaned* reservation was cleared before its commit, which then gives the offset
+    back.
 
-    The caller that gets an offset back (from `commit`, `unpin`, `drop`, `evict` or `clear`) owns it and must free it; each
-    offset comes back exactly once.
+    The caller that gets an offset back (from `commit`, `unpin`, `drop`, `evict` or `clear`) owns it and must free it;
+    each offset comes back exactly once.
 
     A chain's place in the eviction order is set when it is reserved, not when its batches are committed one by
     one: otherwise a long save would leave its tail more recent than its head. The policy therefore also holds

@@ -1,11 +1,12 @@
 """Admission: which requests may load blocks now, so that no request waits for ever.
 
 A request whose load has ended holds its device blocks and waits for its turn in vLLM's queue. vLLM stops at the first
-request that does not fit, and never reaches those behind it. If one of those holds blocks, they are never given back, and
-the scheduler makes no progress any more. Two rules prevent that, whatever the version does by itself:
+request that does not fit, and never reaches those behind it. If one of those holds blocks, they are never given back,
+and the scheduler makes no progress any more. Two rules prevent that, whatever the version does by itself:
 
 1. If waiting requests hold blocks, a request that does not fit beside them is passed over until they have run.
-2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, still fits beside it.
+2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, still fits beside
+   it.
 """
 
 from collections.abc import Iterable
