@@ -42,6 +42,7 @@ MISS_REASONS = (
     MissReason.TRANSFER_FAILED,
     MissReason.DEADLINE,
     MissReason.TOO_LOSSY,
+    MissReason.NOT_FETCHED,
 )
 """Miss reasons by their number in arrays."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2

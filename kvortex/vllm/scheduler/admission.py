@@ -5,8 +5,7 @@ request that does not fit, and never reaches those behind it. If one of those ho
 and the scheduler makes no progress any more. Two rules prevent that, whatever the version does by itself:
 
 1. If waiting requests hold blocks, a request that does not fit beside them is passed over until they have run.
-2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, still fits beside
-   it.
+2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, fits beside it.
 """
 
 from collections.abc import Iterable

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from shared_memory import left_since
 from tiny_model import VOCAB_SIZE, make_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -99,7 +100,7 @@ def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) 
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
         wait_for_end(process.pid)
-        assert set(os.listdir("/dev/shm")) <= names
+        assert not left_since(names)
     finally:
         if members_of(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
