@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Final
 
+from kvortex.runtime.blocking import interpreter_ends
 from kvortex.stats import BreakerFigures
 from kvortex.tiers.base import Cause, ReadOutcome, WriteOutcome
 
@@ -111,8 +112,9 @@ class CircuitBreaker:
         if self._state is BreakerState.HALF_OPEN:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         else:
-            logger.warning(
-                "%s hang or fail: none is tried for %g s, then one from time to time", self._name, self._pause_s
+            level = logging.DEBUG if interpreter_ends() else logging.WARNING  # then threads are refused to everybody
+            logger.log(
+                level, "%s hang or fail: none is tried for %g s, then one from time to time", self._name, self._pause_s
             )
         self._state = BreakerState.OPEN
         self._opened += 1

@@ -1,5 +1,8 @@
 """When a tier is left alone, and when it is tried again."""
 
+import subprocess
+import sys
+
 import pytest
 
 from kvortex.tiers import Cause, ReadOutcome, WriteOutcome
@@ -149,3 +152,18 @@ def test_the_log_says_once_that_a_tier_is_left_alone_and_once_that_it_is_back(
         "reads of the disk tier hang or fail: none is tried for 1 s, then one from time to time",
         "reads of the disk tier work again",
     ]
+
+
+ENDS = """
+import atexit
+from kvortex.tiers.breaker import CircuitBreaker
+
+breaker = CircuitBreaker("writes to the disk tier", float)
+{when}
+"""
+
+
+@pytest.mark.parametrize(("when", "says"), [("breaker.hung()", True), ("atexit.register(breaker.hung)", False)])
+def test_an_interpreter_that_ends_is_no_sick_tier(when: str, says: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS.format(when=when)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "hang or fail" in done.stderr) == (0, says)
