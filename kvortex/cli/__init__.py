@@ -1,1 +1,6 @@
 """The `kvortex` command."""
+
+from kvortex.config import KIB
+
+REPLAY_BLOCK_BYTES = 4 * KIB
+"""Size of a block in the cache of a replay: small, so that a trace of long prompts fits into any machine."""

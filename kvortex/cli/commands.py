@@ -9,11 +9,9 @@ from types import ModuleType
 from typing import Any
 
 from kvortex import __version__
-from kvortex.config import EVICTION_POLICIES, GIB, KIB, format_bytes, parse_bytes
+from kvortex.cli import REPLAY_BLOCK_BYTES
+from kvortex.config import EVICTION_POLICIES, GIB, format_bytes, parse_bytes
 from kvortex.errors import ConfigError, KVortexError
-
-REPLAY_BLOCK_BYTES = 4 * KIB
-"""Of a block in the cache of a replay: small, so that a trace of long prompts fits into any machine."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
-from kvortex.cli.commands import REPLAY_BLOCK_BYTES
+from kvortex.cli import REPLAY_BLOCK_BYTES
 from kvortex.cli.trace import read_trace
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError
