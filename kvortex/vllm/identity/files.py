@@ -31,7 +31,7 @@ def weights_digest(path: Path) -> str:
     it is a link into a folder of blobs named by their content, as in Hugging Face's cache, that name says it all.
 
     Args:
-        path: of a folder, or of the only file.
+        path: a folder, or the only file.
 
     Raises:
         OSError: a file is there but cannot be read.

@@ -46,7 +46,7 @@ def identity_of(vllm_config: "VllmConfig", group: Any, rank: int, named: ModelId
     Args:
         vllm_config: the engine's configuration.
         group: the group of layers that is served.
-        rank: of the worker.
+        rank: number of the worker among all.
         named: what the user adds, for what vLLM cannot see: a name, and a revision of the weights.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -63,7 +63,7 @@ class TierIndex:
 
     Args:
         config: names the tier.
-        namespace: of the first rank.
+        namespace: what the first rank's blocks belong to.
     """
 
     def __init__(self, config: KVortexConfig, namespace: Namespace) -> None:

@@ -58,8 +58,8 @@ class TierPlanner:
 
     Args:
         config: the engine's.
-        control: of the pool.
-        sizes: of blocks.
+        control: decides what is in the pool.
+        sizes: bytes that a block takes in the pool.
         index: what the tier has.
         num_workers: that report.
         next_id: numbers for jobs.
@@ -102,7 +102,7 @@ class TierPlanner:
         """Have the workers write the blocks of a save when they have them.
 
         Args:
-            hashes: of the blocks.
+            hashes: block hashes, in the order of the save.
             told: for each block what an event will say, and which of those blocks it is; nothing without events.
 
         Returns:
@@ -159,8 +159,8 @@ class TierPlanner:
 
         Args:
             request: who asks; the same block is fetched for it once.
-            number: of the first block in the request.
-            hashes: of its blocks from there on, none of which is in the pool.
+            number: position of the first block in the request.
+            hashes: the request's block hashes from there on, none of which is in the pool.
 
         Returns:
             The job; None where the tier has not got the first block, or the pool has no room.

@@ -80,9 +80,9 @@ def check_memory_of_all(peers: Peers, pool_bytes: int, ranks: int) -> None:
     """Refuse pools that this machine cannot hold together, before any of its ranks has taken one.
 
     Args:
-        peers: of this rank; all of them call this at the same time.
-        pool_bytes: of one rank's pool.
-        ranks: of this machine that take as much each.
+        peers: the other ranks; all of them call this at the same time.
+        pool_bytes: size of one rank's pool.
+        ranks: number of ranks of this machine that take as much each.
 
     Raises:
         ConfigError: they do not fit, here or where another rank is.
@@ -104,7 +104,7 @@ class PoolShare:
     Args:
         config: the settings of its pool.
         digests: `uint64 [places]`, one for every place a block can have in the pool.
-        place_nbytes: of the smallest block: no two have the same place.
+        place_nbytes: bytes of the smallest block: no two have the same place.
         rank, size: the rank saves the blocks at every `size`-th place.
         memory: pool and digests of all ranks; None where they are this rank's own.
     """

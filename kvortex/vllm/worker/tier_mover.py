@@ -32,9 +32,9 @@ class TierMover:
 
     Args:
         config: names the tier.
-        namespace: of this rank.
+        namespace: what this rank's blocks belong to.
         pool: its bytes.
-        encodings: of the blocks.
+        encodings: how blocks are encoded, and their sizes.
     """
 
     def __init__(

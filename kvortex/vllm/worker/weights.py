@@ -26,7 +26,7 @@ class WeightsWatch:
     whatever asks for one with `look`. An adapter whose files were replaced is noticed when it is loaded again.
 
     Args:
-        vllm_config: of the engine; its worker in this process is watched.
+        vllm_config: the engine's configuration; its worker in this process is watched.
         on_change: called after a change, in the thread that made it.
     """
 
