@@ -81,7 +81,7 @@ async def traffic(engine: KVortexEngine, direction: str, kind: type = Traffic) -
 
 @asynccontextmanager
 async def engine_over(kv: dict[str, torch.Tensor], **settings: Any) -> Any:
-    config = KVortexConfig(cpu_pool_bytes=3 * TOTAL_BYTES, **settings)
+    config = KVortexConfig(pool=3 * TOTAL_BYTES, **settings)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(kv, BLOCK_SIZE)
         await engine.wait_pinned()
@@ -228,7 +228,7 @@ async def bench_short(kv: dict[str, torch.Tensor], arguments: argparse.Namespace
 async def bench_start(kv: dict[str, torch.Tensor], arguments: argparse.Namespace) -> list[Row]:
     hashes = hash_blocks(np.arange(8 * BLOCK_SIZE), BLOCK_SIZE)
     started = time.perf_counter()
-    config = KVortexConfig(cpu_pool_bytes=arguments.pool_bytes, codec=arguments.codec)
+    config = KVortexConfig(pool=arguments.pool_bytes, codec=arguments.codec)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(kv, BLOCK_SIZE)
         registered = time.perf_counter() - started

@@ -116,7 +116,7 @@ def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
         return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if kind == "lmcache":
         return {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
-    options: dict[str, Any] = {"cpu_pool_bytes": pool_bytes}
+    options: dict[str, Any] = {"pool": pool_bytes}
     if kind == "kvortex-fp8":
         options["codec"] = "fp8"
     return {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvortex.stats import StatsSnapshot
     from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockHash",

@@ -38,14 +38,11 @@ def wipe(cache: dict[str, torch.Tensor], block_ids: Sequence[int]) -> None:
 
 def small_config(**changes: object) -> KVortexConfig:
     """A pool of many blocks in several pieces, batches of four blocks."""
-    settings: dict[str, object] = {
-        "cpu_pool_bytes": 4 * MIB,
-        "pin_piece_bytes": 256 * KIB,
-        "max_batch_bytes": 4 * BLOCK_NBYTES,
-        "linger_s": 0.0,
-        "self_test": False,
-    }
-    return KVortexConfig(**{**settings, **changes})
+    small = KVortexConfig(
+        pool={"bytes": 4 * MIB, "pin_piece_bytes": 256 * KIB},
+        transfer={"max_batch_bytes": 4 * BLOCK_NBYTES, "linger_s": 0.0, "self_test": False},
+    )
+    return small.replace(**changes)
 
 
 @asynccontextmanager

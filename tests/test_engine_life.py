@@ -29,7 +29,7 @@ from kvortex.tiers import MemoryTier
 
 @pytest.mark.parametrize("blocks", [1, 1.5, 2, 3])
 async def test_a_pool_of_few_blocks_works(blocks: float) -> None:
-    config = small_config(cpu_pool_bytes=int(blocks * BLOCK_NBYTES), self_test=True)
+    config = small_config(pool=int(blocks * BLOCK_NBYTES), transfer={"self_test": True})
     cache = make_cache()
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
@@ -41,14 +41,14 @@ async def test_a_pool_of_few_blocks_works(blocks: float) -> None:
 
 @pytest.mark.parametrize("pool_bytes", [4096, BLOCK_NBYTES - 1])
 async def test_a_pool_that_holds_no_block_is_refused(pool_bytes: int) -> None:
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=pool_bytes)) as engine:
-        with pytest.raises(ConfigError, match="raise cpu_pool_bytes"):
+    async with KVortexEngine.create(KVortexConfig(pool=pool_bytes)) as engine:
+        with pytest.raises(ConfigError, match=r"raise pool\.bytes"):
             engine.register_kv_caches(make_cache(), BLOCK_SIZE)
 
 
 async def test_a_piece_that_holds_no_block_is_refused() -> None:
-    async with KVortexEngine.create(KVortexConfig(pin_piece_bytes=4096)) as engine:
-        with pytest.raises(ConfigError, match="raise pin_piece_bytes"):
+    async with KVortexEngine.create(KVortexConfig(pool={"pin_piece_bytes": 4096})) as engine:
+        with pytest.raises(ConfigError, match=r"raise pool\.pin_piece_bytes"):
             engine.register_kv_caches(make_cache(), BLOCK_SIZE)
 
 
@@ -75,7 +75,9 @@ async def test_a_cache_is_served_whatever_autograd_thinks_of_it(kind: str, codec
     cache = {f"layers.{i}": CACHES[kind]() for i in range(2)}
     with torch.no_grad():
         before = {name: tensor.detach().clone() for name, tensor in cache.items()}
-    async with KVortexEngine.create(small_config(self_test=True, codec=codec, max_pack_error=0.9)) as engine:
+    async with KVortexEngine.create(
+        small_config(transfer={"self_test": True}, codec={"name": codec, "max_error": 0.9})
+    ) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE, num_blocks=64, block_dim=1)
         for name, tensor in cache.items():
             assert torch.equal(tensor.detach(), before[name]), "the self-test left it as it was"
@@ -131,7 +133,7 @@ async def test_a_registration_that_fails_leaves_nothing_behind_and_can_be_tried_
     what: str, pools: list[PinnedPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache()
-    async with KVortexEngine.create(small_config(self_test=True)) as engine:
+    async with KVortexEngine.create(small_config(transfer={"self_test": True})) as engine:
         with monkeypatch.context() as patch:
             arguments = FAILURES[what](patch)
             for _ in range(3):
@@ -204,7 +206,7 @@ async def test_an_executor_that_cannot_be_closed_does_not_keep_the_pool(
 @pytest.mark.parametrize("disk", [False, True])
 async def test_figures_can_be_had_after_the_end(disk: bool, tmp_path: Path) -> None:
     engine = await KVortexEngine.create(
-        small_config(**({"disk_path": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
+        small_config(**({"disk": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
     )
     assert engine.get_stats().hits == 0
     engine.register_kv_caches(make_cache(), BLOCK_SIZE)
@@ -243,7 +245,7 @@ CALLS: dict[str, Callable[[KVortexEngine], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_second_loop_is_told_that_the_engine_lives_on_the_first(call: str, disk: bool, tmp_path: Path) -> None:
-    config = small_config(**({"disk_path": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
+    config = small_config(**({"disk": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
     engine = asyncio.run(make_engine(config))
 
     async def use() -> None:
@@ -408,7 +410,7 @@ import atexit, threading, torch
 from kvortex import KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
 from kvortex.errors import EngineStateError
 identity = ModelIdentity(model="m")
-config = KVortexConfig(cpu_pool_bytes=1 << 22, disk_path={str(tmp_path) if disk else ""!r}, identity=identity)
+config = KVortexConfig(pool=1 << 22, disk={str(tmp_path) if disk else ""!r}, identity=identity)
 engine = KVortexEngine.create_sync(config)
 engine.register_kv_caches({{"layer": torch.randn(2, 64, 16, 2, 16)}}, 16)
 hashes = hash_blocks(range(128))
@@ -428,7 +430,7 @@ import asyncio, atexit, torch
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
 
 async def main():
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=1 << 22)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=1 << 22)) as engine:
         engine.register_kv_caches({"layer": torch.randn(2, 64, 16, 2, 16)}, 16)
         assert (await engine.save_blocks(hash_blocks(range(128)), range(8))).ok
 

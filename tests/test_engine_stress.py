@@ -95,7 +95,7 @@ class Storm:
 async def test_storm(seed: int) -> None:
     storm = Storm(seed)
     pool_blocks = 64
-    config = small_config(cpu_pool_bytes=pool_blocks * BLOCK_NBYTES, pin_piece_bytes=16 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 16 * BLOCK_NBYTES})
     async with running_engine(storm.cache, config, storm.fault_of) as (engine, _):
         async with asyncio.TaskGroup() as group:
             for number in range(CLIENTS):

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class KVortexEngine:
     """Saves, checks and loads paged KV blocks. Made with `create`, bound to the event loop it was made on.
 
-        async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 << 30)) as engine:
+        async with KVortexEngine.create(KVortexConfig(pool="16GiB")) as engine:
             engine.register_kv_caches({"layers.0": kv0, "layers.1": kv1}, block_size=16)
             hashes = hash_blocks(token_ids, block_size=16)
             await engine.save_blocks(hashes, block_ids)
@@ -54,7 +54,7 @@ class KVortexEngine:
         self.config = config
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
-        self._queue = CallQueue(config.max_outstanding_requests)
+        self._queue = CallQueue(config.transfer.max_outstanding_requests)
         self._control: ControlPlane | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
@@ -66,7 +66,7 @@ class KVortexEngine:
         state = "shut down" if self._shutdown is not None else "no caches registered yet"
         if self._shutdown is None and self._data is not None:
             state = self._data.layout.describe()
-        return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.cpu_pool_bytes)}>"
+        return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.pool.bytes)}>"
 
     @classmethod
     def create(cls, config: KVortexConfig | None = None) -> "_Creation":
@@ -122,7 +122,7 @@ class KVortexEngine:
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
-        check_memory(self.config.cpu_pool_bytes)
+        check_memory(self.config.pool.bytes)
         with contextlib.ExitStack() as undo:
             self._data = DataPlane(
                 self.config,
@@ -263,7 +263,8 @@ class KVortexEngine:
             stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
                 Work queued on any stream after this returns sees the loaded bytes.
             deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
-                load. 0 does not wait, None waits as long as it takes; left out, the configuration's `load_deadline_s`.
+                load. 0 does not wait, None waits as long as it takes; left out, it is `tier.load_deadline_s` of the
+                configuration.
 
         Raises:
             InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a save is
@@ -272,7 +273,7 @@ class KVortexEngine:
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
-        wait_s = self.config.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
+        wait_s = self.config.tier.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
         return self._load(keys, ids, data.current_stream() if stream is None else stream, wait_s)
 
     async def _load(
@@ -443,7 +444,9 @@ class KVortexEngine:
             return
         if self._loop.is_closed():
             self._loop, self._shutdown = asyncio.get_running_loop(), None
-            self._queue = CallQueue(self.config.max_outstanding_requests)  # of the old loop's calls none comes back
+            self._queue = CallQueue(
+                self.config.transfer.max_outstanding_requests
+            )  # of the old loop's calls none comes back
         self._check_loop()
         if self._shutdown is None:
             self._shutdown = asyncio.create_task(self._release(), name="kvortex-shutdown")

@@ -107,7 +107,7 @@ class PinnedPool:
         except DeviceError as error:
             logger.warning(
                 "no more than %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
-                "raise the limit on locked memory, or lower cpu_pool_bytes",
+                "raise the limit on locked memory, or lower pool.bytes",
                 self.pinned_bytes,
                 self.capacity_bytes,
                 error,

@@ -184,7 +184,7 @@ class Fetches:
             self._asking = True
             link.spawn(self._ask()).add_done_callback(self._asked)
         while self._queue:
-            room = link.config.fetch_blocks - len(self._reading)
+            room = link.config.tier.fetch_blocks - len(self._reading)
             if room <= 0 and not self._num_reads:
                 break  # what holds the places hangs
             if room <= 0:

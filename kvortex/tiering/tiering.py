@@ -19,7 +19,7 @@ from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
 from kvortex.tiering.link import NOT_KNOWN, TierLink
 from kvortex.tiering.write_behind import WriteBehind
-from kvortex.tiers import DiskTier, DiskTierConfig, Tier
+from kvortex.tiers import DiskTier, Tier
 from kvortex.types import MissReason
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Tiering:
 
     def __init__(self, link: TierLink) -> None:
         self.link = link
-        self.is_exclusive = link.config.tier_inclusion == "exclusive"
+        self.is_exclusive = link.config.tier.inclusion == "exclusive"
         self.writes = WriteBehind(link)
         self.fetches = Fetches(link, takes_away=self.is_exclusive)
 
@@ -70,7 +70,7 @@ class Tiering:
 
     async def _wait_for_opening(self) -> None:
         """Nobody waits longer for the tier to open than for anything else of it; it may come later."""
-        timeout_s = self.link.config.tier_timeout_s
+        timeout_s = self.link.config.tier.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await self.link.opened.wait()
@@ -135,7 +135,7 @@ class Tiering:
         Where the tier admits only what is asked for again the new blocks are not offered yet.
         """
         used_s = self.link.uses.chain(len(keys))
-        if not self.is_exclusive and self.link.config.tier_admission == "always":
+        if not self.is_exclusive and self.link.config.tier.admission == "always":
             self.writes.offer(keys[is_new], used_s[is_new])
         self._used(keys[~is_new], used_s[~is_new])
 
@@ -224,7 +224,6 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
     Raises:
         ConfigError: it cannot be made like that.
     """
-    if not config.disk_path:
+    if not config.disk.path:
         return None
-    settings = DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_capacity_bytes, fsync=config.disk_fsync)
-    return DiskTier(settings, namespace=namespace.digest)
+    return DiskTier(config.disk, namespace=namespace.digest)

@@ -54,9 +54,8 @@ class Life:
         self._harm = harm
         self._complain = complain
         self._seen = -1
-        self.engine = KVortexEngine(
-            KVortexConfig(self_test=False, numa_aware=False, tier_timeout_s=TIMEOUT_S, **scenario.settings)
-        )
+        common = KVortexConfig(transfer={"self_test": False}, pool={"numa_aware": False}, tier={"timeout_s": TIMEOUT_S})
+        self.engine = KVortexEngine(common.replace(**scenario.settings))
         self.engine.register_kv_caches(tensors, BLOCK_SIZE, wrap_executor=self._wrap, make_tier=self._make_tier)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
@@ -122,14 +121,14 @@ class Life:
         tiering = self.tiering
         new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queue]
         refused = tiering.link.guard.writes.refuses
-        room = self.engine.config.tier_queue_blocks - len(tiering.writes._queue)
+        room = self.engine.config.tier.queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks
         self.offered += len(set(new))
         self.ledger.changes += 1
         self._offer(keys, used_s)
         usable = not refused and (tiering.link.usable or not tiering.link.opened.is_set())
         shed, least = tiering.writes.shed_blocks - before, max(len(set(new)) - room, 0)
-        most = len(keys) if self.engine.config.tier_shed == "oldest" else max(len(new) - room, 0)
+        most = len(keys) if self.engine.config.tier.shed == "oldest" else max(len(new) - room, 0)
         if usable and not least <= shed <= most:
             self._complain(f"{len(new)} blocks offered with room for {room}: {shed} shed")
 
@@ -198,12 +197,12 @@ class Life:
 
     def _check_bounds(self) -> None:
         tiering, config, complain = self.tiering, self.engine.config, self._complain
-        if len(tiering.writes._queue) > config.tier_queue_blocks:
+        if len(tiering.writes._queue) > config.tier.queue_blocks:
             complain(f"{len(tiering.writes._queue)} blocks wait to be written")
         if tiering.writes._demoted_bytes > self.control.allocator.capacity_bytes // 10:
             complain(f"{tiering.writes._demoted_bytes} bytes wait to be written")
         reads = sum(move.reads for move in self.tier.moving)
-        if reads > config.fetch_blocks:
+        if reads > config.tier.fetch_blocks:
             complain(f"{reads} blocks are on their way from the tier")
         counted = tiering.writes.written_blocks, tiering.writes.failed_writes, tiering.fetches.fetched_blocks
         if counted != (self.tier.writes_stored, self.tier.writes_refused, self.tier.good_reads):

@@ -36,7 +36,7 @@ def namespace(codec: str = "fp8 within 0.05") -> Namespace:
 
 
 def config(**settings: Any) -> KVortexConfig:
-    return KVortexConfig(**{"disk_path": "/nowhere", "tier_timeout_s": TIMEOUT_S, **settings})
+    return KVortexConfig(disk="/nowhere", tier={"timeout_s": TIMEOUT_S}).replace(**settings)
 
 
 def plan_of(packed: Sequence[bool]) -> TransferPlan:

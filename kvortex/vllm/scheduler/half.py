@@ -89,8 +89,8 @@ class SchedulerHalf:
         self._ready = not waits_for_hello
         self._first_plan: int | None = None  # that computed anything since vLLM's own cache was last emptied
         self._is_mixed = False  # vLLM's own cache may serve what older weights computed
-        self._sizes = expected_sizes(kv_cache_config, options.engine.codec)
-        self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
+        self._sizes = expected_sizes(kv_cache_config, options.engine.codec.name)
+        self._control = ControlPlane.from_config(options.engine, options.engine.pool.bytes, self._sizes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
@@ -134,7 +134,7 @@ class SchedulerHalf:
         if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
         self._ready = True
-        disk = f"disk at {self._options.engine.disk_path}" if self._tier is not None else "no disk"
+        disk = f"disk at {self._options.engine.disk.path}" if self._tier is not None else "no disk"
         logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
 
     def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:
