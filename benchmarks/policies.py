@@ -1,6 +1,6 @@
 """Hit rates of the eviction policies, and of the offline optimum, on a conversation trace.
 
-python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--watermark SHARE]
+python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--eviction-watermark SHARE]
     [--eviction-ratio SHARE] [--json] [--plot docs/eviction.svg]
 
 Each prompt is served as an LLM server does it, through the engine's own control plane, with its index, policies,
@@ -268,13 +268,13 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="JSON lines, .xz or plain (default: the shipped trace)")
     parser.add_argument("--requests", type=int, help="only the first N")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES_GIB, metavar="GIB")
-    parser.add_argument("--watermark", type=float, default=DEFAULTS.eviction.watermark)
+    parser.add_argument("--eviction-watermark", type=float, default=DEFAULTS.eviction.watermark)
     parser.add_argument("--eviction-ratio", type=float, default=DEFAULTS.eviction.ratio)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     prompts = read_trace(arguments.trace, arguments.requests)
-    settings = KVortexConfig(eviction={"watermark": arguments.watermark, "ratio": arguments.eviction_ratio})
+    settings = KVortexConfig(eviction={"watermark": arguments.eviction_watermark, "ratio": arguments.eviction_ratio})
     results = []
     with progress_bar(len(prompts) * len(arguments.sizes) * (len(POLICIES) + 1)) as describe:
         for size in arguments.sizes:

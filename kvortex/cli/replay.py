@@ -145,7 +145,7 @@ def _config(arguments: argparse.Namespace, num_blocks: int) -> KVortexConfig:
         raise ConfigError(f"a pool of {arguments.pool} bytes holds no block of {arguments.block_bytes}: raise --pool")
     return KVortexConfig(
         pool=pool_blocks * REPLAY_BLOCK_BYTES,
-        eviction=arguments.policy,
+        eviction=arguments.eviction,
         disk=arguments.disk,
         tier={"queue_blocks": num_blocks},
         identity=ModelIdentity(model="replay"),
