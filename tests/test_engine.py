@@ -6,7 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from engine_support import (
+
+from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
+from kvortex.config import MIB
+from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
+from kvortex.index import pack_keys
+from kvortex.testing import Fault
+from kvortex.types import Direction
+from tests.engine_support import (
     BLOCK_NBYTES,
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -17,13 +24,6 @@ from engine_support import (
     small_config,
     wipe,
 )
-
-from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
-from kvortex.config import MIB
-from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
-from kvortex.index import pack_keys
-from kvortex.testing import Fault
-from kvortex.types import Direction
 
 LAYOUTS = {
     "K and V apart": lambda: torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, 2, 16),

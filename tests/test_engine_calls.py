@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_support import (
+
+from kvortex import KVortexConfig, KVortexEngine, MissReason
+from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
+from kvortex.hashing import hash_blocks
+from kvortex.sched.batcher import Batch
+from kvortex.testing import Fault
+from kvortex.types import Direction
+from tests.engine_support import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     chain,
@@ -17,13 +24,6 @@ from engine_support import (
     small_config,
     wipe,
 )
-
-from kvortex import KVortexConfig, KVortexEngine, MissReason
-from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
-from kvortex.hashing import hash_blocks
-from kvortex.sched.batcher import Batch
-from kvortex.testing import Fault
-from kvortex.types import Direction
 
 COUNT = 8
 

@@ -5,10 +5,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from engine_support import chain, contents, make_cache, running_engine, small_config, wipe
 
 from kvortex import KVortexEngine, MissReason
 from kvortex.testing import Fault
+from tests.engine_support import chain, contents, make_cache, running_engine, small_config, wipe
 
 MAX_TURNS = 60
 

@@ -10,7 +10,7 @@ from kvortex import KVortexConfig, KVortexEngine, ModelIdentity
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.tiers import MemoryTier, Tier
-from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config
+from tests.engine_support import BLOCK_SIZE, Parts, chain, contents, make_cache, small_config
 
 MODEL = ModelIdentity(model="a", weights_revision="1")
 
@@ -42,12 +42,14 @@ async def test_a_disk_without_a_named_model_is_refused_with_the_way_out(
 
 
 async def test_any_tier_that_others_may_share_wants_a_named_model() -> None:
-    async with KVortexEngine.create(small_config()) as engine:
+    make = iter([shared_tier, private_tier]).__next__
+    one_by_one = Parts(make_tier=lambda namespace: make()(namespace))
+    async with KVortexEngine.create(small_config(), one_by_one) as engine:
         with pytest.raises(ConfigError, match="the shared tier keeps blocks for other processes"):
-            engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=shared_tier)
-        engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=private_tier)  # and is as before
-    async with KVortexEngine.create(small_config(identity=MODEL)) as engine:
-        engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=shared_tier)
+            engine.register_kv_caches(make_cache(), BLOCK_SIZE)
+        engine.register_kv_caches(make_cache(), BLOCK_SIZE)  # and is as before
+    async with KVortexEngine.create(small_config(identity=MODEL), Parts(make_tier=shared_tier)) as engine:
+        engine.register_kv_caches(make_cache(), BLOCK_SIZE)
 
 
 def test_the_blocking_face_refuses_it_too(tmp_path: Path) -> None:

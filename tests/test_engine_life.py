@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
-from kvortex import KVortexConfig, KVortexEngine, ModelIdentity
+from kvortex import EngineParts, KVortexConfig, KVortexEngine, ModelIdentity
 from kvortex.engine.sync import SyncEngine
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
@@ -23,6 +22,16 @@ from kvortex.planes.control import ControlPlane
 from kvortex.planes.data import DataPlane
 from kvortex.testing import Fault
 from kvortex.tiers import MemoryTier
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    Parts,
+    chain,
+    contents,
+    make_cache,
+    running_engine,
+    small_config,
+)
 
 # -- pools of few blocks -----------------------------------------------------------------------------
 
@@ -114,17 +123,22 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[PinnedPool]:
     return made
 
 
-FAILURES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
-    "control plane": lambda patch: patch.setattr(ControlPlane, "from_config", refuse) or {},
-    "namespace": lambda patch: patch.setattr(DataPlane, "namespace", refuse) or {},
-    "executor": lambda patch: patch.setattr(DataPlane, "_make_executor", refuse) or {},
-    "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse) or {},
-    "wrapped executor": lambda patch: {"wrap_executor": refuse},
-    "tier": lambda patch: {"make_tier": refuse},
-    "link to the tier": lambda patch: (
-        patch.setattr("kvortex.engine.engine.TierLink", refuse)
-        or {"make_tier": lambda namespace: MemoryTier(1 << 20, namespace=namespace.digest)}
-    ),
+def refuse_the_link(patch: pytest.MonkeyPatch) -> None:
+    def memory_tier(_: EngineParts, __: KVortexConfig, namespace: Namespace) -> MemoryTier:
+        return MemoryTier(1 << 20, namespace=namespace.digest)
+
+    patch.setattr(EngineParts, "make_tier", memory_tier)
+    patch.setattr("kvortex.engine.engine.TierLink", refuse)
+
+
+FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "control plane": lambda patch: patch.setattr(ControlPlane, "from_config", refuse),
+    "namespace": lambda patch: patch.setattr(DataPlane, "namespace", refuse),
+    "executor": lambda patch: patch.setattr(DataPlane, "_make_executor", refuse),
+    "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse),
+    "wrapped executor": lambda patch: patch.setattr(EngineParts, "wrap_executor", refuse),
+    "tier": lambda patch: patch.setattr(EngineParts, "make_tier", refuse),
+    "link to the tier": refuse_the_link,
 }
 
 
@@ -135,10 +149,10 @@ async def test_a_registration_that_fails_leaves_nothing_behind_and_can_be_tried_
     cache = make_cache()
     async with KVortexEngine.create(small_config(transfer={"self_test": True})) as engine:
         with monkeypatch.context() as patch:
-            arguments = FAILURES[what](patch)
+            FAILURES[what](patch)
             for _ in range(3):
                 with pytest.raises(Refused):
-                    engine.register_kv_caches(cache, BLOCK_SIZE, **arguments)
+                    engine.register_kv_caches(cache, BLOCK_SIZE)
                 assert pools[-1]._mapping.closed, "its memory is given back"
                 with pytest.raises(EngineStateError, match="register_kv_caches first"):
                     engine.check_blocks(chain(1))
@@ -174,8 +188,8 @@ async def test_a_tier_that_cannot_be_closed_does_not_keep_the_pool(pools: list[P
     def make_tier(namespace: Namespace) -> Stuck:
         return Stuck(1 << 20, namespace=namespace.digest)
 
-    engine = await KVortexEngine.create(small_config())
-    engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=make_tier)
+    engine = await KVortexEngine.create(small_config(), Parts(make_tier=make_tier))
+    engine.register_kv_caches(make_cache(), BLOCK_SIZE)
     await engine.save_blocks(chain(4), range(4))
     with pytest.raises(Refused):
         await engine.shutdown()

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config, wipe
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
 from kvortex.errors import DeviceError
 from kvortex.memory import PinnedPool
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    chain,
+    contents,
+    make_cache,
+    running_engine,
+    small_config,
+    wipe,
+)
 
 POOL_BLOCKS, PINNED_BLOCKS, PIECE_BLOCKS = 1000, 16, 4
 

@@ -3,7 +3,10 @@
 import asyncio
 
 import pytest
-from engine_support import (
+
+from kvortex import KVortexEngine, SaveOutcome
+from kvortex.testing import Fault
+from tests.engine_support import (
     BLOCK_NBYTES,
     BLOCK_SIZE,
     chain,
@@ -12,9 +15,6 @@ from engine_support import (
     running_engine,
     small_config,
 )
-
-from kvortex import KVortexEngine, SaveOutcome
-from kvortex.testing import Fault
 
 
 @pytest.mark.parametrize("num_blocks", [4, 16, 1])

@@ -16,7 +16,7 @@ from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiering import guard
 from kvortex.tiers import MemoryTier, ReadOutcome, ReadRequest, Tier, breaker
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config, wipe
+from tests.engine_support import BLOCK_SIZE, Parts, chain, contents, make_cache, small_config, wipe
 
 TIMEOUT_S = 0.2  # of the tier
 HANGS_S = 60.0  # a test that takes as long waits for ever
@@ -41,8 +41,9 @@ class Bench:
         self.asked = dict.fromkeys(Direction, 0)
         self.cache = make_cache(num_blocks)
         self.hashes, self.ids = chain(num_blocks), list(range(num_blocks))
-        self.engine = KVortexEngine(small_config(pool=16 << 20, tier={"timeout_s": TIMEOUT_S}).replace(**settings))
-        self.engine.register_kv_caches(self.cache, BLOCK_SIZE, make_tier=self._make)
+        config = small_config(pool=16 << 20, tier={"timeout_s": TIMEOUT_S}).replace(**settings)
+        self.engine = KVortexEngine(config, Parts(make_tier=self._make))
+        self.engine.register_kv_caches(self.cache, BLOCK_SIZE)
 
     def _make(self, namespace: Namespace) -> Tier:
         self.inner = MemoryTier(1 << 30, namespace=namespace.digest)
@@ -182,8 +183,8 @@ class OpensWhenTold(MemoryTier):
 
 def engine_over(make_tier: MakeTier) -> tuple[KVortexEngine, dict[str, torch.Tensor]]:
     cache = make_cache()
-    engine = KVortexEngine(small_config(tier={"timeout_s": TIMEOUT_S}))
-    engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    engine = KVortexEngine(small_config(tier={"timeout_s": TIMEOUT_S}), Parts(make_tier=make_tier))
+    engine.register_kv_caches(cache, BLOCK_SIZE)
     return engine, cache
 
 

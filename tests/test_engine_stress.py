@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, make_cache, running_engine, small_config
 
 from kvortex import BlockHash, hash_blocks
 from kvortex.sched.batcher import Batch
 from kvortex.testing import Fault
 from kvortex.types import Direction
+from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, make_cache, running_engine, small_config
 
 CLIENTS = 8
 BLOCKS_EACH = 24

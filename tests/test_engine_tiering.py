@@ -16,7 +16,17 @@ from kvortex.hashing import Namespace
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, small_config, wipe
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    Parts,
+    chain,
+    contents,
+    make_cache,
+    small_config,
+    wipe,
+)
 
 TIER_BYTES = 64 << 20
 MODEL = ModelIdentity(model="a", weights_revision="1")
@@ -54,8 +64,8 @@ class Bench:
     async def engine(
         self, cache: dict[str, torch.Tensor], fault_of: FaultOf | None = None, **changes: object
     ) -> AsyncIterator[KVortexEngine]:
-        async with KVortexEngine.create(small_config(**changes)) as engine:
-            engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=self.make(fault_of))
+        async with KVortexEngine.create(small_config(**changes), Parts(make_tier=self.make(fault_of))) as engine:
+            engine.register_kv_caches(cache, BLOCK_SIZE)
             yield engine
 
 
@@ -454,8 +464,8 @@ async def test_what_nobody_has_is_one_question() -> None:
         return tiers[0]
 
     cache, hashes = make_cache(2048), chain(2048)
-    async with KVortexEngine.create(small_config()) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    async with KVortexEngine.create(small_config(), Parts(make_tier=make_tier)) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
         assert await engine.wait_tier()
         assert (await engine.load_blocks(hashes, range(2048))).num_loaded == 0
         assert tiers[0].asked == {"lookup": 1, "contains": 0, "read": 0, "write": 0}
@@ -472,8 +482,8 @@ async def test_what_the_tier_has_is_not_offered_to_it_again() -> None:
         return tiers[0]
 
     cache, hashes = make_cache(), chain(40)
-    async with KVortexEngine.create(small_config()) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    async with KVortexEngine.create(small_config(), Parts(make_tier=make_tier)) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, range(40))
         await engine.flush()
         assert tiers[0].asked["write"] == 40

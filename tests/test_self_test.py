@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine_support import BLOCK_SIZE, contents, make_cache, small_config
 
 from kvortex import KVLayout, KVortexEngine
 from kvortex.errors import LayoutSelfTestError
 from kvortex.layout import Segment
+from tests.engine_support import BLOCK_SIZE, contents, make_cache, small_config
 
 
 async def test_it_leaves_the_cache_as_it_was() -> None:

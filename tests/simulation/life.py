@@ -17,6 +17,7 @@ from kvortex.sched import HostExecutor, TransferExecutor
 from kvortex.tiering.keys import key_as_is
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
+from tests.engine_support import Parts
 from tests.simulation.executor import SimulatedExecutor
 from tests.simulation.harm import Harm
 from tests.simulation.ledger import Ledger
@@ -55,8 +56,9 @@ class Life:
         self._complain = complain
         self._seen = -1
         common = KVortexConfig(transfer={"self_test": False}, pool={"numa_aware": False}, tier={"timeout_s": TIMEOUT_S})
-        self.engine = KVortexEngine(common.replace(**scenario.settings))
-        self.engine.register_kv_caches(tensors, BLOCK_SIZE, wrap_executor=self._wrap, make_tier=self._make_tier)
+        parts = Parts(wrap_executor=self._wrap, make_tier=self._make_tier)
+        self.engine = KVortexEngine(common.replace(**scenario.settings), parts)
+        self.engine.register_kv_caches(tensors, BLOCK_SIZE)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
         self._offer, self.tiering.writes.offer = self.tiering.writes.offer, self._watch_offer  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from kvortex.tiering import LoadFetch
 from kvortex.tiers import MemoryTier, Tier, WriteRequest
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, make_cache, small_config
+from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, make_cache, small_config
 
 FaultOf = Callable[[Direction, int, bytes], TierFault | None]
 
@@ -33,8 +33,8 @@ class Scene:
 
     def __init__(self, fault_of: FaultOf | None = None, **settings: object) -> None:
         self.hashes = chain(4)
-        self.engine = KVortexEngine(small_config(**settings))
-        self.engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=self._make_tier(fault_of))
+        self.engine = KVortexEngine(small_config(**settings), Parts(make_tier=self._make_tier(fault_of)))
+        self.engine.register_kv_caches(make_cache(), BLOCK_SIZE)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
         self.keys = pack_keys(self.hashes)
