@@ -59,8 +59,14 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
             self.count_misses(reason, blocks)
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set every counter to zero."""
         self.data.clear()
+
+    def take(self) -> "ConnectorStats":
+        """The counters since the last call."""
+        taken = ConnectorStats(self.data)
+        self.reset()
+        return taken
 
     def aggregate(self, other: KVConnectorStats) -> "ConnectorStats":
         """Both together."""

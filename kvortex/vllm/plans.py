@@ -1,11 +1,15 @@
 """What travels between the scheduler half and the worker half: jobs one way, outcomes the other. Plain data."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes, TransferPlan
+
+NO_WRITE: Final = -1
+"""The `write_id` of a save whose blocks are not written to the lower tier."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class SaveJob:
     job_id: int
     transfer: TransferPlan
     keys: bytes = b""
-    write_id: int = -1
+    write_id: int = NO_WRITE
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
-from kvortex.vllm.scheduler.jobs import TrackedRequest
+from kvortex.vllm.scheduler.requests import TrackedRequest
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
