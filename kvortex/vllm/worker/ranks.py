@@ -60,9 +60,9 @@ class Coordinated:
 class Peers:
     """Who else there is: the ranks that hold the same KV, the stages that hold other layers, all; None for nobody."""
 
-    equals: RankGroup | None = None
+    replicas: RankGroup | None = None
     stages: RankGroup | None = None
-    everybody: RankGroup | None = None
+    world: RankGroup | None = None
 
 
 def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Peers:
@@ -70,9 +70,9 @@ def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Pee
     parallel = vllm_config.parallel_config
     latent = parallel.tensor_parallel_size > 1 and is_latent(only_group(kv_cache_config))
     return Peers(
-        equals=Coordinated(get_tp_group()) if latent else None,
+        replicas=Coordinated(get_tp_group()) if latent else None,
         stages=Coordinated(get_pp_group()) if parallel.pipeline_parallel_size > 1 else None,
-        everybody=Coordinated(get_world_group()) if parallel.world_size > 1 else None,
+        world=Coordinated(get_world_group()) if parallel.world_size > 1 else None,
     )
 
 
@@ -92,7 +92,7 @@ def check_memory_of_all(peers: Peers, pool_bytes: int, ranks: int) -> None:
         check_memory(pool_bytes, ranks=ranks)
     except ConfigError as error:
         why = str(error)
-    answers = peers.everybody.exchange(why) if peers.everybody is not None else [why]
+    answers = peers.world.exchange(why) if peers.world is not None else [why]
     if refused := [answer for answer in answers if answer]:
         raise ConfigError(refused[0])
 
