@@ -120,7 +120,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "wrapped executor": lambda patch: {"wrap_executor": refuse},
     "tier": lambda patch: {"make_tier": refuse},
     "link to the tier": lambda patch: (
-        patch.setattr("kvortex.engine.engine.TierLink", refuse)
+        patch.setattr("kvortex.engine.engine.BackingTier", refuse)
         or {"make_tier": lambda namespace: MemoryTier(1 << 20, namespace=namespace.digest)}
     ),
 }

@@ -1,4 +1,4 @@
-"""The scheduler half's part of the lower tier: which blocks the workers write there, and which they fetch."""
+"""Plans for the lower tier: which blocks the workers write there, and which they fetch from it."""
 
 import logging
 import time
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WRITING_SHARE = 0.25
-"""Of the pool: blocks that are being written cannot be evicted, so no more than this at a time."""
+"""Share of the pool that may be in flight to the tier at a time: these blocks cannot be evicted."""
 USED_AGAIN_S = 30.0
-"""The workers are told of the same chain's use at most this often."""
+"""Seconds between two reports of the same chain's use to the workers, at least."""
 
 
 class TierPlanner:
     """Plans writes and fetches over one pool and one tier.
 
     Args:
-        config: the engine's.
-        control: decides what is in the pool.
+        config: the engine's settings.
+        control: the pool's index and allocator.
         sizes: bytes that a block takes in the pool.
-        index: what the tier has.
+        index: which blocks the tier has.
         num_workers: workers that report each job.
         job_ids: numbers for jobs, shared with loads and saves.
         stats: counts for vLLM's metrics.
@@ -67,9 +67,9 @@ class TierPlanner:
         self._max_writing = max(1, min(config.tier_queue_blocks, int(WRITING_SHARE * in_pool)))
         self._max_fetching = max(1, in_pool // 2)
         self._num_writing = 0
-        self._arriving: dict[bytes, float] = {}  # hash -> when its fetch was planned
-        self._used_s: Memory[float] = Memory()  # last hash of a chain -> when the workers were told of its use
-        self._asked: dict[str, int] = {}  # request -> block up to which it has had blocks fetched
+        self._arriving: dict[bytes, float] = {}  # hash -> time at which its fetch was planned
+        self._used_s: Memory[float] = Memory()  # last hash of a chain -> time of the last report of its use
+        self._asked: dict[str, int] = {}  # request -> number of the last block that was fetched for it
 
     # -- write -------------------------------------------------------------------------------------
 
@@ -132,15 +132,15 @@ class TierPlanner:
     # -- fetch -------------------------------------------------------------------------------------
 
     def plan_fetch(self, request: "Request", number: int, hashes: Sequence[bytes]) -> FetchJob | None:
-        """Have the workers bring blocks from the tier.
+        """Have the workers fetch blocks from the tier into the pool.
 
         Args:
-            request: who asks; the same block is fetched for it once.
+            request: the request that asks; each block is fetched for it once.
             number: position of the first block in the request.
-            hashes: the request's block hashes from there on, none of which is in the pool.
+            hashes: the request's block hashes from there on; none of these blocks is in the pool.
 
         Returns:
-            The job; None where the tier has not got the first block, or the pool has no room.
+            The job; None if the tier does not have the first block, or the pool has no room.
         """
         request_id = request.request_id
         if self._asked.get(request_id, -1) >= number:
@@ -175,7 +175,7 @@ class TierPlanner:
         return FetchJob(job_id, transfer, b"".join(fetch.keys))
 
     def is_arriving(self, block_hash: bytes) -> bool:
-        """A block is on its way, and not for too long yet."""
+        """True while a fetch of the block is in flight, unless it takes longer than a request should wait."""
         since_s = self._arriving.get(block_hash)
         return since_s is not None and time.monotonic() - since_s < self._wait_s
 
@@ -199,26 +199,26 @@ class TierPlanner:
     def _announce_fetched(self, fetch: FetchInFlight) -> None:
         if self._events is None or fetch.event is None:
             return
-        seen = self._control.allocator.holds(fetch.plan.offsets)  # not what has failed, or what a reset overtook
-        positions, offsets = fetch.plan.positions[seen], fetch.plan.offsets[seen]
+        there = self._control.allocator.holds(fetch.plan.offsets)  # neither failed, nor dropped by a reset
+        positions, offsets = fetch.plan.positions[there], fetch.plan.offsets[there]
         self._events.stored(fetch.event, positions.tolist(), offsets.tolist())
         self._events.lost([fetch.event.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
 
     # -- use ---------------------------------------------------------------------------------------
 
     def used(self, hashes: Sequence[bytes]) -> bytes:
-        """A request has used a chain, wherever its blocks came from.
+        """A request has used a chain of blocks: count those of the tier as used, too.
 
         Returns:
-            What the workers are told, 32 bytes a block: the keys of those that the tier has; nothing where they were
-            told of the same chain shortly before.
+            The tier's keys for the workers, 32 bytes a block; empty if the tier has none of the blocks, or if the
+            same chain was reported less than `USED_AGAIN_S` seconds ago.
         """
         keys = self._index.keys_of(hashes)
         keys = keys[: len(self._index.known_prefix(keys))]
         if not keys:
             return b""
-        now_s, told_s = time.monotonic(), self._used_s.get(keys[-1])
-        if told_s is not None and now_s - told_s < USED_AGAIN_S:
+        now_s, reported_s = time.monotonic(), self._used_s.get(keys[-1])
+        if reported_s is not None and now_s - reported_s < USED_AGAIN_S:
             return b""
         self._used_s.add([keys[-1]], now_s)
         return b"".join(keys)
@@ -243,11 +243,11 @@ class TierPlanner:
         return False
 
     def forget_request(self, request_id: str) -> None:
-        """A request has ended."""
+        """A request has ended: forget which blocks were fetched for it."""
         self._asked.pop(request_id, None)
 
     def forget_all(self) -> None:
-        """Whatever the tier has is of no use any more."""
+        """The weights have changed: no block that the tier has now is found again."""
         self._index.forget_all()
 
     def close(self) -> None:
