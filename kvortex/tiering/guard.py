@@ -85,9 +85,7 @@ class GuardedTier:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.tier.aclose()
         except TimeoutError:
-            logger.warning(
-                "the %s tier has not closed within %.0f s and is abandoned", self.tier.name, CLOSE_TIMEOUT_S
-            )
+            logger.warning("the %s tier has not closed within %.0f s and is abandoned", self.tier.name, CLOSE_TIMEOUT_S)
 
     async def _move(
         self,
