@@ -25,7 +25,7 @@ FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 60.0
 FAILURES_TO_OPEN: Final = 3
 
-_UNSAID = (Cause.CLOSED, Cause.CANCELLED)  # these do not show whether the device works
+_INCONCLUSIVE = (Cause.CLOSED, Cause.CANCELLED)  # these do not show whether the device works
 
 
 class BreakerState(StrEnum):
@@ -81,7 +81,7 @@ class CircuitBreaker:
 
     def judge(self, outcomes: Iterable[ReadOutcome] | Iterable[WriteOutcome]) -> None:
         """Take in the outcomes of one call."""
-        causes = {outcome.cause for outcome in outcomes}.difference(_UNSAID)
+        causes = {outcome.cause for outcome in outcomes}.difference(_INCONCLUSIVE)
         if Cause.DEADLINE in causes:
             self.hung()
         elif causes == {Cause.IO_ERROR}:

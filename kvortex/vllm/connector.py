@@ -82,7 +82,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         elif role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config, around)
             scheduler = importlib.import_module("kvortex.vllm.scheduler.half")
-            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, waits_for_hello=around is not None)
+            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, handshake_in_step=around is not None)
             self._scheduler_half = half
             if around is not None:
                 watch_allocations(around, half.allocated_for_others)
@@ -91,8 +91,10 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             worker = importlib.import_module("kvortex.vllm.worker.half")
             ranks = importlib.import_module("kvortex.vllm.worker.ranks")
             peers = ranks.peers_of(vllm_config, kv_cache_config)
-            says_hello = around is not None
-            self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, peers, says_hello=says_hello)
+            handshake_in_step = around is not None
+            self._worker_half = worker.WorkerHalf(
+                vllm_config, kv_cache_config, options, peers, handshake_in_step=handshake_in_step
+            )
 
     @property
     def _scheduler(self) -> "SchedulerHalf | PassiveScheduler":
@@ -137,7 +139,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().bind_connector_metadata(connector_metadata)
         if not isinstance(connector_metadata, ConnectorPlan):
             raise EngineStateError(f"a plan of another connector: {type(connector_metadata).__name__}")
-        if connector_metadata.looks_at_weights and self._weights is not None:
+        if connector_metadata.compare_weights and self._weights is not None:
             self._weights.look()
         self._worker.begin_step(connector_metadata)
 

@@ -72,7 +72,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
             saves of earlier steps must have read them before.
         used_keys: the lower tier's keys, 32 bytes a block, of chains that requests have used, each from its head. They
             count as used now.
-        looks_at_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
+        compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
         number: of the step, from 0.
     """
 
@@ -81,7 +81,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     fresh_block_ids: set[int] = field(default_factory=set)
     fetches: list[FetchJob] = field(default_factory=list)
     used_keys: bytes = b""
-    looks_at_weights: bool = False
+    compare_weights: bool = False
     number: int = -1
 
 

@@ -104,8 +104,8 @@ class DiskFiles:
         with self.directory_of(key) as fd:
             return self.calls.open(name_of(key), os.O_RDONLY | self.direct.flags, dir_fd=fd)
 
-    def exists(self, key: bytes) -> bool:
-        """True if the file system has the file; False also if it reports an error, which is counted."""
+    def look_for(self, key: bytes) -> bool:
+        """Look for a file in the file system, and update the index; False also on an error, which is counted."""
         known = self.index.get(key)
         with self.index.watching() as removed:
             try:

@@ -154,7 +154,7 @@ class DiskTier(Tier):
         self._check(keys)
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._on_thread(_each, self._files.exists, keys)
+                return await self._on_thread(_each, self._files.look_for, keys)
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
             return [False] * len(keys)

@@ -96,7 +96,7 @@ class EventLog:
 
     # -- pool --------------------------------------------------------------------------------------
 
-    def stored(self, blocks: PlannedBlocks, positions: Sequence[int], offsets: Sequence[int]) -> None:
+    def add_stored(self, blocks: PlannedBlocks, positions: Sequence[int], offsets: Sequence[int]) -> None:
         """Blocks are in the pool now: add one event a run of neighbours.
 
         Args:
@@ -116,7 +116,7 @@ class EventLog:
         self._unsent.update(blocks.hashes[position] for position in fresh)
         self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(fresh)]
 
-    def removed(self, offsets: NDArray[np.int64]) -> None:
+    def add_removed(self, offsets: NDArray[np.int64]) -> None:
         """The blocks at these offsets, `int64 [n]`, have left the pool. A reset has announced some of them already."""
         gone = [self._hash_at.pop(offset) for offset in offsets.tolist() if offset in self._hash_at]
         for block_hash in gone:
@@ -125,7 +125,7 @@ class EventLog:
 
     # -- disk --------------------------------------------------------------------------------------
 
-    def written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
+    def add_written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
         """The blocks at `positions` of a prepared event are on disk now."""
         fresh = [i for i in positions if blocks.hashes[i] not in self._on_disk]
         self._on_disk.update((blocks.hashes[i], None) for i in fresh)
@@ -133,7 +133,7 @@ class EventLog:
         while len(self._on_disk) > MAX_KNOWN_ON_DISK:
             del self._on_disk[next(iter(self._on_disk))]
 
-    def lost(self, hashes: Iterable[bytes]) -> None:
+    def add_lost(self, hashes: Iterable[bytes]) -> None:
         """These blocks could not be read from disk: they count as removed."""
         known = [block_hash for block_hash in hashes if block_hash in self._on_disk]
         for block_hash in known:
@@ -142,7 +142,7 @@ class EventLog:
 
     # -- both --------------------------------------------------------------------------------------
 
-    def forget(self) -> None:
+    def add_all_removed(self) -> None:
         """Announce that every block is removed; blocks that are being read keep their place for a while.
 
         Blocks that were stored and not announced yet are not announced at all. vLLM announces first that its own cache

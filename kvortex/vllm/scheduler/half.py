@@ -61,7 +61,7 @@ class SchedulerHalf:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
-        waits_for_hello: True if the workers' handshakes come with the first step. Nothing is planned before.
+        handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
 
     Raises:
         ConfigError: the model cannot be served, see `only_group` and `refuse_unserved`.
@@ -73,7 +73,7 @@ class SchedulerHalf:
         kv_cache_config: "KVCacheConfig",
         options: ConnectorOptions,
         *,
-        waits_for_hello: bool = False,
+        handshake_in_step: bool = False,
     ) -> None:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
@@ -87,7 +87,7 @@ class SchedulerHalf:
         self._may_save = transfer is None or transfer.is_kv_producer
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._ready = not waits_for_hello
+        self._ready = not handshake_in_step
         self._stale = StaleKV()
         self._sizes = expected_sizes(kv_cache_config, options.engine.codec)
         self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
@@ -106,7 +106,7 @@ class SchedulerHalf:
         events = vllm_config.kv_events_config
         self._events = EventLog(self._block_size) if events is not None and events.enable_kv_cache_events else None
         if self._events is not None:
-            self._control.on_removed = self._events.removed
+            self._control.on_removed = self._events.add_removed
         self._make_planners()
         if hash_root_is_random(vllm_config.cache_config.prefix_caching_hash_algo):
             logger.warning(
@@ -294,7 +294,7 @@ class SchedulerHalf:
         used = self._keys.of(request, slice(tracked.num_planned))
         self._control.touch(pack_keys(used))
         if self._tier is not None:
-            self._plan.used_keys += self._tier.used(used)
+            self._plan.used_keys += self._tier.keys_to_touch(used)
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)
@@ -310,7 +310,7 @@ class SchedulerHalf:
 
     def vllm_was_reset(self) -> None:
         """vLLM has emptied its own prefix cache, which one does when weights change: have the workers compare them."""
-        self._plan.looks_at_weights = True
+        self._plan.compare_weights = True
         if self._stale.vllm_was_reset():
             self._stale.mark(self._plan.number, self._tracked.values())
             self._drop_stale()
@@ -318,7 +318,7 @@ class SchedulerHalf:
     def reset_cache(self) -> bool:
         """Drop every cached block, those of the lower tier too; jobs in flight end as usual."""
         if self._events is not None:
-            self._events.forget()
+            self._events.add_all_removed()
         self._control.clear()
         if self._tier is not None:
             self._tier.forget_all()

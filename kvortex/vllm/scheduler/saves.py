@@ -111,7 +111,7 @@ class SavePlanner:
         lossy[list(job.too_lossy)] = True
         self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
         if context.tier is not None and job.write_id != NO_WRITE:
-            context.tier.saved(job.write_id, succeeded)
+            context.tier.hold_saved(job.write_id, succeeded)
         if job.as_is:
             context.stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         context.stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), context.sizes.raw)
@@ -136,7 +136,7 @@ class SavePlanner:
         if events is not None and part.event is not None:
             # A reset may have dropped a block before its save ended: nothing is at its offset then.
             there = self._control.allocator.holds(offsets)
-            events.stored(part.event, numbers[there].tolist(), offsets[there].tolist())
+            events.add_stored(part.event, numbers[there].tolist(), offsets[there].tolist())
 
 
 def _groups(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:

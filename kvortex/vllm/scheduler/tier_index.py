@@ -33,8 +33,8 @@ def check_supported(config: KVortexConfig) -> None:
             raise ConfigError(f"in vLLM {name} can be {value!r} only, not {getattr(config, name)!r}")
 
 
-class Memory(Generic[Value]):
-    """A bounded map: the last `REMEMBERED_KEYS` keys that were added, with a value each."""
+class BoundedMap(Generic[Value]):
+    """The last `REMEMBERED_KEYS` keys that were added, with a value each."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Value] = {}
@@ -78,8 +78,8 @@ class TierIndex:
         self._timeout_s = config.tier_timeout_s
         self._epoch = b""
         # Key -> packed, for blocks that the workers have written; the tier's own index has them after its next scan.
-        self._written: Memory[bool] = Memory()
-        self._lost: Memory[float] = Memory()  # key -> time until which it is not asked for
+        self._written: BoundedMap[bool] = BoundedMap()
+        self._lost: BoundedMap[float] = BoundedMap()  # key -> time until which it is not asked for
         self._thread: LoopThread | None = LoopThread()
         try:
             self._thread.run(self._open())
@@ -119,12 +119,12 @@ class TierIndex:
             run.append(self._packs and (bool(nbytes) if nbytes or nbytes_as_is else bool(written)))
         return run
 
-    def written(self, keys: Sequence[bytes], packed: bool) -> None:
+    def add_written(self, keys: Sequence[bytes], packed: bool) -> None:
         """The workers have written these blocks, packed or raw."""
         self._written.add(keys, packed)
         self._lost.discard(keys)
 
-    def lost(self, keys: Sequence[bytes]) -> None:
+    def add_lost(self, keys: Sequence[bytes]) -> None:
         """The workers could not read these blocks: do not ask for them again for `LOST_S` seconds."""
         self._written.discard(keys)
         self._lost.add(keys, time.monotonic() + LOST_S)

@@ -16,7 +16,7 @@ from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import NO_WRITE, FetchJob, JobOutcome
 from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
 from kvortex.vllm.scheduler.jobs import FetchInFlight, JobsInFlight, WriteInFlight
-from kvortex.vllm.scheduler.tier_index import Memory, TierIndex
+from kvortex.vllm.scheduler.tier_index import BoundedMap, TierIndex
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -68,7 +68,7 @@ class TierPlanner:
         self._max_fetching = max(1, in_pool // 2)
         self._num_writing = 0
         self._arriving: dict[bytes, float] = {}  # hash -> time at which its fetch was planned
-        self._used_s: Memory[float] = Memory()  # last hash of a chain -> time of the last report of its use
+        self._used_s: BoundedMap[float] = BoundedMap()  # last hash of a chain -> time of the last report of its use
         self._asked: dict[str, int] = {}  # request -> number of the last block that was fetched for it
 
     # -- write -------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class TierPlanner:
         self._num_writing += len(hashes)
         return b"".join(keys), job_id
 
-    def saved(self, write_id: int, succeeded: NDArray[np.bool_]) -> None:
+    def hold_saved(self, write_id: int, succeeded: NDArray[np.bool_]) -> None:
         """A save is committed: hold its blocks, `bool [n]`, in the pool until the workers have written them."""
         write = self._writes[write_id]
         positions = np.flatnonzero(succeeded)
@@ -114,7 +114,7 @@ class TierPlanner:
         sizes = dict(zip(write.held.positions.tolist(), write.held.nbytes.tolist(), strict=True))
         for packed in (True, False):
             of_encoding = [i for i in stored if self._control.is_packed(sizes.get(i, self._sizes.packed)) is packed]
-            self._index.written([write.keys[i] for i in of_encoding], packed)
+            self._index.add_written([write.keys[i] for i in of_encoding], packed)
         self._announce_written(write, stored)
         self._stats.add("written_blocks", len(stored))
         self._stats.add("failed_writes", len(write.failed))
@@ -127,7 +127,7 @@ class TierPlanner:
             blocks, number = write.event_of[position]
             by_part.setdefault(id(blocks), (blocks, []))[1].append(number)
         for blocks, numbers in by_part.values():
-            self._events.written(blocks, numbers)
+            self._events.add_written(blocks, numbers)
 
     # -- fetch -------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class TierPlanner:
         for block_hash in fetch.hashes:
             self._arriving.pop(block_hash, None)
         self._announce_fetched(fetch)
-        self._index.lost([fetch.keys[i] for i in fetch.failed])
+        self._index.add_lost([fetch.keys[i] for i in fetch.failed])
         self._stats.add("fetched_blocks", len(fetch.hashes) - len(fetch.failed))
         self._stats.add("failed_fetches", len(fetch.failed))
         self._stats.add("fetch_seconds", time.perf_counter() - fetch.started_s)
@@ -201,12 +201,12 @@ class TierPlanner:
             return
         there = self._control.allocator.holds(fetch.plan.offsets)  # neither failed, nor dropped by a reset
         positions, offsets = fetch.plan.positions[there], fetch.plan.offsets[there]
-        self._events.stored(fetch.event, positions.tolist(), offsets.tolist())
-        self._events.lost([fetch.event.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
+        self._events.add_stored(fetch.event, positions.tolist(), offsets.tolist())
+        self._events.add_lost([fetch.event.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
 
     # -- use ---------------------------------------------------------------------------------------
 
-    def used(self, hashes: Sequence[bytes]) -> bytes:
+    def keys_to_touch(self, hashes: Sequence[bytes]) -> bytes:
         """A request has used a chain of blocks: count those of the tier as used, too.
 
         Returns:

@@ -53,7 +53,7 @@ class WorkerHalf:
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
         peers: the other workers of the engine, with which this one has to agree; None if there are none.
-        says_hello: True where vLLM does not ask for the handshake: then it is reported with the first step.
+        handshake_in_step: True where vLLM does not ask for the handshake: then it is reported with the first step.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class WorkerHalf:
         options: ConnectorOptions,
         peers: Peers | None = None,
         *,
-        says_hello: bool = False,
+        handshake_in_step: bool = False,
     ) -> None:
         self._vllm_config = vllm_config
         self._kv_group = only_group(kv_cache_config)
@@ -72,7 +72,7 @@ class WorkerHalf:
         self._block_size = int(self._kv_group.kv_cache_spec.block_size)
         self._options = options
         self._peers = peers or Peers()
-        self._says_hello = says_hello
+        self._handshake_in_step = handshake_in_step
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
         self._mover: TierMover | None = None
@@ -120,8 +120,8 @@ class WorkerHalf:
         if self._options.engine.disk_path:
             self._open_mover(self._data, thread)
         self._jobs = JobRunner(self._data, thread.loop, share, self._places, self._mover, self._reports)
-        if self._says_hello:
-            self._reports.add(self._hello(self._data))
+        if self._handshake_in_step:
+            self._reports.add(self._make_handshake(self._data))
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
         logger.debug(
             "rank %d serves %s, %d bytes of pinned memory%s",
@@ -162,9 +162,9 @@ class WorkerHalf:
 
     def handshake(self) -> WorkerHandshake | None:
         """What was registered, for the scheduler half; None where it comes with the first step."""
-        return None if self._data is None or self._says_hello else self._hello(self._data)
+        return None if self._data is None or self._handshake_in_step else self._make_handshake(self._data)
 
-    def _hello(self, data: DataPlane) -> WorkerHandshake:
+    def _make_handshake(self, data: DataPlane) -> WorkerHandshake:
         layout = data.layout
         return WorkerHandshake(
             layout.digest,

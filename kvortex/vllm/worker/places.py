@@ -30,7 +30,7 @@ class Places:
     own: BlockSizes
 
     @property
-    def are_planned(self) -> bool:
+    def is_unscaled(self) -> bool:
         """True if this rank's blocks are as large as the largest: then its offsets are the planned ones."""
         return self.own == self.planned
 
@@ -47,11 +47,11 @@ class Places:
     @property
     def piece(self) -> int:
         """Bytes of a piece of this rank's pool."""
-        return self.planned_piece if self.are_planned else align_up(self._scaled(self.planned_piece), PAGE_BYTES)
+        return self.planned_piece if self.is_unscaled else align_up(self._scaled(self.planned_piece), PAGE_BYTES)
 
     def config(self, config: KVortexConfig) -> KVortexConfig:
         """The engine's settings with the size of this rank's pool and of its pieces."""
-        if self.are_planned:
+        if self.is_unscaled:
             return config
         pieces, rest = divmod(config.cpu_pool_bytes, self.planned_piece)
         nbytes = pieces * self.piece + self._scaled(rest)
@@ -59,7 +59,7 @@ class Places:
 
     def place(self, plan: TransferPlan) -> TransferPlan:
         """A plan with this rank's offsets."""
-        if self.are_planned:
+        if self.is_unscaled:
             return plan
         packed = plan.packed if self.own.packs else None
         return plan._replace(offsets=self.offsets(plan.offsets), packed=packed)
@@ -73,7 +73,7 @@ class Places:
 
     def planned_bytes(self, own_bytes: int) -> int:
         """The size of the planned pool, in bytes, that corresponds to the first `own_bytes` of this rank's pool."""
-        if self.are_planned:
+        if self.is_unscaled:
             return own_bytes
         own, whole = self._fraction
         pieces, rest = divmod(own_bytes, self.piece)
