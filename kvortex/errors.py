@@ -1,27 +1,27 @@
-"""What can go wrong, as one tree.
+"""All exceptions of the package, as one tree.
 
     KVortexError
     ├── ConfigError            a setting is missing or out of range   (also ValueError)
-    ├── LayoutError            tensors that cannot be a paged cache: overlapping, misaligned   (also ValueError)
-    │   └── LayoutSelfTestError    the round trip at start-up did not give back what was written
-    ├── InvalidBlockIdError    a block id out of range or named twice in one call   (also ValueError)
-    ├── InvalidHashError       a block hash of the wrong type or length, or lists that do not match   (also ValueError)
-    ├── EngineStateError       before registration, after shutdown, or on the wrong thread   (also RuntimeError)
+    ├── LayoutError            the tensors are no paged cache: overlapping, misaligned, ...   (also ValueError)
+    │   └── LayoutSelfTestError    the self-test at start-up loaded other bytes than it had saved
+    ├── InvalidBlockIdError    a block id is out of range, or occurs twice in one call   (also ValueError)
+    ├── InvalidHashError       a block hash has the wrong type or length, or lists do not match   (also ValueError)
+    ├── EngineStateError       a call before registration, after shutdown, or on the wrong thread   (also RuntimeError)
     ├── MemoryPoolError
     │   ├── OutOfPoolMemoryError   no extent of that size is free   (also MemoryError)
     │   ├── DoubleFreeError        an extent was freed before
-    │   ├── ForeignExtentError     an extent of another pool, or one that this pool never handed out
-    │   └── PoolLeakError          something still holds memory when the pool is closed
+    │   ├── ForeignExtentError     an extent belongs to another pool, or was never allocated
+    │   └── PoolLeakError          memory is still allocated when the pool is closed
     └── DeviceError            a CUDA call failed   (also RuntimeError)
         ├── DeviceUnavailableError     no CUDA device, or its packages are not installed
-        └── UnsupportedKernelError     the driver does not take a compiled kernel
+        └── UnsupportedKernelError     the driver does not accept a compiled kernel
 
-A block that is not in the cache is no error: it is a miss with a `MissReason`.
+A block that is not in the cache is not an error, but a miss with a `MissReason`.
 """
 
 
 class KVortexError(Exception):
-    """Base of everything that KVortex raises on purpose."""
+    """Base of all exceptions that KVortex defines."""
 
 
 class ConfigError(KVortexError, ValueError):
@@ -33,19 +33,19 @@ class LayoutError(KVortexError, ValueError):
 
 
 class LayoutSelfTestError(LayoutError):
-    """The round trip at start-up did not give back what was written; the message names the layer."""
+    """The self-test at start-up loaded other bytes than it had saved; the message names the layer."""
 
 
 class InvalidBlockIdError(KVortexError, ValueError):
-    """A block id lies outside the cache or appears twice in one call."""
+    """A block id is outside of the cache, or occurs twice in one call."""
 
 
 class InvalidHashError(KVortexError, ValueError):
-    """A block hash is not 32 bytes, or hashes and block ids do not pair up."""
+    """A block hash is not 32 bytes, or the numbers of hashes and block ids differ."""
 
 
 class EngineStateError(KVortexError, RuntimeError):
-    """The engine cannot do this now: nothing registered yet, shut down, or the wrong thread."""
+    """The engine cannot do this now: no caches are registered yet, it is shut down, or the thread is the wrong one."""
 
 
 class MemoryPoolError(KVortexError):
@@ -53,7 +53,7 @@ class MemoryPoolError(KVortexError):
 
 
 class OutOfPoolMemoryError(MemoryPoolError, MemoryError):
-    """No free extent of the requested size."""
+    """No extent of the requested size is free."""
 
 
 class DoubleFreeError(MemoryPoolError):
@@ -61,20 +61,20 @@ class DoubleFreeError(MemoryPoolError):
 
 
 class ForeignExtentError(MemoryPoolError):
-    """The extent belongs to another pool, or this pool never handed it out."""
+    """The extent belongs to another pool, or this pool has never allocated it."""
 
 
 class PoolLeakError(MemoryPoolError):
-    """Memory is still held when the pool is closed; the message lists the owners."""
+    """Memory is still allocated when the pool is closed; the message lists the owners."""
 
 
 class DeviceError(KVortexError, RuntimeError):
-    """A CUDA call failed; the message holds the call and CUDA's own words."""
+    """A CUDA call failed; the message contains the call and CUDA's own message."""
 
 
 class DeviceUnavailableError(DeviceError):
-    """No CUDA device is there, or the packages that reach it are not installed."""
+    """There is no CUDA device, or the packages for it are not installed."""
 
 
 class UnsupportedKernelError(DeviceError):
-    """The driver does not take a compiled kernel: it is older than the compiler."""
+    """The driver does not accept a compiled kernel, because it is older than the compiler."""

@@ -1,15 +1,15 @@
-"""Names for KV: chained block hashes, the namespace they are valid in, and the key of a shared tier.
+"""Chained block hashes, the namespace in which they are valid, and the keys of a shared tier.
 
-Block `i` of a prompt is named by
+The hash of block `i` of a prompt is
 
     h[i] = SHA256(h[i-1] || token ids as little-endian uint32 || encode(call's keys) || encode(block's keys))
 
-with `h[-1]` the parent or `ROOT_HASH`. A hash so names a whole prefix, not just its own tokens. The call's
-`extra_keys` count for its first block only and are empty for the others. `encode` is a count followed by
-tagged, length-prefixed items: two different tuples never encode to the same bytes, and the empty tuple is
-four zero bytes. Nothing here depends on the process, the machine or `PYTHONHASHSEED`.
+where `h[-1]` is the parent or `ROOT_HASH`. So a hash identifies a whole prefix, not only the tokens of its block. The
+call's `extra_keys` enter the first block only, and are empty for the others. `encode` is a count followed by tagged,
+length-prefixed items: two different tuples never have the same encoding, and that of the empty tuple is four zero
+bytes. Nothing here depends on the process, the machine or `PYTHONHASHSEED`.
 
-The block size is not hashed: hashes of different block sizes are kept apart by the namespace.
+The block size is not hashed: the namespace keeps hashes of different block sizes apart.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from kvortex.types import BLOCK_HASH_BYTES, BlockHash
 ExtraKey = str | bytes | int
 
 ROOT_HASH = BlockHash(hashlib.sha256(b"kvortex.block_hash.root.v1").digest())
-"""Parent of every first block: the SHA-256 of a versioned string, the same everywhere and for ever."""
+"""Parent of every first block: the SHA-256 of a versioned string, the same on every machine."""
 
 SCHEMA_VERSION = 1
-"""Goes up when what is hashed or stored changes its meaning: older entries of shared tiers never match."""
+"""Incremented when the meaning of hashed or stored data changes: then older entries of shared tiers never match."""
 
 _TOKEN_BYTES = 4
 _TOKEN_LIMIT = 2**32
@@ -54,18 +54,19 @@ def hash_blocks(
         token_ids: `[num_tokens]` integers in `[0, 2**32)`: a sequence, a NumPy array, or any object that
             NumPy can convert (a host tensor). The `num_tokens % block_size` tokens at the end are not hashed.
         block_size: tokens per block, at least 1.
-        parent: hash of the block before the first token; `None` means `ROOT_HASH`.
-        extra_keys: what else must agree (adapter id, cache salt). They enter the first block of this call and
-            by chaining all that follow, so a call that continues a chain with `parent` need not repeat them.
-        block_extra_keys: block index, relative to this call's first block -> extra keys of that block (the
-            identity of an image in it). Indices past the last full block are ignored.
+        parent: hash of the block before the first token; `None` stands for `ROOT_HASH`.
+        extra_keys: other data that must agree, such as an adapter's id or a cache salt. They enter the first block of
+            this call, and through the chain all blocks after it; a call that continues a chain with `parent` need not
+            repeat them.
+        block_extra_keys: block index, relative to this call's first block -> extra keys of that block, such as the
+            identity of an image in it. Indices behind the last full block are ignored.
 
     Returns:
         `num_tokens // block_size` hashes of 32 bytes, in order.
 
     Raises:
-        InvalidHashError: a token id out of range or not an integer, a bad block size, a parent that is not
-            32 bytes, or an extra key that is not `str`, `bytes` or `int`.
+        InvalidHashError: a token id is out of range or no integer, the block size is invalid, the parent is not 32
+            bytes, or an extra key is not `str`, `bytes` or `int`.
     """
     if not _is_int(block_size) or block_size < 1:
         raise InvalidHashError(f"block_size must be an int of at least 1, not {block_size!r}")
@@ -77,7 +78,7 @@ def hash_blocks(
     num_blocks = len(tokens) // stride
     suffixes = _suffixes(extra_keys, block_extra_keys or {})
 
-    # Plain bytes: slicing and adding 100 bytes costs less than memoryviews and a join.
+    # Plain bytes, because slicing and adding 100 bytes takes less time than memoryviews and a join.
     sha256, suffix_of, no_keys = hashlib.sha256, suffixes.get, _NO_KEYS + _NO_KEYS
     hashes: list[BlockHash] = []
     for index in range(num_blocks):
@@ -89,7 +90,7 @@ def hash_blocks(
 
 
 def cache_key(namespace: "Namespace", block_hash: BlockHash) -> bytes:
-    """The 32-byte key of a block in a tier that several namespaces share: SHA256(namespace digest || hash).
+    """The key of a block in a tier that several namespaces share, 32 bytes: SHA256(namespace digest || hash).
 
     Raises:
         InvalidHashError: `block_hash` is not 32 bytes.
@@ -100,20 +101,20 @@ def cache_key(namespace: "Namespace", block_hash: BlockHash) -> bytes:
 
 @dataclass(frozen=True)
 class Namespace:
-    """Everything besides the tokens that must agree before stored bytes may be used again.
+    """Everything besides the tokens that must agree before stored bytes may be reused.
 
     Raises:
         ConfigError: a field is empty, of the wrong type or out of range.
     """
 
     model: str
-    """Model id, as the server loads it."""
+    """Id of the model."""
     weights_revision: str
-    """Revision of the weights, such as a commit; `""` where there is none."""
+    """Revision of the weights, such as a commit; `""` if there is none."""
     kv_dtype: str
     """Element type of the paged cache, such as `"bfloat16"`."""
     layout: bytes
-    """Digest of the layout's segment table."""
+    """Digest of the layout, see `KVLayout.digest`."""
     block_size: int
     """Tokens per block."""
     tp_rank: int = 0
@@ -121,9 +122,9 @@ class Namespace:
     pp_rank: int = 0
     pp_size: int = 1
     codec: str = "raw"
-    """Name of the codec that stored blocks are encoded with."""
+    """Name of the codec of stored blocks."""
     fingerprint: str = ""
-    """Of whatever else changes the bytes, such as the model's configuration; `""` where nothing is said."""
+    """Digest of everything else that changes the bytes, such as the model's configuration; `""` if there is none."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Namespace:
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that name this namespace: SHA-256 over a version string and all fields, names included."""
+        """Identifies the namespace, 32 bytes: SHA-256 of a version string and of all fields with their names."""
         named = [item for field in fields(self) for item in (field.name, getattr(self, field.name))]
         return hashlib.sha256(_encode_keys(["kvortex.namespace.v1", *named])).digest()
 
@@ -179,7 +180,7 @@ def _suffixes(extra_keys: Sequence[ExtraKey], block_extra_keys: Mapping[int, Seq
 
 
 def _encode_keys(keys: Sequence[ExtraKey]) -> bytes:
-    """Injective: uint32 count, then for each key a tag, a uint64 length and the bytes, all little-endian."""
+    """An injective encoding: uint32 count, then for each key a tag, a uint64 length and the bytes, little-endian."""
     if not isinstance(keys, tuple | list):
         raise InvalidHashError(f"extra keys must be a tuple or list, not {type(keys).__name__}")
     parts = [len(keys).to_bytes(_COUNT_BYTES, "little")]
@@ -213,5 +214,5 @@ def _check_at_least(name: str, value: object, least: int) -> None:
 
 
 def _is_int(value: object) -> bool:
-    """An integer, NumPy's included, that is no `bool`: `True` must not pass for 1."""
+    """True for integers, those of NumPy included, but not for a `bool`: `True` must not count as 1."""
     return isinstance(value, Integral) and not isinstance(value, bool)

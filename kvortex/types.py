@@ -1,4 +1,4 @@
-"""The nouns that cross module borders: hashes, ids, extents, outcomes. Plain data, nothing else."""
+"""Plain data that all modules share: hashes, ids, extents, plans, outcomes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BlockHash = NewType("BlockHash", bytes)
-"""32 bytes of SHA-256, chained over the parent's hash, the token ids and the extra keys."""
+"""Hash of a block, 32 bytes: SHA-256 over the parent's hash, the token ids and the extra keys."""
 
 BLOCK_HASH_BYTES = 32
 PAGE_BYTES = 4096
@@ -20,28 +20,28 @@ BlockId = int
 
 
 class Direction(Enum):
-    """Which way a transfer goes."""
+    """Direction of a transfer: SAVE from the paged cache to the pool, LOAD back."""
 
     SAVE = "save"
     LOAD = "load"
 
-    __hash__ = object.__hash__  # members are singletons, and an enum's own hash is a call into Python
+    __hash__ = object.__hash__  # members are singletons; an enum's own hash is a slower Python function
 
 
 class SaveOutcome(StrEnum):
-    """What became of one block of a save."""
+    """Outcome of one block of a save."""
 
     STORED = "stored"
     ALREADY_STORED = "already_stored"
-    PENDING = "pending"  # another save of the same block is under way
-    NO_SPACE = "no_space"  # the pool is full of pinned or in-flight blocks, or of those in front of it
-    GONE = "gone"  # it was stored, and evicted or cleared before the call was over
-    TOO_LOSSY = "too_lossy"  # packing would lose more than allowed, and it could not be kept as it is
+    PENDING = "pending"  # another save of the same block is in flight
+    NO_SPACE = "no_space"  # the pool is full of blocks that are pinned, in flight, or before it in its chain
+    GONE = "gone"  # it was stored, and then evicted or cleared before the call ended
+    TOO_LOSSY = "too_lossy"  # packing would lose more than allowed, and it could not be stored raw
     FAILED = "failed"  # the transfer failed; the log has the cause
 
     @property
     def is_stored(self) -> bool:
-        """True when the block can be loaded now."""
+        """True if the block can be loaded now."""
         return self in (SaveOutcome.STORED, SaveOutcome.ALREADY_STORED)
 
 
@@ -54,8 +54,8 @@ class MissReason(StrEnum):
     CORRUPT = "corrupt"  # the digest did not match; the entry is dropped
     TRANSFER_FAILED = "transfer_failed"
     TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
-    DEADLINE = "deadline"  # a tier did not deliver in time
-    NOT_FETCHED = "not_fetched"  # a tier has it, and the pool no room for it, or the tier is left alone for a while
+    DEADLINE = "deadline"  # a tier did not deliver it in time
+    NOT_FETCHED = "not_fetched"  # a tier has it, but the pool has no room, or the use of the tier is paused
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
-    """Bytes that a block takes in the pool, padding included: as it is, and packed; equal where nothing is packed."""
+    """Bytes that a block takes in the pool, padding included, raw and packed; equal if the codec does not pack."""
 
     raw: int
     packed: int
@@ -83,20 +83,26 @@ class BlockSizes:
 
 
 class TransferPlan(NamedTuple):
-    """What a data plane needs to know: blocks `int32 [n]` and their byte offsets in the pool, `int64 [n]`."""
+    """A transfer of `n` blocks, as a data plane needs it.
+
+    Attributes:
+        direction: of the transfer.
+        block_ids: in the paged cache, `int32 [n]`.
+        offsets: of the blocks in the pool, in bytes, `int64 [n]`.
+        packed: which blocks are stored packed, `bool [n]`; None if none is.
+    """
 
     direction: Direction
     block_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     packed: NDArray[np.bool_] | None = None
-    """Which blocks rest packed, `bool [n]`; None when none does."""
 
     @property
     def num_blocks(self) -> int:
         return len(self.block_ids)
 
     def part(self, positions: NDArray[np.intp]) -> "TransferPlan":
-        """The plan of some of its blocks."""
+        """The plan for the blocks at `positions`, `intp [m]`."""
         packed = None if self.packed is None else self.packed[positions]
         return TransferPlan(self.direction, self.block_ids[positions], self.offsets[positions], packed)
 
@@ -114,7 +120,7 @@ class SaveResult:
 
     @property
     def ok(self) -> bool:
-        """True when every block can be loaded now."""
+        """True if every block can be loaded now."""
         return all(outcome.is_stored for outcome in self.outcomes)
 
     def counts(self) -> dict[SaveOutcome, int]:
@@ -127,9 +133,9 @@ class SaveResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Per-block outcomes of a load, in the order of the call: `None` for a block that is in place, else why not.
+    """Per-block outcomes of a load, in the order of the call: `None` for a loaded block, or the reason of a miss.
 
-    A block with a reason holds no KV that may be used: its bytes in the device cache are undefined.
+    After a miss the block's bytes in the device cache are undefined: do not use them.
     """
 
     block_ids: tuple[BlockId, ...]
@@ -141,7 +147,7 @@ class LoadResult:
 
     @property
     def num_prefix_loaded(self) -> int:
-        """Blocks loaded before the first miss: what a prefix cache can use."""
+        """Blocks before the first miss: the part that a prefix cache can use."""
         for position, reason in enumerate(self.outcomes):
             if reason is not None:
                 return position
@@ -149,12 +155,12 @@ class LoadResult:
 
     @property
     def ok(self) -> bool:
-        """True when every block is in place."""
+        """True if every block was loaded."""
         return self.num_loaded == len(self.outcomes)
 
     @property
     def missed_block_ids(self) -> tuple[BlockId, ...]:
-        """Block ids that hold no KV and have to be computed."""
+        """Ids of the blocks that were missed, and have to be computed."""
         return tuple(b for b, reason in zip(self.block_ids, self.outcomes, strict=True) if reason is not None)
 
     def miss_counts(self) -> dict[MissReason, int]:

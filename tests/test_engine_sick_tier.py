@@ -76,7 +76,7 @@ class Bench:
 
     def pause_is_over(self) -> None:
         """Of both breakers, as if an hour had gone by."""
-        for each in (self.engine._tiering.link.guard.reads, self.engine._tiering.link.guard.writes):
+        for each in (self.engine._tiering.backing.guard.reads, self.engine._tiering.backing.guard.writes):
             each._retry_at_s = 0.0
 
     async def end(self) -> None:

@@ -426,7 +426,7 @@ async def test_what_is_hot_in_the_pool_stays_on_disk(tmp_path: Path, by: str) ->
             else:
                 await engine.save_blocks(hot, range(8))
             await engine.flush()
-            while any("touch" in repr(task.get_coro()) for task in engine._tiering.link._tasks):
+            while any("touch" in repr(task.get_coro()) for task in engine._tiering.backing.tasks._tasks):
                 await asyncio.sleep(0.001)
         engine.clear()
         assert engine.match_prefix(hot) == 8

@@ -204,22 +204,22 @@ class DiskTierConfig(Section):
     """The disk below the pool; there is none while `path` is empty. A plain path in its place is `path`.
 
     Args:
-        path: directory of the tier, `~` being the user's home; created, mode 0700, if it is not there. Any number of
-            processes may share it, and should then agree on the capacity.
-        capacity_bytes: bytes that all files together may take, of all namespaces and processes.
-        read_threads: reads in flight. About the queue depth at which the device reaches its rate.
+        path: directory of the tier; `~` is the user's home. If it does not exist it is created with mode 0700. Any
+            number of processes may share it, and should then have the same capacity.
+        capacity_bytes: bytes that the files of all namespaces and processes may take together.
+        read_threads: reads in flight. Choose the queue depth at which the device reaches its full rate.
         write_threads: writes in flight.
-        direct: O_DIRECT: None uses it where a probe at start finds that it works, False never. The page cache would
-            keep a second copy of what the pinned pool keeps already.
-        fsync: bring a block to the device before it gets its name. Without it a crash of the machine (not of the
+        direct: whether to use O_DIRECT. None uses it if a probe at start finds that it works; True requires it; False
+            never uses it. Without it the page cache holds a second copy of blocks that are in the pinned pool.
+        fsync: flush a block to the device before its file gets its name. Without it a crash of the machine (not of the
             process) may lose the last blocks; they are misses then, never wrong bytes.
-        verify: compare the payload's digest in every read. With False a block is compared once, when it is loaded into
+        verify: compare the payload's digest in every read. If False, a block is compared once: when it is loaded into
             the paged cache.
-        touch_interval_s: a block's file gets the time of its last use at most this often, so that the order of
-            eviction survives a restart with that error.
-        rescan_interval_s: how often the directory is compared with what is known of it, since other processes write
-            and delete there too. None: at start only.
-        close_timeout_s: how long closing waits for I/O that is in flight.
+        touch_interval_s: seconds between two updates of a file's time of use, at least. After a restart the order of
+            eviction is wrong by this much.
+        rescan_interval_s: seconds between two scans of the directory, in which other processes write and delete too.
+            None scans at start only.
+        close_timeout_s: seconds that closing waits for I/O in progress.
     """
 
     section: ClassVar[str] = "disk"

@@ -28,7 +28,7 @@ from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.tiering import LoadFetch, Tiering, TierLink
+from kvortex.tiering import BackingTier, LoadFetch, TieredPool, Tiering
 from kvortex.tiers import Tier
 from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult
 
@@ -151,7 +151,10 @@ class KVortexEngine:
         return layout
 
     def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
-        return Tiering(TierLink(self.config, control, data.pool.bytes, data.encodings, namespace, tier, self.stats))
+        # No local variable: the traceback of an error would keep it, and the pool's memory with it.
+        return Tiering(
+            BackingTier(self.config, TieredPool(control, data.pool.bytes, data.encodings), namespace, tier, self.stats)
+        )
 
     def _shrink(self, pinned_bytes: int) -> None:
         if self._control is not None and self._shutdown is None:

@@ -1,4 +1,4 @@
-"""Where the bytes of a block lie in the paged cache: segments, derived from the tensors' strides."""
+"""The layout of a paged cache: the segments of its blocks, derived from the strides of its tensors."""
 
 from kvortex.layout.layout import KVLayout, Segment, TensorFormat, TensorLike, TensorView
 

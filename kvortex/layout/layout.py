@@ -1,8 +1,8 @@
-"""KVLayout: where the bytes of a block lie, for any paged KV cache.
+"""KVLayout: the addresses of a block's bytes, for any paged KV cache.
 
-A layout is `segments x (address, block stride, bytes)`: block `b` owns `nbytes` bytes at
-`address + b * block_stride` of every segment, and its payload is these runs one after another. Everything is
-derived from shapes and strides, never from an assumed backend, so permuted (HND) and interleaved views work.
+A layout is a list of segments `(address, block stride, bytes)`: block `b` has `nbytes` bytes at
+`address + b * block_stride` in every segment, and its payload is the concatenation of these runs. The layout is derived
+from shapes and strides, without assumptions about the backend, so permuted (HND) and interleaved views work.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT_BYTES = 16
-"""Kernels move 16-byte words: every address, block stride and length is a multiple of it."""
+"""Kernels move words of 16 bytes: every address, block stride and length must be a multiple of it."""
 
 _TABLE_VERSION = 1
 
@@ -34,8 +34,14 @@ _TABLE_VERSION = 1
 class TensorView:
     """A strided tensor as plain data. It does not keep the memory alive.
 
-    `address` is that of element `[0, ..., 0]` in bytes, `strides` count elements, `itemsize` counts bytes,
-    `device` reads like "cpu" or "cuda:0", `dtype` like "bfloat16".
+    Args:
+        name: of the tensor, for messages.
+        address: of element `[0, ..., 0]`.
+        shape: entries of each dimension.
+        strides: of each dimension, in elements.
+        itemsize: bytes of an element.
+        device: such as "cpu" or "cuda:0".
+        dtype: such as "bfloat16".
     """
 
     name: str
@@ -48,7 +54,7 @@ class TensorView:
 
     @classmethod
     def from_torch(cls, name: str, tensor: "torch.Tensor") -> "TensorView":
-        """The view of a torch tensor; `LayoutError` when it is sparse or has no memory (meta device)."""
+        """The view of a torch tensor; `LayoutError` if it is sparse."""
         if str(tensor.layout) != "torch.strided":
             raise LayoutError(f"tensor {name!r} is {tensor.layout}; pass a strided tensor")
         return cls(
@@ -63,7 +69,7 @@ class TensorView:
 
     @classmethod
     def from_numpy(cls, name: str, array: NDArray[Any]) -> "TensorView":
-        """The view of a NumPy array; `LayoutError` when it is read-only or its strides split an element."""
+        """The view of a NumPy array; `LayoutError` if it is read-only, or its strides are not whole elements."""
         if not array.flags.writeable:
             raise LayoutError(f"tensor {name!r} is read-only; a KV cache is written to, pass a writable array")
         if any(stride % array.itemsize for stride in array.strides):
@@ -84,9 +90,13 @@ TensorLike: TypeAlias = Union["torch.Tensor", TensorView, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One contiguous run that every block owns: block `b` has `nbytes` bytes at `address + b * block_stride`.
+    """One contiguous run of every block: block `b` has `nbytes` bytes at `address + b * block_stride`.
 
-    All three are bytes. `tensor` names the tensor it lies in.
+    Args:
+        tensor: name of the tensor that contains it.
+        address: of the run of block 0.
+        block_stride: bytes from a block's run to that of the next block.
+        nbytes: bytes of the run.
     """
 
     tensor: str
@@ -97,10 +107,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TensorFormat:
-    """What the bytes mean that a tensor adds to a payload; the same in every process with the same model.
+    """The meaning of a tensor's bytes in a payload; the same in every process with the same model.
 
-    `block_shape` is the shape of one block without dimensions of size 1, `payload_order` its axes as they are
-    nested in the payload, outermost first. NHD and HND caches of one size differ here and nowhere else.
+    NHD and HND caches of equal size differ here only.
+
+    Args:
+        name: of the tensor.
+        dtype: such as "bfloat16".
+        block_shape: shape of one block without dimensions of size 1.
+        payload_order: its axes in the order of the payload, outermost first.
     """
 
     name: str
@@ -111,9 +126,17 @@ class TensorFormat:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The segments of a paged KV cache of `num_blocks` blocks of `block_size` tokens on one device.
+    """The segments of a paged KV cache on one device.
 
-    Made by `from_tensors`, which checks everything; the constructor checks nothing.
+    Create it by `from_tensors`, which checks everything; the constructor checks nothing.
+
+    Args:
+        block_size: tokens of a block.
+        num_blocks: blocks of the cache.
+        device: such as "cpu" or "cuda:0".
+        segments: the runs of a block, in the order of its payload.
+        formats: one for each tensor, in the order of the tensors.
+        block_dims: the dimension of each tensor that counts blocks, in the order of `formats`.
     """
 
     block_size: int
@@ -121,7 +144,7 @@ class KVLayout:
     device: str
     segments: tuple[Segment, ...]
     formats: tuple[TensorFormat, ...] = ()
-    block_dims: tuple[int, ...] = ()  # of each tensor, in the order of `formats`
+    block_dims: tuple[int, ...] = ()
 
     @classmethod
     def from_tensors(
@@ -132,16 +155,23 @@ class KVLayout:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
     ) -> "KVLayout":
-        """Derives the layout of the named tensors, in the order of the mapping.
+        """Derive the layout of a cache from its tensors.
 
-        The dimension that counts blocks is `block_dim` (one for all, or by name), else the only one that is a
-        multiple of `num_blocks`, else a matter of the shape: `[nb, bs, X]`, `[nb, H, bs, 2D]`,
-        `[nb, bs, H, D]`, `[nb, 1, bs, X]`, `[2, nb, bs, H, D]`, `[nb, 2, bs, H, D]`, `[2, L, nb, bs, H, D]`,
-        `[nb, L, 2, bs, H, D]` or `[nb, 2, L, bs, H, D]`, bs and H in either order. Where that dimension is
-        `ratio * num_blocks` long, a block is `ratio` consecutive entries of it.
+        If `block_dim` is not given, the dimension that counts blocks is the only one that is a multiple of
+        `num_blocks`. If there is not exactly one, or `num_blocks` is not given, the shape decides: `[nb, bs, X]`,
+        `[nb, H, bs, 2D]`, `[nb, bs, H, D]`, `[nb, 1, bs, X]`, `[2, nb, bs, H, D]`, `[nb, 2, bs, H, D]`,
+        `[2, L, nb, bs, H, D]`, `[nb, L, 2, bs, H, D]` or `[nb, 2, L, bs, H, D]`, with bs and H in either order. If
+        that dimension has `ratio * num_blocks` entries, a block is `ratio` consecutive entries of it.
 
-        Raises `LayoutError`, naming the tensor, when tensors disagree on the number of blocks or the device,
-        overlap themselves or each other, are not dense, or are not aligned to 16 bytes.
+        Args:
+            tensors: name -> tensor; the layout has their order.
+            block_size: tokens of a block.
+            num_blocks: blocks of the cache; None if the shapes show it.
+            block_dim: the dimension that counts blocks, for all tensors or by name; None if the shapes show it.
+
+        Raises:
+            LayoutError: tensors have different numbers of blocks or devices, overlap themselves or each other, are not
+                dense, or are not aligned to 16 bytes. The message names the tensor.
         """
         block_size = _as_int("block_size", block_size)
         num_blocks = None if num_blocks is None else _as_int("num_blocks", num_blocks)
@@ -170,7 +200,7 @@ class KVLayout:
 
     @cached_property
     def payload_offsets(self) -> tuple[int, ...]:
-        """Where each segment starts in a block's payload, in bytes; as long as `segments`."""
+        """Offset of each segment in a block's payload, in bytes, in the order of `segments`."""
         return tuple(accumulate((segment.nbytes for segment in self.segments[:-1]), initial=0))
 
     @property
@@ -179,9 +209,9 @@ class KVLayout:
         return tuple(dict.fromkeys(fmt.dtype for fmt in self.formats))
 
     def segment_table(self) -> bytes:
-        """What a payload's bytes mean, as canonical JSON: equal tables mean interchangeable payloads.
+        """The meaning of a payload's bytes, as canonical JSON. Payloads with equal tables are interchangeable.
 
-        Holds no address, stride or number of blocks, so that it is the same in every process.
+        It contains no address, stride or number of blocks, so it is the same in every process.
         """
         table = {
             "version": _TABLE_VERSION,
@@ -193,11 +223,11 @@ class KVLayout:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the segment table, 32 bytes: the layout's part of a namespace."""
+        """SHA-256 of the segment table, 32 bytes. It is a part of the namespace."""
         return hashlib.sha256(self.segment_table()).digest()
 
     def segment_of(self, payload_offset: int) -> Segment:
-        """The segment that holds byte `payload_offset` of a payload; `IndexError` outside of it."""
+        """The segment that contains byte `payload_offset` of a payload; `IndexError` if there is no such byte."""
         if not 0 <= payload_offset < self.block_nbytes:
             raise IndexError(f"payload offset {payload_offset} is outside of [0, {self.block_nbytes})")
         return self.segments[bisect_right(self.payload_offsets, payload_offset) - 1]
@@ -206,7 +236,7 @@ class KVLayout:
         return f"<KVLayout: {self.describe()}>"
 
     def describe(self) -> str:
-        """One line for logs."""
+        """The layout in one line, for logs."""
         sizes = sorted({segment.nbytes for segment in self.segments})
         span = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
         return (
@@ -218,7 +248,7 @@ class KVLayout:
 
 def _as_int(name: str, value: int) -> int:
     try:
-        return operator.index(value)  # NumPy's integers are welcome, and become plain ones
+        return operator.index(value)  # accepts NumPy's integers, too, and converts them
     except TypeError:
         raise LayoutError(f"{name} is {value!r}; pass an integer") from None
 
@@ -310,7 +340,7 @@ def _runs_of(view: TensorView, dim: int, num_blocks: int) -> tuple[BlockRuns, in
     shape = (*view.shape[:dim], ratio, *view.shape[dim + 1 :])
     min_run = -(-ALIGNMENT_BYTES // view.itemsize)
     runs = dense_runs(view.name, shape, view.strides, min_run)
-    # The only block needs no stride, and the tensor's own may be anything: take that of a dense cache.
+    # With a single block the tensor's stride may have any value: use that of a dense cache.
     return runs, view.strides[dim] * ratio if num_blocks > 1 else sum(runs.lengths)
 
 

@@ -1,7 +1,7 @@
-"""The arithmetic of paged layouts: the block dimension, the runs of a block, what overlaps.
+"""The arithmetic of paged layouts: the block dimension, the runs of a block, overlaps.
 
-Plain integers in, plain integers out: nothing here knows a tensor library. Strides count elements,
-addresses and lengths count bytes.
+All functions work on plain integers and need no tensor library. Strides count elements; addresses and lengths count
+bytes, unless a docstring says otherwise.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ Int64Array = NDArray[np.int64]
 class BlockRuns:
     """The contiguous runs of one block, in payload order; offsets and lengths in elements.
 
-    `block_shape` is the block's logical shape without dimensions of size 1; `payload_order` lists its axes as
-    they are nested in the payload, outermost first. Together they say what every payload byte means.
+    `block_shape` is the block's logical shape without dimensions of size 1; `payload_order` lists its axes in the order
+    of the payload, outermost first. Together they define the meaning of every byte of the payload.
     """
 
     offsets: tuple[int, ...]
@@ -30,10 +30,17 @@ class BlockRuns:
 
 
 def find_block_dim(name: str, shape: Sequence[int], block_size: int, num_blocks: int | None) -> int:
-    """The dimension that counts blocks: the only multiple of `num_blocks`, else what the shape table says.
+    """The dimension of a tensor that counts blocks: the only multiple of `num_blocks`, or else that of the shape table.
 
-    Without `num_blocks` the shape alone decides, so another dimension has to be `block_size`. With it, caches
-    of opaque bytes (Mamba states) pass too. Raises `LayoutError` where more than one reading is possible.
+    Args:
+        name: of the tensor, for messages.
+        shape: of the tensor.
+        block_size: tokens of a block. Without `num_blocks`, another dimension must have this size.
+        num_blocks: blocks of the cache; None if it is not known. If it is, caches of opaque bytes (Mamba states) are
+            accepted, too.
+
+    Raises:
+        LayoutError: no dimension fits, or more than one.
     """
     if num_blocks is None:
         dim = _block_dim_by_shape(name, shape)
@@ -69,7 +76,7 @@ def _block_dim_by_shape(name: str, shape: Sequence[int]) -> int:
     | 6    | [2, L, nb, bs, H, D]                               | 2               |
     | 6    | [nb, L, 2, bs, H, D], [nb, 2, L, bs, H, D]         | 0               |
 
-    bs and H may change places. A 2 that could be either K/V or a number of blocks is refused.
+    bs and H may be exchanged. A shape in which a 2 could be either K/V or the number of blocks is refused.
     """
     match len(shape):
         case 3 | 4:
@@ -95,12 +102,21 @@ def _ambiguous(name: str, shape: Sequence[int], why: str) -> LayoutError:
 
 
 def dense_runs(name: str, shape: Sequence[int], strides: Sequence[int], min_run: int) -> BlockRuns:
-    """Splits one block (the tensor without its block dimension) into maximal contiguous runs.
+    """Split one block into maximal contiguous runs.
 
-    Dimensions that are dense in memory, in whatever order, make up the run; the rest are enumerated row-major
-    in their logical order. Raises `LayoutError` when a run is shorter than `min_run` elements.
+    Dimensions that are dense in memory, in any order, form a run. The other dimensions are enumerated row-major, in
+    their logical order.
+
+    Args:
+        name: of the tensor, for messages.
+        shape: of one block.
+        strides: of the same dimensions, in elements.
+        min_run: elements that a run must have.
+
+    Raises:
+        LayoutError: the runs are shorter than `min_run`.
     """
-    # The stride of a dimension of size 1 is never used, so libraries leave anything in it.
+    # The stride of a dimension of size 1 is never used, so it may have any value.
     axes = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     run = 1
     inner: list[int] = []
@@ -111,7 +127,7 @@ def dense_runs(name: str, shape: Sequence[int], strides: Sequence[int], min_run:
         run *= size
         inner.insert(0, axis)
     if run < min_run:
-        # Before the enumeration: a wrong block dimension would otherwise yield millions of runs.
+        # Checked before the enumeration, because a wrong block dimension could give millions of runs.
         raise LayoutError(
             f"tensor {name!r}: a block is not dense, its contiguous runs are {run} element(s) long and "
             f"at least {min_run} are needed (per-block shape {tuple(shape)}, strides {tuple(strides)}); "
@@ -127,7 +143,7 @@ def dense_runs(name: str, shape: Sequence[int], strides: Sequence[int], min_run:
 
 
 def _join_adjacent(starts: Sequence[int], run: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Joins runs that follow each other both in the payload and in memory: (offsets, lengths)."""
+    """Join runs that follow each other both in the payload and in memory; returns (offsets, lengths)."""
     offsets: list[int] = []
     lengths: list[int] = []
     for start in starts:
@@ -142,9 +158,14 @@ def _join_adjacent(starts: Sequence[int], run: int) -> tuple[tuple[int, ...], tu
 def find_overlap(
     addresses: Int64Array, block_strides: Int64Array, nbytes: Int64Array, num_blocks: int
 ) -> tuple[int, int] | None:
-    """Two segments that share a byte in some block, or `None`; exact. The arrays have shape `[num_segments]`.
+    """Find two segments that share a byte in any of their blocks. The check is exact.
 
-    (i, i) says that segment i's own blocks overlap.
+    Args:
+        addresses, block_strides, nbytes: of each segment, in bytes, `int64 [num_segments]`.
+        num_blocks: blocks of the cache.
+
+    Returns:
+        Their indices, or None if no two overlap; `(i, i)` if blocks of segment i overlap each other.
     """
     if num_blocks > 1:
         too_long = np.flatnonzero(nbytes > block_strides)
@@ -153,7 +174,7 @@ def find_overlap(
     order = np.argsort(addresses, kind="stable")
     ends = (addresses + (num_blocks - 1) * block_strides + nbytes)[order]
     reach = np.maximum.accumulate(ends)
-    # Only segments whose bounding ranges intersect need a closer look.
+    # Only segments whose bounding ranges intersect can overlap.
     borders = np.flatnonzero(addresses[order][1:] >= reach[:-1]) + 1
     for group in np.split(order, borders):
         if len(group) == 1:
@@ -174,15 +195,16 @@ def _overlap_in_group(
     owners = np.repeat(np.arange(len(addresses)), num_blocks)
     order = np.argsort(starts, kind="stable")
     starts, owners = starts[order], owners[order]
-    # Sorted by start, any overlap at all means that some run overlaps its neighbour.
+    # The runs are sorted by start: if any two overlap, then two neighbours do.
     clashes = np.flatnonzero(starts[:-1] + nbytes[owners[:-1]] > starts[1:])
     return (int(owners[clashes[0]]), int(owners[clashes[0] + 1])) if len(clashes) else None
 
 
 def _disjoint_modulo_stride(addresses: Int64Array, block_strides: Int64Array, nbytes: Int64Array) -> bool:
-    """Layers interleaved in one allocation share a stride: disjoint within one period is disjoint everywhere.
+    """True if all segments have one stride and are disjoint within one period of it: then they never overlap.
 
-    A shortcut that spares sorting `num_segments * num_blocks` runs; False means only that it does not apply.
+    Layers that are interleaved in one allocation are like this. The check avoids sorting `num_segments * num_blocks`
+    runs. False does not mean that they overlap.
     """
     stride = int(block_strides[0])
     if np.any(block_strides != stride):

@@ -1,4 +1,4 @@
-"""Memory that blocks rest in and pass through: the extent allocator, the pinned host pool, device staging."""
+"""Memory that stores and stages blocks: the extent allocator, the pinned host pool, device staging."""
 
 from kvortex.memory.allocator import ExtentAllocator
 from kvortex.memory.limits import check_memory

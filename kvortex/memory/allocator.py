@@ -1,4 +1,4 @@
-"""First-fit allocation of extents, pure: offsets in, offsets out, no memory behind them."""
+"""First-fit allocation of extents. It works on offsets only and touches no memory."""
 
 from bisect import bisect_left, insort
 from collections import Counter
@@ -19,19 +19,19 @@ MAX_REMEMBERED_SIZES = 64
 
 
 class ExtentAllocator:
-    """Hands out extents of `[0, capacity_bytes)`, lowest address first, and merges what comes back.
+    """Allocates extents of `[0, capacity_bytes)`, lowest address first, and merges extents that are freed.
 
-    The range is cut into pieces of `piece_bytes`; no extent crosses a piece border, because pieces are pinned
-    one by one and a copy must not span two registrations. Sizes are rounded up to 128 bytes, offsets are
+    The range is divided into pieces of `piece_bytes`. No extent crosses the border of a piece, because pieces are
+    pinned one by one, and a copy must not span two registrations. Sizes are rounded up to 128 bytes, offsets are
     multiples of 128. Not thread-safe: it belongs to the control plane's thread.
 
-    First fit is exact and yet cheap for the few distinct sizes that a cache asks for: for each size it
-    remembers an address below which no hole is large enough, and only a free below that address moves it back.
+    First fit is exact, and still cheap, because a cache asks for few distinct sizes: for each size the allocator
+    remembers an address below which no hole is large enough. Only a free below that address lowers it.
 
     Args:
-        capacity_bytes: size of the whole range.
-        piece_bytes: size of a piece; the last one may be smaller.
-        name: names the pool in messages and figures.
+        capacity_bytes: size of the whole range in bytes.
+        piece_bytes: size of a piece in bytes; the last one may be smaller. None for a single piece.
+        name: of the pool, for messages and figures.
     """
 
     def __init__(self, capacity_bytes: int, piece_bytes: int | None = None, *, name: str = "cpu") -> None:
@@ -50,10 +50,14 @@ class ExtentAllocator:
     # -- allocate ----------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int, owner: str) -> Extent:
-        """One extent of at least `nbytes`.
+        """Allocate one extent.
+
+        Args:
+            nbytes: its size in bytes, which is rounded up.
+            owner: name under which its bytes are accounted.
 
         Raises:
-            OutOfPoolMemoryError: no hole is large enough; the message tells full from fragmented.
+            OutOfPoolMemoryError: no hole is large enough; the message says whether the pool is full or fragmented.
         """
         offsets = self.allocate_many(1, nbytes, owner)
         if not offsets.size:
@@ -61,10 +65,17 @@ class ExtentAllocator:
         return Extent(int(offsets[0]), align_up(nbytes, EXTENT_ALIGNMENT_BYTES))
 
     def allocate_many(self, count: int, nbytes: int, owner: str) -> NDArray[np.int64]:
-        """Offsets of up to `count` extents of `nbytes` each, as few contiguous runs as first fit gives.
+        """Allocate extents of one size, in as few contiguous runs as first fit gives.
 
-        Fewer when the pool is full. Extents of one run follow each other without a gap, so that one copy can
-        move them.
+        Extents of a run follow each other without a gap, so that one copy can move them.
+
+        Args:
+            count: number of extents.
+            nbytes: size of each in bytes, which is rounded up.
+            owner: name under which their bytes are accounted.
+
+        Returns:
+            Their offsets in bytes, `int64 [m]`; `m < count` if the pool is full.
         """
         if nbytes < 1 or count < 0:
             raise ValueError(f"cannot allocate {count} extents of {nbytes} bytes")
@@ -92,7 +103,7 @@ class ExtentAllocator:
         return start
 
     def _run_fit(self, size: int, total: int) -> int | None:
-        # Runs come in many lengths, so no address is remembered for them: whatever holds a run holds one extent.
+        # Runs have many lengths, so no address is remembered for them. A hole that holds a run holds one extent, too.
         starts, sizes = self._hole_starting, self._hole_size
         for position in range(bisect_left(starts, self._no_fit_below.get(size, 0)), len(starts)):
             if sizes[starts[position]] >= total:
@@ -118,11 +129,11 @@ class ExtentAllocator:
     # -- free --------------------------------------------------------------------------------------
 
     def free(self, extent: Extent) -> None:
-        """Give one extent back.
+        """Free one extent.
 
         Raises:
             DoubleFreeError: its bytes are free already.
-            ForeignExtentError: this allocator did not hand it out like this. The pool is unchanged.
+            ForeignExtentError: this allocator has not allocated an extent of this offset and size. Nothing is freed.
         """
         held = self._allocated.get(extent.offset)
         if held is not None and held[0] != extent.nbytes:
@@ -130,10 +141,13 @@ class ExtentAllocator:
         self.free_many([extent.offset])
 
     def free_many(self, offsets: Sequence[int] | NDArray[np.int64]) -> None:
-        """Give the extents at these offsets back; all are checked before the first is freed.
+        """Free the extents at these offsets. All are checked before the first is freed.
+
+        Args:
+            offsets: in bytes, `int64 [n]` or a sequence.
 
         Raises:
-            DoubleFreeError, ForeignExtentError: as `free`; then none is freed.
+            DoubleFreeError, ForeignExtentError: as in `free`; then none is freed.
         """
         if not len(offsets):
             return
@@ -152,7 +166,7 @@ class ExtentAllocator:
     def _give_back(self, start: int, end: int) -> None:
         # A run of extents may span pieces; its holes may not.
         self.allocated_bytes -= end - start
-        end = min(end, self.capacity_bytes)  # what was cut off by `shrink` is nobody's any more
+        end = min(end, self.capacity_bytes)  # bytes that `shrink` has cut off are not free
         while start < end:
             border = min(end, start - start % self.piece_bytes + self.piece_bytes)
             self._merge_hole(start, border)
@@ -183,17 +197,17 @@ class ExtentAllocator:
         start = self._hole_starting[position]
         return offset < start + self._hole_size[start]
 
-    # -- another size ------------------------------------------------------------------------------
+    # -- size --------------------------------------------------------------------------------------
 
     def holds(self, offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """True where an extent begins, `bool [n]`."""
+        """For each offset, `int64 [n]`, True if an allocated extent begins there, `bool [n]`."""
         return np.array([offset in self._allocated for offset in offsets.tolist()], dtype=np.bool_)
 
     def shrink(self, capacity_bytes: int) -> None:
-        """Hand out nothing beyond `capacity_bytes` any more; extents that lie there are freed as usual, and are gone.
+        """Reduce the range to `[0, capacity_bytes)`. Extents beyond it are freed as usual, and not allocated again.
 
         Raises:
-            ValueError: that is no smaller.
+            ValueError: `capacity_bytes` is negative, or larger than now.
         """
         if not 0 <= capacity_bytes <= self.capacity_bytes:
             raise ValueError(f"pool {self.name!r} of {self.capacity_bytes} bytes cannot shrink to {capacity_bytes}")
@@ -232,19 +246,19 @@ class ExtentAllocator:
         return max(self._hole_size.values(), default=0)
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """Owner -> bytes it holds; empty when everything came back."""
+        """Owner -> bytes of its extents; empty if every extent was freed."""
         totals: Counter[str] = Counter()
         for size, owner in self._allocated.values():
             totals[owner] += size
         return dict(totals)
 
     def leak_report(self) -> str:
-        """What is still held, by owner, largest first; empty when nothing is."""
+        """Bytes that are still allocated, by owner, largest first; empty if there are none."""
         held = Counter(self.bytes_by_owner())
         return ", ".join(f"{owner}: {nbytes} bytes" for owner, nbytes in held.most_common())
 
     def figures(self, *, pinned_bytes: int = 0) -> PoolFigures:
-        """Occupancy and fragmentation now."""
+        """Occupancy and fragmentation now; `pinned_bytes` is passed on."""
         largest = self.largest_free_bytes
         free = sum(self._hole_size.values())
         return PoolFigures(

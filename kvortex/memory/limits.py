@@ -1,4 +1,4 @@
-"""How much memory this process may still take: a pool that is larger is killed without a message while it is pinned."""
+"""Memory limits of this process. The kernel kills a process without a message if it pins a pool beyond its limit."""
 
 import logging
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from kvortex.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_TIGHT_SHARE = 0.05  # of what is available: what a pool should leave to the process itself, at least
-_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # counted as used, given back when needed
+_TIGHT_SHARE = 0.05  # share of the available memory that a pool should leave to the process itself
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # used, but the kernel reclaims it when needed
 _RECLAIMABLE_V1 = ("total_inactive_file", "total_active_file")
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """One bound on this process's memory.
+    """One limit on the memory of this process.
 
     Args:
-        source: the file that sets it.
-        limit_bytes: in all.
-        available_bytes: that are left of it; caches that the kernel gives back when needed count as left.
+        source: the file that states it.
+        limit_bytes: bytes that may be used in all.
+        available_bytes: bytes of these that are free, or used by caches that the kernel reclaims when needed.
     """
 
     source: str
@@ -31,17 +31,17 @@ class MemoryLimit:
 
 
 def check_memory(demand_bytes: int, *, ranks: int = 1, root: Path = Path("/")) -> None:
-    """Refuse a pool that neither the machine nor the container can hold.
+    """Refuse a pool that does not fit the memory of the machine or of the container.
 
-    To be called before any of the ranks has taken its pool: what one has taken is missing from what is available.
+    Call this before any of the ranks has allocated its pool, because a pool that was allocated is not available.
 
     Args:
-        demand_bytes: the pool of one rank.
-        ranks: processes of this machine and container that take as much each; 1 where they share the pool.
-        root: where `proc` and the control groups are looked for.
+        demand_bytes: bytes of one rank's pool.
+        ranks: number of such pools in this machine and container; 1 if the ranks share one.
+        root: directory in which `proc` and the control groups are mounted.
 
     Raises:
-        ConfigError: it does not fit; the message names limit, demand, ranks and what would fit.
+        ConfigError: it does not fit; the message names limit, demand, ranks and the size that would fit.
     """
     limits = memory_limits(root)
     if not limits:
@@ -62,11 +62,11 @@ def check_memory(demand_bytes: int, *, ranks: int = 1, root: Path = Path("/")) -
             f"set pool.bytes to less than {fits}MiB, or allow the container or machine more memory"
         )
     if total_bytes > tightest.available_bytes * (1 - _TIGHT_SHARE):
-        logger.warning("%s leaves next to nothing for all else: %s", wanted, given)
+        logger.warning("%s leaves next to nothing for the rest of the process: %s", wanted, given)
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """What bounds this process: the machine, and every control group that it is in, of either version."""
+    """The memory limits of this process: of the machine, and of every control group (v1 or v2) that it is in."""
     return [*_of_machine(root), *_of_groups(root)]
 
 
@@ -98,7 +98,7 @@ def _of_group(folder: Path, limit_name: str, usage_name: str, reclaimable: tuple
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A mounted hierarchy that counts memory, and where this process is in it."""
+    """A mounted hierarchy of control groups that counts memory, and the group of this process in it."""
 
     is_unified: bool
     top: str  # the group that is mounted
@@ -106,10 +106,10 @@ class _Mount:
     group: str  # this process's
 
     def folders(self, root: Path) -> Iterator[Path]:
-        """This process's group and those above it, as far as they can be seen."""
+        """The folders of this process's group and of those above it, as far as they are mounted."""
         point = root / self.point.lstrip("/")
         top = self.top.rstrip("/")
-        # In a container without a namespace of its own for groups, paths are the machine's and the mount is not.
+        # In a container without a control-group namespace, paths are those of the machine, but the mount is not.
         inside = self.group[len(top) :] if f"{self.group}/".startswith(f"{top}/") else ""
         folder = point / inside.strip("/")
         while folder != point:
@@ -119,7 +119,7 @@ class _Mount:
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
-    """Raises nothing: a machine without control groups has no such limits."""
+    """The mounted hierarchies that count memory; none on a machine without control groups."""
     groups = _own_groups(root)
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -131,12 +131,12 @@ def _mounts(root: Path) -> Iterator[_Mount]:
         group = groups.get("" if is_unified else "memory")
         if group is not None and ".." not in f"{group}{top}":
             yield _Mount(is_unified, top, point, group)
-        else:  # outside of what this process can see: the mounted group itself bounds it, if any does
+        else:  # this process's group is not mounted here: only the mounted group itself can limit it
             yield _Mount(is_unified, top, point, top)
 
 
 def _own_groups(root: Path) -> dict[str, str]:
-    """This process's group by controller; `""` is the unified hierarchy."""
+    """The group of this process by controller; `""` is the unified hierarchy."""
     groups = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
@@ -154,7 +154,7 @@ def _unescape(text: str) -> str:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
-    except OSError:  # not there, or not for us to read: then it sets no limit that could be named
+    except OSError:  # it does not exist, or cannot be read: then it states no limit
         return []
 
 
@@ -164,6 +164,6 @@ def _number(path: Path) -> int | None:
 
 
 def _figures(path: Path, unit: int = 1) -> dict[str, int]:
-    """`name value` or `name: value kB` a line."""
+    """Parse lines `name value` or `name: value kB`; values are multiplied by `unit`."""
     words = [line.replace(":", " ").split() for line in _lines(path)]
     return {parts[0]: int(parts[1]) * unit for parts in words if len(parts) >= 2 and parts[1].isdigit()}

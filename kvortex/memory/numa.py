@@ -1,4 +1,4 @@
-"""Where the pages of a mapping come from, and when: `mbind` without libnuma, and `madvise`."""
+"""Placement of a mapping's pages on NUMA nodes (`mbind`, without libnuma), and their allocation (`madvise`)."""
 
 import ctypes
 import logging
@@ -14,7 +14,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14 and newer
 
 
 def online_nodes() -> list[int]:
-    """NUMA nodes of this machine; `[0]` where the kernel does not say."""
+    """Numbers of this machine's NUMA nodes; `[0]` if the kernel does not state them."""
     try:
         text = Path("/sys/devices/system/node/online").read_text().strip()
     except OSError:
@@ -27,10 +27,17 @@ def online_nodes() -> list[int]:
 
 
 def prefer_node(address: int, nbytes: int, node: int | None) -> bool:
-    """Ask for the pages of a mapping, not yet touched, to come from `node`; True when the kernel agreed.
+    """Ask the kernel to allocate the pages of a mapping on a NUMA node; they must not be touched yet.
 
-    A preference, not a demand: a full node falls back to its neighbours. With one node, an unknown node or an
-    unknown machine there is nothing to do.
+    This is a preference: if the node is full, pages come from its neighbours.
+
+    Args:
+        address: of the mapping, a multiple of the page size.
+        nbytes: its size in bytes.
+        node: number of the node; None if it is unknown.
+
+    Returns:
+        True if the kernel has accepted; False also if there is only one node, or the node or machine is unknown.
     """
     number = _SYS_MBIND.get(platform.machine())
     if node is None or number is None or len(online_nodes()) < 2:
@@ -52,7 +59,11 @@ def prefer_node(address: int, nbytes: int, node: int | None) -> bool:
 
 
 def make_present(address: int, nbytes: int) -> bool:
-    """Give a mapping its pages now, without the GIL; False on kernels that cannot: they come when first touched."""
+    """Allocate the pages of a mapping now, without the GIL.
+
+    Returns:
+        False if the kernel is too old for this: then pages are allocated when they are first touched.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(_MADV_POPULATE_WRITE))
     return bool(result == 0)

@@ -1,4 +1,4 @@
-"""The host memory that blocks rest in: one mapping of exactly the size asked for, pinned piece by piece."""
+"""The pool in host memory: one mapping of exactly the requested size, pinned piece by piece."""
 
 import asyncio
 import contextlib
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 
 
 class PinnedPool:
-    """`capacity_bytes` of host memory, pinned for a device in the background, lowest piece first.
+    """Host memory that is pinned for a device in the background, from its start on.
 
-    Pinning costs about half a second a GiB, so start-up does not wait for it: `ready(nbytes)` waits until the
-    first `nbytes` are pinned. Without a device the memory is plain and ready at once. The mapping is kept out
-    of forked children: a copy-on-write page would move away under a transfer.
+    Pinning takes about half a second a GiB, so the start-up does not wait for it: `ready(nbytes)` waits until the first
+    `nbytes` are pinned. Without a device the memory is not pinned, and is ready at once. Forked children do not inherit
+    the mapping: with copy-on-write, a page could move during a transfer.
 
-    While the driver pins, every other call into it waits: so pages are made present before, which is most of the
-    work, and between two pieces that nobody waits for the driver is left alone for as long as the last one took.
+    While the driver pins, every other call into it waits. So pages are allocated before that, which is most of the
+    work. After each piece the thread pauses as long as the piece took, unless a transfer waits for the next one.
 
     Args:
-        capacity_bytes: size, rounded up to whole pages.
-        device: whose transfers use the memory; None for plain host memory.
-        piece_bytes: pinned at a time, a multiple of the page size.
-        numa_aware: prefer pages of the device's NUMA node. A shared pool has several devices and no preference.
-        memory: map the first `capacity_bytes` of it, instead of memory of this process alone.
-        on_stopped: called at most once, on the thread that pins, when no more can be pinned: with the bytes that are,
-            the first of the pool. Whoever waits for more is told after that.
+        capacity_bytes: size in bytes, rounded up to whole pages.
+        device: the device whose transfers use the memory; None for host memory that is not pinned.
+        piece_bytes: bytes that are pinned at a time, a multiple of the page size.
+        numa_aware: prefer pages on the device's NUMA node. A shared pool has several devices and no preference.
+        memory: shared memory whose first `capacity_bytes` are mapped; None for memory of this process alone.
+        on_stopped: called at most once, on the thread that pins, if no more can be pinned, with the number of bytes
+            that are pinned, from the start of the pool. Calls that wait for more fail after that.
 
     Raises:
-        ConfigError: the machine cannot map that much.
+        ConfigError: that much memory cannot be mapped.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PinnedPool:
                 self._advance(start + nbytes)
         except DeviceError as error:
             logger.warning(
-                "no more than %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
+                "only %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
                 "raise the limit on locked memory, or lower pool.bytes",
                 self.pinned_bytes,
                 self.capacity_bytes,
@@ -127,7 +127,7 @@ class PinnedPool:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Meanwhile only what somebody waits for is pinned: for a caller that has many calls to make to the driver."""
+        """Pause the pinning, except of pieces that a transfer waits for, while the caller makes calls to the driver."""
         self._held += 1
         try:
             yield
@@ -151,15 +151,15 @@ class PinnedPool:
     # -- use ---------------------------------------------------------------------------------------
 
     def is_ready(self, nbytes: int) -> bool:
-        """True when the first `nbytes` may take part in a transfer."""
+        """True if the first `nbytes` of the pool can be used in a transfer."""
         return self.pinned_bytes >= nbytes
 
     def wait_ready(self, nbytes: int) -> None:
         """Block until the first `nbytes` are pinned.
 
         Raises:
-            DeviceError: pinning failed before it got that far, or the pool was closed.
-            ValueError: the pool has less.
+            DeviceError: pinning has failed before, or the pool was closed.
+            ValueError: the pool is smaller.
         """
         if nbytes > self.capacity_bytes:
             raise ValueError(f"cannot wait for {nbytes} bytes of a pool of {self.capacity_bytes}")
@@ -171,22 +171,22 @@ class PinnedPool:
                 raise self._error or DeviceError("the pool was closed while memory was being pinned")
 
     async def ready(self, nbytes: int) -> None:
-        """Wait for the first `nbytes` without blocking the loop. Raises as `wait_ready`."""
+        """Wait until the first `nbytes` are pinned, without blocking the loop. Raises as `wait_ready`."""
         if not self.is_ready(nbytes):
             await asyncio.to_thread(self.wait_ready, nbytes)
 
     def view(self, extent: Extent, nbytes: int | None = None) -> NDArray[np.uint8]:
-        """The extent's bytes, shared; `nbytes` leaves out the padding at its end."""
+        """The bytes of an extent, `uint8 [n]`, as a view of the pool; `nbytes` leaves out the padding at its end."""
         return self.bytes[extent.offset : extent.offset + (extent.nbytes if nbytes is None else nbytes)]
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Nobody else who asks for the same writes to the pool meanwhile; nothing to do for a pool of its own."""
+        """Exclude the other processes that share the pool, as long as they use this, too."""
         return self._memory.exclusive() if self._memory is not None else contextlib.nullcontext()
 
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Unpin and unmap, whatever fails; idempotent. No transfer may be under way."""
+        """Unpin and unmap, whatever fails; idempotent. No transfer may be in flight."""
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
@@ -206,7 +206,7 @@ class PinnedPool:
         try:
             self._mapping.close()
         except BufferError:
-            # A caller still holds a view of the pool: the mapping goes with it, which beats a dangling pointer.
+            # A caller still holds a view of the pool. The mapping lives as long as that view, so no pointer dangles.
             logger.warning("a view of the pool is still alive; its memory is released with it")
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Memory that several processes of one machine map, without a name: when the last of them ends, it is gone."""
+"""Memory that several processes of a machine share. It has no name, and is gone when the last process ends."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,14 @@ from kvortex.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class SharedTicket:
-    """What another process needs to map the memory: whose descriptor to open, and what must be behind it."""
+    """All that another process needs to map the memory.
+
+    Args:
+        process_id: of the process that has created it.
+        descriptor: number of its file descriptor in that process.
+        label: random name of the memory, to check that the descriptor is the right one.
+        nbytes: size in bytes.
+    """
 
     process_id: int
     descriptor: int
@@ -25,11 +32,10 @@ class SharedTicket:
 
 
 class SharedMemory:
-    """`nbytes` of zeroed memory, shared through a descriptor of `memfd_create`.
+    """Zeroed memory, shared through a descriptor of `memfd_create`.
 
-    No file system holds it: its size is not bounded by `/dev/shm`, and nothing stays behind when a process is
-    killed. One process calls `create` and hands its `ticket` to the others, which call `attach` while the first
-    still has it open.
+    No file system holds it: `/dev/shm` does not limit its size, and nothing is left behind when a process is killed.
+    One process calls `create` and sends its `ticket` to the others; they call `attach` while the first has it open.
     """
 
     def __init__(self, descriptor: int, ticket: SharedTicket) -> None:
@@ -38,10 +44,10 @@ class SharedMemory:
 
     @classmethod
     def create(cls, nbytes: int) -> Self:
-        """New memory, rounded up to whole pages.
+        """Create memory of `nbytes`, rounded up to whole pages.
 
         Raises:
-            ConfigError: the machine cannot give that much.
+            ConfigError: the system refuses that much memory.
         """
         label = f"kvortex-{secrets.token_hex(8)}"
         size = align_up(nbytes, mmap.PAGESIZE)
@@ -58,10 +64,10 @@ class SharedMemory:
 
     @classmethod
     def attach(cls, ticket: SharedTicket) -> Self | None:
-        """The memory of a ticket; None if this process cannot reach it: another machine, container or user."""
+        """Open the memory of a ticket; None if it belongs to another machine, container or user."""
         path = Path(f"/proc/{ticket.process_id}/fd/{ticket.descriptor}")
         try:
-            # A process of that number on this machine may be quite another one, with a pipe under that descriptor.
+            # The process with this number may be another one, with a pipe under that descriptor.
             if os.readlink(path) != f"/memfd:{ticket.label} (deleted)":
                 return None
             return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), ticket)
@@ -69,10 +75,14 @@ class SharedMemory:
             return None
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
-        """A mapping of `nbytes` from `offset`, a multiple of the page size; it outlives `close`.
+        """Map a part of the memory. The mapping stays valid after `close`.
+
+        Args:
+            offset: start of the part in bytes, a multiple of the page size.
+            nbytes: its size in bytes.
 
         Raises:
-            ConfigError: no address space for it, or closed.
+            ConfigError: there is no address space for it, or the memory was closed.
         """
         try:
             return mmap.mmap(self._open_descriptor(), nbytes, flags=mmap.MAP_SHARED, offset=offset)
@@ -81,7 +91,7 @@ class SharedMemory:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the others off that ask for the same; the kernel gives it back for a process that dies."""
+        """Exclude the other processes that use this, too. The kernel ends it if the process dies."""
         descriptor = self._open_descriptor()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
@@ -95,7 +105,7 @@ class SharedMemory:
         return self._descriptor
 
     def close(self) -> None:
-        """Give the descriptor up; mappings stay. Idempotent."""
+        """Close the descriptor; mappings stay valid. Idempotent."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""Device memory that batches pass through, on CUDA's stream-ordered allocator."""
+"""Device memory that stages batches, from CUDA's stream-ordered allocator."""
 
 from collections import Counter
 
@@ -11,8 +11,8 @@ class DeviceStagingPool:
     """A bounded pool on the device: `cuMemAllocFromPoolAsync` with accounting by owner.
 
     Args:
-        device: where the memory lies.
-        capacity_bytes: bound on what is handed out together.
+        device: the device whose memory it is.
+        capacity_bytes: bytes that may be allocated at a time.
     """
 
     def __init__(self, device: Device, capacity_bytes: int) -> None:
@@ -25,10 +25,18 @@ class DeviceStagingPool:
         self._closed = False
 
     def allocate(self, nbytes: int, owner: str, *, stream: Stream) -> int:
-        """Address of `nbytes` of device memory, usable in `stream` order.
+        """Allocate device memory.
+
+        Args:
+            nbytes: size in bytes.
+            owner: name under which it is accounted.
+            stream: work that is queued on it from now on may use the memory.
+
+        Returns:
+            The address.
 
         Raises:
-            OutOfPoolMemoryError: over the pool's bound, or the device has no memory left.
+            OutOfPoolMemoryError: the pool's capacity is exceeded, or the device has no memory left.
         """
         if self.allocated_bytes + nbytes > self.capacity_bytes:
             raise OutOfPoolMemoryError(
@@ -44,11 +52,11 @@ class DeviceStagingPool:
         return address
 
     def free(self, address: int, *, stream: Stream) -> None:
-        """Give memory back in `stream` order.
+        """Free memory, once the work that is queued on `stream` so far is done.
 
         Raises:
-            DoubleFreeError: given back before.
-            ForeignExtentError: not an address of this pool.
+            DoubleFreeError: it was freed before.
+            ForeignExtentError: the address is not from this pool.
         """
         if address not in self._allocated:
             error = DoubleFreeError if address in self._freed else ForeignExtentError
@@ -59,7 +67,7 @@ class DeviceStagingPool:
         self._device.free_async(address, stream)
 
     def leak_report(self) -> str:
-        """What is still handed out, by owner; empty when nothing is."""
+        """Bytes that are still allocated, by owner; empty if there are none."""
         totals: Counter[str] = Counter()
         for nbytes, owner in self._allocated.values():
             totals[owner] += nbytes
@@ -82,8 +90,7 @@ class DeviceStagingPool:
         """Return the pool to the device; idempotent.
 
         Raises:
-            PoolLeakError: something is still handed out; the pool stays, as freeing it could pull memory from
-                under a transfer.
+            PoolLeakError: memory is still allocated. The pool stays then, because a transfer could use that memory.
         """
         if self._closed:
             return

@@ -1,8 +1,8 @@
-"""The control plane: decides what is saved, where to, and what can be loaded. Synchronous, no I/O, no GPU.
+"""The control plane: decides which blocks are saved, to which extents, and which can be loaded. No I/O, no GPU.
 
-It knows the index, the extents and the eviction pace, and it speaks in plans. A plan's `transfer` is plain data
-that a data plane carries out, here or in another process; its outcome comes back through `finish_save` or
-`finish_load`. Not thread-safe except for the index's own reads.
+It owns the index, the allocator and the eviction pacer, and returns plans. The `transfer` of a plan is plain data, and
+a data plane carries it out, in this process or another. The caller passes the outcome to `finish_save` or
+`finish_load`. Not thread-safe, except for the reads of the index.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,17 +32,20 @@ from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, Transf
 CPU_TIER: Final = "cpu"
 
 MAX_EVICTIONS_A_PLAN: Final = 4
-"""Rounds of eviction that one plan may ask for: with blocks of two sizes, what is freed need not fit what comes."""
+"""Rounds of eviction in one plan. One may not be enough: with blocks of two sizes, freed extents may be too small."""
 
-# What becomes of a block of a save that does not move; a reservation without room is given up.
+# Outcomes of a save's blocks that do not move. A reservation without room is aborted.
 _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
 
 
 class SavePlan(NamedTuple):
-    """A save between reservation and commit.
+    """A save between reservation and commit, of `n` blocks, `m` of which move.
 
-    `states` are the reservation's, `int64 [call]`; `slots` the places in the index of the blocks that move, `nbytes`
-    the size of their extents.
+    Attributes:
+        transfer: of the blocks that move.
+        states: answers of the reservation, `int64 [n]`.
+        slots: of the blocks that move, in the index, `int64 [m]`.
+        nbytes: size of their extents.
     """
 
     transfer: TransferPlan
@@ -52,25 +55,30 @@ class SavePlan(NamedTuple):
 
     @property
     def positions(self) -> NDArray[np.intp]:
-        """Those of the call's blocks that move."""
+        """Positions in the call of the blocks that move, `intp [m]`."""
         return np.flatnonzero(self.states == RESERVED)[: len(self.slots)]
 
 
 class LoadPlan(NamedTuple):
-    """A load between pin and unpin: the hits move."""
+    """A load between pin and unpin. The hits move.
+
+    Attributes:
+        transfer: of the hits.
+        pins: answers of the index for all blocks of the call.
+    """
 
     transfer: TransferPlan
     pins: Pins
 
     @property
     def positions(self) -> NDArray[np.intp]:
-        """Those of the call's blocks that move."""
+        """Positions in the call of the blocks that move, `intp [m]`."""
         return np.flatnonzero(self.pins.slots >= 0)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """Blocks on their way from a lower tier: their positions in the call, slots, offsets and sizes in the pool."""
+    """Blocks in flight from a lower tier: positions in the call, slots in the index, offsets and sizes of extents."""
 
     positions: NDArray[np.intp]
     slots: NDArray[np.int64]
@@ -80,7 +88,7 @@ class FetchPlan:
 
 @dataclass(frozen=True, slots=True)
 class HeldBlocks:
-    """Blocks that stay where they are until `release`: positions in the call, and what the index knows of them."""
+    """Blocks that are not evicted until `release`: positions in the call, and their entries in the index."""
 
     positions: NDArray[np.intp]
     slots: NDArray[np.int64]
@@ -94,13 +102,14 @@ class ControlPlane:
 
     Args:
         index: the blocks of one namespace.
-        allocator: hands out extents of the pool.
-        pacer: how much to evict as the pool fills.
+        allocator: allocates extents of the pool.
+        pacer: decides how much to evict as the pool fills.
         sizes: bytes that a block takes in the pool.
 
-    `on_removed` is told the offsets of blocks that were visible and have left the pool. `on_evicted` is shown what is
-    evicted to keep the pool below its watermark, coldest first, and answers how many of the first blocks it takes over:
-    it frees their extents with `free` when it has written them elsewhere.
+    Attributes:
+        on_removed: called with the offsets, `int64 [n]`, of visible blocks that have left the pool.
+        on_evicted: called with the eviction victims of the pacer, coldest first. It returns how many of them, from the
+            first on, it takes over: it calls `free` for each of these when it has written the block elsewhere.
     """
 
     def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, sizes: BlockSizes) -> None:
@@ -141,15 +150,15 @@ class ControlPlane:
         as_is: bool = False,
         chain: NDArray[np.uint64] | None = None,
     ) -> SavePlan:
-        """Reserve what is not there yet and find room for it, the chain's head first.
+        """Reserve the blocks that are not stored yet and find room for them, the head of the chain first.
 
         Args:
-            keys: a prefix chain, root first, `uint64 [n, 4]` from `pack_keys`.
-            block_ids: `int32 [n]`.
-            owner: who is accounted for the extents.
-            as_is: do not pack, although the codec would.
-            chain: blocks that must not go to make room for these, `uint64 [m, 4]`, as what is in front of them;
-                by default `keys`.
+            keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
+            block_ids: of these blocks in the paged cache, `int32 [n]`.
+            owner: name under which the extents are accounted.
+            as_is: store the blocks raw, although the codec packs.
+            chain: block hashes, `uint64 [m, 4]`, that must not be evicted to make room for these, such as the blocks
+                in front of them; by default `keys`.
         """
         packs = self._sizes.packs and not as_is
         nbytes = self._sizes.packed if packs else self._sizes.raw
@@ -173,18 +182,18 @@ class ControlPlane:
         too_lossy: NDArray[np.bool_] | None = None,
         num_tried: int | None = None,
     ) -> Sequence[SaveOutcome]:
-        """Commit what arrived, give back the rest.
+        """Commit the blocks that arrived, and free the extents of the others.
 
         Args:
-            plan: what `plan_save` returned.
-            digests: `uint64 [n]`.
-            succeeded: `bool [n]`, what arrived and may be used; None for all.
-            too_lossy: `bool [n]`, what did not because packing loses too much of it.
-            num_tried: how many, from the first, were not given up before anything moved; None for all. The others
-                have not failed, and their keys have no new reason for a miss.
+            plan: from `plan_save`.
+            digests: of the `m` blocks that move, `uint64 [m]`.
+            succeeded: which of them arrived and may be used, `bool [m]`; None for all.
+            too_lossy: which of them did not, because packing would lose too much, `bool [m]`; None for none.
+            num_tried: number of them, from the first on, whose transfer was started; None for all. The others have not
+                failed, and their keys get no new reason for a miss.
 
         Returns:
-            The call's outcomes.
+            The outcomes of all `n` blocks of the call.
         """
         offsets = plan.transfer.offsets
         if self._shrunk:
@@ -214,7 +223,7 @@ class ControlPlane:
             if offsets.size == count:
                 return offsets
             self.allocator.free_many(offsets)
-        held = self.index.hold(chain).hits  # a tail without its head is of no use, so it does not drive it out
+        held = self.index.hold(chain).hits  # a tail is useless without its head, so it must not evict it
         try:
             return self._evict_and_allocate(count, nbytes, owner, paced)
         finally:
@@ -251,12 +260,12 @@ class ControlPlane:
         *,
         chain: NDArray[np.uint64] | None = None,
     ) -> FetchPlan:
-        """Reserve blocks that a lower tier has, and find room for them, the chain's head first.
+        """Reserve blocks that a lower tier has, and find room for them, the head of the chain first.
 
         Args:
-            keys: `uint64 [n, 4]`.
-            packed: `bool [n]`, how they rest there.
-            owner: who is accounted for the extents.
+            keys: block hashes, `uint64 [n, 4]`.
+            packed: which of them are stored packed there, `bool [n]`.
+            owner: name under which the extents are accounted.
             chain: as in `plan_save`.
         """
         reservation = self.index.reserve(keys)
@@ -272,7 +281,14 @@ class ControlPlane:
         return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], sizes[got])
 
     def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
-        """A fetched block has arrived: it is visible now, unless the pool was cut off below it meanwhile."""
+        """A fetched block has arrived: make it visible, unless the pool has shrunk below its extent.
+
+        Args:
+            slot: of the block in the index.
+            offset: of its extent in bytes.
+            nbytes: size of its extent.
+            digest: of its payload.
+        """
         if self._shrunk and not self._within(np.array([offset]), nbytes).all():
             self.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
             return
@@ -282,35 +298,35 @@ class ControlPlane:
         )
 
     def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None:
-        """A fetched block will not arrive."""
+        """A fetched block will not arrive: free its extent, and remember `reason` for a miss."""
         self.index.abort(np.array([slot]), reason)
         self.allocator.free_many([offset])
 
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
-        """Keep blocks in place while they are read for a lower tier; what is gone is left out."""
+        """Protect blocks, `uint64 [n, 4]`, from eviction while a lower tier reads them; absent ones are skipped."""
         pins = self.index.hold(keys)
         return HeldBlocks(np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests)
 
     def release(self, slots: NDArray[np.int64]) -> None:
-        """Let held blocks go."""
+        """Release held blocks; `slots` are theirs, `int64 [m]`."""
         self._remove(self.index.unpin(slots))
 
     def free(self, offset: int) -> None:
-        """Give back the extent of a block that was taken over when it was evicted."""
+        """Free the extent of a block that was taken over when it was evicted."""
         self.allocator.free_many([offset])
 
     def is_packed(self, nbytes: int) -> bool:
-        """Whether a block whose extent has this size rests packed."""
+        """True if a block whose extent has this size is stored packed."""
         return self._sizes.packs and nbytes == self._sizes.packed
 
     # -- load --------------------------------------------------------------------------------------
 
     def plan_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> LoadPlan:
-        """Pin what is there.
+        """Pin the blocks that are stored.
 
         Args:
-            keys: a prefix chain, root first, `uint64 [n, 4]` from `pack_keys`.
-            block_ids: `int32 [n]`.
+            keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
+            block_ids: of these blocks in the paged cache, `int32 [n]`.
         """
         pins = self.index.pin(keys)
         packed = pins.nbytes == self._sizes.packed if self._sizes.packs else None
@@ -322,15 +338,15 @@ class ControlPlane:
     def finish_load(
         self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
     ) -> Sequence[MissReason | None]:
-        """Drop what arrived but is not intact, unpin.
+        """Unpin the blocks, and drop those that are corrupt.
 
         Args:
-            plan: what `plan_load` returned.
-            intact: `bool [n]`, what is as it was saved; None for all.
-            succeeded: `bool [n]`, what arrived; None for all.
+            plan: from `plan_load`.
+            intact: which of the `m` blocks that move are as they were saved, `bool [m]`; None for all.
+            succeeded: which of them arrived, `bool [m]`; None for all.
 
         Returns:
-            The call's outcomes, `None` for a hit.
+            The outcomes of all `n` blocks of the call, `None` for a hit.
         """
         pins, intact, succeeded = plan.pins, _unless_all(intact), _unless_all(succeeded)
         if intact is None and succeeded is None and pins.num_hits == len(pins):
@@ -352,17 +368,18 @@ class ControlPlane:
     # -- all ---------------------------------------------------------------------------------------
 
     def touch(self, keys: NDArray[np.uint64]) -> None:
-        """Count a whole chain as used now, so that its tail goes before its head.
+        """Count a whole chain, `uint64 [n, 4]`, as used now, so that its tail is evicted before its head.
 
-        For chains that were planned in parts, or grew: each part by itself is in order, but later parts are
-        more recent than earlier ones.
+        This is for chains that were planned in parts, or have grown. Within each part the order is right, but later
+        parts count as used more recently than earlier ones.
         """
         self.index.touch(keys)
 
     def shrink(self, capacity_bytes: int) -> None:
-        """Keep to the first `capacity_bytes` of the pool from now on, as the rest cannot be used.
+        """Use only the first `capacity_bytes` of the pool from now on.
 
-        Blocks that lie beyond are gone, as far as they are in use when that has ended; what is on its way there fails.
+        Blocks beyond it are dropped; those that are pinned keep their extents until they are unpinned. Saves and
+        fetches in flight to extents beyond it fail.
 
         Raises:
             ValueError: the pool is smaller already.
@@ -377,7 +394,7 @@ class ControlPlane:
         return within
 
     def clear(self) -> None:
-        """Forget every block; extents that are pinned or in flight come back when their transfers end."""
+        """Drop every block. Extents that are pinned or in flight are freed when their transfers end."""
         self._remove(self.index.clear())
 
     def _remove(self, offsets: NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""The data plane: pool, executor and scheduler behind one object that carries out transfer plans."""
+"""The data plane: carries out transfer plans with a pool, an executor and a scheduler."""
 
 import asyncio
 import contextlib
@@ -32,23 +32,25 @@ SELF_TEST_BLOCKS = 2
 
 
 class DataPlane:
-    """Moves blocks between one registered paged cache and one pool. Lives on the event loop it was made on.
+    """Moves blocks between one registered paged cache and one pool. It belongs to the event loop that creates it.
 
     Args:
-        config: settings.
-        tensors: the paged cache by layer name, all on one device; kept alive until `aclose`.
-        layout: derived from them.
-        memory: the pool's, shared with other processes whose caches have the same layout; None for its own. The
-            self-test uses the first places: save when all of them have been made.
-        wrap_executor: puts another executor around the device's own, for tests.
-        on_pinning_stopped: called on the loop, at most once, when no more of the pool can be pinned: with the bytes
-            that are, the first of it. Nothing may be planned beyond any more; what is on its way there fails.
+        config: the engine's settings.
+        tensors: layer name -> tensor of the paged cache, all on one device; kept alive until `aclose`.
+        layout: derived from these tensors.
+        memory: shared memory for the pool, of processes whose caches have the same layout; None for a private pool. The
+            self-test overwrites its first extents, so nothing may be saved before all processes have come so far.
+        wrap_executor: returns another executor that wraps the device's, for tests.
+        on_pinning_stopped: called on the loop, at most once, if no more of the pool can be pinned, with the number of
+            bytes that are pinned, from the start of the pool. Plans must not use the rest; transfers to it fail.
 
     Raises:
-        LayoutError: the tensors lie on a device that is neither CUDA nor the host.
+        LayoutError: the tensors are on a device that is neither CUDA nor the host.
         ConfigError: a block does not fit the pool or a piece of it.
-        LayoutSelfTestError: what was written did not come back; everything is released again.
-        DeviceError, OutOfPoolMemoryError: the device refused; likewise.
+        LayoutSelfTestError: the self-test has failed.
+        DeviceError, OutOfPoolMemoryError: the device has refused a call or memory.
+
+        After any error everything is released.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class DataPlane:
         self.packing = packing_for(layout, config.codec.name)
         self.sizes = block_sizes(layout, self.packing)
         self.encodings = encodings_of(layout, self.packing)
-        # Blocks that were packed within a looser bound are of no use where a tighter one is asked for.
+        # The bound on the error is a part of the name: blocks that were packed with a looser one must not be found.
         self._codec_name = (
             f"{self.packing.codec} within {config.codec.max_error}" if self.packing else self.encodings.codec
         )
@@ -85,7 +87,7 @@ class DataPlane:
             on_stopped=_on_loop(self._pinning_stopped),
         )
         with contextlib.ExitStack() as undo, self.pool.held():
-            undo.callback(self._hear_no_more)
+            undo.callback(self._drop_callback)
             undo.callback(self.pool.close)
             executor = self._make_executor(config)
             undo.callback(executor.close)
@@ -102,7 +104,7 @@ class DataPlane:
         if self._on_pinning_stopped is not None:
             self._on_pinning_stopped(pinned_bytes)
 
-    def _hear_no_more(self) -> None:
+    def _drop_callback(self) -> None:
         self._on_pinning_stopped = None
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
@@ -145,7 +147,7 @@ class DataPlane:
         return tensor.narrow(dim, block_id * ratio, ratio)
 
     def namespace(self, identity: ModelIdentity) -> Namespace:
-        """What must agree, besides the tokens, for these blocks to be of use elsewhere."""
+        """The namespace of this cache's blocks: what must agree, besides the tokens, before they may be reused."""
         return Namespace(
             model=identity.model,
             weights_revision=identity.weights_revision,
@@ -163,15 +165,15 @@ class DataPlane:
     # -- transfers ---------------------------------------------------------------------------------
 
     def current_stream(self) -> int | None:
-        """Handle of torch's current stream in the calling thread; None on the host."""
+        """Handle of torch's current stream in the calling thread; None if the cache is in host memory."""
         if self.device is None:
             return None
         return int(torch.cuda.current_stream(self.device.ordinal).cuda_stream)
 
     def record_event(self, stream: object | None = None) -> Event | None:
-        """An event for everything queued so far on `stream`, or on torch's current one; None on the host.
+        """An event for all work that is queued so far on `stream`, by default torch's current one.
 
-        Give it back with `release_event`.
+        Give it back with `release_event`. It is None if the cache is in host memory.
         """
         if self.device is None:
             return None
@@ -181,7 +183,7 @@ class DataPlane:
         return event
 
     def release_event(self, event: Event | None) -> None:
-        """Take an event back for reuse; no transfer that waits for it may be left."""
+        """Take an event back for reuse. No transfer may wait for it any more."""
         if event is not None:
             self._events.append(event)
 
@@ -195,19 +197,19 @@ class DataPlane:
         wants_source_released: bool = False,
         claim: "Claim | None" = None,
     ) -> TransferRequest:
-        """Begin to carry out a plan. `on_settled` is called exactly once, with what succeeded, whatever happens.
+        """Start to carry out a plan.
 
         Args:
-            plan: what to move.
-            after: fires when the cache may be touched.
-            on_settled: called on the loop.
-            more_follows: another request of the same call comes right behind.
-            wants_source_released: report as soon as a save has read the cache.
-            claim: the caller's claim on the plan's blocks, until the request has settled. Without one they are claimed
-                here, until a save has read them or a load has settled.
+            plan: the blocks to move.
+            after: an event; the cache is not touched before it has fired. None for no such event.
+            on_settled: called exactly once on the loop, whatever happens, with the request and its outcomes.
+            more_follows: True if another request of the same call follows at once.
+            wants_source_released: True if the request shall report when a save has read the cache.
+            claim: the caller's claim on the plan's blocks, held until the request has settled. If it is None the blocks
+                are claimed here, until a save has read them or a load has settled.
 
         Raises:
-            EngineStateError: shutting down.
+            EngineStateError: the data plane is shutting down.
             InvalidBlockIdError: see `claim`.
         """
         request = TransferRequest(
@@ -234,36 +236,40 @@ class DataPlane:
                 await self.pool.ready(min(end, self.pool.capacity_bytes))
             self._scheduler.submit(request)
         except DeviceError as error:
-            request.fail(error)  # beyond what can be pinned: the pool has said so, once
+            request.fail(error)  # its extents cannot be pinned; the pool has logged that once
         except BaseException:
             request.cancel()
             raise
         return request
 
     def claim(self, direction: Direction, block_ids: NDArray[np.int32]) -> "Claim":
-        """Keep others from the cache's blocks `int32 [n]` until the claim is released: loads, and for a load saves.
+        """Claim blocks of the cache until the claim is released. A load excludes all others, a save excludes loads.
+
+        Args:
+            direction: of the transfer.
+            block_ids: of the blocks, `int32 [n]`.
 
         Raises:
-            InvalidBlockIdError: somebody else has one of them; none is claimed.
+            InvalidBlockIdError: another transfer excludes one of them; none is claimed.
         """
         return Claim(self._claims, direction, block_ids)
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
         """Wait until requests have settled.
 
-        Cancelled, it drops what has not started and waits for the rest, so that nothing touches the cache's
-        blocks or the extents once it is over.
+        If it is cancelled, it drops blocks whose transfer has not started, and waits for the others: when it returns,
+        nothing touches their blocks of the cache or their extents any more.
         """
         await self._scheduler.wait(requests)
 
     async def cancel_and_wait(self, requests: Sequence[TransferRequest]) -> None:
-        """Give requests up and wait for what is under way; not cut short by a cancellation."""
+        """Cancel requests and wait for their transfers in flight; a cancellation of this call does not shorten that."""
         await self._scheduler.cancel_and_wait(requests)
 
-    # -- the rest ----------------------------------------------------------------------------------
+    # -- figures and end ---------------------------------------------------------------------------
 
     def figures(self) -> list[PoolFigures]:
-        """Figures of the pools below the extents: device staging, where there is one and until it is closed."""
+        """Figures of the device's staging pool; none on the host, and after it is closed."""
         executor = self._executor
         return [executor.staging.figures()] if isinstance(executor, CudaExecutor) else []
 
@@ -272,22 +278,22 @@ class DataPlane:
         await self._scheduler.drain()
 
     async def aclose(self) -> None:
-        """Finish what is under way, then release everything, whatever fails; of no use afterwards."""
+        """Finish the transfers in flight, then release everything, whatever fails. It cannot be used afterwards."""
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(run_blocking, self.pool.close)
-            stack.callback(self._let_go)
+            stack.callback(self._release_objects)
             await self._scheduler.aclose()
 
     def close(self) -> None:
-        """`aclose` for a data plane that nobody has used yet; blocks."""
+        """`aclose` for a data plane that has not been used yet; blocks."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.pool.close)
-            stack.callback(self._let_go)
+            stack.callback(self._release_objects)
             self._scheduler.close()
 
-    def _let_go(self) -> None:
-        """Of events, tensors, and of what holds views of the pool."""
-        self._hear_no_more()
+    def _release_objects(self) -> None:
+        """Release events, tensors, and the objects that hold views of the pool."""
+        self._drop_callback()
         del self._scheduler
         self._executor = None
         self._tensors.clear()
@@ -296,7 +302,7 @@ class DataPlane:
 
 
 class Claim:
-    """Blocks of the paged cache that a save or a load has in its hands. Made by `DataPlane.claim`."""
+    """Blocks of the paged cache that one save or load uses. `DataPlane.claim` creates it."""
 
     def __init__(self, claims: BlockClaims, direction: Direction, block_ids: NDArray[np.int32]) -> None:
         claims.claim(direction, block_ids)
@@ -305,7 +311,7 @@ class Claim:
         self._block_ids = block_ids
 
     def release(self) -> None:
-        """Give the blocks back; idempotent."""
+        """Release the blocks; idempotent."""
         if self._claims is not None:
             self._claims.release(self._direction, self._block_ids)
             self._claims = None
@@ -317,11 +323,11 @@ def _release_then(claim: Claim, then: Callable[[TransferRequest], None], request
 
 
 def _on_loop(call: Callable[[int], None]) -> Callable[[int], None]:
-    """The same for other threads: the running loop makes the call."""
+    """A function for other threads, which has the running loop make the call."""
     loop = asyncio.get_running_loop()
 
     def pass_on(value: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody plans anything any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is planned any more
             loop.call_soon_threadsafe(call, value)
 
     return pass_on
@@ -332,7 +338,7 @@ def _device_of(layout: KVLayout) -> Device | None:
     if kind == "cpu":
         return None
     if kind != "cuda":
-        raise LayoutError(f"tensors on {layout.device!r}: KVortex serves CUDA devices and host memory")
+        raise LayoutError(f"tensors on {layout.device!r}: KVortex serves CUDA devices and host memory only")
     return Device(int(ordinal or torch.cuda.current_device()))
 
 

@@ -1,8 +1,8 @@
-"""Proof, at start-up, that the layout is understood: a pattern goes through the real path and comes back.
+"""A self-test at start-up, which proves that the layout is right: it saves and loads a pattern.
 
-The pattern is written and read with torch's own indexing, which knows nothing of segments; the transfers in
-between are those that serve later. Where blocks are packed, a second pattern, which packing does not change, goes
-through that path too. What the blocks held before is put back.
+The pattern is written and compared with torch's own indexing, which does not use segments; the transfers in between are
+the same as later. If blocks are packed, a second pattern, which packing does not change, is saved and loaded packed. At
+the end the blocks get their previous contents back.
 """
 
 import select
@@ -39,20 +39,20 @@ def run_self_test(
     """Write a pattern into `block_ids`, save it, wipe the blocks, load it, compare; then restore the blocks.
 
     Args:
-        layout: under test.
-        tensors: by name, as registered.
-        block_of: how torch reaches a block.
-        block_ids: blocks to use.
-        executor: idle; nobody else polls it meanwhile.
-        offsets: byte offsets of as many extents of the pool.
-        pool: the pool's bytes.
-        after: gives an event for what torch has queued on the device so far, None on the host.
-        packing: how blocks of the layout are packed; None where they are not.
+        layout: the layout to test.
+        tensors: the registered tensors by name.
+        block_of: returns torch's view of a block.
+        block_ids: `n` blocks of the cache to use.
+        executor: carries out the transfers; it must be idle, and nothing else may poll it.
+        offsets: of `n` extents of the pool, in bytes, `int64 [n]`.
+        pool: the pool, `uint8 [capacity_bytes]`.
+        after: returns an event for all work that torch has queued on the device so far; None on the host.
+        packing: how blocks of the layout are packed; None if they are not.
 
     Raises:
-        LayoutSelfTestError: what came back differs; names the tensor.
+        LayoutSelfTestError: the loaded bytes differ from the pattern; the message names the tensor.
     """
-    # Whatever autograd thinks of the cache, inside this mode its bytes may be written.
+    # In this mode the cache may be written, even if its tensors require gradients.
     with torch.inference_mode():
         _run(
             layout,
@@ -106,7 +106,7 @@ def _round_trip(
     saved = _transfer(path, Direction.SAVE, packed)
     for digest, offset in zip(saved.tolist(), path.offsets.tolist(), strict=True):
         if digest_reference(path.pool[offset : offset + payload_nbytes]) != digest:
-            raise LayoutSelfTestError("self-test: the kernel's digest differs from that of the bytes it wrote")
+            raise LayoutSelfTestError("self-test: the kernel's digest is not that of the bytes it has written")
     for block in blocks.values():
         block.copy_(_random_bytes(block, -1))
     if not np.array_equal(saved, _transfer(path, Direction.LOAD, packed)):
@@ -115,7 +115,7 @@ def _round_trip(
         if not torch.equal(_as_bytes(block), _as_bytes(patterns[name, block_id])):
             raise LayoutSelfTestError(
                 f"self-test: {name!r}, block {block_id}, did not come back as written; "
-                "pass block_dim= if the wrong dimension was taken for the blocks"
+                "pass block_dim= if the wrong dimension was taken as that of the blocks"
             )
 
 

@@ -1,1 +1,1 @@
-"""What the package needs of the process that it runs in: threads, loops, compiled code and where it is kept."""
+"""Process-wide services: blocking work on threads, loops on threads, compiled code and its cache."""

@@ -1,4 +1,4 @@
-"""Blocking work beside an event loop, also while the interpreter ends and no thread can be had any more."""
+"""Blocking work beside an event loop. It works at the end of the interpreter, too, when no thread can be started."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def interpreter_ends() -> bool:
-    """Whether executors take nothing on any more, not even new ones: the main thread is over, exit handlers run."""
+    """True if no thread can be started any more: the main thread is over, and exit handlers run."""
     with ThreadPoolExecutor(max_workers=1) as probe:
         try:
             probe.submit(int)
@@ -19,7 +19,7 @@ def interpreter_ends() -> bool:
 
 
 async def run_blocking(work: Callable[[], None]) -> None:
-    """Run `work` on a thread, or here and now where threads are refused: a loop that ends has nobody else to serve."""
+    """Run `work` on a thread; if no thread can be started, run it here, as the loop has nothing else to do then."""
     try:
         done = asyncio.get_running_loop().run_in_executor(None, work)
     except RuntimeError:  # the interpreter ends, or the loop's own executor has ended
@@ -29,9 +29,10 @@ async def run_blocking(work: Callable[[], None]) -> None:
 
 
 def submit_or_run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> "Future[T]":
-    """Run `work` on a thread of `executor`, or here and now where an interpreter that ends gives no threads any more.
+    """Run `work` on a thread of `executor`; if the interpreter ends and no thread can be started, run it here.
 
-    The future has what became of it, as that of a thread.
+    Returns:
+        A future with the result or the exception of `work`, in both cases.
     """
     try:
         return executor.submit(work)
@@ -41,6 +42,6 @@ def submit_or_run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> "Futur
         future: Future[T] = Future()
     try:
         future.set_result(work())
-    except Exception as error:  # noqa: BLE001 - as a thread's future would keep it
+    except Exception as error:  # noqa: BLE001 - the future of a thread keeps it, too
         future.set_exception(error)
     return future

@@ -1,4 +1,4 @@
-"""numba's `njit`, whose cache never stands in the way: where nothing can be kept, functions are compiled again."""
+"""numba's `njit` with a cache that never raises: if it cannot be written, functions are compiled in each process."""
 
 import hashlib
 import logging
@@ -16,17 +16,17 @@ from kvortex.runtime.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
 
-# What reading a file that is not whole may raise (Python's documentation of `pickle`).
+# Exceptions that reading a damaged file may raise, see Python's documentation of `pickle`.
 _DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
 
 
 def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `numba.njit`.
+    """A decorator like `numba.njit`.
 
     Args:
-        cache: keep what was compiled where numba would, or else in a private temporary folder; where neither can be
-            written, every process compiles it.
-        options: numba's.
+        cache: True to cache the compiled code in numba's usual place, or else in a private temporary folder. If neither
+            can be written, every process compiles it.
+        options: passed to `numba.njit`.
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -63,7 +63,7 @@ def _temporary_folder() -> Path | None:
 
 
 class _TemporaryLocator:
-    """numba's interface for a place of cached functions: the private temporary folder."""
+    """A cache locator, as numba defines it, for the private temporary folder."""
 
     def __init__(self, function: Callable[..., Any], file: str, folder: Path) -> None:
         self._py_file = file
@@ -98,7 +98,7 @@ class _TemporaryLocator:
 
 
 def _locators() -> list[Any]:
-    """numba's, but without a home there is no user's cache directory: it would be a folder called `~`."""
+    """numba's locators and ours. Without a home directory numba's user-wide one is left out: it would create a `~`."""
     has_home = os.path.isabs(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~"))
     numbas_own = [
         kind for kind in CompileResultCacheImpl._locator_classes if has_home or "UserWide" not in kind.__name__
@@ -111,7 +111,7 @@ class _Places(CompileResultCacheImpl):  # type: ignore[misc]
 
 
 class _ForgivingCache(FunctionCache):  # type: ignore[misc]
-    """numba's, but what cannot be written is compiled next time, and what is damaged is written anew."""
+    """numba's cache, but a failed write is only logged, and damaged files are replaced."""
 
     _impl_class = _Places
 

@@ -17,7 +17,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        # One of our own: the loop's would be ended by a further thread, which an interpreter that ends does not give.
+        # Not the loop's default executor: its shutdown needs a thread, and none can start when the interpreter ends.
         self._workers = ThreadPoolExecutor(thread_name_prefix="kvortex-loop-worker")
         self.loop.set_default_executor(self._workers)
         self._lock = threading.Lock()
@@ -35,23 +35,23 @@ class LoopThread:
             self.loop.close()
 
     def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the loop. Its future always ends: `stop` cancels what is under way.
+        """Run a coroutine on the loop. Its future always ends: `stop` cancels coroutines that still run.
 
         Raises:
             EngineStateError: the loop has been stopped.
         """
         with self._lock:
-            if not self._stopping and not sys.is_finalizing():  # then no other thread runs any more
+            if not self._stopping and not sys.is_finalizing():  # at finalization no other thread runs any more
                 return asyncio.run_coroutine_threadsafe(call, self.loop)
         call.close()
         raise EngineStateError("the engine has been shut down")
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it. Raises as `submit`."""
+        """Run a coroutine on the loop, and return its result. Raises as `submit`, and what the coroutine raises."""
         return self.submit(call).result()
 
     def stop(self) -> None:
-        """End the loop and the thread; idempotent, from any thread but the loop's."""
+        """Stop the loop and the thread; idempotent. Call it from any thread but the loop's."""
         if sys.is_finalizing():
             return  # no other thread runs any more
         with self._lock:
@@ -69,7 +69,7 @@ async def _end_other_tasks() -> None:
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs in this thread, if one does."""
+    """The loop that runs in this thread; None if there is none."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A place for caches where a user has none: read-only installations, users without a home directory."""
+"""A folder for caches if there is no other: in read-only installations, and for users without a home directory."""
 
 import os
 import stat
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def private_folder() -> Path | None:
-    """`kvortex-UID` in the temporary directory; None where it cannot be made or is not this user's alone.
+    """The folder `kvortex-UID` in the temporary directory; None if it cannot be created, or others can write to it.
 
-    What is read from there is run, so nobody else may be able to write to it.
+    Code that is read from there is executed, so only this user may be able to write to it.
     """
     user = os.geteuid()
     try:

@@ -1,4 +1,4 @@
-"""What an engine counts, snapshots of it, and their text for people and for Prometheus."""
+"""Counters of an engine, snapshots of them, and their text for people and for Prometheus."""
 
 from kvortex.stats.counters import EngineStats, MissCounters, TransferStats
 from kvortex.stats.figures import BreakerFigures, PoolFigures, TieringFigures, TransferSnapshot

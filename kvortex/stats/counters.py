@@ -20,9 +20,9 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass
 class TransferStats:
-    """What moved in one direction to or from one tier. Not thread-safe.
+    """Transfers in one direction to or from one tier. Not thread-safe.
 
-    `blocks` and `nbytes` count what arrived, `failures` blocks that did not; `latency` counts transfers.
+    `blocks` and `nbytes` count blocks that arrived, `failures` those that did not. `latency` has one entry a transfer.
     """
 
     blocks: int = 0
@@ -31,7 +31,7 @@ class TransferStats:
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
 
     def record(self, *, blocks: int, nbytes: int, seconds: float, failures: int = 0) -> None:
-        """Adds one transfer."""
+        """Add one transfer."""
         self.latency.record(seconds)
         self.blocks += blocks
         self.nbytes += nbytes
@@ -40,13 +40,13 @@ class TransferStats:
 
 @dataclass
 class MissCounters:
-    """Looked-up blocks: served, or missed and why. Not thread-safe."""
+    """Hits, and misses by reason, of blocks that loads asked for. Not thread-safe."""
 
     hits: int = 0
     by_reason: dict[MissReason, int] = field(default_factory=lambda: dict.fromkeys(MissReason, 0))
 
     def record(self, outcomes: Iterable[MissReason | None]) -> None:
-        """Adds one outcome a block; `None` is a hit, as in `LoadResult.outcomes`."""
+        """Add one outcome a block; `None` is a hit, as in `LoadResult.outcomes`."""
         outcomes = tuple(outcomes)
         hits = outcomes.count(None)
         self.hits += hits
@@ -68,21 +68,30 @@ class EngineStats:
         self._found_blocks = 0
 
     def record_lookup(self, blocks: int, found: int) -> None:
-        """Adds a look-up of a prefix of `blocks` blocks, of which the first `found` could be loaded."""
+        """Add a look-up of a prefix of `blocks` blocks; the first `found` of them could be loaded."""
         with self._lock:
             self._looked_up_blocks += blocks
             self._found_blocks += found
 
     def record_outcomes(self, outcomes: Iterable[MissReason | None]) -> None:
-        """Adds one outcome a looked-up block; `None` is a hit."""
-        outcomes = tuple(outcomes)  # a generator's own work stays outside of the lock
+        """Add one outcome for each block that a load asked for; `None` is a hit."""
+        outcomes = tuple(outcomes)  # a generator runs outside of the lock
         with self._lock:
             self._lookups.record(outcomes)
 
     def record_transfer(
         self, direction: Direction, tier: str, *, blocks: int, nbytes: int, seconds: float, failures: int = 0
     ) -> None:
-        """Adds one transfer of `blocks` blocks, `nbytes` bytes; `failures` blocks of it did not arrive."""
+        """Add one transfer.
+
+        Args:
+            direction: of the transfer.
+            tier: name of the tier on the other side.
+            blocks: blocks that arrived.
+            nbytes: their bytes.
+            seconds: duration of the transfer.
+            failures: blocks that did not arrive.
+        """
         with self._lock:
             stats = self._transfers.get((direction, tier))
             if stats is None:
@@ -90,7 +99,7 @@ class EngineStats:
             stats.record(blocks=blocks, nbytes=nbytes, seconds=seconds, failures=failures)
 
     def record_kept_as_is(self, blocks: int) -> None:
-        """Adds blocks that packing would have changed too much."""
+        """Add blocks that were stored raw, because packing would have changed them too much."""
         with self._lock:
             self._kept_as_is += blocks
 
@@ -102,7 +111,14 @@ class EngineStats:
         tiering: TieringFigures | None = None,
         block_size: int = 0,
     ) -> StatsSnapshot:
-        """All counters at one moment, and what the pools and the index count, as the caller read it."""
+        """All counters at one moment.
+
+        Args:
+            pools: figures of the pools, as the caller has read them.
+            evicted_blocks: counter of the index.
+            tiering: figures of the lower tier; None without one.
+            block_size: tokens of a block; 0 if it is not known yet.
+        """
         figures = tuple(pools)
         with self._lock:
             return StatsSnapshot(

@@ -8,7 +8,7 @@ from kvortex.types import Direction
 
 @dataclass(frozen=True, slots=True)
 class BreakerFigures:
-    """A circuit breaker at one moment: "closed", "open" or "half_open", and how often it has been opened."""
+    """A circuit breaker at one moment: its state ("closed", "open" or "half_open"), and how often it has opened."""
 
     state: str
     opened: int
@@ -16,11 +16,20 @@ class BreakerFigures:
 
 @dataclass(frozen=True, slots=True)
 class TieringFigures:
-    """What moved between the pool and a lower tier, in blocks.
+    """Transfers between the pool and a lower tier, in blocks.
 
-    `shed_blocks` were not written because too much waited already; `usable` is False for a tier that did not open.
-    `causes` counts what lay behind every miss and refused write of the tier; the bytes are its own, of all processes.
-    `breakers` are those of `reads` and `writes`: while one is open the tier is not asked, and nothing waits for it.
+    Attributes:
+        tier: name of the tier.
+        usable: False if the tier has failed to open, or is not open yet.
+        written_blocks, failed_writes: blocks that the tier has stored, and has not.
+        fetched_blocks: blocks that were read into the pool.
+        shed_blocks: blocks that were not written because too many waited.
+        demoted_blocks: blocks that were evicted and kept until they were written.
+        waiting_blocks: blocks that wait to be written now.
+        arriving_blocks: blocks that loads wait for now.
+        used_bytes, capacity_bytes: of the tier, for all processes that share it.
+        causes: number of misses and refused writes of the tier, by cause.
+        breakers: of `reads` and `writes`. While one is open the tier is not called, and nothing waits for it.
     """
 
     tier: str
@@ -66,4 +75,4 @@ class TransferSnapshot:
     p90_s: float
     p99_s: float
     buckets: tuple[tuple[float, int], ...] = ()
-    """(seconds, number of transfers that took less), for seconds that are the same everywhere."""
+    """(seconds, number of transfers that took less); the seconds are the same in every snapshot."""

@@ -1,4 +1,4 @@
-"""Latencies, in buckets that are the same in every process."""
+"""A histogram of latencies whose buckets are the same in every process."""
 
 import math
 from bisect import bisect_left
@@ -8,9 +8,9 @@ from itertools import accumulate
 class LatencyHistogram:
     """Latencies in log-spaced buckets from 1 us to about 1,074 s, eight to an octave: 242 integers.
 
-    A percentile is the geometric middle of its bucket and so at most 4.5% off, for latencies in that range.
-    Shorter and longer ones count too, but share one bucket at either end; results never leave the range of
-    what was recorded. Not thread-safe.
+    A percentile is the geometric middle of its bucket, so for latencies in that range its error is at most 4.5%.
+    Shorter and longer latencies share one bucket at either end. A result is never outside of the recorded latencies.
+    Not thread-safe.
     """
 
     LOWEST_S = 1e-6
@@ -26,7 +26,7 @@ class LatencyHistogram:
 
     @property
     def count(self) -> int:
-        """Latencies recorded."""
+        """Number of recorded latencies."""
         return self._count
 
     @property
@@ -35,7 +35,7 @@ class LatencyHistogram:
         return self._sum_s
 
     def record(self, seconds: float) -> None:
-        """Adds one latency; `ValueError` unless it is finite and not negative."""
+        """Add one latency; `ValueError` unless it is finite and not negative."""
         if not 0 <= seconds < math.inf:
             raise ValueError(f"a latency of {seconds} s; pass finite seconds, zero or more")
         self._counts[self._bucket_of(seconds)] += 1
@@ -45,16 +45,16 @@ class LatencyHistogram:
         self._max_s = max(self._max_s, seconds)
 
     def cumulative(self) -> tuple[tuple[float, int], ...]:
-        """(seconds, number of latencies below them), four times as many seconds a step: the same for every histogram,
-        so that those of several engines can be added."""
+        """Pairs of (seconds, number of latencies below them). Seconds grow by a factor of four, and are the same in
+        every histogram, so the pairs of several engines can be added."""
         sums = list(accumulate(self._counts))
         octaves = range(self.OCTAVES % 4, self.OCTAVES + 1, 2)
         return tuple((self.LOWEST_S * 2**n, sums[n * self.BUCKETS_PER_OCTAVE]) for n in octaves)
 
     def percentile(self, p: float) -> float:
-        """Seconds that `p` percent (0 to 100) of the latencies do not exceed; 0.0 when empty.
+        """The latency in seconds that `p` percent (0 to 100) of the latencies do not exceed; 0.0 without latencies.
 
-        By nearest rank. `ValueError` for another `p`.
+        By nearest rank. `ValueError` for any other `p`.
         """
         if not 0 <= p <= 100:
             raise ValueError(f"percentile {p}; pass 0 to 100")
@@ -65,7 +65,7 @@ class LatencyHistogram:
         return min(max(self._middle_of(bucket), self._min_s), self._max_s)
 
     def merge(self, other: "LatencyHistogram") -> None:
-        """Adds everything that `other` has recorded."""
+        """Add all latencies of `other`."""
         self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
         self._count += other._count
         self._sum_s += other._sum_s
@@ -73,7 +73,7 @@ class LatencyHistogram:
         self._max_s = max(self._max_s, other._max_s)
 
     def _bucket_of(self, seconds: float) -> int:
-        """0 holds what is below LOWEST_S, the last what is above the range."""
+        """The bucket of a latency: the first holds all below LOWEST_S, the last all above the range."""
         if seconds < self.LOWEST_S:
             return 0
         step = math.floor(math.log2(seconds / self.LOWEST_S) * self.BUCKETS_PER_OCTAVE)

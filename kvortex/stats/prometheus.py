@@ -12,9 +12,10 @@ Metric: TypeAlias = tuple[str, str, str, list[Sample]]
 
 
 def prometheus_text(metrics: Iterable[Metric], prefix: str) -> str:
-    """All metrics, their names begun with `prefix`.
+    """The text of all metrics, with `prefix` and an underscore in front of their names.
 
-    Raises `ValueError` when `prefix` cannot start a metric name.
+    Raises:
+        ValueError: `prefix` cannot start a metric name.
     """
     if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", prefix):
         raise ValueError(f"{prefix!r} cannot start a metric name; use letters, digits and underscores")

@@ -1,4 +1,4 @@
-"""Everything that an engine has counted, at one moment: to look at, as JSON, as metrics."""
+"""All counters of an engine at one moment, as text, as JSON and as metrics."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,10 +12,10 @@ from kvortex.types import Direction, MissReason
 
 @dataclass(frozen=True, slots=True)
 class StatsSnapshot:
-    """Everything counted since the engine was made, at one moment.
+    """All counters since the engine was created, at one moment.
 
-    `hits` and `misses` are of blocks that a load asked for, `looked_up_blocks` and `found_blocks` of prefixes that
-    `match_prefix` was asked for. A block that goes to two tiers counts in both, and so twice in the totals over tiers.
+    `hits` and `misses` count blocks that loads asked for, `looked_up_blocks` and `found_blocks` those of prefixes that
+    `match_prefix` was asked for. A block that moves to two tiers counts twice in the totals over tiers.
     """
 
     hits: int
@@ -28,7 +28,7 @@ class StatsSnapshot:
     looked_up_blocks: int = 0
     found_blocks: int = 0
     block_size: int = 0
-    """In tokens; 0 before caches are registered."""
+    """Tokens of a block; 0 before caches are registered."""
 
     @property
     def looked_up_tokens(self) -> int:
@@ -44,9 +44,9 @@ class StatsSnapshot:
 
     @property
     def hit_rate(self) -> float:
-        """Of look-ups, found blocks over all that were asked for; of loads where none was made; 0.0 before both.
+        """Found blocks over looked-up blocks; without look-ups `load_hit_rate`.
 
-        Who looks a prefix up and loads what was found has hits alone in its loads.
+        A caller that looks a prefix up, and loads what was found, has only hits in its loads.
         """
         return self.found_blocks / self.looked_up_blocks if self.looked_up_blocks else self.load_hit_rate
 
@@ -76,7 +76,7 @@ class StatsSnapshot:
         return [t for t in self.transfers if t.direction is direction]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same figures as plain dicts, lists, strings and numbers: ready for JSON."""
+        """The figures as plain dicts, lists, strings and numbers, ready for JSON."""
         return {
             "hit_rate": self.hit_rate,
             "load_hit_rate": self.load_hit_rate,
@@ -120,9 +120,10 @@ class StatsSnapshot:
         ]
 
     def to_prometheus(self, prefix: str = "kvortex") -> str:
-        """The text exposition format, version 0.0.4; latencies are histograms over the engine's life.
+        """The text exposition format of Prometheus, version 0.0.4; latencies are histograms over the engine's life.
 
-        Raises `ValueError` when `prefix` cannot start a metric name.
+        Raises:
+            ValueError: `prefix` cannot start a metric name.
         """
         return prometheus_text(metrics_of(self), prefix)
 
@@ -172,16 +173,16 @@ def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
     labels = {"tier": figures.tier}
     counters: dict[str, tuple[str, float]] = {
         "tier_written_blocks_total": ("Blocks written to a lower tier.", figures.written_blocks),
-        "tier_failed_writes_total": ("Blocks that a lower tier did not take.", figures.failed_writes),
+        "tier_failed_writes_total": ("Blocks that a lower tier did not store.", figures.failed_writes),
         "tier_fetched_blocks_total": ("Blocks brought back from a lower tier.", figures.fetched_blocks),
-        "tier_shed_blocks_total": ("Blocks not written because too much waited.", figures.shed_blocks),
+        "tier_shed_blocks_total": ("Blocks not written because too many waited.", figures.shed_blocks),
     }
     gauges: dict[str, tuple[str, float]] = {
-        "tier_usable": ("1 if the tier could be opened.", int(figures.usable)),
+        "tier_usable": ("1 if the tier is open.", int(figures.usable)),
         "tier_waiting_blocks": ("Blocks that wait to be written.", figures.waiting_blocks),
-        "tier_arriving_blocks": ("Blocks on their way back.", figures.arriving_blocks),
-        "tier_used_bytes": ("Bytes that the tier takes.", figures.used_bytes),
-        "tier_capacity_bytes": ("Bytes that it may take.", figures.capacity_bytes),
+        "tier_arriving_blocks": ("Blocks that loads wait for.", figures.arriving_blocks),
+        "tier_used_bytes": ("Bytes that the tier uses.", figures.used_bytes),
+        "tier_capacity_bytes": ("Bytes that the tier may use.", figures.capacity_bytes),
     }
     causes: list[Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
     breakers = [(labels | {"calls": calls}, breaker) for calls, breaker in figures.breakers.items()]
@@ -189,8 +190,8 @@ def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
     opened: list[Sample] = [("", ls, b.opened) for ls, b in breakers]
     return [
         *((name, "counter", text, [("", labels, value)]) for name, (text, value) in counters.items()),
-        ("tier_causes_total", "counter", "What lay behind misses and refused writes.", causes),
-        ("tier_breaker_opened_total", "counter", "Times that a tier was left alone because it hung or failed.", opened),
-        ("tier_breaker_open", "gauge", "1 while a tier is left alone.", refusing),
+        ("tier_causes_total", "counter", "Misses and refused writes of a tier, by cause.", causes),
+        ("tier_breaker_opened_total", "counter", "Times that the use of a tier was paused.", opened),
+        ("tier_breaker_open", "gauge", "1 while the use of a tier is paused.", refusing),
         *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
     ]

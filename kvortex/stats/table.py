@@ -1,4 +1,4 @@
-"""Figures as rows of text, for people."""
+"""Figures as tables of text."""
 
 from kvortex.config import format_bytes
 from kvortex.stats.figures import PoolFigures, TieringFigures, TransferSnapshot
@@ -8,19 +8,19 @@ _POOL_HEAD = ("pool", "capacity", "allocated", "largest free", "fragmented", "ex
 
 
 def transfer_lines(transfers: tuple[TransferSnapshot, ...]) -> list[str]:
-    """One line a direction and tier below a head; none without transfers."""
+    """A header and one line for each direction and tier; no lines without transfers."""
     rows = [_transfer_row(t) for t in transfers]
     return _aligned([_TRANSFER_HEAD, *rows], num_left=2) if rows else []
 
 
 def pool_lines(pools: tuple[PoolFigures, ...]) -> list[str]:
-    """One line a pool below a head; none without pools."""
+    """A header and one line for each pool; no lines without pools."""
     rows = [_pool_row(p) for p in pools]
     return _aligned([_POOL_HEAD, *rows], num_left=1) if rows else []
 
 
 def tiering_line(t: TieringFigures) -> str:
-    """What moved to and from the lower tier, how full it is, and what went wrong."""
+    """The transfers to and from the lower tier, its occupancy, and its failures."""
     state = "" if t.usable else " (cannot be used)"
     return (
         f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
@@ -42,7 +42,7 @@ def _pool_row(p: PoolFigures) -> tuple[str, ...]:
 
 
 def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:
-    """Rows with their columns lined up: the first `num_left` to the left, numbers to the right."""
+    """Rows with aligned columns: the first `num_left` to the left, the others, which are numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

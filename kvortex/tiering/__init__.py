@@ -1,6 +1,6 @@
 """Between the pool and a lower tier: write-behind, fetches, deadlines."""
 
-from kvortex.tiering.link import TierLink
+from kvortex.tiering.backing import BackingTier, TieredPool
 from kvortex.tiering.tiering import LoadFetch, Tiering, tier_of
 
-__all__ = ["LoadFetch", "TierLink", "Tiering", "tier_of"]
+__all__ = ["BackingTier", "LoadFetch", "TieredPool", "Tiering", "tier_of"]

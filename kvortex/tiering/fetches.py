@@ -1,4 +1,4 @@
-"""Up: blocks are brought from the lower tier into the pool when they are asked for."""
+"""Fetches: blocks move up, from the lower tier into the pool, when they are asked for."""
 
 import asyncio
 import time
@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.tiering.backing import NOT_KNOWN, PACKED, BackingTier
 from kvortex.tiering.keys import join_keys, split_keys
-from kvortex.tiering.link import NOT_KNOWN, PACKED, TierLink
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest
 from kvortex.types import Direction, MissReason
 
@@ -19,31 +19,40 @@ ASK_BATCH: Final = 64
 
 
 class Fetch:
-    """One call's blocks on their way from a tier.
+    """The blocks that one call waits for.
 
     Args:
+        fetches: all fetches of the tier.
         keys: block hashes that are wanted, `uint64 [n, 4]`, a chain from its head.
-        used_s: when its blocks count as used, `float64 [n]`.
+        used_s: times at which the blocks count as used, `float64 [n]`.
     """
 
     def __init__(self, fetches: "Fetches", keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
         self.keys = keys
         self.used_s = used_s
-        self.left: dict[bytes, int] = {}
-        """What it still waits for: block -> its position in the call."""
+        self.pending: dict[bytes, int] = {}
+        """The blocks that it still waits for: block hash -> position in the call."""
         self.in_tier: set[int] = set()
-        """Positions of the blocks that only the tier had when it was looked at."""
+        """Positions of the blocks that the tier had, and the pool had not, at the time of the look-up."""
         self._fetches = fetches
         self._waits: list[tuple[set[bytes], asyncio.Future[None]]] = []
 
     @property
-    def num_left(self) -> int:
-        """Blocks that are still on their way."""
-        return len(self.left)
+    def num_pending(self) -> int:
+        """Blocks that it still waits for."""
+        return len(self.pending)
 
     async def wait(self, keys: Sequence[bytes] | None = None, *, timeout_s: float | None = None) -> list[bytes]:
-        """Wait until blocks (all by default) are in the pool or will not be; those that take longer."""
-        awaited = set(self.left) if keys is None else self.left.keys() & set(keys)
+        """Wait until each block is in the pool, or is known not to come.
+
+        Args:
+            keys: block hashes to wait for; all of the call by default.
+            timeout_s: seconds; None waits as long as it takes.
+
+        Returns:
+            The blocks that are still pending after that time.
+        """
+        awaited = set(self.pending) if keys is None else self.pending.keys() & set(keys)
         if not awaited:
             return []
         wait = (awaited, asyncio.get_running_loop().create_future())
@@ -52,19 +61,19 @@ class Fetch:
             await asyncio.wait([wait[1]], timeout=timeout_s)
         finally:
             self._waits = [other for other in self._waits if other is not wait]
-        return [key for key in (self.left if keys is None else dict.fromkeys(keys)) if key in awaited]
+        return [key for key in (self.pending if keys is None else dict.fromkeys(keys)) if key in awaited]
 
-    def ended(self, key: bytes) -> None:
-        """A block has come, or will not."""
-        self.left.pop(key, None)
+    def stop_waiting_for(self, key: bytes) -> None:
+        """A block is in the pool, or will not come."""
+        self.pending.pop(key, None)
         for awaited, future in self._waits:
             awaited.discard(key)
             if not awaited and not future.done():
                 future.set_result(None)
 
     def cancel(self) -> None:
-        """Nobody waits for this call's blocks any more: what no other wants, and is not being read, is not fetched."""
-        self._fetches.give_up(self)
+        """End the call. A block that no other call wants is not fetched, unless its read has begun."""
+        self._fetches.cancel(self)
 
 
 class _Wanted:
@@ -80,55 +89,66 @@ class _Wanted:
 
 
 class Fetches:
-    """Blocks on their way from one tier: a bounded number, each read once however many ask for it.
+    """All fetches from one tier. A block is read once, however many calls wait for it, and few are read at a time.
 
-    What is wanted stands in one queue, in the order in which it was asked for, with the calls that wait for it; a block
-    that none waits for any more leaves it. What the tier is known to have is read at once, as far as there are places;
-    before its scan is over the store is asked for the rest.
+    A wanted block waits with the calls that want it, in the order of the calls; it leaves when no call wants it any
+    more. If the tier is known to have it, it waits in `_queue` for a free place and is read. If that is not known yet,
+    because the tier's scan is not complete, it waits in `_unknown` until the store has been asked.
 
     Args:
-        link: to the tier.
-        takes_away: the tier loses what the pool has got.
+        backing: the tier behind the pool.
+        deletes_fetched: the tier deletes a block that has been fetched into the pool.
     """
 
-    def __init__(self, link: TierLink, *, takes_away: bool) -> None:
-        self._link = link
-        self._takes_away = takes_away
+    def __init__(self, backing: BackingTier, *, deletes_fetched: bool) -> None:
+        self._backing = backing
+        self._deletes_fetched = deletes_fetched
         self._wanted: dict[bytes, _Wanted] = {}
-        self._unknown: dict[bytes, _Wanted] = {}  # of these, the store has to be asked
-        self._queue: dict[bytes, _Wanted] = {}  # of these, what can be read
-        self._reading: set[bytes] = set()  # their memory belongs to the tier, perhaps long after their deadline
+        self._unknown: dict[bytes, _Wanted] = {}  # wanted, and the store has to be asked for them
+        self._queue: dict[bytes, _Wanted] = {}  # wanted, in the tier, and not being read yet
+        self._reading: set[bytes] = set()  # in flight: the tier owns their memory, perhaps long after their deadline
         self._num_reads = 0  # calls of the tier that are not over
         self._asking = self._pump_is_due = False
         self.fetched_blocks = 0
 
     @property
     def num_arriving(self) -> int:
-        """Blocks that somebody waits for."""
+        """Blocks that at least one call waits for."""
         return len(self._wanted)
 
     # -- asking for blocks -------------------------------------------------------------------------
 
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """`bool [n]`: what the tier is known to have, and would give. From memory, from any thread."""
-        if not self._link.usable or self._link.guard.reads.refuses:
+        """Which blocks the tier is known to have, and can be read now. From memory, from any thread.
+
+        Args:
+            keys: block hashes, `uint64 [n, 4]`.
+
+        Returns:
+            `bool [n]`.
+        """
+        if not self._backing.state.usable or self._backing.guard.reads.refuses:
             return np.zeros(len(keys), dtype=np.bool_)
-        found: NDArray[np.bool_] = self._link.encodings_known(keys) != NOT_KNOWN
+        found: NDArray[np.bool_] = self._backing.encodings_known(keys) != NOT_KNOWN
         return found
 
     def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
-        """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
-        link = self._link
-        fetch = Fetch(self, keys, link.uses.chain(len(keys)))
-        refuses = link.guard.reads.refuses
-        if not link.may_work:
+        """Begin to fetch the blocks that the tier has and the pool has not, in order.
+
+        Args:
+            keys: block hashes, `uint64 [n, 4]`, a chain from its head.
+        """
+        backing = self._backing
+        fetch = Fetch(self, keys, backing.uses.chain(len(keys)))
+        refuses = backing.guard.reads.refuses
+        if not backing.state.may_work:
             return fetch
-        positions = np.flatnonzero(~link.control.index.contains_mask(keys))
+        positions = np.flatnonzero(~backing.control.index.contains_mask(keys))
         found = np.full(positions.size, NOT_KNOWN, dtype=np.int8)
         asks = not refuses
-        if link.usable and positions.size:
-            found = link.encodings_known(keys[positions])
-            asks = asks and not link.tier.stats().scan.complete
+        if backing.state.usable and positions.size:
+            found = backing.encodings_known(keys[positions])
+            asks = asks and not backing.tier.stats().scan.complete
         fetch.in_tier.update(positions[found != NOT_KNOWN].tolist())
         if refuses:
             found[:] = NOT_KNOWN
@@ -136,71 +156,71 @@ class Fetches:
             positions, found = positions[found != NOT_KNOWN], found[found != NOT_KNOWN]
         columns = zip(split_keys(keys[positions]), positions.tolist(), found.tolist(), strict=True)
         for key, position, encoding in columns:
-            if encoding != NOT_KNOWN or asks or key in self._wanted:  # what is being read already may still come
-                self._want(fetch, key, position, encoding)
-        self._go_on()
+            if encoding != NOT_KNOWN or asks or key in self._wanted:  # if its read has begun, it may still come
+                self._add(fetch, key, position, encoding)
+        self._pump()
         return fetch
 
-    def _want(self, fetch: Fetch, key: bytes, position: int, encoding: int) -> None:
+    def _add(self, fetch: Fetch, key: bytes, position: int, encoding: int) -> None:
         wanted = self._wanted.get(key)
         if wanted is None:
             wanted = self._wanted[key] = _Wanted(key, encoding)
             (self._queue if encoding != NOT_KNOWN else self._unknown)[key] = wanted
-        if key not in fetch.left:
-            fetch.left[key] = position
+        if key not in fetch.pending:
+            fetch.pending[key] = position
             wanted.calls.append(fetch)
 
-    def give_up(self, fetch: Fetch) -> None:
-        """A call does not wait any more; what is being read arrives nevertheless."""
-        for key in list(fetch.left):
+    def cancel(self, fetch: Fetch) -> None:
+        """A call waits no more. Its reads that have begun go on."""
+        for key in list(fetch.pending):
             wanted = self._wanted[key]
             wanted.calls.remove(fetch)
-            fetch.ended(key)
+            fetch.stop_waiting_for(key)
             if not wanted.calls and not wanted.reading:
-                self._ended([wanted])
+                self._stop_waiting_for([wanted])
 
-    def tier_is_open(self) -> None:
-        """What was asked for before can be looked up now."""
+    def tier_opened(self) -> None:
+        """Look up what was asked for while the tier was opening."""
         keys = list(self._unknown)
-        found = self._link.encodings_known(join_keys(keys)).tolist() if keys else []
-        complete = self._link.tier.stats().scan.complete
-        self._sort_in(
+        found = self._backing.encodings_known(join_keys(keys)).tolist() if keys else []
+        complete = self._backing.tier.stats().scan.complete
+        self._queue_found(
             [(key, encoding) for key, encoding in zip(keys, found, strict=True) if encoding != NOT_KNOWN or complete]
         )
-        self._go_on()
+        self._pump()
 
-    def end(self) -> None:
-        """Nobody needs to wait any longer."""
-        self._ended(list(self._wanted.values()))
+    def stop_waiting(self) -> None:
+        """No block comes any more: end every wait."""
+        self._stop_waiting_for(list(self._wanted.values()))
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def _go_on(self) -> None:
-        """Ask and read as far as that is possible now."""
-        link = self._link
-        if not link.usable or link.closing:
+    def _pump(self) -> None:
+        """Start as many reads and questions to the store as is possible now."""
+        backing = self._backing
+        if not backing.state.usable or backing.state.closing:
             return
         if self._unknown and not self._asking:
             self._asking = True
-            link.spawn(self._ask()).add_done_callback(self._asked)
+            backing.tasks.spawn(self._ask_store()).add_done_callback(self._store_answered)
         while self._queue:
-            room = link.config.tier.fetch_blocks - len(self._reading)
+            room = backing.config.tier.fetch_blocks - len(self._reading)
             if room <= 0 and not self._num_reads:
-                break  # what holds the places hangs
+                break  # no call is in progress, so the reads that take all places hang
             if room <= 0:
                 return
             batch = self._next_batch(min(room, FETCH_BATCH))
-            admitted = link.guard.reads.admit(len(batch))
+            admitted = backing.guard.reads.admit(len(batch))
             if admitted:
                 self._plan_reads(batch[:admitted])
-            elif link.guard.reads.refuses:
+            elif backing.guard.reads.refuses:
                 break
             else:
-                return  # another block is tried just now
-        self._ended(list(self._queue.values()))
+                return  # the breaker tries the tier with another block just now
+        self._stop_waiting_for(list(self._queue.values()))
 
     def _next_batch(self, most: int) -> list[_Wanted]:
-        """The next blocks that one call has asked for."""
+        """The next blocks of the queue, up to `most`, all wanted by the same call."""
         batch: list[_Wanted] = []
         for wanted in self._queue.values():
             if len(batch) == most or (batch and wanted.calls[0] is not batch[0].calls[0]):
@@ -209,114 +229,116 @@ class Fetches:
         return batch
 
     def _plan_reads(self, batch: Sequence[_Wanted]) -> None:
-        link, call = self._link, batch[0].calls[0]
+        backing, call = self._backing, batch[0].calls[0]
         for wanted in batch:
             del self._queue[wanted.key]
         packed = np.array(
-            [wanted.encoding == PACKED and link.encodings.payloads.packs for wanted in batch], dtype=np.bool_
+            [wanted.encoding == PACKED and backing.encodings.payloads.packs for wanted in batch], dtype=np.bool_
         )
-        # What stands in front of these in their chain must not go to make room for them.
-        chain = call.keys[: max(call.left[wanted.key] for wanted in batch) + 1]
-        plan = link.control.plan_fetch(join_keys([wanted.key for wanted in batch]), packed, "fetch", chain=chain)
+        # Blocks before these in their chain must not be evicted to make room for them.
+        chain = call.keys[: max(call.pending[wanted.key] for wanted in batch) + 1]
+        plan = backing.control.plan_fetch(join_keys([wanted.key for wanted in batch]), packed, "fetch", chain=chain)
         reads = [batch[position] for position in plan.positions.tolist()]
         columns = zip(reads, *(c.tolist() for c in (plan.slots, plan.offsets, plan.nbytes)), strict=True)
         requests = [self._read_request(call, *column) for column in columns]
         for wanted in reads:
             wanted.reading = True
             self._reading.add(wanted.key)
-        self._ended([wanted for wanted in batch if not wanted.reading])  # no room, or somebody saves it just now
+        self._stop_waiting_for(
+            [wanted for wanted in batch if not wanted.reading]
+        )  # the pool has no room, or a save of the block is in flight
         if not requests:
-            link.guard.reads.give_up()
+            backing.guard.reads.give_up()
             return
         begun = asyncio.Event()
         self._num_reads += 1
-        task = link.spawn(self._read(requests, begun))
+        task = backing.tasks.spawn(self._read(requests, begun))
         task.add_done_callback(partial(self._read_ended, reads, requests, begun))
 
     def _read_request(self, call: Fetch, wanted: _Wanted, slot: int, offset: int, nbytes: int) -> ReadRequest:
-        link = self._link
+        backing = self._backing
         return ReadRequest(
-            link.key_of(wanted.key, link.control.is_packed(nbytes)),
-            link.payload(offset, nbytes),
+            backing.key_of(wanted.key, backing.control.is_packed(nbytes)),
+            backing.pool.payload(offset, nbytes),
             partial(self._arrived, wanted, slot, offset, nbytes),
-            used_s=float(call.used_s[call.left[wanted.key]]),
+            used_s=float(call.used_s[call.pending[wanted.key]]),
         )
 
     async def _read(self, requests: Sequence[ReadRequest], begun: asyncio.Event) -> None:
         begun.set()
         started = time.perf_counter()
-        outcomes = await self._link.guard.read(requests)
+        outcomes = await self._backing.guard.read(requests)
         good = sum(outcome.reason is None for outcome in outcomes)
-        self._link.record(Direction.LOAD, good, time.perf_counter() - started)
+        self._backing.record(Direction.LOAD, good, time.perf_counter() - started)
 
     def _read_ended(
         self, reads: Sequence[_Wanted], requests: Sequence[ReadRequest], begun: asyncio.Event, _: object
     ) -> None:
         self._num_reads -= 1
-        if not begun.is_set():  # cancelled before its first step: it has asked nothing of the tier
-            self._link.guard.reads.give_up()
+        if not begun.is_set():  # the task was cancelled before its first step: the tier was not called
+            self._backing.guard.reads.give_up()
             for request in requests:
                 request.settle(ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.CANCELLED))
-        self._ended(reads)  # what is later than that comes for somebody else
-        self._go_on()
+        self._stop_waiting_for(reads)  # a block that still comes after that ends no wait
+        self._pump()
 
     def _arrived(self, wanted: _Wanted, slot: int, offset: int, nbytes: int, outcome: ReadOutcome) -> None:
-        link = self._link
-        packed = link.control.is_packed(nbytes)
-        expected = link.encodings.codec_number(packed), link.encodings.payload_nbytes(packed)
+        backing = self._backing
+        packed = backing.control.is_packed(nbytes)
+        expected = backing.encodings.codec_number(packed), backing.encodings.payload_nbytes(packed)
         if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
-            link.control.finish_fetch(slot, offset, nbytes, outcome.digest)
+            backing.control.finish_fetch(slot, offset, nbytes, outcome.digest)
             self.fetched_blocks += 1
-            if self._takes_away and not link.closing:
-                link.spawn(link.delete(join_keys([wanted.key])))
+            if self._deletes_fetched and not backing.state.closing:
+                backing.tasks.spawn(backing.delete(join_keys([wanted.key])))
         else:
-            link.control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
+            backing.control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
         self._reading.remove(wanted.key)
-        self._ended([wanted])
-        self._go_on_soon()
+        self._stop_waiting_for([wanted])
+        self._schedule_pump()
 
-    def _go_on_soon(self) -> None:
-        """There are places again; once for all that settle together."""
-        if self._queue and not self._pump_is_due and not self._link.closing:
+    def _schedule_pump(self) -> None:
+        """Pump once for all blocks that settle in the same pass of the loop."""
+        if self._queue and not self._pump_is_due and not self._backing.state.closing:
             self._pump_is_due = True
-            asyncio.get_running_loop().call_soon(self._go_on_now)
+            asyncio.get_running_loop().call_soon(self._run_scheduled_pump)
 
-    def _go_on_now(self) -> None:
+    def _run_scheduled_pump(self) -> None:
         self._pump_is_due = False
-        self._go_on()
+        self._pump()
 
     # -- asking the store --------------------------------------------------------------------------
 
-    async def _ask(self) -> None:
-        link = self._link
+    async def _ask_store(self) -> None:
+        backing = self._backing
         while self._unknown:
             keys = list(self._unknown)[:ASK_BATCH]
-            if not link.guard.reads.admit(1):
-                self._ended(list(self._unknown.values()))
+            if not backing.guard.reads.admit(1):
+                self._stop_waiting_for(list(self._unknown.values()))
                 return
-            found = await link.ask_encodings(keys)
-            self._sort_in(list(zip(keys, found, strict=True)))
-            self._go_on()
+            found = await backing.ask_encodings(keys)
+            self._queue_found(list(zip(keys, found, strict=True)))
+            self._pump()
 
-    def _asked(self, _: object) -> None:
+    def _store_answered(self, _: object) -> None:
         self._asking = False
-        self._go_on()
+        self._pump()
 
-    def _sort_in(self, found: Iterable[tuple[bytes, int]]) -> None:
+    def _queue_found(self, found: Iterable[tuple[bytes, int]]) -> None:
         for key, encoding in found:
             wanted = self._unknown.pop(key, None)
             if wanted is not None and encoding == NOT_KNOWN:
-                self._ended([wanted])
+                self._stop_waiting_for([wanted])
             elif wanted is not None:
                 wanted.encoding = encoding
                 self._queue[key] = wanted
                 for call in wanted.calls:
-                    call.in_tier.add(call.left[key])
+                    call.in_tier.add(call.pending[key])
 
-    def _ended(self, blocks: Iterable[_Wanted]) -> None:
-        """Whoever waits for these need not wait any longer: they are in the pool, or they will not be.
+    def _stop_waiting_for(self, blocks: Iterable[_Wanted]) -> None:
+        """End the waits for these blocks: they are in the pool, or they will not come.
 
-        A block that was evicted meanwhile may be wanted anew by somebody else: that is another entry.
+        A block that was evicted in the meantime may be wanted again, by another call: that is another entry.
         """
         for wanted in blocks:
             if self._wanted.get(wanted.key) is wanted:
@@ -324,4 +346,4 @@ class Fetches:
                 self._queue.pop(wanted.key, None)
                 self._unknown.pop(wanted.key, None)
                 for call in wanted.calls:
-                    call.ended(wanted.key)
+                    call.stop_waiting_for(wanted.key)

@@ -1,4 +1,4 @@
-"""A tier behind circuit breakers: whatever it does, a call ends in time and says what came of it."""
+"""A tier behind circuit breakers: every call ends in time, whatever the tier does."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from kvortex.types import MissReason, SaveOutcome
 logger = logging.getLogger(__name__)
 
 GRACE_S: Final = 1.0
-"""What a tier may take beyond a deadline that it was given, before it is not waited for any more."""
+"""Seconds that a tier may take beyond the deadline it was given. After that the call is abandoned."""
 
 CLOSE_TIMEOUT_S: Final = 30.0
 
@@ -27,16 +27,17 @@ _UNWRITTEN: Final = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR)
 
 
 class GuardedTier:
-    """The calls that move blocks, for one loop. What may be asked of the tier is for the caller to find out before, by
-    `admit` of the breaker; what comes of it is told to the breaker here.
+    """The calls of a tier, for one loop. The caller asks the breaker's `admit` before a call that moves blocks; this
+    class reports the result of the call to the breaker.
 
-    A tier that raises is logged and counts as failed. If that is what its contract says of misuse nothing has been
-    started, and the requests are settled; otherwise nobody knows, and their memory is not used again.
+    An exception of the tier is logged and counts as a failure. If it is one that the contract defines for misuse,
+    nothing has been started, and the requests are settled. After any other exception the state of the requests is
+    unknown, so their memory is not used again.
 
     Args:
-        tier: opened and closed by the owner.
+        tier: the tier; its owner opens it.
         timeout_s: seconds that any call may take.
-        clock: seconds.
+        clock: returns seconds, for the breakers.
     """
 
     def __init__(self, tier: Tier, timeout_s: float, clock: Callable[[], float]) -> None:
@@ -46,15 +47,15 @@ class GuardedTier:
         self._timeout_s = timeout_s
 
     async def read(self, requests: Sequence[ReadRequest]) -> list[ReadOutcome]:
-        """Outcomes in the order of the requests; none where the tier has not said any."""
+        """Read blocks. Returns outcomes in the order of the requests; an empty list if the tier has given none."""
         return await self._move(self.reads, self.tier.read, requests, _UNREAD)
 
     async def write(self, requests: Sequence[WriteRequest]) -> list[WriteOutcome]:
-        """Likewise."""
+        """Write blocks. Returns outcomes in the order of the requests; an empty list if the tier has given none."""
         return await self._move(self.writes, self.tier.write, requests, _UNWRITTEN)
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """What the store itself has; nothing where it does not say so in time."""
+        """For each key whether the store itself has the block; False for all if it does not answer in time."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         there = await self._call(self.reads, self.tier.contains(keys, deadline_s=self._timeout_s))
@@ -67,22 +68,24 @@ class GuardedTier:
         return there
 
     async def delete(self, keys: Sequence[bytes]) -> None:
-        """Take blocks away; what cannot be taken away stays."""
+        """Delete blocks; failures are logged and counted only."""
         await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
 
     async def touch(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
-        """Count blocks as used."""
+        """Count blocks as used at these times, in seconds since the epoch."""
         await self._call(self.writes, self.tier.touch(keys, used_s, deadline_s=self._timeout_s))
 
     async def aclose(self) -> None:
-        """Close the tier, or leave it alone if that takes too long. Raises what it raises."""
+        """Close the tier, or abandon it if that takes longer than `CLOSE_TIMEOUT_S`.
+
+        Raises:
+            Exception: whatever the tier raises.
+        """
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.tier.aclose()
         except TimeoutError:
-            logger.warning(
-                "the %s tier has not closed within %.0f s and is left alone", self.tier.name, CLOSE_TIMEOUT_S
-            )
+            logger.warning("the %s tier has not closed within %.0f s and is abandoned", self.tier.name, CLOSE_TIMEOUT_S)
 
     async def _move(
         self,
@@ -109,13 +112,13 @@ class GuardedTier:
         except asyncio.CancelledError:
             breaker.give_up()
             raise
-        except (KVortexError, ValueError) as error:  # misuse, closed meanwhile: nothing has been started
+        except (KVortexError, ValueError) as error:  # misuse, or closed in the meantime: nothing has been started
             logger.warning("the %s tier refuses a call: %s", self.tier.name, error)
             for request in requests:
                 request.settle(failure)
             breaker.failed()
         except Exception as error:  # a tier may be anybody's code, and must not stop the pool
-            level = logging.DEBUG if interpreter_ends() else logging.ERROR  # then threads are refused to everybody
+            level = logging.DEBUG if interpreter_ends() else logging.ERROR  # no thread can be started at the end
             logger.log(level, "the %s tier failed unexpectedly", self.tier.name, exc_info=error)
             breaker.failed()
         return None

@@ -1,7 +1,7 @@
-"""Between the pool and a lower tier: blocks are written behind their save, and fetched back when they are asked for.
+"""Tiering: blocks are written to the lower tier after their save, and fetched back when they are asked for.
 
-All on the event loop, and all of it bounded: blocks that wait to be written, blocks on their way back, bytes that were
-evicted and are not written yet. What is too much is shed and counted; a block that is not written is only a miss later.
+Everything runs on the event loop and is bounded: blocks that wait to be written, blocks that are being fetched, and
+bytes of demoted blocks. Blocks beyond the bounds are shed and counted; each is only a miss later.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from kvortex.config import KVortexConfig
 from kvortex.errors import KVortexError
 from kvortex.hashing import Namespace
 from kvortex.stats import TieringFigures
+from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
-from kvortex.tiering.link import NOT_KNOWN, TierLink
 from kvortex.tiering.write_behind import WriteBehind
 from kvortex.tiers import DiskTier, Tier
 from kvortex.types import MissReason
@@ -29,91 +29,90 @@ class Tiering:
     """Moves blocks between one pool and one lower tier.
 
     Args:
-        link: to the tier, which `start` opens and `aclose` closes; the `on_evicted` of its control plane is taken for
-            an exclusive tier.
+        backing: the tier behind the pool; `start` opens it and `aclose` closes it. An exclusive tier sets the
+            `on_evicted` of the control plane.
     """
 
-    def __init__(self, link: TierLink) -> None:
-        self.link = link
-        self.is_exclusive = link.config.tier.inclusion == "exclusive"
-        self.writes = WriteBehind(link)
-        self.fetches = Fetches(link, takes_away=self.is_exclusive)
+    def __init__(self, backing: BackingTier) -> None:
+        self.backing = backing
+        self.is_exclusive = backing.config.tier.inclusion == "exclusive"
+        self.writes = WriteBehind(backing)
+        self.fetches = Fetches(backing, deletes_fetched=self.is_exclusive)
 
     # -- life --------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Open the tier and begin to write; nothing has to wait for it."""
-        self._take_what_is_evicted()
-        self.link.spawn(self._open())
-        self.link.spawn(self._wait_for_opening())
+        """Begin to open the tier and to write; does not wait for either."""
+        self._demote_victims()
+        self.backing.tasks.spawn(self._open())
+        self.backing.tasks.spawn(self._wait_for_opening())
 
-    def _take_what_is_evicted(self) -> None:
+    def _demote_victims(self) -> None:
         if self.is_exclusive:
-            self.link.control.on_evicted = self.writes.take_over
+            self.backing.control.on_evicted = self.writes.demote
 
     async def _open(self) -> None:
-        link = self.link
+        backing = self.backing
         try:
-            await link.tier.open()
+            await backing.tier.open()
         except KVortexError as error:
-            logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", link.tier.name, error)
-            self._do_without()
+            logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", backing.tier.name, error)
+            self._set_unusable()
         except Exception:  # a tier may be anybody's code, and must not stop the pool
-            logger.exception("the %s tier cannot be used, blocks stay in the pool alone", link.tier.name)
-            self._do_without()
+            logger.exception("the %s tier cannot be used, blocks stay in the pool alone", backing.tier.name)
+            self._set_unusable()
         else:
-            link.usable = True
-            link.opened.set()
-            self._take_what_is_evicted()
-            self.fetches.tier_is_open()
+            backing.state.set_usable()
+            self._demote_victims()
+            self.fetches.tier_opened()
             await self.writes.run()
 
     async def _wait_for_opening(self) -> None:
-        """Nobody waits longer for the tier to open than for anything else of it; it may come later."""
-        timeout_s = self.link.config.tier.timeout_s
+        """Go on without a tier that does not open in time. It may still open later."""
+        timeout_s = self.backing.config.tier.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await self.link.opened.wait()
+                await self.backing.state.wait_known()
         except TimeoutError:
-            logger.error("the %s tier cannot be used yet: it has not opened in %s s", self.link.tier.name, timeout_s)
-            self._do_without()
+            logger.error("the %s tier cannot be used yet: it has not opened in %s s", self.backing.tier.name, timeout_s)
+            self._set_unusable()
 
-    def _do_without(self) -> None:
-        self.link.opened.set()
-        self.link.control.on_evicted = None
-        self.writes.give_up()
-        self.fetches.end()
+    def _set_unusable(self) -> None:
+        self.backing.state.set_unusable()
+        self.backing.control.on_evicted = None
+        self.writes.shed_all()
+        self.fetches.stop_waiting()
 
     async def aclose(self) -> None:
-        """Drop what waits, let what moves settle, close the tier; idempotent."""
-        self.link.closing = True
-        self.link.control.on_evicted = None
-        self.writes.give_up()
-        await self.link.end_tasks()
-        # Whoever waits for one of them need not wait any longer.
-        self.link.opened.set()
-        self.writes.end()
-        self.fetches.end()
-        await self.link.aclose()
+        """Shed what waits, let transfers in flight settle, close the tier; idempotent."""
+        self.backing.state.set_closing()
+        self.backing.control.on_evicted = None
+        self.writes.shed_all()
+        await self.backing.tasks.cancel_all()
+        # None of what is waited for comes any more.
+        self.backing.state.set_unusable()
+        self.writes.stop_waiting()
+        self.fetches.stop_waiting()
+        await self.backing.aclose()
 
     async def ready(self) -> bool:
         """Wait until the tier is open and knows what it holds; False if it cannot be used."""
-        await self.link.opened.wait()
-        if self.link.usable:
-            await self.link.tier.scanned()
-        return self.link.usable
+        await self.backing.state.wait_known()
+        if self.backing.state.usable:
+            await self.backing.tier.scanned()
+        return self.backing.state.usable
 
     async def flush(self) -> None:
-        """Wait until everything that waits to be written is written or given up."""
-        await self.link.opened.wait()
+        """Wait until every block that waits to be written is written or shed."""
+        await self.backing.state.wait_known()
         await self.writes.flush()
 
     def figures(self) -> TieringFigures:
-        """Counters since the start, and what waits now."""
-        tier, writes, fetches = self.link.tier.stats(), self.writes, self.fetches
+        """Counters since the start, and the present length of the queues."""
+        tier, writes, fetches = self.backing.tier.stats(), self.writes, self.fetches
         return TieringFigures(
-            tier=self.link.tier.name,
-            usable=self.link.usable,
+            tier=self.backing.tier.name,
+            usable=self.backing.state.usable,
             written_blocks=writes.written_blocks,
             failed_writes=writes.failed_writes,
             fetched_blocks=fetches.fetched_blocks,
@@ -124,64 +123,73 @@ class Tiering:
             used_bytes=tier.used_bytes,
             capacity_bytes=tier.capacity_bytes,
             causes={cause.value: count for cause, count in tier.causes.items()},
-            breakers={"reads": self.link.guard.reads.figures(), "writes": self.link.guard.writes.figures()},
+            breakers={"reads": self.backing.guard.reads.figures(), "writes": self.backing.guard.writes.figures()},
         )
 
-    # -- what moves --------------------------------------------------------------------------------
+    # -- blocks --------------------------------------------------------------------------------
 
     def saved(self, keys: NDArray[np.uint64], is_new: NDArray[np.bool_]) -> None:
-        """A chain is in the pool, some of it new, `bool [n]`: that is offered to the tier, the rest counts as used.
+        """A save has ended: offer its new blocks to the tier, and count the others as used.
 
-        Where the tier admits only what is asked for again the new blocks are not offered yet.
+        Where the tier admits only blocks that are asked for again, the new ones are not offered yet.
+
+        Args:
+            keys: the save's block hashes that are in the pool, `uint64 [n, 4]`, a chain.
+            is_new: which of them were not stored before, `bool [n]`.
         """
-        used_s = self.link.uses.chain(len(keys))
-        if not self.is_exclusive and self.link.config.tier.admission == "always":
+        used_s = self.backing.uses.chain(len(keys))
+        if not self.is_exclusive and self.backing.config.tier.admission == "always":
             self.writes.offer(keys[is_new], used_s[is_new])
         self._used(keys[~is_new], used_s[~is_new])
 
     def used(self, keys: NDArray[np.uint64]) -> None:
-        """Blocks of the pool, a chain, were asked for again."""
-        self._used(keys, self.link.uses.chain(len(keys)))
+        """Blocks of the pool, a chain of hashes `uint64 [n, 4]`, were asked for again."""
+        self._used(keys, self.backing.uses.chain(len(keys)))
 
     def _used(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
-        link = self.link
-        if self.is_exclusive or not len(keys) or not link.may_work:
+        backing = self.backing
+        if self.is_exclusive or not len(keys) or not backing.state.may_work:
             return
-        found = link.encodings_known(keys)
+        found = backing.encodings_known(keys)
         new = found == NOT_KNOWN
         if new.any():
             self.writes.offer(keys[new], used_s[new])
-        if not new.all() and not link.guard.writes.refuses:
-            link.spawn(link.touch(keys, found, used_s))
+        if not new.all() and not backing.guard.writes.refuses:
+            backing.tasks.spawn(backing.touch(keys, found, used_s))
 
     def loaded(self, keys: NDArray[np.uint64], outcomes: Sequence[MissReason | None]) -> None:
-        """A load is over: what it found is in use, and what was wrong is taken away from the tier."""
+        """A load has ended: count its hits as used, and delete its corrupt blocks from the tier.
+
+        Args:
+            keys: the load's block hashes, `uint64 [n, 4]`.
+            outcomes: for each of them None for a hit, or the reason of the miss.
+        """
         if (num_hits := outcomes.count(None)) == len(outcomes):
             self.used(keys)
         elif num_hits or MissReason.CORRUPT in outcomes:
             self.used(keys[[outcome is None for outcome in outcomes]])
-            self._damaged(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
+            self._delete_corrupt(keys[[outcome is MissReason.CORRUPT for outcome in outcomes]])
 
-    def _damaged(self, keys: NDArray[np.uint64]) -> None:
-        if len(keys) and self.link.usable and not self.link.closing:
-            self.link.spawn(self.link.delete(keys))
+    def _delete_corrupt(self, keys: NDArray[np.uint64]) -> None:
+        if len(keys) and self.backing.state.usable and not self.backing.state.closing:
+            self.backing.tasks.spawn(self.backing.delete(keys))
 
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """`bool [n]`: what the tier is known to have. From memory, from any thread."""
+        """Which blocks the tier is known to have; see `Fetches.known`."""
         return self.fetches.known(keys)
 
     def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
-        """Begin to bring what the pool has not, and the tier has, into the pool: in order, within the bounds."""
+        """Begin to fetch the blocks that the tier has and the pool has not; see `Fetches.fetch`."""
         return self.fetches.fetch(keys)
 
 
 class LoadFetch:
-    """What one load waits for: the lower tier's blocks, until its deadline.
+    """One load's fetch from the lower tier, with the load's deadline.
 
     Args:
         tiering: the engine's, over one tier.
         keys: block hashes of the load, `uint64 [n, 4]`.
-        deadline_s: seconds from now; None waits as long as it takes.
+        deadline_s: seconds from now until it stops waiting; None waits as long as it takes.
     """
 
     def __init__(self, tiering: Tiering, keys: NDArray[np.uint64], deadline_s: float | None) -> None:
@@ -193,17 +201,17 @@ class LoadFetch:
         self._late: set[bytes] = set()
 
     async def wait(self, keys: NDArray[np.uint64]) -> None:
-        """Wait for some of the call's blocks; what is late is remembered."""
-        if self._fetch.num_left:
+        """Wait for some of the load's blocks, `uint64 [n, 4]`, and remember those that are late."""
+        if self._fetch.num_pending:
             timeout_s = None if self._due_s is None else max(self._due_s - self._loop.time(), 0.0)
             self._late.update(await self._fetch.wait(split_keys(keys), timeout_s=timeout_s))
 
     def cancel(self) -> None:
-        """The load is given up: what only it wanted is not fetched any more."""
+        """End the load's waits. A block that no other call wants is not fetched, unless its read has begun."""
         self._fetch.cancel()
 
     def name_misses(self, outcomes: tuple[MissReason | None, ...]) -> tuple[MissReason | None, ...]:
-        """The call's outcomes, with the reason that the tier gives: a block was late, or was not fetched at all."""
+        """Add to the outcomes of a load what only the tier knows: which blocks were late, or were not fetched."""
         in_tier = self._fetch.in_tier
         if outcomes.count(None) == len(outcomes) or not (self._late or in_tier):
             return outcomes
@@ -219,10 +227,10 @@ class LoadFetch:
 
 
 def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
-    """The lower tier that a configuration names, not opened; None if it names none.
+    """Make the lower tier that the configuration asks for, not opened; None if it asks for none.
 
     Raises:
-        ConfigError: it cannot be made like that.
+        ConfigError: the settings of the tier are invalid.
     """
     if not config.disk.path:
         return None

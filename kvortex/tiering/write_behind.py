@@ -1,4 +1,4 @@
-"""Down: blocks are written to the lower tier behind their save, or when they are evicted."""
+"""Write-behind: blocks move down, to the lower tier, after their save or when they are evicted."""
 
 import asyncio
 import itertools
@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index import Evicted
+from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.keys import join_keys, split_keys
-from kvortex.tiering.link import NOT_KNOWN, TierLink
 from kvortex.tiers import WriteOutcome, WriteRequest
 from kvortex.types import Direction
 
 WRITE_BATCH: Final = 16
 DEMOTED_SHARE: Final = 0.1
-"""Of the pool: what was evicted and waits for the lower tier may hold so much."""
+"""Share of the pool that demoted blocks may hold: blocks that were evicted and wait for their write."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Demoted:
-    """A block that was evicted and holds its extent until it is written."""
+    """A block that was evicted, and holds its extent until it is written."""
 
     key: bytes
     offset: int
@@ -37,17 +37,21 @@ class _Demoted:
 class WriteBehind:
     """A bounded queue of blocks for one tier, and the task that writes them.
 
-    The queue holds keys, not memory: a block is held in the pool only while it is written. What was evicted holds its
-    extent until it is written. What is too much is shed and counted, and so is everything while the tier is left alone.
+    The queue holds keys, not memory: a block is held in the pool only while it is being written. A block that was
+    evicted holds its extent until it is written. Blocks beyond the bounds are shed and counted, and so is every block
+    while the circuit breaker is open.
+
+    Args:
+        backing: the tier behind the pool.
     """
 
-    def __init__(self, link: TierLink) -> None:
-        self._link = link
-        self._queue: dict[bytes, float] = {}  # block -> when it counts as used
+    def __init__(self, backing: BackingTier) -> None:
+        self._backing = backing
+        self._queue: dict[bytes, float] = {}  # block hash -> time at which it counts as used
         self._demoted: deque[_Demoted] = deque()
         self._demoted_bytes = 0
-        self._demoted_limit = int(DEMOTED_SHARE * link.pool.size)
-        self._work = asyncio.Event()
+        self._demoted_limit = int(DEMOTED_SHARE * backing.pool.bytes.size)
+        self._has_work = asyncio.Event()
         self._writing = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -59,88 +63,97 @@ class WriteBehind:
         return len(self._queue) + len(self._demoted) + self._writing
 
     async def flush(self) -> None:
-        """Wait until none is left."""
+        """Wait until no block waits or is being written."""
         await self._idle.wait()
 
-    def end(self) -> None:
-        """Nobody needs to wait any longer."""
+    def stop_waiting(self) -> None:
+        """Nothing is written any more: end every `flush`."""
         self._idle.set()
 
     def offer(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
-        """Queue blocks of the pool, `uint64 [n, 4]`, that the tier may not have; they count as used at these times."""
-        if not self._link.may_work:
+        """Queue blocks of the pool that the tier may not have.
+
+        Args:
+            keys: block hashes, `uint64 [n, 4]`.
+            used_s: times at which they count as used, `float64 [n]`.
+        """
+        if not self._backing.state.may_work:
             return
-        if self._link.guard.writes.refuses:
+        if self._backing.guard.writes.refuses:
             self.shed_blocks += len(keys)
             return
         for key, time_s in zip(split_keys(keys), used_s.tolist(), strict=True):
             if key in self._queue:
                 continue
-            if len(self._queue) >= self._link.config.tier.queue_blocks:
+            if len(self._queue) >= self._backing.config.tier.queue_blocks:
                 self.shed_blocks += 1
-                if self._link.config.tier.shed == "newest":
+                if self._backing.config.tier.shed == "newest":
                     continue
                 del self._queue[next(iter(self._queue))]
             self._queue[key] = time_s
-        self._look_for_work()
+        self._wake_writer()
 
-    def take_over(self, evicted: Evicted) -> int:
-        """Blocks that are evicted while there is room: the tier's copies are made before their extents are free."""
-        if self._link.guard.writes.refuses:
+    def demote(self, evicted: Evicted) -> int:
+        """Keep eviction victims in their extents until they are written, as many as the bound allows.
+
+        Returns:
+            How many of them, from the first on; the others are dropped.
+        """
+        if self._backing.guard.writes.refuses:
             self.shed_blocks += len(evicted.offsets)
             return 0
         fitting = int(np.searchsorted(np.cumsum(evicted.nbytes), self._demoted_limit - self._demoted_bytes, "right"))
         keys = split_keys(evicted.keys[:fitting])
         columns = zip(evicted.offsets.tolist(), evicted.nbytes.tolist(), evicted.digests.tolist(), strict=True)
-        used_s = self._link.uses.now()
+        used_s = self._backing.uses.now()
         for key, (offset, nbytes, digest) in zip(keys, columns, strict=False):
             self._demoted.append(_Demoted(key, offset, nbytes, digest, used_s))
             self._demoted_bytes += nbytes
         self.demoted_blocks += fitting
         self.shed_blocks += len(evicted.offsets) - fitting
-        self._look_for_work()
+        self._wake_writer()
         return fitting
 
-    def _look_for_work(self) -> None:
-        if (self._queue or self._demoted) and not self._link.closing:
+    def _wake_writer(self) -> None:
+        if (self._queue or self._demoted) and not self._backing.state.closing:
             self._idle.clear()
-            self._work.set()
+            self._has_work.set()
 
-    def give_up(self) -> None:
-        """Write nothing of what waits."""
+    def shed_all(self) -> None:
+        """Shed every block that waits to be written."""
         self.shed_blocks += len(self._queue) + len(self._demoted)
         self.demoted_blocks -= len(self._demoted)
         self._queue.clear()
         while self._demoted:
             self._free_demoted(self._demoted.popleft())
-        self._rest()
+        self._note_idle()
 
-    def _rest(self) -> None:
+    def _note_idle(self) -> None:
         if not self._queue and not self._demoted and not self._writing:
             self._idle.set()
 
     async def run(self) -> None:
-        """Write what comes, for ever."""
+        """Write blocks as they come, until cancelled."""
         while True:
-            await self._work.wait()
-            self._work.clear()
+            await self._has_work.wait()
+            self._has_work.clear()
             while self._queue or self._demoted:
-                admitted = self._link.guard.writes.admit(WRITE_BATCH)
+                admitted = self._backing.guard.writes.admit(WRITE_BATCH)
                 if not admitted:
-                    self.give_up()
+                    self.shed_all()
                     break
                 await self._write([*self._next_demoted(admitted), *self._next_queued(admitted)])
-            self._rest()
+            self._note_idle()
 
     async def _write(self, requests: list[WriteRequest]) -> None:
         if not requests:
-            self._link.guard.writes.give_up()
+            self._backing.guard.writes.give_up()
             return
         started = time.perf_counter()
-        outcomes = await self._link.guard.write(requests)
+        outcomes = await self._backing.guard.write(requests)
         self._writing -= len(requests)
         stored = sum(outcome.outcome.is_stored for outcome in outcomes)
-        self._link.record(Direction.SAVE, stored, time.perf_counter() - started)
+        self._backing.record(Direction.SAVE, stored, time.perf_counter() - started)
 
     def _next_demoted(self, most: int) -> list[WriteRequest]:
         taken = [self._demoted.popleft() for _ in range(min(most, len(self._demoted)))]
@@ -155,11 +168,11 @@ class WriteBehind:
     def _next_queued(self, most: int) -> list[WriteRequest]:
         used_s = {key: self._queue.pop(key) for key in list(itertools.islice(self._queue, most))}
         hashes = join_keys(list(used_s))
-        known = self._link.encodings_known(hashes)
+        known = self._backing.encodings_known(hashes)
         if (known != NOT_KNOWN).any():
-            self._link.spawn(self._link.touch(hashes, known, np.array(list(used_s.values()))))
+            self._backing.tasks.spawn(self._backing.touch(hashes, known, np.array(list(used_s.values()))))
         keys = [key for key, encoding in zip(used_s, known.tolist(), strict=True) if encoding == NOT_KNOWN]
-        held = self._link.control.hold(join_keys(keys))
+        held = self._backing.control.hold(join_keys(keys))
         self._writing += len(held.slots)
         columns = (held.positions, held.slots, held.offsets, held.nbytes, held.digests)
         return [
@@ -178,14 +191,14 @@ class WriteBehind:
         used_s: float,
         done: Callable[[WriteOutcome], None],
     ) -> WriteRequest:
-        link = self._link
-        packed = link.control.is_packed(nbytes)
-        raw_nbytes, codec = link.encodings.payloads.raw, link.encodings.codec_number(packed)
-        tier_key = link.key_of(key, packed)
-        return WriteRequest(tier_key, link.payload(offset, nbytes), digest, raw_nbytes, codec, done, used_s)
+        backing = self._backing
+        packed = backing.control.is_packed(nbytes)
+        raw_nbytes, codec = backing.encodings.payloads.raw, backing.encodings.codec_number(packed)
+        tier_key = backing.key_of(key, packed)
+        return WriteRequest(tier_key, backing.pool.payload(offset, nbytes), digest, raw_nbytes, codec, done, used_s)
 
     def _queued_done(self, slot: int, outcome: WriteOutcome) -> None:
-        self._link.control.release(np.array([slot]))
+        self._backing.control.release(np.array([slot]))
         self._count_write(outcome)
 
     def _demoted_done(self, block: _Demoted, outcome: WriteOutcome) -> None:
@@ -194,7 +207,7 @@ class WriteBehind:
 
     def _free_demoted(self, block: _Demoted) -> None:
         self._demoted_bytes -= block.nbytes
-        self._link.control.free(block.offset)
+        self._backing.control.free(block.offset)
 
     def _count_write(self, outcome: WriteOutcome) -> None:
         if outcome.outcome.is_stored:

@@ -1,4 +1,4 @@
-"""Where blocks rest outside of the paged cache: one contract, and the stores that keep it."""
+"""Lower tiers, which store blocks below the pool: one contract, and its implementations."""
 
 from kvortex.tiers.base import (
     Cause,

@@ -1,45 +1,45 @@
-"""What a tier is: the contract that memory, disk and remote stores share.
+"""The contract of a lower tier: memory, disk and remote stores all fulfil it.
 
-A tier keeps encoded blocks by 32-byte key (`kvortex.tiering.keys`). It is a cache: it may lose any block at any time,
-and must never hand out another one's bytes. One object serves one namespace and one event loop; a store that several
-namespaces share keeps them apart, by directories or by `kvortex.hashing.cache_key`.
+A tier stores encoded blocks under keys of 32 bytes (`kvortex.tiering.keys`). It is a cache: it may lose any block at
+any time, and must never return the bytes of another block. One object serves one namespace and one event loop. If
+several namespaces share a store, it keeps them apart, by directories or by `kvortex.hashing.cache_key`.
 
-**Values and errors.** What a caller can live with is a value: a block that is not there, damaged, late or on a
-failing device is a `ReadOutcome` with a `MissReason`; a block that could not be kept is a `WriteOutcome`. `cause`
-says more, for metrics and logs. What raises is misuse: a key of the wrong length (`InvalidHashError`), a read-only
-buffer or an empty payload (`ValueError`), a call before `open` or after `aclose` (`EngineStateError`). A call that
-raises so has started nothing and settles nothing.
+**Values and errors.** An expected failure is a value. A block that is absent, damaged, late or on a failing device is a
+`ReadOutcome` with a `MissReason`; a block that could not be stored is a `WriteOutcome`. Their `cause` says more, for
+metrics and logs. Misuse raises: a key of the wrong length (`InvalidHashError`), a read-only buffer or an empty payload
+(`ValueError`), a call before `open` or after `aclose` (`EngineStateError`). A call that raises one of these has started
+nothing and settles nothing.
 
-**Batches.** Every call takes many blocks and answers in the order of the call. A key may appear more than once.
-Blocks of one call move side by side, in no order.
+**Batches.** Every call takes many blocks and returns outcomes in the order of the call. A key may appear more than
+once. The blocks of a call move concurrently, in no order.
 
-**Deadlines.** `deadline_s` is seconds from the call, `None` for as long as it takes. A call returns when everything is
-done or the deadline has passed, whichever is first; what is not done then is `MissReason.DEADLINE` or a failed write
-with `Cause.DEADLINE`. What had not been started is dropped; what had been started goes on.
+**Deadlines.** `deadline_s` is seconds from the call; `None` means no deadline. A call returns when all blocks are done
+or the deadline has passed. A block that is not done by then is a miss with `MissReason.DEADLINE`, or a failed write
+with `Cause.DEADLINE`. If its I/O has not started it is dropped; otherwise the I/O goes on.
 
-**Who owns a buffer.** From the call on the buffers of a read and the payloads of a write belong to the tier, until it
-settles them: it calls the request's `on_settled` exactly once, with the block's final outcome, when no thread, DMA or
-socket of the tier can touch the memory any more. That is
+**Ownership of buffers.** From the call on, the tier owns the buffers of a read and the payloads of a write, until it
+settles them. To settle a request, the tier calls its `on_settled` exactly once, with the final outcome of the block,
+when no thread, DMA or socket of the tier can touch the memory any more. This happens
 
 - before the call returns, for every outcome with `settled=True`: the normal case;
 - later, for an outcome with `settled=False`: the deadline passed while the block was moving. The final outcome may
-  then be a hit, and the bytes good: a late block is there for the next request;
-- before or after `CancelledError` reaches the caller, if the call is cancelled: there are no outcomes then, and
-  `on_settled` is all there is to go by;
-- never, if an I/O never ends or the loop is closed before it does. The memory is lost then: a leak is better than
-  another block's bytes under a reader.
+  still be a hit with good bytes: a late block is there for the next request;
+- before or after `CancelledError` reaches the caller, if the call is cancelled: then the call returns no outcomes, and
+  `on_settled` is the only report;
+- never, if an I/O never ends, or ends after the loop was closed. Then the memory is lost: a leak is better than a
+  reader who sees another block's bytes.
 
 So an extent is freed, reused or made visible in `on_settled` and nowhere else. It runs on the loop's thread, must be
-quick and must not raise. Until then the contents of a read's buffer are undefined, and after a miss as well.
+quick and must not raise. Before that the contents of a read's buffer are undefined; after a miss they stay undefined.
 
-**Cancelling** a call is always safe: blocks that had not been started are dropped, those that had been started end by
-themselves and settle. Nothing half-written becomes visible.
+**Cancelling** a call is always safe: blocks whose I/O has not started are dropped, the others end by themselves and
+settle. A block that is written in part never becomes visible.
 
-**Two ways to ask.** `lookup` is for the control plane: synchronous, from memory, no I/O, from any thread; it may say
-"not known" of a block that is there (another process wrote it, the start-up scan has not come to it), and "there" of a
-block that is gone. `contains` asks the store itself. Neither promises that a read will succeed.
+**Two ways to look up.** `lookup` is for the control plane: synchronous, from memory, without I/O, from any thread. It
+may miss a block that is there (another process wrote it, or the start-up scan has not reached it), and may report a
+block that is gone. `contains` asks the store itself. Neither guarantees that a read will succeed.
 
-`kvortex.testing.tier_conformance` holds all of this as tests; a new tier subclasses it.
+`kvortex.testing.tier_conformance` tests all of this; the tests of a new tier subclass it.
 """
 
 from abc import ABC, abstractmethod
@@ -57,15 +57,15 @@ from kvortex.errors import InvalidHashError
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 Buffer: TypeAlias = bytearray | memoryview | NDArray[np.uint8]
-"""Contiguous writable memory of bytes; in production an extent of the pinned pool."""
+"""Contiguous writable memory; in production an extent of the pinned pool."""
 
 
 class Cause(StrEnum):
-    """What lies behind a miss or a refused write; one counter each."""
+    """The cause of a miss or of a refused write; each has a counter."""
 
     ABSENT = "absent"
     CORRUPT = "corrupt"
-    UNKNOWN_VERSION = "unknown_version"  # a frame of a later version: left alone
+    UNKNOWN_VERSION = "unknown_version"  # a frame of a later format version: it is left as it is
     BUFFER_TOO_SMALL = "buffer_too_small"
     NO_SPACE = "no_space"  # the device is full, or the block does not fit the tier's capacity
     IO_ERROR = "io_error"
@@ -74,23 +74,23 @@ class Cause(StrEnum):
     READ_ONLY = "read_only"
     DEADLINE = "deadline"
     CLOSED = "closed"  # the tier was closed while the block waited
-    CANCELLED = "cancelled"  # the caller went away while the block waited; seen by `on_settled` only
+    CANCELLED = "cancelled"  # the call was cancelled while the block waited; only `on_settled` gets this
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOutcome:
-    """What became of one block of a read. A hit has `reason` None, and then the frame's figures.
+    """The result of one block of a read. If it is a hit, `reason` is None and the next four fields are set.
 
     Attributes:
-        reason: why it is a miss, or None.
-        payload_bytes: bytes of payload at the start of the buffer. What follows in the buffer is undefined.
-        raw_bytes: size of the block once it is decoded.
+        reason: why it is a miss; None for a hit.
+        payload_bytes: bytes of payload at the start of the buffer. The rest of the buffer is undefined.
+        raw_bytes: size of the decoded block in bytes.
         codec: number of the codec, `Codec` or a later one.
-        digest: 64-bit digest of the payload as stated by its writer (`kvortex.kernels.digest`; a payload that is no
-            multiple of 8 bytes counts as padded with zeros). Checked by the tier unless it was told not to.
-        cause: what lies behind a miss.
-        detail: the system's words, for logs.
-        settled: False when the buffer still belongs to the tier.
+        digest: 64-bit digest of the payload, from its writer (`kvortex.kernels.digest`; a payload whose length is no
+            multiple of 8 bytes counts as padded with zeros). The tier has checked it, unless it was told not to.
+        cause: the cause of a miss.
+        detail: the message of the operating system, for logs.
+        settled: False if the tier still owns the buffer.
     """
 
     reason: MissReason | None
@@ -105,7 +105,14 @@ class ReadOutcome:
 
 @dataclass(frozen=True, slots=True)
 class WriteOutcome:
-    """What became of one block of a write: STORED, ALREADY_STORED, PENDING, NO_SPACE or FAILED, and why."""
+    """The result of one block of a write.
+
+    Attributes:
+        outcome: STORED, ALREADY_STORED, PENDING, NO_SPACE or FAILED.
+        cause: the cause of the last two.
+        detail: the message of the operating system, for logs.
+        settled: False if the tier still owns the payload.
+    """
 
     outcome: SaveOutcome
     cause: Cause | None = None
@@ -115,9 +122,13 @@ class WriteOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Bring the block `key` to the start of `buffer`, which has room for at least its payload.
+    """A block to read.
 
-    `used_s` is when the block counts as used, in seconds since the epoch; None for the moment at which it is read.
+    Attributes:
+        key: of the block, 32 bytes.
+        buffer: takes the payload at its start.
+        on_settled: called once with the final outcome, see the module's docstring.
+        used_s: time at which the block counts as used, in seconds since the epoch; None for the time of the read.
     """
 
     key: bytes
@@ -126,18 +137,24 @@ class ReadRequest:
     used_s: float | None = None
 
     def settle(self, outcome: ReadOutcome) -> None:
-        """For tiers: the buffer is the caller's again."""
+        """For tiers: give the buffer back to the caller."""
         if self.on_settled is not None:
             self.on_settled(outcome)
 
 
 @dataclass(frozen=True, slots=True)
 class WriteRequest:
-    """Keep `payload` as the block `key`. `digest` is the payload's, computed where the bytes passed; the tier stores
-    it as it is, and a wrong one makes every later read a miss.
+    """A block to write.
 
-    `used_s` is when the block counts as used, in seconds since the epoch; None for the moment at which it is written.
-    Where there is no room it does not drive out what has been used since: that is NO_SPACE.
+    Attributes:
+        key: of the block, 32 bytes.
+        payload: the encoded block.
+        digest: 64-bit digest of the payload. The tier stores it without a check; a wrong one makes every read a miss.
+        raw_bytes: size of the decoded block in bytes.
+        codec: number of the codec.
+        on_settled: called once with the final outcome, see the module's docstring.
+        used_s: time at which the block counts as used, in seconds since the epoch; None for the time of the write. A
+            block never evicts blocks that were used after this time: the outcome is NO_SPACE then.
     """
 
     key: bytes
@@ -149,15 +166,20 @@ class WriteRequest:
     used_s: float | None = None
 
     def settle(self, outcome: WriteOutcome) -> None:
-        """For tiers: the payload is the caller's again."""
+        """For tiers: give the payload back to the caller."""
         if self.on_settled is not None:
             self.on_settled(outcome)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """One block as `Tier.scan` finds it: bytes it takes in the tier, overhead included; seconds since the epoch of its
-    last known use."""
+    """One block as `Tier.scan` finds it.
+
+    Attributes:
+        key: of the block, 32 bytes.
+        stored_bytes: bytes that it takes in the tier, overhead included.
+        last_use_s: time of its last known use, in seconds since the epoch.
+    """
 
     key: bytes
     stored_bytes: int
@@ -166,7 +188,7 @@ class StoredBlock:
 
 @dataclass(frozen=True, slots=True)
 class ScanProgress:
-    """How far the start-up scan is: parts of the store (directories, pages), and blocks found so far."""
+    """Progress of the start-up scan: parts of the store (directories, pages), and blocks found so far."""
 
     parts_done: int
     parts_total: int
@@ -176,9 +198,9 @@ class ScanProgress:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counters of one tier since it was made, and gauges of this moment.
+    """Counters of one tier since it was created, and gauges of this moment.
 
-    `causes` counts what lay behind every miss and refused write, late ones under both their deadline and their end.
+    `causes` counts the cause of every miss and refused write; a late block counts for its deadline and for its end.
     """
 
     name: str
@@ -194,37 +216,37 @@ class TierStats:
     used_bytes: int
     capacity_bytes: int
     unsettled: int
-    """Blocks whose buffer belongs to the tier now."""
+    """Blocks whose buffer the tier owns now."""
     scan: ScanProgress
 
 
 class Tier(ABC):
-    """A store of encoded blocks; see the module for what all methods promise.
+    """A store of encoded blocks. The module's docstring is the contract of all methods.
 
-    Used as `async with tier:`, or by `open` and `aclose`.
+    Use it as `async with tier:`, or call `open` and `aclose`.
     """
 
     name: str
-    """Short and stable, for metrics: `"disk"`."""
+    """A short, stable name for metrics, such as `"disk"`."""
 
     outlives_process: bool = True
-    """Whether blocks may come from, or go to, other processes: then the namespace has to name the model."""
+    """True if blocks may come from, or go to, other processes: then the namespace has to name the model."""
 
     # -- life ------------------------------------------------------------------------------------------
 
     @abstractmethod
     async def open(self) -> None:
-        """Make the tier ready to serve; idempotent. What takes long (a scan) goes on in the background.
+        """Make the tier ready to serve; idempotent. Long work (a scan) goes on in the background.
 
         Raises:
-            ConfigError: the store cannot be used as configured; nothing is left open.
+            ConfigError: the store cannot be used with this configuration; nothing is left open.
         """
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Stop; idempotent. Blocks that wait are missed with `Cause.CLOSED`; what moves is waited for, but not for
-        ever: an I/O that hangs keeps its thread and its buffer and settles when it ends. A closed tier is not
-        opened again.
+        """Close the tier; idempotent. Blocks that wait are misses with `Cause.CLOSED`. It waits for I/O in progress,
+        but not for ever: an I/O that hangs keeps its thread and its buffer, and settles when it ends. A closed tier
+        cannot be opened again.
         """
 
     async def __aenter__(self) -> Self:
@@ -237,46 +259,48 @@ class Tier(ABC):
         await self.aclose()
 
     async def scanned(self) -> None:
-        """Wait until `lookup` knows what was in the store when it was opened; at once where nothing is scanned."""
+        """Wait until `lookup` knows all blocks that were in the store when it was opened."""
         return
 
     # -- asking ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        """For each key the bytes of buffer that are enough to read it, 0 where the block is not known to be there.
+        """Look blocks up in memory, well below 50 us a key; from any thread. It does not count as a use.
 
-        From memory, well below 50 us a key; from any thread. It does not count as a use.
+        Returns:
+            For each key the size in bytes of a buffer that is large enough to read the block, or 0 if the block is not
+            known to be there.
         """
 
     @abstractmethod
     async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
-        """For each key whether the store itself has it. False also where that could not be found out in time."""
+        """For each key whether the store itself has the block; False also if it could not be found out in time."""
 
     @abstractmethod
     def scan(self) -> AsyncIterator[StoredBlock]:
-        """All blocks of the namespace, from the store, in no order. A block that comes or goes meanwhile may be seen or
-        not, none is seen twice. Parts that cannot be read are left out."""
+        """All blocks of the namespace, from the store itself, in no order. A block that is written or removed during
+        the scan may be seen or not; none is seen twice. Parts of the store that cannot be read are left out."""
 
     # -- moving ----------------------------------------------------------------------------------------
 
     @abstractmethod
     async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
-        """Bring blocks straight into the given buffers. A damaged block is a miss, counted, and removed."""
+        """Read blocks straight into the given buffers. A damaged block is a miss, is counted, and is removed."""
 
     @abstractmethod
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
-        """Keep blocks, making room by dropping the least recently used. Visible when whole, not before."""
+        """Store blocks, and evict the least recently used ones to make room. A block is visible once it is complete."""
 
     @abstractmethod
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
-        """Remove blocks; True for each that was there and is gone. A read under way may still finish as a hit."""
+        """Delete blocks; True for each that was there and is gone. A read in flight may still be a hit."""
 
     async def touch(self, keys: Sequence[bytes], used_s: Sequence[float], *, deadline_s: float | None = None) -> None:
-        """Count blocks as used at these times, in seconds since the epoch; what is not there is left out.
+        """Count blocks as used at these times, in seconds since the epoch; keys without a block are skipped.
 
-        For blocks that are served from above this tier: they are in use although nobody reads them here. A tier without
-        an order of use need not do anything.
+        The pool calls this for blocks that it serves itself: they are in use although nothing reads them here. A tier
+        that does not order blocks by use may ignore it.
         """
         return
 
@@ -285,12 +309,12 @@ class Tier(ABC):
     @property
     @abstractmethod
     def capacity_bytes(self) -> int:
-        """Bytes that the tier may take, overhead included."""
+        """Bytes that the tier may use, overhead included."""
 
     @property
     @abstractmethod
     def used_bytes(self) -> int:
-        """Bytes that it takes, as far as known; blocks being written count."""
+        """Bytes that it uses, as far as known; blocks that are being written count."""
 
     @abstractmethod
     def stats(self) -> TierStats:
@@ -298,10 +322,10 @@ class Tier(ABC):
 
 
 def as_bytes(buffer: bytes | Buffer) -> NDArray[np.uint8]:
-    """The same memory as a flat array of bytes.
+    """The same memory as a flat array, `uint8 [n]`.
 
     Raises:
-        ValueError: it is not contiguous, or has no bytes.
+        ValueError: the memory is not contiguous, or is empty.
     """
     view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
     if not view.c_contiguous or view.nbytes == 0:
@@ -310,14 +334,24 @@ def as_bytes(buffer: bytes | Buffer) -> NDArray[np.uint8]:
 
 
 def check_reads(requests: Sequence[ReadRequest]) -> None:
-    """Raise what the contract says of misuse: `InvalidHashError` or `ValueError`."""
+    """Check the requests of a read.
+
+    Raises:
+        InvalidHashError: a key is not 32 bytes.
+        ValueError: a buffer is read-only, empty or not contiguous.
+    """
     check_keys([request.key for request in requests])
     if not all(as_bytes(request.buffer).flags.writeable for request in requests):
         raise ValueError("a read needs writable memory")
 
 
 def check_writes(requests: Sequence[WriteRequest]) -> list[int]:
-    """The payloads' lengths. Raises what the contract says of misuse: `InvalidHashError` or `ValueError`."""
+    """Check the requests of a write, and return the lengths of their payloads in bytes.
+
+    Raises:
+        InvalidHashError: a key is not 32 bytes.
+        ValueError: a payload is empty or not contiguous, or a number is out of range.
+    """
     check_keys([request.key for request in requests])
     for request in requests:
         if not (0 <= request.digest < 1 << 64 and 0 <= request.raw_bytes < 1 << 64 and 0 <= request.codec < 1 << 32):
@@ -326,7 +360,11 @@ def check_writes(requests: Sequence[WriteRequest]) -> list[int]:
 
 
 def check_keys(keys: Sequence[bytes]) -> None:
-    """Raise `InvalidHashError` unless all keys are 32 bytes."""
+    """Check keys.
+
+    Raises:
+        InvalidHashError: a key is not 32 bytes.
+    """
     for key in keys:
         if not isinstance(key, bytes) or len(key) != BLOCK_HASH_BYTES:
             raise InvalidHashError(f"a key is {BLOCK_HASH_BYTES} bytes, not {key!r}")

@@ -1,10 +1,13 @@
-"""A circuit breaker: a tier that hangs or fails is left alone for a while, and costs one wait instead of one a block.
+"""A circuit breaker: a tier that hangs or fails is not used for a while, so it costs one wait instead of one a block.
 
-Closed is the normal state. A call that hangs opens it at once, and so do calls that fail, after `FAILURES_TO_OPEN` in a
-row; then nothing is asked of the tier until a pause is over. After that it is half-open: one block is tried. If that
-works the breaker is closed again, otherwise the next pause is twice as long.
+Closed is the normal state. A call that hangs opens the breaker at once; calls that fail open it after
+`FAILURES_TO_OPEN` in a row. While it is open the tier is not called. When the pause is over it is half-open: one block
+is tried. If that works the breaker is closed again, otherwise the next pause is twice as long.
 
-Reads and writes have a breaker each: a device that takes no more writes may read as well as ever.
+    closed ── hung, or failed several times ──> open ── pause is over ──> half-open ── it worked ──> closed
+                                                  ^────────── hung or failed ────┘
+
+Reads and writes have a breaker each: a device that accepts no writes may still serve reads.
 """
 
 import logging
@@ -22,11 +25,11 @@ FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 60.0
 FAILURES_TO_OPEN: Final = 3
 
-_UNSAID = (Cause.CLOSED, Cause.CANCELLED)  # these say nothing of the device
+_INCONCLUSIVE = (Cause.CLOSED, Cause.CANCELLED)  # these do not show whether the device works
 
 
 class BreakerState(StrEnum):
-    """Whether a tier is asked for anything."""
+    """Whether a tier is used."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -34,11 +37,11 @@ class BreakerState(StrEnum):
 
 
 class CircuitBreaker:
-    """Of one tier and direction. Changed on one thread; `refuses` and `figures` may be read from any.
+    """The breaker of one tier and direction. One thread changes it; any may read `refuses` and `figures`.
 
     Args:
-        name: the tier and direction in words, for the log.
-        clock: seconds.
+        name: the tier and the direction in words, for the log.
+        clock: returns seconds.
     """
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
@@ -51,17 +54,18 @@ class CircuitBreaker:
 
     @property
     def refuses(self) -> bool:
-        """Open, and the pause is not over: whoever asks now gets nothing."""
+        """True while the breaker is open and its pause is not over: no call is admitted."""
         return self._state is BreakerState.OPEN and self._clock() < self._retry_at_s
 
     def figures(self) -> BreakerFigures:
-        """For statistics."""
+        """State and counters, for statistics."""
         return BreakerFigures(self._state, self._opened)
 
     def admit(self, count: int) -> int:
-        """How many of `count` blocks may be tried now; what comes of them is to be told to `judge`, or `give_up`.
+        """Ask to try `count` blocks. The caller reports their outcomes to `judge`, or calls `give_up`.
 
-        All of them where it is closed. After the pause one, and while that is under way none.
+        Returns:
+            How many may be tried now: all if the breaker is closed, one when the pause is over, otherwise none.
         """
         if self._state is BreakerState.CLOSED:
             return count
@@ -71,13 +75,13 @@ class CircuitBreaker:
         return 1
 
     def give_up(self) -> None:
-        """What was admitted has not been tried, or says nothing: another may be tried."""
+        """The admitted block was not tried, or its outcome shows nothing: another one may be tried."""
         if self._state is BreakerState.HALF_OPEN:
             self._state = BreakerState.OPEN
 
     def judge(self, outcomes: Iterable[ReadOutcome] | Iterable[WriteOutcome]) -> None:
-        """What came of one call."""
-        causes = {outcome.cause for outcome in outcomes}.difference(_UNSAID)
+        """Take in the outcomes of one call."""
+        causes = {outcome.cause for outcome in outcomes}.difference(_INCONCLUSIVE)
         if Cause.DEADLINE in causes:
             self.hung()
         elif causes == {Cause.IO_ERROR}:
@@ -88,7 +92,7 @@ class CircuitBreaker:
             self.give_up()
 
     def worked(self) -> None:
-        """A call came to an answer. One that began before the breaker was opened does not close it."""
+        """A call got an answer. If it began before the breaker was opened, it does not close it."""
         self._failures = 0
         if self._state is BreakerState.HALF_OPEN:
             logger.info("%s work again", self._name)
@@ -97,22 +101,22 @@ class CircuitBreaker:
             self._pause_s = FIRST_PAUSE_S
 
     def failed(self) -> None:
-        """A call came to nothing."""
+        """A call failed."""
         self._failures += 1
         if self._failures >= FAILURES_TO_OPEN or self._state is BreakerState.HALF_OPEN:
             self._open()
 
     def hung(self) -> None:
-        """A call was not over in time."""
+        """A call did not end in time."""
         self._open()
 
     def _open(self) -> None:
         if self._state is BreakerState.OPEN:
-            return  # of the calls that hang together the first has said it
+            return  # several calls hang at the same time, and the first has opened it
         if self._state is BreakerState.HALF_OPEN:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         else:
-            level = logging.DEBUG if interpreter_ends() else logging.WARNING  # then threads are refused to everybody
+            level = logging.DEBUG if interpreter_ends() else logging.WARNING  # no thread can be started at the end
             logger.log(
                 level, "%s hang or fail: none is tried for %g s, then one from time to time", self._name, self._pause_s
             )

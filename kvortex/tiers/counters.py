@@ -22,7 +22,7 @@ class TierCounters:
         self._removed_corrupt = 0
 
     def record_reads(self, outcomes: Iterable[ReadOutcome]) -> None:
-        """Adds what a read returned."""
+        """Add the outcomes of a read."""
         with self._lock:
             for outcome in outcomes:
                 if outcome.reason is None:
@@ -33,7 +33,7 @@ class TierCounters:
                 self._count(outcome.cause)
 
     def record_writes(self, outcomes: Iterable[WriteOutcome], payload_bytes: Iterable[int]) -> None:
-        """Adds what a write returned."""
+        """Add the outcomes of a write, with the payload bytes of each."""
         with self._lock:
             for outcome, nbytes in zip(outcomes, payload_bytes, strict=True):
                 self._writes[outcome.outcome] += 1
@@ -42,12 +42,12 @@ class TierCounters:
                 self._count(outcome.cause)
 
     def record_cause(self, cause: Cause) -> None:
-        """Adds a failure that belongs to no outcome of a read or write."""
+        """Add a failure that belongs to no outcome of a read or write."""
         with self._lock:
             self._count(cause)
 
     def record_removed_corrupt(self) -> None:
-        """Adds a damaged block that was removed."""
+        """Add a damaged block that was removed."""
         with self._lock:
             self._removed_corrupt += 1
 
@@ -62,7 +62,7 @@ class TierCounters:
         unsettled: int,
         scan: ScanProgress,
     ) -> TierStats:
-        """All counters at one moment, with the gauges given."""
+        """All counters at one moment, with the given gauges."""
         with self._lock:
             return TierStats(
                 name=name,

@@ -1,7 +1,7 @@
-"""The frame: one block as it rests in a file, format version 1.
+"""The frame: the format of one block in a file, version 1.
 
-A header of 4,096 bytes, the payload, zeros up to a multiple of 4,096: so both start and end where O_DIRECT wants
-them. Integers are little-endian.
+A frame is a header of 4,096 bytes, the payload, and zeros up to a multiple of 4,096 bytes, so both start and end at the
+alignment that O_DIRECT needs. Integers are little-endian.
 
 | offset | bytes | field |
 |---|---|---|
@@ -19,10 +19,10 @@ them. Integers are little-endian.
 | 96 | 32 | key |
 | 128 | 3,968 | zeros |
 
-Every version keeps the first two fields, so that a damaged frame and one of a later version can be told apart: a
-header whose checksum holds but whose version is another is somebody's good frame and is left alone. The checksum
-covers the whole header and the digest the whole payload; the zeros behind the payload are checked as well, and the
-file's length follows from the payload's. No byte of a frame can change without being noticed.
+The first two fields are the same in every version, so a damaged frame can be told from one of a later version: if the
+checksum is right and the version is another, the frame is good and is left as it is. The checksum covers the whole
+header, and the digest the whole payload; the zeros behind the payload are checked as well, and the length of the file
+follows from that of the payload. So every change of a byte of a frame is noticed.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ _REST = bytes(HEADER_BYTES - _FIELDS_AT - _FIELDS.size)
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """What a frame says of its payload; see `ReadOutcome` for the fields."""
+    """The fields of a frame's header; see `ReadOutcome` for their meaning."""
 
     namespace: bytes
     key: bytes
@@ -56,7 +56,7 @@ class FrameHeader:
 
 
 def padded(payload_bytes: int) -> int:
-    """Bytes that a payload takes in a frame."""
+    """Bytes that a payload takes in a frame, padding included."""
     return -(-payload_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -69,7 +69,7 @@ def encode_header(header: FrameHeader) -> bytes:
     """The header's 4,096 bytes.
 
     Raises:
-        ValueError: a field does not fit.
+        ValueError: a value does not fit its field.
     """
     try:
         fields = _FIELDS.pack(
@@ -91,9 +91,16 @@ def encode_header(header: FrameHeader) -> bytes:
 
 
 def decode_header(block: bytes | memoryview, namespace: bytes, key: bytes) -> FrameHeader | Cause:
-    """What the first 4,096 bytes of a file say, or what is wrong with them: CORRUPT or UNKNOWN_VERSION.
+    """Decode the first 4,096 bytes of a file.
 
-    A header of another block or namespace is corrupt here: it is not what the file's name says.
+    Args:
+        block: these bytes.
+        namespace: digest of the expected namespace, 32 bytes.
+        key: the expected key, 32 bytes.
+
+    Returns:
+        The header, or CORRUPT or UNKNOWN_VERSION. The header of another block or namespace is CORRUPT, because it does
+        not agree with the name of the file.
     """
     if len(block) != HEADER_BYTES:
         return Cause.CORRUPT

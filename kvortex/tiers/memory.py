@@ -38,12 +38,15 @@ class _Kept:
 
 
 class MemoryTier(Tier):
-    """Keeps copies of payloads, least recently used first out. Nothing waits, so every deadline is kept: a call is
-    over before it suspends.
+    """Stores copies of payloads and evicts the least recently used. No call suspends, so every deadline is kept.
 
     Args:
-        capacity_bytes: payload bytes to keep.
+        capacity_bytes: bytes of payload that it may store.
         namespace: digest of the namespace, 32 bytes.
+
+    Raises:
+        ConfigError: `capacity_bytes` is below 1.
+        InvalidHashError: `namespace` is not 32 bytes.
     """
 
     name = "memory"
@@ -165,7 +168,7 @@ class MemoryTier(Tier):
         return WriteOutcome(SaveOutcome.STORED)
 
     def _make_room(self, nbytes: int, used_s: float) -> bool:
-        """Drop what was used longest ago; nothing, and False, if some of that was used after `used_s`."""
+        """Evict the least recently used blocks. If one of them was used after `used_s`, evict none and return False."""
         excess = self._used_bytes + nbytes - self._capacity_bytes
         victims: list[bytes] = []
         if excess > 0:

@@ -1,4 +1,4 @@
-"""Payloads as arrays, and their digest: the definition of `kvortex.kernels.digest` for one run of host memory."""
+"""Digest and copy of payloads in contiguous host memory; `kvortex.kernels.digest` defines the digest."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,19 +36,19 @@ def _copy_and_sum(words: Any, target: Any) -> Any:
     return total
 
 
-# Both give the GIL up: 15 to 30 GB/s a thread, beside the disk's work.
+# Both release the GIL: 15 to 30 GB/s a thread, at the same time as disk I/O.
 _compiled_sum: Callable[[NDArray[np.uint64]], int] = njit(nogil=True, cache=True)(_sum)
 _compiled_copy: Callable[[NDArray[np.uint64], NDArray[np.uint64]], int] = njit(nogil=True, cache=True)(_copy_and_sum)
 
 
 def address_of(array: NDArray[np.uint8]) -> int:
-    """Where the array's memory starts."""
+    """The address of the array's memory."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
 def payload_digest(payload: NDArray[np.uint8]) -> int:
-    """Digest of a payload of any length; one that is no multiple of 8 bytes counts as padded with zeros."""
+    """Digest of a payload, `uint8 [n]`, padded with zeros to a multiple of 8 bytes."""
     whole = payload.size // _WORD * _WORD
     total = int(_compiled_sum(payload[:whole].view(np.uint64)))
     return _finish(total, payload, whole)
@@ -76,7 +76,7 @@ def _finish(total: int, payload: NDArray[np.uint8], whole: int) -> int:
 
 
 def warm_up() -> None:
-    """Compile both kernels, or load them from numba's cache: a second the first time on a machine."""
+    """Compile both kernels, or load them from numba's cache. The first time on a machine this takes about a second."""
     words = np.zeros(2 * _WORD, dtype=np.uint8)
     copy_payload(words[:_WORD], words[_WORD:])
     payload_digest(words)

@@ -13,7 +13,7 @@ __all__ = ["KVortexConnector"]
 
 
 def __getattr__(name: str) -> object:
-    # vLLM imports `kvortex.vllm.plugin` in all of its processes, at a time when the connector would be too much.
+    # vLLM imports `kvortex.vllm.plugin` in each of its processes at an early time: the connector is not imported then.
     if name == "KVortexConnector":
         from kvortex.vllm import connector
 

@@ -1,4 +1,4 @@
-"""The class that vLLM loads: a facade over the half that its role asks for."""
+"""The class that vLLM loads: a facade over one of the two halves, which one depends on the role."""
 
 import contextlib
 import importlib
@@ -51,9 +51,9 @@ logger = logging.getLogger(__name__)
 class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """KVortex as vLLM's KV connector; see `ConnectorOptions` for what `kv_connector_extra_config` takes.
 
-    Loads are asynchronous: a request waits outside of the batch until its blocks are in place, so there is
-    nothing left to wait for layer by layer, and no forward that runs as a CUDA graph can miss it. Saves leave
-    after the forward, all layers in one gather. `wait_for_layer_load` and `save_kv_layer` therefore do nothing.
+    Loads are asynchronous: a request waits outside of the batch until its blocks are in place. So no forward has to
+    wait layer by layer, and CUDA graphs work unchanged. Saves start after the forward, with all layers in one gather.
+    Therefore `wait_for_layer_load` and `save_kv_layer` do nothing.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise EngineStateError("this vLLM gives a connector no kv_cache_config; KVortex needs 0.15 or newer")
         transfer = vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config if transfer else {})
-        # The halves bring numba with them, which vLLM's CPU worker must not find loaded before it has started.
+        # The halves import numba. vLLM's CPU worker must not find it loaded before it has started.
         self._scheduler_half: SchedulerHalf | PassiveScheduler | None = None
         self._worker_half: WorkerHalf | PassiveWorker | None = None
         self._weights: WeightsWatch | None = None
@@ -82,7 +82,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         elif role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config, around)
             scheduler = importlib.import_module("kvortex.vllm.scheduler.half")
-            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, waits_for_hello=around is not None)
+            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, handshake_in_step=around is not None)
             self._scheduler_half = half
             if around is not None:
                 watch_allocations(around, half.allocated_for_others)
@@ -91,8 +91,10 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
             worker = importlib.import_module("kvortex.vllm.worker.half")
             ranks = importlib.import_module("kvortex.vllm.worker.ranks")
             peers = ranks.peers_of(vllm_config, kv_cache_config)
-            says_hello = around is not None
-            self._worker_half = worker.WorkerHalf(vllm_config, kv_cache_config, options, peers, says_hello=says_hello)
+            handshake_in_step = around is not None
+            self._worker_half = worker.WorkerHalf(
+                vllm_config, kv_cache_config, options, peers, handshake_in_step=handshake_in_step
+            )
 
     @property
     def _scheduler(self) -> "SchedulerHalf | PassiveScheduler":
@@ -108,7 +110,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache may lose what it holds: nothing has to wait for its saves."""
+        """False: a cache may lose blocks, so nothing has to wait for its saves."""
         return False
 
     # -- worker ------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._end_watches.callback(self._weights.end)
 
     def unregister_kv_caches(self) -> None:
-        """The cache's memory is about to go; for all that is known here, other weights may follow."""
+        """The memory of the paged cache is about to go. The weights may be others afterwards."""
         self._worker.fall_asleep(keeps_weights=False)
 
     def restore_kv_caches(self) -> None:
@@ -137,7 +139,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().bind_connector_metadata(connector_metadata)
         if not isinstance(connector_metadata, ConnectorPlan):
             raise EngineStateError(f"a plan of another connector: {type(connector_metadata).__name__}")
-        if connector_metadata.looks_at_weights and self._weights is not None:
+        if connector_metadata.compare_weights and self._weights is not None:
             self._weights.look()
         self._worker.begin_step(connector_metadata)
 
@@ -145,10 +147,10 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request is scheduled when all its layers are in place."""
+        """Do nothing: a request is scheduled when all its layers are in place."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing yet: `wait_for_save` sends all layers at once."""
+        """Do nothing: `wait_for_save` saves all layers at once."""
 
     def wait_for_save(self) -> None:
         self._worker.start_saves()
@@ -176,7 +178,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._accept_handshakes(metadata.values())
 
     def _accept_handshakes(self, handshakes: Iterable[KVConnectorHandshakeMetadata]) -> None:
-        # Beside other connectors theirs may come here.
+        # Inside a MultiConnector the handshakes of other connectors may come here, too.
         self._scheduler.accept_handshake([h for h in handshakes if isinstance(h, WorkerHandshake)])
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -198,7 +200,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._scheduler.take_events()
 
     def has_pending_push_work(self) -> bool:
-        """An idle engine goes on stepping until its last saves have been reported."""
+        """True until the last jobs have been reported: an idle engine goes on stepping for them."""
         return self._scheduler.has_work()
 
     def reset_cache(self) -> bool | None:

@@ -1,4 +1,4 @@
-"""Keys of one server alone: what it writes after its weights have changed is found by nobody else."""
+"""Epochs: after its weights have changed, a server writes blocks under keys that no other server finds."""
 
 import hashlib
 import os
@@ -7,10 +7,10 @@ EPOCH_BYTES = 16
 
 
 def new_epoch() -> bytes:
-    """Random bytes that name a time between two changes of the weights."""
+    """A random name, 16 bytes, for the time between two changes of the weights."""
     return os.urandom(EPOCH_BYTES)
 
 
 def in_epoch(key: bytes, epoch: bytes) -> bytes:
-    """The key of a block in an epoch, 32 bytes; before the first change, with an empty `epoch`, its own."""
+    """The key of a block in an epoch, 32 bytes. Before the first change `epoch` is empty, and the key is unchanged."""
     return hashlib.sha256(epoch + key).digest() if epoch else key

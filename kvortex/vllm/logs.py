@@ -1,10 +1,10 @@
-"""What KVortex says in a server is seen where vLLM's own lines are: vLLM sets up the logger "vllm" and no other."""
+"""KVortex's log lines appear beside vLLM's own ones. vLLM sets up the logger "vllm" only."""
 
 import logging
 
 
 def follow_vllm_logging() -> None:
-    """Give the logger "kvortex" the handlers and the level of vLLM's, unless somebody has set it up; idempotent."""
+    """Give the logger "kvortex" the handlers and level of vLLM's logger, unless it was set up already; idempotent."""
     ours, theirs = logging.getLogger("kvortex"), logging.getLogger("vllm")
     if ours.handlers or logging.getLogger().handlers or not theirs.handlers:
         return

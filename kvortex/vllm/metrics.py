@@ -1,4 +1,4 @@
-"""The connector's figures in vLLM's own statistics: a dict of counters that adds up over steps and workers."""
+"""The connector's figures in vLLM's own statistics: counters that are summed over steps and workers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ COUNTERS = {
     "load_seconds": "Seconds from the plan of a load to its end, summed over loads",
     "loads": "Loads",
     "written_blocks": "Blocks written to the lower tier",
-    "failed_writes": "Blocks that the lower tier did not take",
-    "shed_writes": "Blocks not written because too much waited",
+    "failed_writes": "Blocks that the lower tier did not store",
+    "shed_writes": "Blocks not written because too many waited",
     "fetched_blocks": "Blocks brought back from the lower tier",
-    "failed_fetches": "Blocks that the lower tier did not give back",
-    "tier_pauses": "Times that a worker left the lower tier alone for a while because it hung or failed",
+    "failed_fetches": "Blocks that could not be read from the lower tier",
+    "tier_pauses": "Times that a worker paused the use of the lower tier because it hung or failed",
     "fetch_seconds": "Seconds from the plan of a fetch to its end, summed over fetches",
 }
 MISS_PREFIX = "missed_blocks_"
@@ -39,17 +39,34 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         self.data[name] = self.data.get(name, 0) + value
 
     def count_misses(self, reason: MissReason, blocks: int) -> None:
-        """Blocks that a request has to compute, with the reason of the first of them."""
+        """Count blocks that a request has to compute.
+
+        Args:
+            reason: why the first of them was missed.
+            blocks: how many.
+        """
         self.add(MISS_PREFIX + reason.value, blocks)
 
     def count_save(self, failed: int, blocks: int, block_nbytes: int) -> None:
-        """One save job."""
+        """Count one save.
+
+        Args:
+            failed: blocks of it that were not stored.
+            blocks: all blocks of it.
+            block_nbytes: bytes of a block, raw.
+        """
         self.add("saved_blocks", blocks - failed)
         self.add("saved_bytes", (blocks - failed) * block_nbytes)
         self.add("failed_saves", failed)
 
     def count_load(self, outcomes: Sequence[MissReason | None], block_nbytes: int, seconds: float) -> None:
-        """One load job; its misses are those that were promised and did not arrive."""
+        """Count one load.
+
+        Args:
+            outcomes: for each block that was promised None, or the reason why it did not arrive.
+            block_nbytes: bytes of a block, raw.
+            seconds: from the plan to the end.
+        """
         loaded = sum(outcome is None for outcome in outcomes)
         self.add("loads", 1)
         self.add("load_seconds", seconds)
@@ -59,17 +76,23 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
             self.count_misses(reason, blocks)
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set every counter to zero."""
         self.data.clear()
 
+    def take(self) -> "ConnectorStats":
+        """The counters since the last call."""
+        taken = ConnectorStats(self.data)
+        self.reset()
+        return taken
+
     def aggregate(self, other: KVConnectorStats) -> "ConnectorStats":
-        """Both together."""
+        """Add the counters of `other` to these."""
         for name, value in other.data.items():
             self.add(name, value)
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For the log line."""
+        """The counters and the hit rate, for vLLM's log line."""
         figures = {name: round(value, 3) for name, value in sorted(self.data.items())}
         missed = sum(value for name, value in self.data.items() if name.startswith(MISS_PREFIX))
         asked = self.data.get("loaded_blocks", 0) + missed
@@ -81,7 +104,7 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
 
 
 class ConnectorPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """`vllm:kvortex_*` counters, one child an engine; misses by reason."""
+    """Prometheus counters `vllm:kvortex_*`, labelled by engine; misses also by reason."""
 
     def __init__(
         self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[Any]]

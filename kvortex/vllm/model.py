@@ -1,4 +1,4 @@
-"""What the connector needs to know of a vLLM configuration: what it serves, what it leaves alone, what it refuses."""
+"""What a vLLM configuration means for the connector: which models it serves, leaves alone or refuses."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
 
 
 def only_group(kv_cache_config: "KVCacheConfig") -> Any:
-    """The one group of full-attention layers that KVortex serves; their pages may differ in size.
+    """The only group of layers of a model with full attention. The pages of its layers may differ in size.
 
     Raises:
-        ConfigError: the model mixes attention kinds, or has sliding-window, state-space or cross-attention
-            layers: a block is then not the KV of its tokens alone, and a hit could be silently wrong.
+        ConfigError: the model mixes attention kinds, or has sliding-window, state-space or cross-attention layers. Then
+            a block holds more or less than the KV of its tokens, and a hit could be silently wrong.
     """
     groups = kv_cache_config.kv_cache_groups
     specs = [spec for group in groups for spec in layer_specs(group)]
     if len(groups) != 1 or not all(isinstance(spec, FullAttentionSpec) for spec in specs):
         kinds = sorted({type(spec).__name__ for spec in specs})
         raise ConfigError(
-            f"KVortex serves models whose layers all keep full attention; this one has {len(groups)} group(s) of "
+            f"KVortex serves models whose layers all have full attention; this one has {len(groups)} group(s) of "
             f"{', '.join(kinds)}. Run it without the connector"
         )
     return groups[0]
 
 
 def layer_specs(group: Any) -> Sequence[Any]:
-    """The specs of a group's layers: one for all of them, or one for each where their pages differ."""
+    """The specs of a group's layers: one for all layers, or one for each layer if their pages differ."""
     spec = group.kv_cache_spec
     return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
 
 
 def is_latent(group: Any) -> bool:
-    """True for multi-head latent attention: every tensor-parallel rank then holds the same KV."""
+    """True for multi-head latent attention: then every tensor-parallel rank holds the same KV."""
     return all(isinstance(spec, MLAAttentionSpec) for spec in layer_specs(group))
 
 
 def why_not_reused(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str:
     """Why the KV of this model cannot serve another prompt with the same beginning; `""` if it can.
 
-    What vLLM would not serve from its own prefix cache is not served here either.
+    A model that vLLM does not serve from its own prefix cache is not served here either.
     """
     if not kv_cache_config.kv_cache_groups:
         return "the model keeps no KV"
@@ -70,11 +70,11 @@ def why_not_reused(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") 
 
 
 def refuse_unserved(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
-    """Refuse what KVortex would serve wrongly.
+    """Refuse a model that KVortex would serve wrongly.
 
     Raises:
-        ConfigError: context parallelism, where vLLM's block hashes cover more tokens than a rank's block holds; or
-            layers that do not all keep full attention, see `only_group`.
+        ConfigError: context parallelism is on: then a block hash covers more tokens than the block of a rank holds. Or
+            not all layers have full attention, see `only_group`.
     """
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(vllm_config.parallel_config, name, 1)
@@ -84,13 +84,13 @@ def refuse_unserved(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig")
 
 
 def expected_sizes(kv_cache_config: "KVCacheConfig", codec: str) -> BlockSizes:
-    """Sizes of one worker's blocks in the pool, from the sizes of its layers' pages.
+    """Bytes that one worker's blocks take in the pool, from the page sizes of its layers.
 
-    In the scheduler this is a guess until the workers have said what they registered: vLLM tells it the layers of one
-    stage, and of pages that differ only one.
+    The scheduler uses this guess until the workers have reported what they registered. It may be wrong: vLLM shows the
+    scheduler the layers of one pipeline stage only, and one page size where they differ.
 
     Raises:
-        ConfigError: no such codec.
+        ConfigError: there is no such codec.
     """
     group = only_group(kv_cache_config)
     specs = layer_specs(group)
@@ -102,12 +102,17 @@ def expected_sizes(kv_cache_config: "KVCacheConfig", codec: str) -> BlockSizes:
 
 
 def block_dims(kv_caches: dict[str, Any], num_blocks: int) -> dict[str, int]:
-    """For each tensor the dimension that counts blocks: the first that is their number, or else a multiple of it.
+    """For each tensor the dimension that counts blocks. vLLM puts it first, or second, behind the one of K and V.
 
-    vLLM puts it first, or second behind K and V.
+    Args:
+        kv_caches: the cache tensor of each layer, by name.
+        num_blocks: device blocks.
+
+    Returns:
+        For each name the first of these two dimensions with `num_blocks` entries, or else with a multiple of that.
 
     Raises:
-        ConfigError: neither is.
+        ConfigError: no such dimension.
     """
     dims = {}
     for name, tensor in kv_caches.items():

@@ -1,4 +1,4 @@
-"""The connector's options: `kv_connector_extra_config`, checked."""
+"""The connector's options, from `kv_connector_extra_config`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ STAGING_BYTES = 32 * MIB
 
 WITHOUT_MEANING: Final = {
     "transfer.max_outstanding_requests": "vLLM's max_num_seqs bounds the requests",
-    "tier.shed": "what finds no room in the queue is not written",
+    "tier.shed": "a block that finds no room in the queue is not written",
     "tier.fetch_blocks": "a request's blocks are fetched together, up to half of the pool",
 }
-"""Settings of an engine that the connector does not use, and why."""
+"""Settings of an engine that have no effect in the connector, and why."""
 
 IDENTITY_OPTIONS: Final = ("model", "weights_revision")
 """What a user may add to what vLLM's own configuration says of the model."""
@@ -31,9 +31,9 @@ class ConnectorOptions:
     Args:
         engine: the sections of `KVortexConfig`, given beside the options below: `pool` (per worker, or for all ranks
             that share one; write "16GiB") and every other setting that has a meaning in vLLM.
-        min_hit_blocks: shorter hits are computed; a load has to be worth a step of waiting.
-        pending_wait_s: how long a request may wait for blocks that are just being saved before it computes them.
-        save_decoded: save blocks that fill up while decoding too: the next turn's prompt begins with them.
+        min_hit_blocks: blocks that a hit must have; shorter ones are computed, because a load costs a step of waiting.
+        pending_wait_s: seconds that a request may wait for blocks whose save is in flight, before it computes them.
+        save_decoded: save blocks that fill up during decoding, too: the prompt of the next turn begins with them.
     """
 
     engine: KVortexConfig
@@ -48,10 +48,10 @@ class ConnectorOptions:
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorOptions":
-        """Options by name.
+        """Options from `kv_connector_extra_config`.
 
         Raises:
-            ConfigError: a name that is unknown or means nothing here, or a value of the wrong type or out of range.
+            ConfigError: a name is unknown or has no effect in vLLM, or a value has the wrong type or is out of range.
         """
         own = set(hints_of(cls)) - {"engine"}
         require_known(extra, own | set(SECTIONS) | set(RENAMED), "kv_connector_extra_config", "option")

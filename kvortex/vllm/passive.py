@@ -1,4 +1,4 @@
-"""Both halves of a connector that stores nothing, for models whose KV cannot be used again."""
+"""Both halves of a connector that stores nothing, for models whose KV cannot be reused."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from kvortex.vllm.plans import ConnectorPlan
 
 
 class PassiveScheduler:
-    """Never a hit, never a save; the methods of `SchedulerHalf`."""
+    """The methods of `SchedulerHalf`, without any hit or save."""
 
     def accept_handshake(self, handshakes: object) -> None: ...
 
@@ -45,7 +45,7 @@ class PassiveScheduler:
 
 
 class PassiveWorker:
-    """Moves nothing and takes no memory; the methods of `WorkerHalf`."""
+    """The methods of `WorkerHalf`, without any transfer or memory."""
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None: ...
 

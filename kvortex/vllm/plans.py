@@ -1,32 +1,44 @@
-"""What travels between the scheduler half and the worker half: jobs one way, outcomes the other. Plain data."""
+"""Messages between the scheduler half and the worker half: jobs one way, outcomes the other. Plain data."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes, TransferPlan
 
+NO_WRITE: Final = -1
+"""The `write_id` of a save whose blocks are not written to the lower tier."""
+
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Blocks, of one request or more, to save once this step's forward has written them.
+    """Blocks of one request or more, to save once this step's forward has written them.
 
-    With `keys`, 32 bytes a block, those that are saved are then written to the lower tier as the job `write_id`.
+    Args:
+        job_id: number of the save.
+        transfer: which blocks move between which device blocks and pool offsets.
+        keys: the lower tier's keys, 32 bytes a block; if there are any, the blocks are written there after the save.
+        write_id: number of that write; it is reported like a job of its own.
     """
 
     job_id: int
     transfer: TransferPlan
     keys: bytes = b""
-    write_id: int = -1
+    write_id: int = NO_WRITE
 
 
 @dataclass(frozen=True)
 class LoadJob:
     """Blocks to load for a request that waits for them.
 
-    `missing_block_ids` were promised by the look-up and lost before the load was planned: they are reported as
-    failed together with those whose transfer fails.
+    Args:
+        job_id: number of the load.
+        request_id: the waiting request.
+        transfer: which blocks move between which pool offsets and device blocks.
+        missing_block_ids: device blocks without a source, because the pool lost them between look-up and plan. They
+            are reported as failed together with those whose transfer fails.
     """
 
     job_id: int
@@ -37,7 +49,13 @@ class LoadJob:
 
 @dataclass(frozen=True)
 class FetchJob:
-    """Blocks to bring from the lower tier into the pool; `keys` are 32 bytes a block, block ids mean nothing."""
+    """Blocks to bring from the lower tier into the pool.
+
+    Args:
+        job_id: number of the fetch.
+        transfer: the pool offsets; its device blocks have no meaning.
+        keys: the lower tier's keys, 32 bytes a block.
+    """
 
     job_id: int
     transfer: TransferPlan
@@ -46,11 +64,16 @@ class FetchJob:
 
 @dataclass
 class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
-    """One step's jobs. Steps have numbers, from 0.
+    """One step's jobs.
 
-    `fresh_block_ids` were allocated for this step: the forward or a load will write them, so a save that still
-    reads one of them for its last owner must have read it before. `used_keys`, 32 bytes a block, are of chains that
-    requests have used, each from its head: in the lower tier they count as used now.
+    Args:
+        saves, loads, fetches: the jobs.
+        fresh_block_ids: device blocks that were allocated for this step. The forward or a load will overwrite them, so
+            saves of earlier steps must have read them before.
+        used_keys: the lower tier's keys, 32 bytes a block, of chains that requests have used, each from its head. They
+            count as used now.
+        compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
+        number: of the step, from 0.
     """
 
     saves: list[SaveJob] = field(default_factory=list)
@@ -58,14 +81,20 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     fresh_block_ids: set[int] = field(default_factory=set)
     fetches: list[FetchJob] = field(default_factory=list)
     used_keys: bytes = b""
-    looks_at_weights: bool = False  # vLLM's own cache was emptied: perhaps because the weights have changed
+    compare_weights: bool = False
     number: int = -1
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What one worker says of one job: positions of the transfer that failed, whose bytes were wrong, and of a save
-    those that failed because packing would have lost too much."""
+    """One worker's report that a job is over. All positions are positions in the job's transfer.
+
+    Args:
+        job_id: number of the job.
+        failed: blocks that were not moved.
+        corrupt: blocks of a load whose bytes did not match their digest.
+        too_lossy: blocks of a save that failed because packing would lose too much; they are in `failed` as well.
+    """
 
     job_id: int
     failed: tuple[int, ...] = ()
@@ -75,25 +104,36 @@ class JobOutcome:
 
 @dataclass(frozen=True)
 class WeightsChanged:
-    """What one worker says when its model has got other weights: whatever was computed, or moved, for plans up to
-    `last_plan` is of the old ones."""
+    """One worker's report that its model has other weights now.
+
+    Args:
+        last_plan: number of the last plan that was carried out, at least in part, with the old weights.
+    """
 
     last_plan: int
 
 
 @dataclass(frozen=True)
 class PoolShrunk:
-    """What one worker says when no more of its pool can be pinned: how much of what is planned lies in what is."""
+    """One worker's report that no more of its pool can be pinned.
+
+    Args:
+        pool_bytes: size of the usable part, in bytes of the pool that the scheduler half plans for.
+    """
 
     pool_bytes: int
 
 
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker found when it registered its caches; `namespace` of its blocks in the lower tier, if it has one.
+    """One worker's report of the paged cache that it registered.
 
-    `sizes` are those that hold the blocks of all pipeline stages, `pool_bytes` how much of what is planned with them
-    its pool holds.
+    Args:
+        layout_digest: digest of the cache's layout.
+        sizes: bytes of a block, large enough for those of every pipeline stage.
+        num_blocks: device blocks.
+        pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
+        namespace: of its blocks in the lower tier; None without a lower tier.
     """
 
     layout_digest: bytes

@@ -1,10 +1,10 @@
-"""Makes the connector known to vLLM by its name alone, in every process of a server; an entry point names it."""
+"""A vLLM plugin, named by an entry point: it registers the connector's name in every process of a server."""
 
 NAME = "KVortexConnector"
 
 
 def register() -> None:
-    """Called by vLLM as one of its general plugins, perhaps more than once; imports nothing that is heavy."""
+    """Register the connector. vLLM calls this as a general plugin, perhaps more than once; it imports nothing heavy."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if NAME not in KVConnectorFactory._registry:

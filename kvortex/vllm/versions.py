@@ -1,6 +1,6 @@
-"""Everything in which the supported vLLM versions differ, told by what they have and not by their numbers.
+"""All differences between the supported vLLM versions. They are detected by features, not by version numbers.
 
-Verified against 0.15.1, 0.23.0 and 0.32.0. "Older" below is 0.15, "newer" is 0.23 and later.
+Verified against 0.15.1, 0.23.0 and 0.32.0. In this file "older" is 0.15, "newer" is 0.23 and later.
 """
 
 import logging
@@ -31,29 +31,29 @@ Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged | PoolShrunk
 
 
 class WorkerReports(_MessageBase):  # type: ignore[misc]
-    """What the workers say to the scheduler half after a step.
+    """A message from the workers to the scheduler half after a step.
 
-    Newer versions have worker metadata for it. Older ones have only the events' channel, which nobody else
-    reads from a connector's output; there the executor adds the other workers' reports to the first one's.
+    Newer versions have worker metadata for it. Older ones have the channel of KV events only, which nothing else reads
+    from a connector's output; there the executor adds the reports of the other workers to those of the first.
     """
 
     def __init__(self, reports: Iterable[Report] = ()) -> None:
         self.reports = list(reports)
 
     def aggregate(self, other: "WorkerReports | None" = None) -> "WorkerReports":
-        """One message with what everybody says."""
+        """One message with the reports of both."""
         return WorkerReports([*self.reports, *(other.reports if other is not None else ())])
 
     def add_events(self, events: list[Report]) -> None:
-        """Older: take over another worker's reports."""
+        """Older: add the reports of another worker."""
         self.reports.extend(events)
 
     def get_all_events(self) -> list[Report]:
-        """Older: what another worker's message takes over."""
+        """Older: the reports, for another worker's message."""
         return self.reports
 
     def increment_workers(self, count: int = 1) -> None:
-        """Older: the number of workers; each report counts for itself."""
+        """Older: required by the base class; workers are not counted here."""
 
     def get_number_of_workers(self) -> int:
         """Older: required by the base class."""
@@ -65,34 +65,35 @@ class WorkerReports(_MessageBase):  # type: ignore[misc]
 
 
 def reports_in(connector_output: Any) -> list[Report]:
-    """What the workers say in a step's output."""
+    """The reports of the workers in a step's output."""
     name = "kv_connector_worker_meta" if IS_NEWER else "kv_cache_events"
     message = getattr(connector_output, name, None)
     return message.reports if isinstance(message, WorkerReports) else []
 
 
 HOLD_ABORTED_LOADS: Final = not IS_NEWER
-"""What `request_finished` answers while a load is still writing the request's blocks.
+"""The answer of `request_finished` while a load still writes into the request's device blocks.
 
-Newer versions hold the blocks until the load is reported as received, whatever the answer. Older ones free them at
-once unless told to hold, and then until the request is reported as *sent*.
+Newer versions hold the blocks until the load is reported as received, whatever the answer is. Older ones free them at
+once if it is False, and hold them until the request is reported as *sent* if it is True.
 """
 
 
 def num_lookahead_tokens(vllm_config: Any) -> int:
-    """Slots that every step needs beyond a request's tokens, for what is drafted.
+    """Slots that every step needs beyond a request's tokens, for draft tokens.
 
-    Newer versions say it themselves; in others it depends on the method, and is the number of drafts at most.
+    Newer versions have the number in their configuration. In older ones it depends on the method: at most the number of
+    drafts.
     """
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
     return max(int(getattr(vllm_config, "num_lookahead_tokens", 0) or 0), int(drafts))
 
 
 def drop_stale_hashes(request: Any, block_size: int) -> None:
-    """Hash a streaming session's blocks again from where it goes on with more input.
+    """Compute the block hashes of a streaming session again, from the block at which more input was added.
 
-    The token that was sampled last is dropped then. Some versions leave the block that it ended hashed with it, and
-    every later one after that.
+    When input is added, vLLM drops the token that was sampled last. Some versions keep the hash of the block that ended
+    with this token, and the hashes of all blocks behind it are wrong then.
     """
     if not getattr(request, "resumable", False) or not request.num_computed_tokens:
         return
@@ -104,7 +105,12 @@ def drop_stale_hashes(request: Any, block_size: int) -> None:
 
 
 def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
-    """Rewrite a step's output so that blocks of requests aborted while loading are freed; forgets those ids."""
+    """Rewrite a step's output so that vLLM frees the blocks of requests that were aborted while they loaded.
+
+    Args:
+        connector_output: of the step; changed.
+        aborted: ids of such requests; those whose loads have ended are removed from it.
+    """
     received = connector_output.finished_recving
     ended = aborted.intersection(received or ())
     aborted -= ended
@@ -114,9 +120,9 @@ def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
 
 
 def connector_around() -> Any:
-    """The `MultiConnector` that is just making a connector of ours as one of several; None where it stands alone.
+    """The `MultiConnector` that is creating our connector as one of several, or None if ours stands alone.
 
-    It hands its children a configuration of their own and tells them nothing of itself.
+    It gives each of its connectors a configuration of its own, and no reference to itself.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -128,10 +134,13 @@ def connector_around() -> Any:
 
 
 def recompute_failed_loads(vllm_config: Any, around: Any) -> None:
-    """Have vLLM compute what could not be loaded, whatever `kv_load_failure_policy` says.
+    """Have vLLM compute blocks that could not be loaded, whatever `kv_load_failure_policy` says.
 
-    A failed load costs time, never an answer. vLLM reads the policy after it has made its connector, which is `around`
-    where ours is one of several.
+    So a failed load costs time, but no request fails. vLLM reads the policy after it has created its connector.
+
+    Args:
+        vllm_config: the configuration that our connector was given.
+        around: the `MultiConnector` that contains ours, or None.
     """
     for config in (vllm_config, getattr(around, "_vllm_config", None)):
         transfer = config.kv_transfer_config if config is not None else None
@@ -141,7 +150,7 @@ def recompute_failed_loads(vllm_config: Any, around: Any) -> None:
 
 
 def pass_reports_through(multi_connector: Any) -> None:
-    """Have a `MultiConnector` of the older version pass on what our worker half reports: it knows no such channel."""
+    """Have an older `MultiConnector` pass on the reports of our worker half: it does not know this channel."""
     kind = type(multi_connector)
     if IS_NEWER or "get_kv_connector_kv_cache_events" in vars(kind):
         return
@@ -154,14 +163,14 @@ def pass_reports_through(multi_connector: Any) -> None:
 
 
 def watch_allocations(multi_connector: Any, allocated: Callable[[Any, Any], None]) -> None:
-    """Have `allocated` called with a request and its blocks whenever a `MultiConnector` hands them to one of its own.
+    """Have `allocated` called with a request and its blocks whenever one connector of a `MultiConnector` loads them.
 
-    It shows them, in older versions and 0.23, to the connector alone that loads into them.
+    Older versions and 0.23 show the blocks to that connector only.
     """
-    told = multi_connector.update_state_after_alloc
+    original = multi_connector.update_state_after_alloc
 
     def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
-        told(request, blocks, num_external_tokens)
+        original(request, blocks, num_external_tokens)
         if num_external_tokens:
             allocated(request, blocks)
 
@@ -169,22 +178,27 @@ def watch_allocations(multi_connector: Any, allocated: Callable[[Any, Any], None
 
 
 HAS_SLEEP_HOOKS: Final = hasattr(base.KVConnectorBase_V1, "unregister_kv_caches")
-"""From 0.33 vLLM tells a connector before it takes the paged cache's memory away, and when it is back."""
+"""From 0.33 on, vLLM calls a connector before it takes the memory of the paged cache away, and when it is back."""
 
 
 def watch_sleep(
     model_config: Any, before_sleep: Callable[[bool], None], after_wake: Callable[[], None]
 ) -> Callable[[], None]:
-    """Have `before_sleep` called in the worker before the cache's memory is unmapped, `after_wake` when it is back.
+    """Follow vLLM's sleep mode in a worker.
 
-    `before_sleep` is told whether the weights are kept. Versions without hooks say nothing to a connector: there the
-    methods of the worker's one memory allocator, through which all of sleep mode goes, are wrapped.
+    Versions without hooks do not call a connector. There the methods of the worker's memory allocator are wrapped: all
+    of sleep mode goes through it.
+
+    Args:
+        model_config: vLLM's, which says whether sleep mode is used.
+        before_sleep: called before the memory of the paged cache is unmapped, with True if the weights are kept.
+        after_wake: called when the memory is back.
 
     Returns:
-        What ends it.
+        A function that ends this.
 
     Raises:
-        ConfigError: sleep is left to another mechanism than that allocator.
+        ConfigError: sleep mode uses another mechanism than that allocator.
     """
     used = any(getattr(model_config, name, False) for name in ("enable_sleep_mode", "enable_cumem_allocator"))
     if HAS_SLEEP_HOOKS or not used:
@@ -228,8 +242,8 @@ def watch_sleep(
 def hash_root_is_random(hash_algorithm: str) -> bool:
     """True if vLLM's block hashes start from a root that differs in every process.
 
-    Older versions and 0.23 draw it whatever the algorithm, later ones for those that are not cryptographic; a
-    PYTHONHASHSEED fixes it everywhere.
+    Older versions and 0.23 draw a random root for every algorithm, later ones only for those that are not
+    cryptographic. PYTHONHASHSEED fixes the root in all versions.
     """
     from vllm.v1.core import kv_cache_utils
 

@@ -196,7 +196,7 @@ class Checks:
         self.ask(tokens, 1)
         unread = sum(not save.read.is_set() for save in self._worker._unread)
         self.llm.sleep(level=1)
-        left = len(self._worker._tasks)
+        left = self._worker._jobs.num_transfers
         self.report("a save under way when sleep begins", unread > 0 and left == 0, 0, 0)
         time.sleep(0.5)
         self.llm.wake_up()

@@ -122,13 +122,13 @@ class Life:
     def _watch_offer(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
         tiering = self.tiering
         new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queue]
-        refused = tiering.link.guard.writes.refuses
+        refused = tiering.backing.guard.writes.refuses
         room = self.engine.config.tier.queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks
         self.offered += len(set(new))
         self.ledger.changes += 1
         self._offer(keys, used_s)
-        usable = not refused and (tiering.link.usable or not tiering.link.opened.is_set())
+        usable = not refused and (tiering.backing.state.usable or not tiering.backing.state.is_known)
         shed, least = tiering.writes.shed_blocks - before, max(len(set(new)) - room, 0)
         most = len(keys) if self.engine.config.tier.shed == "oldest" else max(len(new) - room, 0)
         if usable and not least <= shed <= most:

@@ -139,7 +139,7 @@ def what_is_wrong_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_is_told_that_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fetches, "_ended", nothing)
+    monkeypatch.setattr(Fetches, "_stop_waiting_for", nothing)
 
 
 def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ class World:
         await self._check_hits(life, hashes)
         await life.engine.flush()
         await asyncio.sleep(2 * life.tier.hang_s)
-        if life.tiering.link.usable:
+        if life.tiering.backing.state.usable:
             await self._check_tier(life)
         await life.engine.flush()
         await asyncio.sleep(2 * life.tier.hang_s)

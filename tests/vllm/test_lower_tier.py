@@ -102,9 +102,11 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
         try:
             assert index.known_prefix(KEYS) == packed[:20]
             for encoding in (True, False):
-                index.written([key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding)
+                index.add_written(
+                    [key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding
+                )
             everything = index.known_prefix(KEYS)
-            index.lost(KEYS[5:6])
+            index.add_lost(KEYS[5:6])
             assert index.known_prefix(KEYS) == packed[:5]
             return everything
         finally:
@@ -118,13 +120,13 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
 async def test_what_was_lost_is_asked_for_again_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked_again() -> None:
         index = TierIndex(config(), namespace())
-        index.written(KEYS, True)
-        index.lost(KEYS)
-        index.written(KEYS[1:], True)
+        index.add_written(KEYS, True)
+        index.add_lost(KEYS)
+        index.add_written(KEYS[1:], True)
         assert index.known_prefix(KEYS) == []
         assert index.known_prefix(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
         monkeypatch.setattr(tier_index, "LOST_S", -1.0)
-        index.lost(KEYS[3:4])
+        index.add_lost(KEYS[3:4])
         index._written.add(KEYS, True)
         assert index.known_prefix(KEYS[1:]) == [True] * (NUM_BLOCKS - 1)
         index.close()

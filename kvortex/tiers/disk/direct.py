@@ -1,4 +1,4 @@
-"""Direct I/O: what the file system takes, found out by trying; and memory that it takes."""
+"""Direct I/O: a probe of the alignment that a file system needs, and memory that is aligned for it."""
 
 import contextlib
 import mmap
@@ -18,12 +18,12 @@ _HUGE_PAGE_BYTES = 2 << 20
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 MEMORY_ALIGNMENTS = (128, 512, 4096)
-"""Tried in this order. Extents of the pinned pool are aligned to 128; most devices ask for 512 or less."""
+"""Bytes, tried in this order. Extents of the pinned pool are aligned to 128; most devices need 512 or less."""
 
 
 @dataclass(frozen=True, slots=True)
 class DirectIO:
-    """How files are opened: `flags` is O_DIRECT or 0, `memory_alignment` what buffers have to keep (1: nothing)."""
+    """How files are opened: `flags` is O_DIRECT or 0; buffers must be aligned to `memory_alignment` bytes."""
 
     flags: int
     memory_alignment: int
@@ -37,9 +37,14 @@ BUFFERED = DirectIO(0, 1)
 
 
 def probe(path: str, calls: OsCalls) -> DirectIO:
-    """Write and read back two pages with O_DIRECT at `path`, which is removed again.
+    """Write two pages to a file with O_DIRECT, and read them back.
 
-    Returns the least alignment of memory that gives the bytes back, `BUFFERED` if none does.
+    Args:
+        path: of the file; it is removed again.
+        calls: the system calls.
+
+    Returns:
+        The smallest alignment of memory with which this works; `BUFFERED` if none does.
 
     Raises:
         OSError: not even an ordinary file can be made there.
@@ -73,9 +78,9 @@ def _round_trip(path: str, alignment: int, calls: OsCalls) -> bool:
 
 
 def aligned_memory(nbytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory that starts on a page, on a huge one if it is as long as that.
+    """Zeroed memory, `uint8 [nbytes]`, that starts on a page; on a huge page if it is at least as long as one.
 
-    Direct I/O into small pages is cut into many requests: it halves the rate.
+    The kernel splits direct I/O into small pages into many requests, which halves the rate.
     """
     if nbytes < _HUGE_PAGE_BYTES:
         return np.frombuffer(mmap.mmap(-1, nbytes, flags=_PRIVATE), dtype=np.uint8)
@@ -89,12 +94,12 @@ def aligned_memory(nbytes: int) -> NDArray[np.uint8]:
 
 
 def read_fully(calls: OsCalls, fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
-    """Fill the buffers from the file's start; returns bytes read, fewer at its end only."""
+    """Fill the buffers from the start of a file; returns the bytes read, fewer only if the file is shorter."""
     return _move_fully(calls.preadv, fd, buffers)
 
 
 def write_fully(calls: OsCalls, fd: int, buffers: Sequence[NDArray[np.uint8]]) -> int:
-    """Write the buffers to the file's start; returns bytes written, fewer if the system takes no more."""
+    """Write the buffers to the start of a file; returns the bytes written, fewer if the system accepts no more."""
     return _move_fully(calls.pwritev, fd, buffers)
 
 
@@ -113,8 +118,8 @@ def _move_fully(move: Callable[[int, IoVector, int], int], fd: int, buffers: Seq
 
 
 class Scratch(threading.local):
-    """Aligned memory of one thread: a header, the last page of a payload, and a bounce buffer that grows to the
-    largest payload whose own memory does not suit direct I/O."""
+    """Aligned memory of one thread: a header, the last page of a payload, and a bounce buffer for payloads whose own
+    memory is not aligned for direct I/O."""
 
     def __init__(self) -> None:
         pages = aligned_memory(HEADER_BYTES + ALIGNMENT_BYTES)
@@ -122,7 +127,7 @@ class Scratch(threading.local):
         self._bounce = pages[:0]
 
     def bounce(self, nbytes: int) -> NDArray[np.uint8]:
-        """`nbytes` of memory, valid until this thread's next call."""
+        """The bounce buffer, `uint8 [nbytes]`, valid until the next call of this thread."""
         if self._bounce.size < nbytes:
             self._bounce = aligned_memory(nbytes)
         return self._bounce[:nbytes]

@@ -1,4 +1,4 @@
-"""Directories of a disk tier: made for this user alone, and used only as long as they are that."""
+"""Directories of a disk tier: they are made for this user alone, and refused if others can write to them."""
 
 import contextlib
 import errno
@@ -21,13 +21,13 @@ def make_directories(calls: OsCalls, path: str) -> None:
         return
     except FileNotFoundError:
         make_directories(calls, os.path.dirname(path))
-        with contextlib.suppress(FileExistsError):  # another process was quicker
+        with contextlib.suppress(FileExistsError):  # another process has made it
             calls.mkdir(path)
 
 
 @contextlib.contextmanager
 def directory(calls: OsCalls, path: str, dir_fd: int | None = None) -> Iterator[int]:
-    """A descriptor of a directory that is no symbolic link. Raises `OSError`."""
+    """A descriptor of a directory. A symbolic link is refused. Raises `OSError`."""
     fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
     try:
         yield fd
@@ -36,7 +36,7 @@ def directory(calls: OsCalls, path: str, dir_fd: int | None = None) -> Iterator[
 
 
 def names_in(calls: OsCalls, path: str) -> list[str]:
-    """What lies in a directory; nothing where there is none, or a link or file in its place. Raises `OSError`."""
+    """The names in a directory; none if it does not exist, or is a symbolic link or a file. Raises `OSError`."""
     try:
         with directory(calls, path) as fd:
             return calls.listdir(fd)
@@ -47,12 +47,12 @@ def names_in(calls: OsCalls, path: str) -> list[str]:
 
 
 def check_owned(calls: OsCalls, path: str) -> None:
-    """Refuse a directory in which somebody else could put other files, or links, in the place of blocks.
+    """Refuse a directory in which another user could replace blocks by other files or links.
 
     Raises:
-        ConfigError: it belongs to another user, its mode lets others write, or it is a link or a file; the message says
-            what to do.
-        OSError: it cannot be looked at.
+        ConfigError: the directory belongs to another user, its mode lets others write, or it is a link or a file. The
+            message says what to do.
+        OSError: the directory cannot be opened.
     """
     try:
         with directory(calls, path) as fd:

@@ -1,4 +1,4 @@
-"""What reading, writing and scanning share: the directory of one tier, its files and what is known of them."""
+"""The files of one disk tier: operations that reading, writing and scanning share."""
 
 import contextlib
 import errno
@@ -38,17 +38,27 @@ _CAUSES: Final = {
 }
 
 _EVICTION_ATTEMPTS: Final = 8
-_USED_ELSEWHERE_S: Final = 1.0  # coarser than the times of any file system
+_USED_ELSEWHERE_S: Final = 1.0  # coarser than the timestamps of every file system
 
 
 def cause_of(error: OSError) -> Cause:
-    """The one table from the system's errors to ours."""
+    """Our cause for an error of the system, from the only table of these."""
     return _CAUSES.get(error.errno or 0, Cause.IO_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
 class DiskFiles:
-    """One tier's files. Every method blocks and may be called on any thread."""
+    """The files of one tier. Every method blocks, and may be called on any thread.
+
+    Args:
+        layout: the paths.
+        config: the settings of the tier.
+        direct: how files are opened.
+        index: the known files.
+        counters: of causes and removed blocks.
+        calls: the system calls.
+        scratch: aligned memory of each thread.
+    """
 
     layout: DiskLayout
     config: DiskTierConfig
@@ -59,32 +69,32 @@ class DiskFiles:
     scratch: Scratch = field(default_factory=Scratch)
 
     def suits(self, array: NDArray[np.uint8]) -> bool:
-        """Whether files can be read into and written from this memory as it lies."""
+        """True if the alignment of this memory allows to read files into it, and to write them from it."""
         return address_of(array) % self.direct.memory_alignment == 0
 
     def seen(self, stored_bytes: int, time_s: float) -> IndexedBlock:
-        """A file of this namespace, last used at `time_s`, for the index."""
+        """An index entry for a file of this namespace: its length, and `time_s` of its last use."""
         return IndexedBlock(self.layout.namespace_name, stored_bytes, time_s, time_s)
 
     def read_header(self, fd: int, key: bytes) -> FrameHeader | Cause:
-        """The header alone; CORRUPT or UNKNOWN_VERSION. Raises `OSError`."""
+        """Read and decode the header only; returns CORRUPT or UNKNOWN_VERSION if it is not valid. Raises `OSError`."""
         if read_fully(self.calls, fd, [self.scratch.header]) != HEADER_BYTES:
             return Cause.CORRUPT
         return self.decode(key)
 
     def decode(self, key: bytes) -> FrameHeader | Cause:
-        """What the header in this thread's scratch memory says."""
+        """Decode the header in this thread's scratch memory."""
         return decode_header(self.scratch.header.data, self.layout.namespace, key)
 
     def count(self, error: OSError) -> None:
-        """Count what the system says, for the statistics."""
+        """Count an error of the system, for the statistics."""
         self.counters.record_cause(cause_of(error))
 
     # -- one file --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def directory_of(self, key: bytes, namespace: str | None = None) -> Iterator[int]:
-        """A descriptor of the directory of a block's file, reached through no link. Raises `OSError`."""
+        """A descriptor of the directory of a block's file. No symbolic link is followed. Raises `OSError`."""
         above, fan_out = os.path.split(self.layout.directory(key, namespace))
         with directory(self.calls, above) as above_fd, directory(self.calls, fan_out, above_fd) as fd:
             yield fd
@@ -94,8 +104,8 @@ class DiskFiles:
         with self.directory_of(key) as fd:
             return self.calls.open(name_of(key), os.O_RDONLY | self.direct.flags, dir_fd=fd)
 
-    def exists(self, key: bytes) -> bool:
-        """Whether the file is there, as the file system says; False if it does not."""
+    def look_for(self, key: bytes) -> bool:
+        """Look for a file in the file system, and update the index; False also on an error, which is counted."""
         known = self.index.get(key)
         with self.index.watching() as removed:
             try:
@@ -111,7 +121,7 @@ class DiskFiles:
             return True
 
     def delete(self, key: bytes) -> bool:
-        """Remove the file; True if it was there and is gone. A block that is being written now is not there yet."""
+        """Remove the file; True if it was there and is gone. A block that is being written is not there yet."""
         if not self.index.claim(key):
             return False
         try:
@@ -126,23 +136,29 @@ class DiskFiles:
         return True
 
     def remove_corrupt(self, key: bytes) -> None:
-        """Take a damaged file away. If that fails it is at least not known any more."""
+        """Remove a damaged file. If that fails, it is at least removed from the index."""
         if self.delete(key):
             self.counters.record_removed_corrupt()
 
     def touch(self, file: int | str, time_s: float) -> None:
-        """Say when a file was used, for later processes."""
-        with contextlib.suppress(OSError):  # a read-only or foreign file, or none: its age stays what it is
+        """Store the time at which a file was used in its timestamps, for later processes."""
+        with contextlib.suppress(OSError):  # a read-only file, one of another user, or none: it keeps its time
             self.calls.touch(file, time_s)
 
     # -- many ------------------------------------------------------------------------------------------
 
     def remove_victims(self, victims: Victims, used_s: float | None = None) -> None:
-        """Remove evicted files. One that cannot be removed, or that another process has used since it was looked at,
-        stays, and the next ones go in its place; but none that was used after `used_s`.
+        """Remove the files of eviction victims.
+
+        If a file cannot be removed, or another process has used it since the last scan, it stays, and the next victims
+        are taken instead.
+
+        Args:
+            victims: blocks that were taken out of the index.
+            used_s: blocks that were used after this time are not evicted.
 
         Raises:
-            OSError: too few of them could be removed; those that stay are in the index again.
+            OSError: too few files could be removed; those that stay are in the index again.
         """
         for attempts_left in reversed(range(_EVICTION_ATTEMPTS)):
             lacking_bytes, reason = self._try_remove(victims)
@@ -153,7 +169,7 @@ class DiskFiles:
                 raise reason
 
     def _try_remove(self, victims: Victims) -> tuple[int, OSError | None]:
-        """Bytes of the victims that stay, and why the last of them does."""
+        """Try each victim; returns the bytes of those that stay, and the reason for the last of them."""
         lacking_bytes, reason = 0, None
         for key, block in victims:
             try:
@@ -161,13 +177,13 @@ class DiskFiles:
                     name = name_of(key[-BLOCK_HASH_BYTES:])
                     file_s = self.calls.stat(name, fd).st_mtime
                     if block.last_use_s + _USED_ELSEWHERE_S < file_s <= time.time():
-                        reason = OSError(errno.ENOSPC, "other processes have used every block that could go")
+                        reason = OSError(errno.ENOSPC, "other processes have used every block that could be evicted")
                         lacking_bytes += block.stored_bytes
                         self.index.put_back(key, block, file_s)
                         continue
                     self.calls.unlink(name, fd)
             except (FileNotFoundError, NotADirectoryError):
-                pass  # another process was quicker
+                pass  # another process has removed it
             except OSError as error:
                 reason = error
                 lacking_bytes += block.stored_bytes
@@ -177,17 +193,17 @@ class DiskFiles:
         return lacking_bytes, reason
 
     def touch_many(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
-        """Blocks were used at these times without being read."""
+        """Count blocks as used at these times, in seconds since the epoch, although they were not read."""
         for key, time_s in self.index.touch(keys, used_s, self.config.touch_interval_s):
             self.touch(self.layout.path(key), time_s)
 
     def evict_excess(self) -> None:
-        """Evict what lies above the capacity: others wrote it, or the capacity became smaller. Raises `OSError`."""
+        """Evict blocks until the capacity is kept: other processes wrote some, or it was lowered. Raises `OSError`."""
         self.remove_victims(self.index.evict(self.index.used_bytes - self.index.capacity_bytes))
 
     def merge(self, part: ScanPart) -> int:
-        """Tell the index what lies in one directory; returns the number of blocks. Raises `OSError`."""
-        # Blocks of other namespaces count and can be evicted, but nobody here may find them.
+        """Add the blocks of one directory to the index; returns their number. Raises `OSError`."""
+        # Blocks of other namespaces take capacity and can be evicted, but a look-up must not find them.
         prefix = b"" if part.namespace == self.layout.namespace_name else bytes.fromhex(part.namespace)
         with self.index.watching() as removed:
             found = read_part(part, self.calls, self.count)

@@ -1,4 +1,4 @@
-"""What lies in the directory, as far as this process knows, in the order of use."""
+"""The index of the disk tier: the files that this process knows of, and the order in which they are evicted."""
 
 import contextlib
 import heapq
@@ -13,17 +13,17 @@ from kvortex.tiers.uses import UseClock
 
 @dataclass(slots=True)
 class IndexedBlock:
-    """One file: its namespace's directory name, its length, and when it was last used, in seconds since the epoch."""
+    """One file: its namespace's directory name, its length in bytes, and its last use, in seconds since the epoch."""
 
     namespace: str
     stored_bytes: int
     last_use_s: float
-    touched_s: float = 0.0  # when the file's own time was last brought up to date
-    scan: int = 0  # the pass that saw it last
+    touched_s: float = 0.0  # time of use that the file's own timestamp states
+    scan: int = 0  # number of the last scan that saw it
 
 
 class Admission(Enum):
-    """What `DiskIndex.reserve` says."""
+    """The answer of `DiskIndex.reserve`."""
 
     RESERVED = auto()
     STORED = auto()
@@ -35,20 +35,25 @@ Victims = list[tuple[bytes, IndexedBlock]]
 
 _STALE_FACTOR = 2
 _STALE_SLACK = 64
-"""The heap is made anew when it has more entries than this many times the blocks, and some."""
+"""The heap is built again when it has more entries than factor times the number of blocks, plus slack."""
 
 
 class DiskIndex:
-    """Key -> file, within `capacity_bytes`; what was used longest ago goes first. Thread-safe; look-ups take no lock.
+    """Key -> file, within `capacity_bytes`; evicts the least recently used. Thread-safe; look-ups take no lock.
 
-    What is written counts as used when its writer says, and drives out nothing that has been used since. So a chain
-    that is longer than the device keeps its head.
+    The writer of a block states the time at which it counts as used. The block evicts no blocks that were used after
+    that time. So the head of a chain that is longer than the capacity stays.
 
-    Blocks of other namespaces are in it, since they share the capacity, under their namespace's digest and key.
+    Blocks of other namespaces are in the index, too, because they share the capacity. Their keys have the digest of
+    their namespace in front.
 
-    A thread that changes a file owns its key meanwhile: from `reserve` to `commit` or `abort`, from `claim` or as a
-    victim to `removed` or `put_back`. So index and directory agree as far as this process goes. What was seen in the
-    directory is told to the index later, when it may have gone again: `watching` says what went.
+    A thread that changes a file owns its key during the change: from `reserve` to `commit` or `abort`; from `claim`, or
+    from its choice as a victim, to `removed` or `put_back`. So index and directory agree, as far as this process is
+    concerned. A file that was seen in the directory is added to the index a little later, when it may be gone again:
+    `watching` collects the keys that were removed in between.
+
+    Args:
+        capacity_bytes: bytes that all files may take together.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -56,12 +61,12 @@ class DiskIndex:
         self.evicted_blocks = 0
         self._lock = threading.Lock()
         self._blocks: dict[bytes, IndexedBlock] = {}
-        # (a time at or before its last use, tie-breaker, key, block); blocks that are gone or others are passed over.
+        # Heap of (a time at or before the last use, tie-breaker, key, block). Entries of removed blocks are skipped.
         self._order: list[tuple[float, int, bytes, IndexedBlock]] = []
         self._numbers = itertools.count()
         self._uses = UseClock()
         self._owned: dict[bytes, int] = {}  # key -> bytes that are reserved for it
-        self._written_s: dict[bytes, float] = {}  # of what is reserved: when it counts as used
+        self._written_s: dict[bytes, float] = {}  # reserved key -> time at which its block counts as used
         self._ignored: set[bytes] = set()
         self._watches: list[set[bytes]] = []
         self._used_bytes = 0
@@ -71,16 +76,16 @@ class DiskIndex:
         return len(self._blocks)
 
     def get(self, key: bytes) -> IndexedBlock | None:
-        """What is known of a block; a snapshot only by identity."""
+        """The entry of a block, which may change; two calls that return the same object saw the same file."""
         return self._blocks.get(key)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of known files and of those being written."""
+        """Bytes of known files and of those that are being written."""
         return self._used_bytes
 
     def stored_bytes(self, keys: Sequence[bytes]) -> list[int]:
-        """Length of each key's file, 0 where none is known."""
+        """Length of each key's file in bytes, 0 if none is known."""
         if self._blocks.keys().isdisjoint(keys):
             return [0] * len(keys)
         get = self._blocks.get
@@ -89,7 +94,16 @@ class DiskIndex:
     # -- writing and removing --------------------------------------------------------------------------
 
     def reserve(self, key: bytes, nbytes: int, used_s: float | None = None) -> tuple[Admission, Victims]:
-        """Room for a new file that counts as used at `used_s`, or now; the caller removes the victims' files."""
+        """Reserve capacity for a new file.
+
+        Args:
+            key: of the block.
+            nbytes: length of the file.
+            used_s: time at which it counts as used; None for now.
+
+        Returns:
+            The answer, and the victims whose files the caller has to remove.
+        """
         with self._lock:
             used_s = self._uses.at(used_s)
             if (block := self._blocks.get(key)) is not None:
@@ -109,11 +123,11 @@ class DiskIndex:
             return Admission.RESERVED, victims
 
     def last_use_of(self, key: bytes) -> float:
-        """When a file that is being written counts as used."""
+        """The time at which a file that is being written counts as used."""
         return self._written_s[key]
 
     def commit(self, key: bytes, namespace: str) -> None:
-        """The reserved file is in place."""
+        """The reserved file is in its place."""
         with self._lock:
             nbytes, used_s = self._owned.pop(key), self._written_s.pop(key)
             self._used_bytes -= nbytes
@@ -121,18 +135,23 @@ class DiskIndex:
             self._put(key, IndexedBlock(namespace, nbytes, used_s, used_s))
 
     def abort(self, key: bytes) -> None:
-        """The reserved file will not come."""
+        """The reserved file was not written."""
         with self._lock:
             self._used_bytes -= self._owned.pop(key)
             del self._written_s[key]
 
     def evict(self, nbytes: int, used_s: float | None = None) -> Victims:
-        """The least recently used blocks of at least `nbytes` together, or all; none if one was used after `used_s`."""
+        """Take out the least recently used blocks, of at least `nbytes` together, or all blocks.
+
+        Args:
+            nbytes: bytes to evict.
+            used_s: if one of these blocks was used after this time, none is taken out.
+        """
         with self._lock:
             return self._pop_oldest(nbytes, used_s) or []
 
     def claim(self, key: bytes) -> bool:
-        """Own a key to remove its file, known or not; False while another thread owns it."""
+        """Own a key to remove its file, whether it is known or not; False while another thread owns it."""
         with self._lock:
             if key in self._owned:
                 return False
@@ -141,14 +160,21 @@ class DiskIndex:
             return True
 
     def removed(self, key: bytes) -> None:
-        """The file of an owned key is gone, or at least nothing to rely on."""
+        """The file of an owned key is gone, or cannot be relied on."""
         with self._lock:
             del self._owned[key]
             for removed in self._watches:
                 removed.add(key)
 
     def put_back(self, key: bytes, block: IndexedBlock, used_s: float | None = None) -> None:
-        """A victim that stays, used at `used_s`; or now, so that a file that cannot be removed does not stop others."""
+        """A victim stays.
+
+        Args:
+            key: of the block.
+            block: its entry.
+            used_s: time of its last use. None stands for now, so that a file that cannot be removed is not the next
+                victim again.
+        """
         with self._lock:
             del self._owned[key]
             self.evicted_blocks -= 1
@@ -156,7 +182,7 @@ class DiskIndex:
             self._put(key, block)
 
     def discard(self, key: bytes, block: IndexedBlock | None) -> bool:
-        """The file was not there: forget what was known of it before, unless it has been written since."""
+        """The file was not there: remove the entry `block`, unless the file has been written since. True if removed."""
         with self._lock:
             if block is None or self._blocks.get(key) is not block:
                 return False
@@ -164,7 +190,7 @@ class DiskIndex:
             return True
 
     def ignore(self, key: bytes) -> None:
-        """The file is somebody else's: not known, not counted, not evicted, whatever a scan says of it."""
+        """The file is not ours: do not index, count or evict it, even if a scan sees it."""
         with self._lock:
             self._ignored.add(key)
             self._pop(key)
@@ -173,7 +199,7 @@ class DiskIndex:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[set[bytes]]:
-        """Collects the keys whose files this process removes meanwhile; for `use` and `merge`."""
+        """Collect the keys whose files this process removes inside the `with` block; for `use` and `merge`."""
         removed: set[bytes] = set()
         with self._lock:
             self._watches.append(removed)
@@ -181,16 +207,23 @@ class DiskIndex:
             yield removed
         finally:
             with self._lock:
-                # By identity: equal sets are equal.
+                # Compared by identity: two watches may hold equal sets.
                 self._watches = [watch for watch in self._watches if watch is not removed]
 
     def use(
         self, key: bytes, seen: IndexedBlock, removed: set[bytes], touch_interval_s: float, used_s: float | None = None
     ) -> float | None:
-        """A block was read, and counts as used at `used_s`, or now.
+        """A block was read.
+
+        Args:
+            key: of the block.
+            seen: an entry for its file, in case that it is not known yet.
+            removed: from `watching`, around the read.
+            touch_interval_s: seconds between two updates of the file's timestamp, at least.
+            used_s: time at which it counts as used; None for now.
 
         Returns:
-            The time that its file should get, at most once an interval; None if it is up to date.
+            The new timestamp for its file; None if it needs no update.
         """
         with self._lock:
             used_s = self._uses.at(used_s)
@@ -205,7 +238,7 @@ class DiskIndex:
     def touch(
         self, keys: Iterable[bytes], used_s: Iterable[float], touch_interval_s: float
     ) -> list[tuple[bytes, float]]:
-        """Blocks were used above this tier; those whose files should get another time, and which."""
+        """Blocks were used above this tier, at these times. Returns keys and new timestamps of files to update."""
         due: list[tuple[bytes, float]] = []
         with self._lock:
             for key, time_s in zip(keys, used_s, strict=True):
@@ -217,16 +250,16 @@ class DiskIndex:
     # -- scanning --------------------------------------------------------------------------------------
 
     def begin_scan(self) -> None:
-        """A pass over the whole directory begins; what is written from now on counts as seen by it."""
+        """A scan of the whole directory begins. Files that are written from now on count as seen by it."""
         with self._lock:
             self._scan += 1
 
     def merge(self, found: Iterable[tuple[bytes, IndexedBlock]], removed: set[bytes]) -> None:
-        """Files that a pass has found."""
+        """Add files that a scan has found; `removed` is from `watching`, around the look at the directory."""
         with self._lock:
             now_s = self._uses.now()
             for key, seen in found:
-                seen.last_use_s = min(seen.last_use_s, now_s)  # a clock that was wrong must not keep a block for ever
+                seen.last_use_s = min(seen.last_use_s, now_s)  # a time in the future must not keep a block for ever
                 block = self._blocks.get(key)
                 if block is not None and block.stored_bytes == seen.stored_bytes:
                     block.scan = self._scan
@@ -236,9 +269,10 @@ class DiskIndex:
                     self._put(key, seen)
 
     def end_scan(self, unread: Iterable[str] = ()) -> None:
-        """The pass is over: what it has not seen is gone.
+        """The scan is complete: remove the entries that it has not seen.
 
-        `unread` are namespaces that could not be read in full; their blocks stay.
+        Args:
+            unread: directory names of namespaces that could not be read in full; their entries stay.
         """
         kept = frozenset(unread)
         with self._lock:
@@ -269,7 +303,7 @@ class DiskIndex:
         heapq.heapify(self._order)
 
     def _oldest(self) -> tuple[bytes, IndexedBlock] | None:
-        """The block that was used longest ago, which is then the first of the heap."""
+        """The least recently used block, which is the first of the heap then."""
         while self._order:
             time_s, _, key, block = self._order[0]
             if self._blocks.get(key) is not block:
@@ -281,7 +315,7 @@ class DiskIndex:
         return None
 
     def _pop_oldest(self, nbytes: int, used_s: float | None) -> Victims | None:
-        """None, and nothing is popped, if one of these blocks was used after `used_s`."""
+        """Pop the least recently used blocks. If one was used after `used_s`, pop none and return None."""
         victims: Victims = []
         while nbytes > 0 and (oldest := self._oldest()) is not None:
             key, block = oldest

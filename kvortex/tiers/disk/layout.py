@@ -1,10 +1,10 @@
-"""Which file holds which block.
+"""Paths: the file of each block.
 
     <path>/blocks/<namespace digest, hex>/<first byte of the key, hex>/<key, hex>.kv1
     <path>/tmp/<writer>.lock, <path>/tmp/<writer>/<number>.tmp    (see `temp_space`)
 
-The `1` is the version of the frame. Whatever does not look like this belongs to somebody else or to a later version:
-it is not read, not counted and never deleted.
+The `1` is the version of the frame. A file with another name is not ours, or belongs to a later version: it is not
+read, not counted and never deleted.
 """
 
 import os
@@ -21,7 +21,11 @@ _HEX: Final = frozenset("0123456789abcdef")
 
 
 class DiskLayout:
-    """Paths of one namespace under the tier's directory.
+    """Paths of one namespace under the directory of the tier.
+
+    Args:
+        path: directory of the tier.
+        namespace: digest of the namespace, 32 bytes.
 
     Raises:
         InvalidHashError: the namespace's digest is not 32 bytes.
@@ -38,40 +42,40 @@ class DiskLayout:
 
     @property
     def namespace_directory(self) -> str:
-        """Where the blocks of this namespace lie."""
+        """The directory of this namespace's blocks."""
         return f"{self.blocks}/{self.namespace_name}"
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """Those that nobody else may write to, from the top."""
+        """The directories to which no other user may write, from the top."""
         return os.path.realpath(self.root), self.blocks, self.namespace_directory, self.temp
 
     def directory(self, key: bytes, namespace_name: str | None = None) -> str:
-        """Where the file of `key` lies, in this namespace or a given one."""
+        """The directory of the file of `key`, in this namespace or in a given one."""
         return f"{self.blocks}/{namespace_name or self.namespace_name}/{key[0]:02x}"
 
     def path(self, key: bytes, namespace_name: str | None = None) -> str:
-        """The file of `key`."""
+        """The path of the file of `key`, likewise."""
         return f"{self.directory(key, namespace_name)}/{name_of(key)}"
 
 
 def name_of(key: bytes) -> str:
-    """The name of a block's file in its directory."""
+    """The name of the file of `key` in its directory."""
     return f"{key.hex()}{SUFFIX}"
 
 
 def is_namespace_name(name: str) -> bool:
-    """True for the directory of a namespace."""
+    """True for a name that the directory of a namespace can have."""
     return len(name) == _NAME_LENGTH and _HEX.issuperset(name)
 
 
 def is_fan_out_name(name: str) -> bool:
-    """True for the directory of keys that begin with one byte."""
+    """True for a name that a fan-out directory can have: it holds the keys with one first byte."""
     return len(name) == _FAN_OUT_LENGTH and _HEX.issuperset(name)
 
 
 def key_of(name: str, fan_out: str) -> bytes | None:
-    """The key that a file's name in the directory `fan_out` states, None for a file that is no block of ours."""
+    """The key in the name of a file in the directory `fan_out`; None if the file is not a block of ours."""
     if len(name) != _NAME_LENGTH + len(SUFFIX) or not name.endswith(SUFFIX):
         return None
     stem = name[:_NAME_LENGTH]

@@ -1,4 +1,4 @@
-"""The system calls of the disk tier, one method each: the seam at which tests make a disk fail."""
+"""The system calls of the disk tier, one method each. Tests replace them to make a disk fail."""
 
 import fcntl
 import os
@@ -9,17 +9,17 @@ IoVector: TypeAlias = Sequence[memoryview]
 
 
 class OsCalls:
-    """Passes everything on; every method raises `OSError` as the call does. Blocking; from any thread."""
+    """Passes every call on; every method raises `OSError` as the system call does. Blocking; from any thread."""
 
     def open(self, path: str, flags: int, mode: int = 0o600, dir_fd: int | None = None) -> int:
-        """A file descriptor; never inherited, never through a symbolic link."""
+        """A file descriptor that children do not inherit. A symbolic link is refused."""
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, dir_fd=dir_fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
 
     def file_bytes(self, fd: int) -> int:
-        """Length of an open file."""
+        """Length of an open file in bytes."""
         return os.fstat(fd).st_size
 
     def fstat(self, fd: int) -> os.stat_result:
@@ -38,7 +38,7 @@ class OsCalls:
         os.fdatasync(fd)
 
     def touch(self, file: int | str, time_s: float) -> None:
-        """Set the times of an open file, or of a path that is no symbolic link, in seconds since the epoch."""
+        """Set the timestamps of an open file or of a path, in seconds since the epoch; no symbolic link is followed."""
         times = (int(time_s * 1e9), int(time_s * 1e9))
         if isinstance(file, int):
             os.utime(file, ns=times)
@@ -62,7 +62,7 @@ class OsCalls:
         return os.listdir(fd)
 
     def try_lock(self, fd: int) -> bool:
-        """Take the exclusive lock of an open file unless another process or descriptor has it."""
+        """Take the exclusive lock of an open file; False if another process or descriptor has it."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Reading one block's file into its buffer: blocking, called on the disk tier's threads."""
+"""Reads the file of one block into its buffer; blocking, called on the disk tier's threads."""
 
 import time
 
@@ -21,7 +21,7 @@ class DiskReader:
         self._files = files
 
     def read(self, request: ReadRequest) -> ReadOutcome:
-        """One block, straight into its buffer where the memory suits; every `OSError` is an outcome."""
+        """Read one block, straight into its buffer if its alignment allows it. Every `OSError` becomes an outcome."""
         key = request.key
         known = self._files.index.get(key)
         try:
@@ -41,7 +41,7 @@ class DiskReader:
             reason = MissReason.NEVER_STORED if known is None else MissReason.EVICTED
             return ReadOutcome(reason, cause=cause, detail=detail)
         if cause is Cause.IO_ERROR:
-            self._files.index.discard(key, known)  # not asked for again before the next scan
+            self._files.index.discard(key, known)  # `lookup` does not find it before the next scan
         return ReadOutcome(MissReason.TRANSFER_FAILED, cause=cause, detail=detail)
 
     def _read(self, key: bytes, target: NDArray[np.uint8], used_s: float | None) -> ReadOutcome:
@@ -64,7 +64,7 @@ class DiskReader:
         room = self._files.calls.file_bytes(fd) - HEADER_BYTES
         if room <= 0 or room % ALIGNMENT_BYTES:
             return _corrupt("the file's length is not that of a frame")
-        if room - ALIGNMENT_BYTES >= target.size:  # even the shortest payload of such a file is longer
+        if room - ALIGNMENT_BYTES >= target.size:  # even the shortest payload of a file of this length is longer
             return self._too_small(fd, key, target.size)
         if not self._files.suits(target):
             body = self._files.scratch.bounce(room)
@@ -88,7 +88,7 @@ class DiskReader:
         return header
 
     def _finish(self, header: FrameHeader, target: NDArray[np.uint8], pieces: list[NDArray[np.uint8]]) -> ReadOutcome:
-        """Bring what landed elsewhere into the target, and check it."""
+        """Copy parts of the payload that were read into scratch memory into the target, and check the digest."""
         payload = target[: header.payload_bytes]
         first, last = pieces[0], pieces[-1]
         end = header.payload_bytes - (first.size if last is not first else 0)  # of the payload in the last piece
@@ -111,7 +111,7 @@ class DiskReader:
         )
 
     def _too_small(self, fd: int, key: bytes, nbytes: int) -> ReadOutcome:
-        """A file too long for the buffer: a larger block, or a damaged one."""
+        """The file is too long for the buffer: it holds a larger block, or is damaged."""
         header = self._files.read_header(fd, key)
         if not isinstance(header, FrameHeader):
             return _flawed(header)

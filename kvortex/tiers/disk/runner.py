@@ -1,4 +1,4 @@
-"""Batches of blocking work on threads: deadlines, cancelling, and when a buffer is free again."""
+"""Batches of blocking work on threads, with deadlines, cancellation and the release of buffers."""
 
 import asyncio
 import logging
@@ -19,12 +19,14 @@ Outcome = TypeVar("Outcome")
 class BatchRunner(Generic[Request, Outcome]):
     """Runs a blocking function over the requests of a batch, each on one of `num_threads` threads.
 
-    Requests are served in the order of their arrival, over all batches.
+    Requests of all batches are served in the order of their arrival.
 
     Args:
-        work: called on a thread; maps every failure that it expects to an outcome.
-        unfinished: the outcome of a request that has none yet, and whether its buffer is settled.
-        on_settled: called on the loop, exactly once a request, when its `work` has ended or will never start.
+        name: prefix of the threads' names.
+        num_threads: number of threads.
+        work: called with a request, on a thread. It returns an outcome for every failure that it expects.
+        unfinished: makes the outcome of a request without one, from its cause and whether its buffer is settled.
+        on_settled: called on the loop, exactly once for each request, when its `work` has ended or will never start.
     """
 
     def __init__(
@@ -46,13 +48,13 @@ class BatchRunner(Generic[Request, Outcome]):
 
     @property
     def num_unsettled(self) -> int:
-        """Requests whose buffers belong to the tier now."""
+        """Requests whose buffers the tier owns now."""
         return self._num_unsettled
 
     async def run(self, requests: Sequence[Request], deadline_s: float | None) -> list[Outcome]:
-        """Outcomes in the order of the requests, after `deadline_s` seconds at the latest.
+        """Run a batch; returns outcomes in the order of the requests, after `deadline_s` seconds at the latest.
 
-        An exception of `work` that is no outcome is raised when the batch is over.
+        An exception of `work` is raised when the batch is over.
         """
         if not requests:
             return []
@@ -67,7 +69,7 @@ class BatchRunner(Generic[Request, Outcome]):
         try:
             async with asyncio.timeout(deadline_s):
                 await finished.wait()
-            cause = Cause.CLOSED  # nobody else ends a batch with requests that have no outcome
+            cause = Cause.CLOSED  # only `aclose` ends a batch with requests that have no outcome
         except TimeoutError:
             cause = Cause.DEADLINE
         finally:
@@ -85,7 +87,7 @@ class BatchRunner(Generic[Request, Outcome]):
         return future
 
     def _settle(self, loop: asyncio.AbstractEventLoop, cause: Cause, request: Request, future: Future[Outcome]) -> bool:
-        """Settle now what has ended or never starts; the rest when it ends."""
+        """Settle a request now if its work has ended or will never start, and return True; otherwise when it ends."""
         if future.cancel() or future.done():
             self._report(request, cause, future)
             return True
@@ -106,13 +108,13 @@ class BatchRunner(Generic[Request, Outcome]):
         return self._unfinished(cause, True) if future.cancelled() else future.result()
 
     async def aclose(self, timeout_s: float) -> None:
-        """Drop what waits, wait `timeout_s` seconds for what runs, then let its callers go; idempotent."""
+        """Drop waiting requests, wait `timeout_s` seconds for running ones, then end their batches; idempotent."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            logger.warning("%d blocks still move %.1f s after closing", self._num_unsettled, timeout_s)
+            logger.warning("%d blocks are still in flight %.1f s after closing", self._num_unsettled, timeout_s)
             for finished in self._batches:
                 finished.set()
         else:
@@ -135,4 +137,4 @@ def _post(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args:
     try:
         loop.call_soon_threadsafe(callback, *args)
     except RuntimeError:
-        logger.warning("a tier's loop is closed: a buffer of a late block stays with the tier")
+        logger.warning("the loop of a tier is closed: the buffer of a late block is not given back")

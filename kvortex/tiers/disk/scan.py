@@ -1,4 +1,4 @@
-"""Finding out what lies in the directory, one fan-out directory at a time: blocking, called on a thread."""
+"""Scans the directory of the tier, one fan-out directory at a time; blocking, called on a thread."""
 
 import stat
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from kvortex.tiers.disk.os_calls import OsCalls
 
 @dataclass(frozen=True, slots=True)
 class ScanPart:
-    """One fan-out directory."""
+    """One fan-out directory: the names of its namespace and itself, and its path."""
 
     namespace: str
     fan_out: str
@@ -24,7 +24,14 @@ def list_parts(
 ) -> list[ScanPart]:
     """The fan-out directories of all namespaces, or of one.
 
-    `on_error` is told of namespaces that cannot be read. Raises `OSError` if the directory of all of them cannot.
+    Args:
+        layout: the paths.
+        calls: the system calls.
+        on_error: called with the name of each namespace that cannot be read, and the error.
+        namespace: directory name of the namespace; None for all.
+
+    Raises:
+        OSError: the directory above the namespaces cannot be read.
     """
     names = [namespace] if namespace is not None else names_in(calls, layout.blocks)
     parts: list[ScanPart] = []
@@ -40,9 +47,15 @@ def list_parts(
 
 
 def read_part(part: ScanPart, calls: OsCalls, on_error: Callable[[OSError], None]) -> list[tuple[bytes, IndexedBlock]]:
-    """The blocks of one directory, with the times of their files; nothing where it is a link or a file.
+    """The blocks of one fan-out directory, with the timestamps of their files; none if it is a link or a file.
 
-    `on_error` is told of files that cannot be looked at. Raises `OSError` if the directory cannot be read.
+    Args:
+        part: the directory.
+        calls: the system calls.
+        on_error: called with each error of a single file, which is left out.
+
+    Raises:
+        OSError: the directory cannot be read.
     """
     found: list[tuple[bytes, IndexedBlock]] = []
     try:

@@ -1,12 +1,12 @@
-"""Where a process writes files before they get their names; and how those of dead processes are recognised.
+"""Temporary files: a process writes a file here before it gets its name. Those of dead processes are removed.
 
-A writer owns a directory `tmp/<id>` and the lock of a file `tmp/<id>.lock` for as long as it lives. The system drops
-the lock with the process, however it ends, so whoever gets it may clear the directory. Unlike a pid this means the
-same in all containers that share the directory, and is never used again.
+A writer owns a directory `tmp/<id>` and the lock of a file `tmp/<id>.lock` as long as it lives. The system releases the
+lock when the process ends, in whatever way, so a process that gets the lock may clear the directory. Unlike a process
+id, this works in all containers that share the directory, and an id is never used again.
 
-What is cleared was made here beyond doubt: an id is 32 hexadecimal digits, its lock is a file that begins with
-`LOCK_CONTENT`, its directory is no link, and in that only files of the names that writers give are removed. All else in
-`tmp` is somebody else's and stays.
+Only files that a writer has certainly made are removed: an id has 32 hexadecimal digits, its lock is a file that begins
+with `LOCK_CONTENT`, its directory is no symbolic link, and the files in it have names that writers give. Everything
+else in `tmp` is not ours, and stays.
 """
 
 import contextlib
@@ -30,7 +30,12 @@ _TEMP_NAME = re.compile(r"[0-9]+\.tmp")
 
 
 class TempSpace:
-    """The temporary files of one process under `parent`. Thread-safe."""
+    """The temporary files of one process. Thread-safe.
+
+    Args:
+        parent: the directory `tmp` of the tier.
+        calls: the system calls.
+    """
 
     def __init__(self, parent: str, calls: OsCalls) -> None:
         self._parent = parent
@@ -41,7 +46,7 @@ class TempSpace:
         self._id = ""
 
     def open(self) -> None:
-        """Become a writer, or become one again if somebody removed the directory; raises `OSError`."""
+        """Become a writer, or become one again if the directory was removed. Raises `OSError`."""
         with self._mutex:
             if self._lock_fd is not None and self._is_intact():
                 return
@@ -51,11 +56,11 @@ class TempSpace:
                 self._try_own()
 
     def new_path(self) -> str:
-        """A name that nobody else uses."""
+        """A path that no other file has had."""
         return f"{self._parent}/{self._id}/{next(self._numbers)}{_TEMP_SUFFIX}"
 
     def close(self) -> None:
-        """Remove the directory if it is empty and give up the lock; idempotent."""
+        """Remove the directory if it is empty, and release the lock; idempotent."""
         with self._mutex:
             if self._lock_fd is not None:
                 with contextlib.suppress(OSError):  # a hung write's file stays for the next sweep
@@ -64,9 +69,13 @@ class TempSpace:
             self._release()
 
     def sweep(self, on_error: Callable[[OSError], None]) -> int:
-        """Remove what dead writers left; returns the number of files.
+        """Remove the files of dead writers.
 
-        `on_error` is told of what could not be looked at or removed; the rest goes nevertheless.
+        Args:
+            on_error: called with each error; the sweep goes on after it.
+
+        Returns:
+            The number of removed files.
         """
         removed = 0
         try:
@@ -78,7 +87,7 @@ class TempSpace:
             if owner != self._id:
                 try:
                     removed += self._sweep_owner(owner)
-                except FileNotFoundError:  # another sweep was quicker
+                except FileNotFoundError:  # another sweep has removed it
                     continue
                 except OSError as error:
                     on_error(error)
@@ -94,9 +103,9 @@ class TempSpace:
         fd = self._calls.open(self._lock_path(owner), os.O_CREAT | os.O_EXCL | os.O_RDWR)
         owned = False
         try:
-            # A sweep that came before the lock has removed the file by now, or is about to: then it has the lock.
+            # A sweep may come between the creation and the lock. Then it has the lock, or has removed the file.
             if self._calls.try_lock(fd) and self._is_there(self._lock_path(owner)):
-                with contextlib.suppress(OSError):  # a full disk can still be read; the sweep spares its files then
+                with contextlib.suppress(OSError):  # a full disk can still be read; then a sweep leaves the files
                     self._calls.pwritev(fd, [memoryview(LOCK_CONTENT)], 0)
                 self._calls.mkdir(f"{self._parent}/{owner}")
                 self._lock_fd, self._id = fd, owner
@@ -122,11 +131,11 @@ class TempSpace:
 
     def _sweep_owner(self, owner: str) -> int:
         with directory(self._calls, self._parent) as parent_fd:
-            # Non-blocking: what has the name of a lock may be a pipe.
+            # Non-blocking, because a file with the name of a lock may be a pipe.
             fd = self._calls.open(f"{owner}{_LOCK_SUFFIX}", os.O_RDONLY | os.O_NONBLOCK, dir_fd=parent_fd)
             try:
                 content = self._lock_content(fd)
-                # An empty one is of a writer that died before it had made its directory.
+                # An empty lock belongs to a writer that died before it had made its directory.
                 if content not in (LOCK_CONTENT, b"") or not self._calls.try_lock(fd):
                     return 0
                 return self._clear(parent_fd, owner, with_files=content == LOCK_CONTENT)
@@ -134,7 +143,7 @@ class TempSpace:
                 self._calls.close(fd)
 
     def _lock_content(self, fd: int) -> bytes | None:
-        """What a lock says; None for what is no regular file."""
+        """The content of a lock; None if it is no regular file."""
         if not stat.S_ISREG(self._calls.fstat(fd).st_mode):
             return None
         content = bytearray(len(LOCK_CONTENT) + 1)
@@ -142,9 +151,9 @@ class TempSpace:
         return bytes(content[:count])
 
     def _clear(self, parent_fd: int, owner: str, *, with_files: bool) -> int:
-        """Under the owner's lock; the lock goes last, and stays as long as anything is left."""
+        """Clear an owner's directory under its lock. The file of the lock goes last: it stays if anything is left."""
         removed = 0
-        with contextlib.suppress(FileNotFoundError):  # it died before it had made one
+        with contextlib.suppress(FileNotFoundError):  # the writer died before it had made its directory
             if with_files:
                 with directory(self._calls, owner, parent_fd) as fd:
                     removed = self._remove_files(fd)

@@ -1,4 +1,4 @@
-"""The disk tier: one file a block, shared by any number of processes. Format and rules: `docs/disk-tier.md`."""
+"""The disk tier: one file a block, shared by any number of processes. `docs/disk-tier.md` has format and rules."""
 
 import asyncio
 import logging
@@ -52,13 +52,16 @@ _METADATA_THREADS = 3  # the scan takes one
 class DiskTier(Tier):
     """Blocks of one namespace under `config.path`.
 
-    Opens at once and finds out in the background what is there; until that is done `lookup` knows what this process
-    wrote or read and what the scan has come to, while `contains` and `read` ask the file system.
+    It opens at once, and scans the directory in the background. Until the scan is complete `lookup` knows only blocks
+    that this process wrote or read, and those that the scan has reached; `contains` and `read` ask the file system.
 
     Args:
-        config: where, how much, how.
+        config: directory, capacity and other settings.
         namespace: digest of the namespace, 32 bytes.
-        calls: the system; tests put in one that fails.
+        calls: the system calls; tests replace them by failing ones.
+
+    Raises:
+        InvalidHashError: `namespace` is not 32 bytes.
     """
 
     name = "disk"
@@ -153,7 +156,7 @@ class DiskTier(Tier):
         self._check(keys)
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._on_thread(_each, self._files.exists, keys)
+                return await self._on_thread(_each, self._files.look_for, keys)
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
             return [False] * len(keys)
@@ -215,12 +218,12 @@ class DiskTier(Tier):
 
     @property
     def direct_io(self) -> DirectIO:
-        """What the probe at start found."""
+        """How files are opened, as the probe at start has found."""
         return self._direct
 
     @property
     def scan_progress(self) -> ScanProgress:
-        """How far the start-up scan is; of a later one, once that is complete."""
+        """Progress of the start-up scan; after that the result of the last complete scan."""
         return self._progress
 
     async def scanned(self) -> None:
@@ -249,7 +252,7 @@ class DiskTier(Tier):
                 logger.warning("cannot scan %s: %s", self._layout.root, error)
             except RuntimeError:
                 if interpreter_ends():
-                    return  # its threads take nothing on any more
+                    return  # no thread can be started at the end
                 raise
             self._scanned.set()
             if self._config.rescan_interval_s is None:

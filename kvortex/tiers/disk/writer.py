@@ -1,4 +1,4 @@
-"""Writing one block's file: blocking, called on the disk tier's threads."""
+"""Writes the file of one block; blocking, called on the disk tier's threads."""
 
 import contextlib
 import errno
@@ -29,7 +29,12 @@ _REFUSALS: Final = {
 
 
 class DiskWriter:
-    """Writes blocks of one namespace, and makes room for them."""
+    """Writes blocks of one namespace, and evicts others to make room.
+
+    Args:
+        files: the files of the tier.
+        temp: gives paths for files without a name yet.
+    """
 
     def __init__(self, files: DiskFiles, temp: TempSpace) -> None:
         self._files = files
@@ -37,7 +42,7 @@ class DiskWriter:
         self._made: set[str] = set()
 
     def write(self, request: WriteRequest) -> WriteOutcome:
-        """One block; every `OSError` is an outcome, and leaves nothing behind."""
+        """Write one block. Every `OSError` becomes an outcome, and leaves no file behind."""
         key, source, index = request.key, as_bytes(request.payload), self._files.index
         try:
             if index.get(key) is None and (found := self._existing(request)) is not None:
@@ -62,7 +67,7 @@ class DiskWriter:
         return _STORED
 
     def _existing(self, request: WriteRequest) -> WriteOutcome | None:
-        """What a file that this process does not know of means for a write: None if it may be written over."""
+        """The outcome if a file is there that the index does not know yet; None if the block has to be written."""
         files, key = self._files, request.key
         with files.index.watching() as removed:
             try:
@@ -86,7 +91,7 @@ class DiskWriter:
             return _ALREADY_STORED
 
     def _frame(self, request: WriteRequest, source: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        """The frame's pieces, in memory that the file can be written from."""
+        """The pieces of the frame, in memory that is aligned for the write."""
         header = FrameHeader(
             self._files.layout.namespace, request.key, request.codec, source.size, request.raw_bytes, request.digest
         )
@@ -106,14 +111,14 @@ class DiskWriter:
         return [head, source[:whole], tail] if whole else [head, tail]
 
     def _place(self, key: bytes, pieces: list[NDArray[np.uint8]], nbytes: int) -> None:
-        """Write, sync, rename; once more after making room, or the directories, if that was what was missing."""
+        """Write, sync, rename. If room or a directory was missing, make it and try once more."""
         try:
             self._try_place(key, pieces, nbytes)
         except FileNotFoundError:
             self._made.clear()
             self._temp.open()
         except OSError as error:
-            # The file system is smaller than the capacity: one block goes for the one that comes.
+            # The file system is smaller than the capacity: evict a block for each that is written.
             if cause_of(error) is not Cause.NO_SPACE or not (victims := self._evict_for(key, nbytes)):
                 raise
             self._files.remove_victims(victims, self._files.index.last_use_of(key))
@@ -132,7 +137,7 @@ class DiskWriter:
         try:
             try:
                 if write_fully(self._files.calls, fd, pieces) != nbytes:
-                    raise OSError(errno.EIO, "the system took only a part of the file", path)
+                    raise OSError(errno.EIO, "the system wrote only a part of the file", path)
                 self._files.touch(fd, self._files.index.last_use_of(key))
                 if self._files.config.fsync:
                     self._files.calls.fdatasync(fd)
@@ -142,13 +147,13 @@ class DiskWriter:
             placed = True
         finally:
             if not placed:
-                with contextlib.suppress(OSError):  # the sweep of a later start takes it
+                with contextlib.suppress(OSError):  # the sweep of a later start removes it
                     self._files.calls.unlink(path)
 
     def _make(self, path: str) -> None:
         if path not in self._made:
             make_directories(self._files.calls, path)
-            with directory(self._files.calls, path):  # which is no link
+            with directory(self._files.calls, path):  # it is no symbolic link
                 self._made.add(path)
 
 

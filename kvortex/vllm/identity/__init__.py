@@ -1,1 +1,1 @@
-"""What names the bytes of a server's blocks."""
+"""The identity of a server's blocks: everything that must agree for their bytes to be reusable."""

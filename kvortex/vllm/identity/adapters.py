@@ -1,4 +1,4 @@
-"""What tells an adapter from another of the same name: vLLM's hashes name it, and not what it holds."""
+"""The contents of adapters as a part of block keys: vLLM's block hashes cover the adapter's name only."""
 
 import hashlib
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class BlockKeys:
-    """Keys of a request's blocks: vLLM's hashes, joined with a digest of the adapter where one is used.
+    """Keys of a request's blocks: vLLM's hashes, hashed with a digest of the adapter if the request uses one.
 
-    An adapter is looked at when its number is first seen, as vLLM loads it then: one that was unloaded and loaded again
-    under the same name has another number.
+    The files of an adapter are read when its number is first seen, because vLLM loads them at that time. An adapter
+    that was unloaded and loaded again under the same name has another number.
 
     Args:
-        lora: vLLM's `LoRAConfig`, which says how much of an adapter is applied; None without adapters.
+        lora: vLLM's `LoRAConfig`, which says which parts of an adapter are applied; None without adapters.
     """
 
     def __init__(self, lora: Any = None) -> None:
@@ -34,12 +34,12 @@ class BlockKeys:
         self._digests: dict[tuple[int, str, str], bytes] = {}
 
     def of(self, request: "Request", blocks: slice = slice(None)) -> list[BlockHash]:
-        """Keys of some of a request's full blocks."""
+        """Keys of a request's full blocks, of all or of the slice `blocks`."""
         adapter = self._digest_of(request.lora_request) if request.lora_request is not None else b""
         return as_keys(request.block_hashes[blocks], adapter)
 
     def forget_adapters(self) -> None:
-        """They may hold something else now."""
+        """Read the files of every adapter again: they may have changed."""
         self._digests.clear()
 
     def _digest_of(self, adapter: Any) -> bytes:
@@ -51,7 +51,7 @@ class BlockKeys:
         return self._digests[name]
 
     def _look_at(self, adapter: Any) -> str:
-        # Nothing tells one that cannot be looked at from a later one of its name: its blocks are of this server alone.
+        # An adapter whose files cannot be read may change without notice: its blocks are found by this server only.
         return adapter_digest(adapter) or f"{adapter.lora_path} {adapter.lora_int_id} {_PROCESS}"
 
 
@@ -59,7 +59,7 @@ _PROCESS = os.urandom(16).hex()
 
 
 def adapter_digest(adapter: Any) -> str:
-    """What the files of a `LoRARequest` hold, as 64 hex digits; `""` where they are not on this machine."""
+    """Digest of the files of a `LoRARequest`, 64 hex digits; `""` if they cannot be read on this machine."""
     try:
         return weights_digest(_folder_of(str(adapter.lora_path)))
     except (OSError, ValueError) as error:
@@ -68,18 +68,18 @@ def adapter_digest(adapter: Any) -> str:
 
 
 def _folder_of(path: str) -> Path:
-    """Where vLLM has an adapter's files: in a folder, or downloaded from the Hugging Face hub.
+    """The folder of an adapter's files: the given one, or the download from the Hugging Face hub.
 
     Raises:
-        OSError, ValueError: it has none, or what the path means is not known.
+        OSError, ValueError: there are no files, or `path` is neither a folder nor the name of a repository.
     """
     folder = Path(path).expanduser()
     return folder if folder.exists() else Path(snapshot_download(path, local_files_only=True))
 
 
 def as_keys(hashes: Sequence[bytes], adapter: bytes = b"") -> list[BlockHash]:
-    """vLLM's hashes as keys: SHA-256 as it is; shorter ones, and those of an adapter's blocks, hashed to full width."""
+    """Keys of 32 bytes from vLLM's hashes: SHA-256 as it is; shorter ones, and those with an adapter, hashed again."""
     if adapter:
         return [BlockHash(hashlib.sha256(adapter + h).digest()) for h in hashes]
     keys = [h if len(h) == BLOCK_HASH_BYTES else hashlib.sha256(h).digest() for h in hashes]
-    return cast("list[BlockHash]", keys)  # a BlockHash each would take longer than the list itself
+    return cast("list[BlockHash]", keys)  # to construct each BlockHash would take longer than all the rest

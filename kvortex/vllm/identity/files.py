@@ -1,4 +1,4 @@
-"""What files hold, told without reading them whole: enough to see that weights or an adapter were replaced."""
+"""A digest of weight files that does not read them whole, and changes if weights or an adapter are replaced."""
 
 import hashlib
 import os
@@ -16,25 +16,25 @@ CONFIG_NAMES: Final = frozenset(
         "video_preprocessor_config.json",
     }
 )
-"""Files beside the weights that say how they, or a model's inputs, are taken; `config.json` vLLM resolves itself."""
-MODEL_CODE_SUFFIX: Final = ".py"  # a model may bring its own
+"""Files that say how weights or inputs are used. `config.json` is not among them: vLLM's configuration includes it."""
+MODEL_CODE_SUFFIX: Final = ".py"  # a model may bring its own code
 WINDOW_BYTES: Final = 4096
 MAX_WINDOWS: Final = 256
-"""Of all files together: a look at the weights takes milliseconds on a disk, a second on a slow share."""
+"""In all files together: so a digest takes milliseconds on a local disk, and about a second on a slow network share."""
 SMALL_FILE_BYTES: Final = 1 << 20  # read whole
 
 
 def weights_digest(path: Path) -> str:
-    """What a model's or an adapter's files hold, as 64 hex digits; `""` where there are no weights.
+    """Digest of the files of a model or an adapter, 64 hex digits; `""` if there are no weights.
 
-    A file counts with its name, its size, its time of change and windows of its bytes that are spread over it. Where
-    it is a link into a folder of blobs named by their content, as in Hugging Face's cache, that name says it all.
+    It covers the name, size and modification time of each file, and windows of bytes that are spread over it. If the
+    file is a link to a blob that is named by its content, as in Hugging Face's cache, that name replaces all of these.
 
     Args:
-        path: a folder, or the only file.
+        path: a folder, or a single file.
 
     Raises:
-        OSError: a file is there but cannot be read.
+        OSError: a file exists and cannot be read.
     """
     files = sorted(_counting_files(path))
     if not path.is_file() and not any(file.suffix in WEIGHT_SUFFIXES for file in files):

@@ -1,4 +1,4 @@
-"""What names the bytes of a rank's blocks beside their hashes: everything that a server can set that changes KV."""
+"""The identity of a rank's blocks: every setting of a server that changes KV and is not in the block hashes."""
 
 import hashlib
 import json
@@ -27,27 +27,25 @@ _OF_INPUTS = (
     "video_pruning_method",
     "mm_encoder_attn_dtype",
 )
-"""What a server sets of how images and the like become embeddings; their names in vLLM's hashes say nothing of it."""
+"""Settings of how images and other inputs become embeddings; vLLM's block hashes cover the inputs only."""
 _VOLATILE = ("transformers_version",)  # beside names that begin with an underscore
 
 
 class ModelSource(NamedTuple):
-    """Where a model's weights come from: its name, and what tells these weights from others of that name."""
+    """The weights of a model: its name, and a revision or digest that tells them from other weights of that name."""
 
     name: str
     content: str
 
 
 def identity_of(vllm_config: "VllmConfig", group: Any, rank: int, named: ModelIdentity) -> ModelIdentity:
-    """What names the bytes of one rank beside the block hash; tensor-parallel ranks are neighbours.
-
-    Ranks that hold the same KV have one identity.
+    """The identity of one rank's blocks. Ranks that hold the same KV have the same identity.
 
     Args:
         vllm_config: the engine's configuration.
         group: the group of layers that is served.
-        rank: number of the worker among all.
-        named: what the user adds, for what vLLM cannot see: a name, and a revision of the weights.
+        rank: number of the worker among all; the ranks of one tensor-parallel group follow each other.
+        named: a name and a revision of the weights that the user adds, for changes that vLLM cannot see.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     source = source_of(model, vllm_config.load_config)
@@ -70,9 +68,9 @@ def identity_of(vllm_config: "VllmConfig", group: Any, rank: int, named: ModelId
 
 
 def source_of(model: Any, load: Any) -> ModelSource:
-    """The model of a `ModelConfig`, loaded as a `LoadConfig` says.
+    """The weights that vLLM's `ModelConfig` and `LoadConfig` name.
 
-    The same weights have one source whether they were named by path or by hub id, and wherever their folder lies.
+    The same weights have one source, whether they are named by a path or by a hub id, and wherever the folder is.
     """
     if str(load.load_format) == "dummy":
         return ModelSource(str(model.model), f"dummy {model.seed}")
@@ -81,7 +79,7 @@ def source_of(model: Any, load: Any) -> ModelSource:
         return ModelSource(str(remote), str(model.revision or ""))
     path = Path(model.model)
     if not path.exists():
-        # Where the configuration comes from elsewhere, so does its commit.
+        # If the configuration comes from another place, its commit is not that of the weights.
         commit = None if getattr(model, "hf_config_path", None) else getattr(model.hf_config, "_commit_hash", None)
         return ModelSource(str(model.model), str(commit or model.revision or ""))
     path = path.resolve() if not path.is_symlink() else path.absolute()
@@ -92,7 +90,7 @@ def source_of(model: Any, load: Any) -> ModelSource:
 
 
 def facts_of(vllm_config: "VllmConfig") -> dict[str, Any]:
-    """Everything else that changes the bytes, as plain data."""
+    """Every other setting that changes the bytes of KV, as plain data."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     facts: dict[str, Any] = {
         **_computation_of(model),
@@ -100,7 +98,7 @@ def facts_of(vllm_config: "VllmConfig") -> dict[str, Any]:
         "layers": _layers_of(vllm_config),
     }
     if getattr(cache, "calculate_kv_scales", False):
-        facts["scales"] = vllm_config.instance_id  # they depend on the first prompts of this very engine
+        facts["scales"] = vllm_config.instance_id  # they depend on the first prompts of this engine
     draft = vllm_config.speculative_config
     if draft is not None and draft.method not in DRAFTS_WITHOUT_MODEL and draft.draft_model_config is not None:
         facts["draft"] = [
@@ -109,7 +107,7 @@ def facts_of(vllm_config: "VllmConfig") -> dict[str, Any]:
             _computation_of(draft.draft_model_config),
         ]
     if vllm_config.device_config.device_type == "cpu":
-        # vLLM's CPU kernels choose by the processor how keys lie inside a block.
+        # vLLM's CPU kernels choose the layout of keys inside a block by the processor.
         facts["cpu"] = [platform.machine(), torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()]
     return facts
 
@@ -123,20 +121,20 @@ def _computation_of(model: Any) -> dict[str, Any]:
         "no_sliding_window": bool(getattr(model, "disable_sliding_window", False)),
         "code": str(getattr(model, "code_revision", None)),
     }
-    if (online := getattr(model, "quantization_config", None)) is not None:  # of weights that are quantised on loading
+    if (online := getattr(model, "quantization_config", None)) is not None:  # for quantisation at load time
         facts["quantization_config"] = str(online)
     if classes := getattr(model, "model_class_overrides", None):
         facts["classes"] = _plain(classes)
     if (inputs := getattr(model, "multimodal_config", None)) is not None:
         facts["inputs"] = {name: _plain(getattr(inputs, name, None)) for name in _OF_INPUTS}
-    if "longrope" in json.dumps(config):  # servers that accept long prompts use the factors for these everywhere
+    if "longrope" in json.dumps(config):  # a server that accepts long prompts uses their factors in every prompt
         reaches = _values_of("original_max_position_embeddings", config)
         facts["long_factors"] = [model.max_model_len > reach for reach in reaches]
     return facts
 
 
 def _layers_of(vllm_config: "VllmConfig") -> list[tuple[str, str, str]]:
-    """Of each layer its attention backend and what it stores: two kinds of FP8 have one dtype."""
+    """For each layer its name, attention backend and storage format: the dtype alone does not tell two FP8 formats."""
     layers = vllm_config.compilation_config.static_forward_context
     return sorted(
         (
@@ -149,7 +147,7 @@ def _layers_of(vllm_config: "VllmConfig") -> list[tuple[str, str, str]]:
 
 
 def _cache_dtype_of(name: object, model: Any) -> str:
-    """One name for what has several: `auto` and the model's own type, `fp8` and `fp8_e4m3`."""
+    """One name for each storage format: `auto` is the model's own type, `fp8` is `fp8_e4m3`."""
     own = str(model.dtype).removeprefix("torch.")
     return {"auto": own, "fp8": "fp8_e4m3"}.get(str(name), str(name))
 
@@ -166,7 +164,7 @@ def _values_of(name: str, config: Any) -> Iterator[int]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types, without what differs between equal configurations."""
+    """The value in JSON's types, without the entries that differ between equal configurations."""
     if isinstance(value, Mapping):
         kept = {str(name): part for name, part in value.items() if not str(name).startswith("_")}
         return {name: _plain(part) for name, part in kept.items() if name not in _VOLATILE}

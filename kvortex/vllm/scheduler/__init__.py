@@ -1,1 +1,1 @@
-"""The control plane in vLLM's scheduler: which blocks are saved, loaded, fetched and written."""
+"""The control plane in vLLM's scheduler: it decides which blocks are saved, loaded, fetched and written."""

@@ -1,8 +1,8 @@
-"""Admission: which requests may load blocks now, so that no request waits for ever.
+"""Admission control: which requests may load blocks now, so that no request waits for ever.
 
-A request whose load has ended holds its device blocks and waits for its turn in vLLM's queue. vLLM stops at the first
-request that does not fit, and never reaches those behind it. If one of those holds blocks, they are never given back,
-and the scheduler makes no progress any more. Two rules prevent that, whatever the version does by itself:
+A request whose load has ended holds its device blocks while it waits for its turn in vLLM's queue. vLLM stops at the
+first request that does not fit, and does not look at the requests behind it. If one of these holds blocks, it never
+frees them, and the scheduler is stuck. Two rules prevent that in every version of vLLM:
 
 1. If waiting requests hold blocks, a request that does not fit beside them is passed over until they have run.
 2. A load is admitted only if every waiting request with blocks, and every request passed over earlier, fits beside it.
@@ -13,36 +13,41 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
-from kvortex.vllm.scheduler.jobs import TrackedRequest
+from kvortex.vllm.scheduler.requests import TrackedRequest
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-# A request that was preempted and is loaded for again is called so still; one without blocks waits for nothing here.
+# A preempted request keeps its status while it loads again. Without device blocks it is not counted.
 WAITING_WITH_BLOCKS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.PREEMPTED)
 
 
 class Admission:
-    """The two rules over one device's blocks.
+    """The two rules, for the device blocks of one engine.
 
     Args:
-        num_blocks: blocks of the device that can be allocated.
+        num_blocks: device blocks that can be allocated.
         block_size: tokens of a block.
-        num_lookahead_tokens: slots that a request needs beyond its tokens in every step, for drafts.
+        num_lookahead_tokens: slots that a request needs in every step beyond its tokens, for drafts.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_lookahead_tokens: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._num_lookahead_tokens = num_lookahead_tokens
-        self._passed_over: dict[str, int] = {}  # request -> blocks that it needs; the first first
+        self._passed_over: dict[str, int] = {}  # request -> blocks that it needs, in order
 
     def needs(self, request: "Request") -> int:
-        """Blocks that a request must have to compute its known tokens and one more."""
+        """Device blocks that a request needs to compute its known tokens and one more."""
         return (int(request.num_tokens) + self._num_lookahead_tokens) // self._block_size + 1
 
     def must_let_pass(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
-        """Rule 1: True if other requests wait with blocks, and this one does not fit beside them."""
+        """Rule 1: True if other requests wait with blocks and this one does not fit beside them.
+
+        Args:
+            request: the one that vLLM wants to schedule.
+            tracked: all requests that are known, itself among them.
+        """
         others = [t for t in tracked if t.block_ids and t.request is not request]
         waiting = [t for t in others if t.request.status in WAITING_WITH_BLOCKS]
         if not waiting:
@@ -52,7 +57,12 @@ class Admission:
         return held + self.needs(request) > self._num_blocks
 
     def may_load(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
-        """Rule 2: True if all requests that wait with blocks, or were passed over, can still go on beside this one."""
+        """Rule 2: True if all requests that wait with blocks, or were passed over before, fit beside this one.
+
+        Args:
+            request: the one that could load.
+            tracked: all requests that are known, itself among them.
+        """
         waiting = [t for t in tracked if t.request is not request and t.block_ids]
         taken = sum(self._to_go_on(t) for t in waiting if t.request.status in WAITING_WITH_BLOCKS)
         for name, needed in self._passed_over.items():
@@ -62,11 +72,11 @@ class Admission:
         return not taken or taken + self.needs(request) <= self._num_blocks
 
     def pass_over(self, request: "Request") -> None:
-        """Note that a request was asked to wait: later ones may not take the room that it needs."""
+        """Note that a request was asked to wait: requests behind it may not take the blocks that it needs."""
         self._passed_over[request.request_id] = self.needs(request)
 
     def settle(self, request_id: str) -> None:
-        """Forget a request: it has been answered, or has ended."""
+        """Forget that a request was passed over: it has got its answer, or has ended."""
         self._passed_over.pop(request_id, None)
 
     def _to_go_on(self, tracked: TrackedRequest) -> int:

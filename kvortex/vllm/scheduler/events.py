@@ -1,4 +1,4 @@
-"""KV events: what enters and leaves pool and disk, as vLLM publishes it beside its own blocks' comings and goings."""
+"""KV events: vLLM publishes which blocks enter and leave pool and disk, beside the events of its own cache."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 POOL: Final = "CPU"
 DISK: Final = "STORAGE"
-MAX_KNOWN_ON_DISK: Final = 1 << 20  # some 100 bytes each; a reset takes back no more than the last of them
+MAX_KNOWN_ON_DISK: Final = 1 << 20  # some 100 bytes each; a reset announces the removal of these only
 
-# Newer versions untag the keys that they publish.
+# Newer versions remove the tags of the keys that they publish.
 _untagged: Callable[[list[Any]], Any] = getattr(kv_cache_utils, "to_event_extra_keys", lambda keys: keys)
 _OF_STORED: Final = frozenset(BlockStored.__struct_fields__)
 _OF_REMOVED: Final = {"group_idx": 0} if "group_idx" in BlockRemoved.__struct_fields__ else {}
@@ -25,9 +25,15 @@ _OF_REMOVED: Final = {"group_idx": 0} if "group_idx" in BlockRemoved.__struct_fi
 
 @dataclass(frozen=True)
 class PlannedBlocks:
-    """What an event will say of consecutive blocks of a request, before they are stored.
+    """The event for consecutive blocks of a request, prepared before they are stored.
 
-    `of_block` are fields with an entry a block, `of_all` those of the whole request; each only where this vLLM has it.
+    Args:
+        hashes: vLLM's block hashes.
+        parent: hash of the block before the first; None for the head of a request.
+        token_ids: tokens of all blocks.
+        block_size: tokens of a block.
+        of_block: fields with one entry a block, as far as this vLLM's events have them.
+        of_all: fields of the whole request, likewise.
     """
 
     hashes: tuple[bytes, ...]
@@ -39,7 +45,7 @@ class PlannedBlocks:
 
     @classmethod
     def of(cls, request: "Request", part: slice, block_size: int) -> "PlannedBlocks":
-        """Blocks `part` of a request, with all that their hashes are made of."""
+        """Prepare the event for the blocks `part` of a request."""
         lora = request.lora_request
         of_all = {
             "lora_id": lora.adapter_id if lora is not None else None,
@@ -61,7 +67,7 @@ class PlannedBlocks:
         )
 
     def event(self, first: int, stop: int, medium: str) -> BlockStored:
-        """The event that blocks `first` to `stop` are stored."""
+        """The event that the blocks from `first` up to, and without, `stop` are stored in `medium`."""
         return BlockStored(
             block_hashes=[maybe_convert_block_hash(h) for h in self.hashes[first:stop]],
             parent_block_hash=_external(self.hashes[first - 1] if first else self.parent),
@@ -74,7 +80,11 @@ class PlannedBlocks:
 
 
 class EventLog:
-    """Events since they were last taken; knows which hash lies at which offset of the pool, and which are on disk."""
+    """Collects events until they are taken. Knows the block hash at each offset of the pool, and the hashes on disk.
+
+    Args:
+        block_size: tokens of a block.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -86,22 +96,28 @@ class EventLog:
 
     # -- pool --------------------------------------------------------------------------------------
 
-    def stored(self, blocks: PlannedBlocks, positions: Sequence[int], offsets: Sequence[int]) -> None:
-        """Blocks at `positions` of a plan are in the pool now, at `offsets`; one event a run of neighbours."""
+    def add_stored(self, blocks: PlannedBlocks, positions: Sequence[int], offsets: Sequence[int]) -> None:
+        """Blocks are in the pool now: add one event a run of neighbours.
+
+        Args:
+            blocks: the prepared event.
+            positions: of the stored blocks in `blocks`.
+            offsets: of these blocks in the pool, in bytes.
+        """
         fresh = []
         for position, offset in zip(positions, offsets, strict=True):
             block_hash = blocks.hashes[position]
             if (before := self._offset_of.get(block_hash)) is None:
                 fresh.append(position)
             else:
-                del self._hash_at[before]  # it was dropped while it was read, and has come again before that ended
+                del self._hash_at[before]  # dropped during a read, and stored again before that read ended
             self._hash_at[offset] = block_hash
             self._offset_of[block_hash] = offset
         self._unsent.update(blocks.hashes[position] for position in fresh)
         self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(fresh)]
 
-    def removed(self, offsets: NDArray[np.int64]) -> None:
-        """Whatever lay at these offsets has left the pool; of what a reset has overtaken nothing is left to say."""
+    def add_removed(self, offsets: NDArray[np.int64]) -> None:
+        """The blocks at these offsets, `int64 [n]`, have left the pool. A reset has announced some of them already."""
         gone = [self._hash_at.pop(offset) for offset in offsets.tolist() if offset in self._hash_at]
         for block_hash in gone:
             del self._offset_of[block_hash]
@@ -109,16 +125,16 @@ class EventLog:
 
     # -- disk --------------------------------------------------------------------------------------
 
-    def written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
-        """Blocks at `positions` of a plan are on disk now."""
+    def add_written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
+        """The blocks at `positions` of a prepared event are on disk now."""
         fresh = [i for i in positions if blocks.hashes[i] not in self._on_disk]
         self._on_disk.update((blocks.hashes[i], None) for i in fresh)
         self._events += [blocks.event(run[0], run[-1] + 1, DISK) for run in _runs(fresh)]
         while len(self._on_disk) > MAX_KNOWN_ON_DISK:
             del self._on_disk[next(iter(self._on_disk))]
 
-    def lost(self, hashes: Iterable[bytes]) -> None:
-        """These blocks could not be read from disk any more."""
+    def add_lost(self, hashes: Iterable[bytes]) -> None:
+        """These blocks could not be read from disk: they count as removed."""
         known = [block_hash for block_hash in hashes if block_hash in self._on_disk]
         for block_hash in known:
             del self._on_disk[block_hash]
@@ -126,11 +142,11 @@ class EventLog:
 
     # -- both --------------------------------------------------------------------------------------
 
-    def forget(self) -> None:
-        """Everything goes, though what is being read keeps its place for a while.
+    def add_all_removed(self) -> None:
+        """Announce that every block is removed; blocks that are being read keep their place for a while.
 
-        What was stored and never announced stays unsaid: vLLM announces first that its own cache is empty, and told of
-        blocks behind that, a router would take them for new.
+        Blocks that were stored and not announced yet are not announced at all. vLLM announces first that its own cache
+        is empty: a router that hears of stored blocks after that would take them for new ones.
         """
         self._events = [event for event in self._events if isinstance(event, BlockRemoved)]
         self._remove([block_hash for block_hash in self._hash_at.values() if block_hash not in self._unsent], POOL)

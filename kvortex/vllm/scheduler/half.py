@@ -1,34 +1,35 @@
-"""The scheduler half: knows what is cached and plans every save and load. Synchronous, microseconds a call."""
+"""The scheduler half: answers vLLM's scheduler and puts each step's plan together. Synchronous, microseconds a call."""
 
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-from numpy.typing import NDArray
 from vllm.v1.request import RequestStatus
 
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
-from kvortex.planes.control import ControlPlane, SavePlan
+from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
-from kvortex.types import BlockHash, BlockSizes, MissReason
+from kvortex.types import BlockSizes
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
 from kvortex.vllm.scheduler.admission import Admission
-from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
-from kvortex.vllm.scheduler.jobs import OpenJob, SavePart, TrackedRequest, group_parts
+from kvortex.vllm.scheduler.context import PlannerContext
+from kvortex.vllm.scheduler.events import EventLog
+from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
+from kvortex.vllm.scheduler.loads import LoadPlanner
+from kvortex.vllm.scheduler.requests import TrackedRequest, computing_requests, follow_block_tables
+from kvortex.vllm.scheduler.saves import SavePlanner
+from kvortex.vllm.scheduler.stale import StaleKV
 from kvortex.vllm.scheduler.tier_index import TierIndex, check_supported
-from kvortex.vllm.scheduler.tier_planner import NO_WRITE, TierPlanner
+from kvortex.vllm.scheduler.tier_planner import TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     drop_stale_hashes,
@@ -50,20 +51,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_STEPS: Final = 64
-"""Steps that are remembered until they are over; vLLM has two or three of them at a time."""
+"""Steps that are remembered until they are over. vLLM has two or three in flight at a time."""
 
 
 class SchedulerHalf:
-    """Plans over vLLM's own block hashes.
+    """Knows what is cached, by vLLM's own block hashes, and plans every save and load.
 
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
-        waits_for_hello: what the workers registered comes with their first step: nothing is planned before.
+        handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
 
     Raises:
-        ConfigError: a model that cannot be served, see `only_group` and `refuse_unserved`.
+        ConfigError: the model cannot be served, see `only_group` and `refuse_unserved`.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class SchedulerHalf:
         kv_cache_config: "KVCacheConfig",
         options: ConnectorOptions,
         *,
-        waits_for_hello: bool = False,
+        handshake_in_step: bool = False,
     ) -> None:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
@@ -83,31 +84,30 @@ class SchedulerHalf:
             num_lookahead_tokens(vllm_config),
         )
         transfer = vllm_config.kv_transfer_config
-        self._saves = transfer is None or transfer.is_kv_producer
-        self._loads = transfer is None or transfer.is_kv_consumer
+        self._may_save = transfer is None or transfer.is_kv_producer
+        self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._ready = not waits_for_hello
-        self._first_plan: int | None = None  # that computed anything since vLLM's own cache was last emptied
-        self._is_mixed = False  # vLLM's own cache may serve what older weights computed
+        self._ready = not handshake_in_step
+        self._stale = StaleKV()
         self._sizes = expected_sizes(kv_cache_config, options.engine.codec.name)
         self._control = ControlPlane.from_config(options.engine, options.engine.pool.bytes, self._sizes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
-        self._waiting_since_s: dict[str, float] = {}
-        self._jobs: dict[int, OpenJob] = {}
-        self._aborted: set[str] = set()
+        self._jobs = JobsInFlight[LoadInFlight | SaveInFlight](self._num_workers)
+        self._aborted: set[str] = set()  # requests that ended while they loaded
         self._job_ids = itertools.count()
         self._keys = BlockKeys(vllm_config.lora_config)
         self._plan_numbers = itertools.count()
         self._plan = self._next_plan()
-        self._gives_tokens: deque[bool] = deque(maxlen=MAX_STEPS)  # of each step that is not over
+        self._gives_tokens: deque[bool] = deque(maxlen=MAX_STEPS)  # whether each step in flight gives tokens
         self._stats = ConnectorStats()
         self.stats = EngineStats()
         events = vllm_config.kv_events_config
         self._events = EventLog(self._block_size) if events is not None and events.enable_kv_cache_events else None
         if self._events is not None:
-            self._control.on_removed = self._events.removed
+            self._control.on_removed = self._events.add_removed
+        self._make_planners()
         if hash_root_is_random(vllm_config.cache_config.prefix_caching_hash_algo):
             logger.warning(
                 "vLLM's block hashes start from a random root: they serve this process only. "
@@ -117,8 +117,25 @@ class SchedulerHalf:
     def _next_plan(self) -> ConnectorPlan:
         return ConnectorPlan(number=next(self._plan_numbers))
 
+    def _make_planners(self) -> None:
+        context = PlannerContext(
+            block_size=self._block_size,
+            sizes=self._sizes,
+            control=self._control,
+            tier=self._tier,
+            keys=self._keys,
+            jobs=self._jobs,
+            job_ids=self._job_ids,
+            stats=self._stats,
+            events=self._events,
+        )
+        self._loads = LoadPlanner(context, self._options, self._admission, self._tracked, self.stats)
+        self._saves = SavePlanner(context, save_decoded=self._options.save_decoded)
+
+    # -- set-up ------------------------------------------------------------------------------------
+
     def accept_handshake(self, handshakes: Sequence[WorkerHandshake]) -> None:
-        """Learn what the workers registered: how large their blocks are, how much their pools hold.
+        """Learn what the workers registered: how large their blocks are and how much their pools hold.
 
         Raises:
             ConfigError: workers disagree.
@@ -133,6 +150,7 @@ class SchedulerHalf:
         namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
         if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
+        self._make_planners()
         self._ready = True
         disk = f"disk at {self._options.engine.disk.path}" if self._tier is not None else "no disk"
         logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
@@ -152,24 +170,28 @@ class SchedulerHalf:
         except ConfigError as error:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None
-        number = partial(next, self._job_ids)
         return TierPlanner(
-            engine, self._control, self._sizes, index, self._num_workers, number, lambda: self._stats, self._events
+            engine, self._control, self._sizes, index, self._num_workers, self._job_ids, self._stats, self._events
         )
 
     # -- look-up and load --------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond those computed; None to be asked again; always asynchronous."""
+        """How many tokens can be loaded behind those that are computed, and whether that happens asynchronously.
+
+        None asks vLLM to leave the request in its queue, and to ask again.
+        """
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
         tracked.first = num_computed_tokens // self._block_size
         if request.status == RequestStatus.PREEMPTED:
-            tracked.block_ids = []  # a reset preempts without a word in any step's output
+            tracked.block_ids = []  # no step's output names the requests that a reset preempts
         if self._admission.must_let_pass(request, self._tracked.values()):
             self._admission.pass_over(request)
             return None, False
-        found = self._find(tracked, num_computed_tokens)
+        found: int | None = 0
+        if self._ready and self._may_load:
+            found = self._loads.look_up(tracked, num_computed_tokens, self._plan)
         if found is None:
             self._admission.pass_over(request)
             return None, False
@@ -177,204 +199,71 @@ class SchedulerHalf:
         logger.debug("request %s: %d blocks to load behind %d", request.request_id, found, tracked.first)
         return found * self._block_size, found > 0
 
-    def _find(self, tracked: TrackedRequest, num_computed_tokens: int) -> int | None:
-        """Blocks to load for a request; None while it is worth waiting for more."""
-        request = tracked.request
-        if not self._ready or not self._loads or tracked.computes or request.skip_reading_prefix_cache:
-            return 0
-        keys = self._keys.of(request, slice(tracked.first, None))
-        # Behind a hit of vLLM's own, a single block is computed sooner than it is loaded.
-        least = max(self._options.min_hit_blocks, 2 if num_computed_tokens else 1)
-        if len(keys) < least:
-            return 0
-        found = self._control.index.prefix_length(keys)
-        if found < len(keys) and (
-            self._wait_for_block(request.request_id, keys[found])
-            or self._begin_fetch(request, tracked.first + found, keys[found:])
-        ):
-            return None
-        if found < least or not self._admission.may_load(request, self._tracked.values()):
-            return 0
-        return found
-
-    def _begin_fetch(self, request: "Request", number: int, keys: Sequence[BlockHash]) -> bool:
-        """Have the workers bring the next blocks of a request from the lower tier; False where there are none."""
-        job = self._tier.plan_fetch(request, number, keys) if self._tier is not None else None
-        if job is not None:
-            self._plan.fetches.append(job)
-        return job is not None
-
-    def _wait_for_block(self, request_id: str, key: BlockHash) -> bool:
-        """Begin, or go on, to wait for a block that is on its way into the pool; False if it is not worth it."""
-        if self._tier is not None and self._tier.is_arriving(key):
-            return True
-        # Its save is under way: some milliseconds now spare computing it. Bounded, as a save may fail.
-        if self._control.index.miss_reason(key) is not MissReason.PENDING:
-            self._waiting_since_s.pop(request_id, None)
-            return False
-        now_s = time.monotonic()
-        since_s = self._waiting_since_s.setdefault(request_id, now_s)
-        return now_s - since_s < self._options.pending_wait_s
-
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """Pin what was promised and plan its load into the blocks just allocated."""
+        """Pin the blocks that were promised, and plan their load into the device blocks that were just allocated."""
         block_ids = list(blocks.get_block_ids()[0])
         if not block_ids:
-            return  # how an older MultiConnector says that another one loads; see `allocated_for_others`
+            return  # an older MultiConnector says so that another connector loads; see `allocated_for_others`
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
-        self._waiting_since_s.pop(request.request_id, None)
+        self._loads.end_wait(request.request_id)
         self._admission.settle(request.request_id)
         tracked.block_ids = block_ids
         drop_stale_hashes(request, self._block_size)
         if num_external_tokens:
-            self._plan_load(tracked, num_external_tokens // self._block_size)
+            self._loads.plan_load(tracked, num_external_tokens // self._block_size, self._plan)
         elif tracked.loading is None:
-            self._count_misses(request)
+            self._loads.count_misses(request)
 
     def allocated_for_others(self, request: "Request", blocks: "KVCacheBlocks") -> None:
-        """A request got blocks that another connector loads into, or this one: what they held must have been read."""
+        """A request got device blocks into which some connector loads: saves must have read what they held before."""
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.block_ids = list(blocks.get_block_ids()[0])
         self._plan.fresh_block_ids.update(tracked.block_ids[tracked.first :])
 
-    def _plan_load(self, tracked: TrackedRequest, count: int) -> None:
-        # By their place in the request: behind them there may be more, for drafts.
-        wanted = slice(tracked.first, tracked.first + count)
-        block_ids = np.array(tracked.block_ids[wanted], dtype=np.int32)
-        keys = self._keys.of(tracked.request, wanted)
-        plan = self._control.plan_load(pack_keys(keys), block_ids)
-        job_id = next(self._job_ids)
-        missing = np.delete(block_ids, plan.positions)
-        request_id = tracked.request.request_id
-        self._plan.loads.append(LoadJob(job_id, request_id, plan.transfer, tuple(missing.tolist())))
-        self._plan.fresh_block_ids.update(block_ids.tolist())
-        self._jobs[job_id] = OpenJob(plan, time.perf_counter(), request_id)
-        tracked.loading = job_id
-        self._begin(tracked)
-
-    def _begin(self, tracked: TrackedRequest) -> None:
-        if tracked.first_plan is None:
-            tracked.first_plan = self._plan.number
-
-    def _count_misses(self, request: "Request") -> None:
-        first = request.num_computed_tokens // self._block_size
-        keys = self._keys.of(request, slice(first, None))
-        found = self._control.index.prefix_length(keys)
-        if found < len(keys):
-            self._stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
-
-    # -- save --------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ConnectorPlan:
-        """This step's jobs: loads planned since the last one, and saves of the blocks that it completes."""
-        self._follow_tables(scheduler_output)
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        parts: list[SavePart] = []
-        as_is: list[SavePart] = []
-        gives_tokens = False
-        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
-                continue
-            request = tracked.request
-            gives_tokens |= request.num_computed_tokens + num_tokens >= request.num_tokens
-            self._begin(tracked)
-            if self._ready and self._saves and not tracked.has_stale_kv:
-                full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(request_id, ())))
-                if tracked.too_lossy:
-                    as_is += self._parts_as_is(tracked, full)
-                if full > tracked.num_planned:
-                    parts.append(self._part(tracked, slice(tracked.num_planned, full)))
-                    tracked.num_planned = full
-        for group in group_parts(parts):
-            self._plan_save(group)
-        for group in group_parts(as_is):
-            self._plan_save(group, as_is=True)
-        if scheduler_output.num_scheduled_tokens and self._first_plan is None:
-            self._first_plan = self._plan.number
-        self._gives_tokens.append(gives_tokens)
-        plan, self._plan = self._plan, self._next_plan()
+        """This step's jobs: loads planned since the last step, and saves of the blocks that this one completes."""
+        plan = self._plan
+        plan.fresh_block_ids |= follow_block_tables(self._tracked, scheduler_output, self._block_size)
+        computing = computing_requests(self._tracked, scheduler_output)
+        for tracked, _ in computing:
+            tracked.has_kv_from(plan.number)
+        if self._ready and self._may_save:
+            self._saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, plan)
+        if scheduler_output.num_scheduled_tokens:
+            self._stale.step_computes(plan.number)
+        self._gives_tokens.append(any(tracked.gives_token_after(num_tokens) for tracked, num_tokens in computing))
+        self._plan = self._next_plan()
         return plan
-
-    def _follow_tables(self, scheduler_output: "SchedulerOutput") -> None:
-        fresh = self._plan.fresh_block_ids
-        for request_id in scheduler_output.preempted_req_ids or ():
-            if (tracked := self._tracked.get(request_id)) is not None:
-                tracked.block_ids = []
-        for new in scheduler_output.scheduled_new_reqs:
-            if (tracked := self._tracked.get(new.req_id)) is not None:
-                tracked.block_ids = list(new.block_ids[0])
-            fresh.update(new.block_ids[0][new.num_computed_tokens // self._block_size :])
-        cached = scheduler_output.scheduled_cached_reqs
-        for request_id, block_ids, num_computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if block_ids is None:
-                continue
-            resumed = request_id in cached.resumed_req_ids
-            fresh.update(block_ids[0][num_computed // self._block_size :] if resumed else block_ids[0])
-            if (tracked := self._tracked.get(request_id)) is not None:
-                tracked.block_ids = list(block_ids[0]) if resumed else tracked.block_ids + list(block_ids[0])
-
-    def _num_full_blocks(self, tracked: TrackedRequest, num_tokens: int) -> int:
-        request = tracked.request
-        computed = request.num_computed_tokens + num_tokens
-        if not self._options.save_decoded:
-            computed = min(computed, request.num_prompt_tokens)
-        return int(min(computed // self._block_size, len(request.block_hashes), len(tracked.block_ids)))
-
-    def _parts_as_is(self, tracked: TrackedRequest, full: int) -> list[SavePart]:
-        # A request that was preempted meanwhile has not got all of its blocks again.
-        numbers = [number for number in sorted(tracked.too_lossy) if number < full]
-        tracked.too_lossy.clear()
-        return [self._part(tracked, slice(number, number + 1)) for number in numbers]
-
-    def _part(self, tracked: TrackedRequest, blocks: slice) -> SavePart:
-        event = PlannedBlocks.of(tracked.request, blocks, self._block_size) if self._events is not None else None
-        return SavePart(tracked, blocks, self._keys.of(tracked.request, blocks), event)
-
-    def _plan_save(self, parts: list[SavePart], *, as_is: bool = False) -> None:
-        keys = [key for part in parts for key in part.keys]
-        block_ids = np.array([n for part in parts for n in part.tracked.block_ids[part.blocks]], dtype=np.int32)
-        plan = self._control.plan_save(pack_keys(keys), block_ids, "save", as_is=as_is)
-        if not plan.transfer.num_blocks:
-            return
-        job_id = next(self._job_ids)
-        job = self._jobs[job_id] = OpenJob(plan, time.perf_counter(), as_is=as_is, parts=parts)
-        keys_to_write = b""
-        if self._tier is not None:
-            positions = plan.positions.tolist()
-            told = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.keys))]
-            keys_to_write, job.write_id = self._tier.plan_write(
-                [keys[position] for position in positions], [told[position] for position in positions if told]
-            )
-        self._plan.saves.append(SaveJob(job_id, plan.transfer, keys_to_write, job.write_id))
-        logger.debug("job %d saves %d of %d blocks", job_id, plan.transfer.num_blocks, len(keys))
 
     # -- outcomes ----------------------------------------------------------------------------------
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """Take in what the workers report; rewrites the output for requests that were aborted while loading."""
+        """Take in what the workers report; rewrites the output for requests that were aborted while they loaded."""
         reports = reports_in(connector_output)
         self.accept_handshake([report for report in reports if isinstance(report, WorkerHandshake)])
         if changes := [report.last_plan for report in reports if isinstance(report, WeightsChanged)]:
-            last_plan = max(changes)
-            self._is_mixed |= self._first_plan is not None and self._first_plan <= last_plan
-            self._forget_weights(last_plan)
-        for outcome in reports:
-            if isinstance(outcome, PoolShrunk):
-                self._shrink(outcome.pool_bytes)
-            if not isinstance(outcome, JobOutcome):
-                continue
-            if self._tier is not None and self._tier.report(outcome):
-                continue
-            job = self._jobs[outcome.job_id]
-            job.add(outcome)
-            if job.reports == self._num_workers:
-                del self._jobs[outcome.job_id]
-                self._finish(job)
+            self._stale.weights_changed(max(changes), self._tracked.values())
+            self._drop_stale()
+        for report in reports:
+            if isinstance(report, PoolShrunk):
+                self._shrink(report.pool_bytes)
+            elif isinstance(report, JobOutcome):
+                self._take_outcome(report)
         report_aborted_loads(connector_output, self._aborted)
+
+    def _take_outcome(self, outcome: JobOutcome) -> None:
+        if self._tier is not None and self._tier.take_outcome(outcome):
+            return
+        job = self._jobs.report(outcome)
+        if self._jobs.is_reported(job):
+            self._jobs.end(job)
+            if isinstance(job, SaveInFlight):
+                self._saves.finish(job)
+            else:
+                self._loads.finish(job)
 
     def _shrink(self, pool_bytes: int) -> None:
         allocator = self._control.allocator
@@ -387,67 +276,15 @@ class SchedulerHalf:
         num_blocks = capacity_bytes // self._sizes.packed
         return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_blocks * self._block_size} tokens"
 
-    def _finish(self, job: OpenJob) -> None:
-        count = job.plan.transfer.num_blocks
-        succeeded = np.ones(count, dtype=np.bool_)
-        succeeded[list(job.failed)] = False
-        if isinstance(job.plan, SavePlan):
-            self._finish_save(job, job.plan, succeeded)
-        else:
-            intact = np.ones(count, dtype=np.bool_)
-            intact[list(job.corrupt)] = False
-            self._finish_load(job, self._control.finish_load(job.plan, intact, succeeded))
-
-    def _finish_save(self, job: OpenJob, plan: SavePlan, succeeded: NDArray[np.bool_]) -> None:
-        count = len(succeeded)
-        lossy = np.zeros(count, dtype=np.bool_)
-        lossy[list(job.too_lossy)] = True
-        self._control.finish_save(plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
-        if self._tier is not None and job.write_id != NO_WRITE:
-            self._tier.saved(job.write_id, succeeded)
-        if job.as_is:
-            self._stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
-        self._stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), self._sizes.raw)
-        if job.is_forgotten:  # requests that have nothing to do with what was forgotten go on, and save again
-            for part in job.parts:
-                part.tracked.num_planned = min(part.tracked.num_planned, part.blocks.start)
-        if job.too_lossy or self._events is not None:
-            self._report_to_parts(job, plan, succeeded, lossy)
-
-    def _report_to_parts(
-        self, job: OpenJob, plan: SavePlan, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]
-    ) -> None:
-        positions, start = plan.positions, 0
-        for part in job.parts:
-            mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))
-            numbers = positions[mine] - start
-            part.tracked.too_lossy.update((part.blocks.start + numbers[lossy[mine]]).tolist())
-            self._publish(part, numbers[succeeded[mine]], plan.transfer.offsets[mine][succeeded[mine]])
-            start += len(part.keys)
-
-    def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
-        if self._events is not None and part.event is not None:
-            # A block that a reset has overtaken has come and gone: nothing is at its offset.
-            seen = self._control.allocator.holds(offsets)
-            self._events.stored(part.event, numbers[seen].tolist(), offsets[seen].tolist())
-
     def take_events(self) -> Iterable["KVCacheEvent"]:
         """KV events since the last call; none unless vLLM publishes them."""
         return self._events.take() if self._events is not None else ()
 
-    def _finish_load(self, job: OpenJob, outcomes: Sequence[MissReason | None]) -> None:
-        tracked = self._tracked.get(job.request_id)
-        if tracked is not None:
-            tracked.loading = None
-            tracked.computes = any(outcome is not None for outcome in outcomes)
-        self.stats.record_outcomes(outcomes)
-        self._stats.count_load(outcomes, self._sizes.raw, time.perf_counter() - job.started_s)
-
     # -- ends --------------------------------------------------------------------------------------
 
     def request_finished(self, request: "Request") -> bool:
-        """Forget a request; True if its blocks must be held because a load is still writing them."""
-        self._waiting_since_s.pop(request.request_id, None)
+        """Forget a request; returns True if its device blocks must be held, because a load still writes into them."""
+        self._loads.end_wait(request.request_id)
         self._admission.settle(request.request_id)
         if self._tier is not None:
             self._tier.forget_request(request.request_id)
@@ -457,56 +294,52 @@ class SchedulerHalf:
         used = self._keys.of(request, slice(tracked.num_planned))
         self._control.touch(pack_keys(used))
         if self._tier is not None:
-            self._plan.used_keys += self._tier.used(used)
+            self._plan.used_keys += self._tier.keys_to_touch(used)
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)
         return HOLD_ABORTED_LOADS
 
-    def _forget_weights(self, last_plan: int) -> None:
-        """The weights are others: nothing that is stored is served, nothing computed up to that plan is stored."""
+    def _drop_stale(self) -> None:
+        """The weights have changed: drop all that is stored, and what the saves in flight store."""
         self._keys.forget_adapters()
-        for tracked in self._tracked.values():
-            tracked.has_stale_kv |= tracked.first_plan is not None and tracked.first_plan <= last_plan
-            tracked.num_planned = 0
-        for job in self._jobs.values():
-            job.is_forgotten = True
+        for job in self._jobs:
+            if isinstance(job, SaveInFlight):
+                job.is_stale = True
         self.reset_cache()
 
     def vllm_was_reset(self) -> None:
-        """vLLM has emptied its own prefix cache: until now it may have served what old weights computed."""
-        self._plan.looks_at_weights = True
-        if self._is_mixed:
-            self._forget_weights(self._plan.number)
-        self._is_mixed = False
-        self._first_plan = None
+        """vLLM has emptied its own prefix cache, which one does when weights change: have the workers compare them."""
+        self._plan.compare_weights = True
+        if self._stale.vllm_was_reset():
+            self._stale.mark(self._plan.number, self._tracked.values())
+            self._drop_stale()
 
     def reset_cache(self) -> bool:
-        """Forget every cached block, those of the lower tier too; jobs under way end as usual."""
+        """Drop every cached block, those of the lower tier too; jobs in flight end as usual."""
         if self._events is not None:
-            self._events.forget()
+            self._events.add_all_removed()
         self._control.clear()
         if self._tier is not None:
             self._tier.forget_all()
         return True
 
     def has_work(self) -> bool:
-        """Jobs are under way, whose end the workers report with a step."""
+        """True while jobs are in flight: the workers report their ends with a step."""
         return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
 
     def take_stats(self) -> ConnectorStats | None:
-        """Figures since they were last taken; None if there are none. Asked for once a step, as it is taken in.
+        """Counters since they were last taken; None if there are none. vLLM asks once a step, when the step is over.
 
-        vLLM 0.23's offline engine drops those of a step without tokens, so they wait for a later one.
+        vLLM 0.23's offline engine drops the counters of a step without tokens, so they are kept for a later one.
         """
         are_kept = self._gives_tokens.popleft() if self._gives_tokens else True
         if self._stats.is_empty() or (self._tracked and not are_kept):
             return None
-        taken, self._stats = self._stats, ConnectorStats()
-        return taken
+        return self._stats.take()
 
     def shutdown(self) -> None:
-        """Forget everything, but for what the lower tier keeps; idempotent."""
+        """Drop everything but what the lower tier keeps; idempotent."""
         self._control.clear()
         if self._tier is not None:
             self._tier.close()

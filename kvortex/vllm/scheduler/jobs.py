@@ -1,36 +1,60 @@
-"""What the scheduler half remembers: requests, and the jobs that are under way for them."""
+"""Jobs in flight: what the scheduler half remembers of each job until every worker has reported it.
 
-from collections.abc import Iterable, Iterator
+A job has one class on each side. The scheduler half sends plain data in a step's `ConnectorPlan` and keeps the plan
+behind it here; each worker keeps its part of the job (`RankJob`); a `JobOutcome` of each worker comes back.
+
+    scheduler half          sent as           every worker                       ended: every worker has reported
+    ----------------------  ----------------  ---------------------------------  --------------------------------------
+    LoadInFlight            LoadJob           pool -> paged cache, then checks   the request computes what is missing
+    SaveInFlight            SaveJob           paged cache -> pool                its blocks are visible, or dropped
+     └> WriteInFlight       SaveJob.write_id  pool -> lower tier, after the      the tier has the blocks; the pool may
+                                              save                               evict them again
+    FetchInFlight           FetchJob          lower tier -> pool                 its blocks are visible, or dropped
+
+    states of a job:  planned -> sent with a step's plan -> in flight -> reported by all workers -> ended
+
+A job that fails, or that is cancelled at shutdown, is reported too: with the positions of the blocks that failed.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Generic, TypeVar
 
-from kvortex.planes.control import LoadPlan, SavePlan
+from kvortex.planes.control import FetchPlan, HeldBlocks, LoadPlan, SavePlan
 from kvortex.types import BlockHash
-from kvortex.vllm.plans import JobOutcome
+from kvortex.vllm.plans import NO_WRITE, JobOutcome
 from kvortex.vllm.scheduler.events import PlannedBlocks
-from kvortex.vllm.scheduler.tier_planner import NO_WRITE
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
-
-MIN_SAVE_BLOCKS: Final = 64
-"""A step's smaller saves are put together up to this many blocks: a job costs here and in the workers what it costs
-however small it is, and a step of decoding may complete a block of every request. Larger ones gain nothing by it."""
+from kvortex.vllm.scheduler.requests import TrackedRequest
 
 
-@dataclass
-class TrackedRequest:
-    """One request, from its first allocation to its end."""
+@dataclass(kw_only=True)
+class JobInFlight:
+    """A job that the workers carry out, with the outcomes that have come so far.
 
-    request: "Request"
-    block_ids: list[int] = field(default_factory=list)
-    first: int = 0  # block behind those that vLLM found in its own cache, when it last asked
-    num_planned: int = 0  # leading blocks that were saved, or found saved
-    too_lossy: set[int] = field(default_factory=set)  # blocks that have to be saved as they are
-    loading: int | None = None  # its load job
-    computes: bool = False  # a load failed: it is not offered again
-    first_plan: int | None = None  # number of the first plan that computes or loads its KV
-    has_stale_kv: bool = False  # computed with weights that are others now: none of it is saved
+    `failed`, `corrupt` and `too_lossy` are positions in the job's transfer, of all workers together.
+    """
+
+    job_id: int
+    num_reports: int = 0
+    failed: set[int] = field(default_factory=set)
+    corrupt: set[int] = field(default_factory=set)
+    too_lossy: set[int] = field(default_factory=set)
+
+    def add(self, outcome: JobOutcome) -> None:
+        """Take in one worker's outcome."""
+        self.num_reports += 1
+        self.failed.update(outcome.failed)
+        self.corrupt.update(outcome.corrupt)
+        self.too_lossy.update(outcome.too_lossy)
+
+
+@dataclass(kw_only=True)
+class LoadInFlight(JobInFlight):
+    """Blocks of one request on their way from the pool; `started_s` is a time of `time.perf_counter`."""
+
+    plan: LoadPlan
+    request_id: str
+    started_s: float
 
 
 @dataclass(slots=True)
@@ -40,42 +64,81 @@ class SavePart:
     tracked: TrackedRequest
     blocks: slice  # of the request
     keys: list[BlockHash]
-    event: PlannedBlocks | None
+    event: PlannedBlocks | None  # None where vLLM publishes no events
 
 
-@dataclass
-class OpenJob:
-    """A job that is under way in the workers."""
+@dataclass(kw_only=True)
+class SaveInFlight(JobInFlight):
+    """Blocks of one request or more on their way to the pool."""
 
-    plan: SavePlan | LoadPlan
+    plan: SavePlan
+    parts: list[SavePart]  # in the order of the save's keys
+    as_is: bool = False  # stored raw, because packing would lose too much
+    is_stale: bool = False  # weights have changed since it was planned: its blocks have been dropped
+    write_id: int = NO_WRITE  # the write to the lower tier that follows it
+
+
+@dataclass(kw_only=True)
+class WriteInFlight(JobInFlight):
+    """Blocks of a save on their way to the lower tier; `held` in the pool from the end of the save."""
+
+    hashes: list[bytes]
+    keys: list[bytes]
+    event_of: Sequence[tuple[PlannedBlocks, int]] = ()  # the event of each block and its number there
+    held: HeldBlocks | None = None
+
+
+@dataclass(kw_only=True)
+class FetchInFlight(JobInFlight):
+    """Blocks on their way from the lower tier; `started_s` is a time of `time.perf_counter`."""
+
+    plan: FetchPlan
+    hashes: list[bytes]
+    keys: list[bytes]
     started_s: float
-    request_id: str = ""  # of a load
-    reports: int = 0
-    failed: set[int] = field(default_factory=set)
-    corrupt: set[int] = field(default_factory=set)
-    too_lossy: set[int] = field(default_factory=set)
-    as_is: bool = False  # of a save: packing would have lost too much of these
-    parts: list[SavePart] = field(default_factory=list)  # of a save: its call, in order
-    is_forgotten: bool = False  # whatever comes of it is not kept
-    write_id: int = NO_WRITE  # of a save: the write to the lower tier that follows it
-
-    def add(self, outcome: JobOutcome) -> None:
-        """Take in what one worker says."""
-        self.reports += 1
-        self.failed.update(outcome.failed)
-        self.corrupt.update(outcome.corrupt)
-        self.too_lossy.update(outcome.too_lossy)
+    event: PlannedBlocks | None = None
 
 
-def group_parts(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
-    """Parts that are saved as one, in order."""
-    group: list[SavePart] = []
-    count = 0
-    for part in parts:
-        group.append(part)
-        count += len(part.keys)
-        if count >= MIN_SAVE_BLOCKS:
-            yield group
-            group, count = [], 0
-    if group:
-        yield group
+AnyJob = TypeVar("AnyJob", bound=JobInFlight)
+
+
+class JobsInFlight(Generic[AnyJob]):
+    """The jobs that are not over yet, by number.
+
+    Args:
+        num_workers: workers that report each job.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._jobs: dict[int, AnyJob] = {}
+
+    def __contains__(self, job_id: int) -> bool:
+        return job_id in self._jobs
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[AnyJob]:
+        return iter(self._jobs.values())
+
+    def __getitem__(self, job_id: int) -> AnyJob:
+        return self._jobs[job_id]
+
+    def add(self, job: AnyJob) -> None:
+        """A job is planned."""
+        self._jobs[job.job_id] = job
+
+    def report(self, outcome: JobOutcome) -> AnyJob:
+        """Take in one worker's outcome, and return the job that it belongs to."""
+        job = self._jobs[outcome.job_id]
+        job.add(outcome)
+        return job
+
+    def is_reported(self, job: AnyJob) -> bool:
+        """True once every worker has reported the job."""
+        return job.num_reports == self._num_workers
+
+    def end(self, job: AnyJob) -> None:
+        """A job is over."""
+        del self._jobs[job.job_id]

@@ -1,4 +1,4 @@
-"""What the scheduler half knows of the lower tier."""
+"""The scheduler half's view of the lower tier: which blocks it has."""
 
 import asyncio
 import contextlib
@@ -17,16 +17,16 @@ from kvortex.vllm.epoch import in_epoch, new_epoch
 
 Value = TypeVar("Value")
 
-SCAN_WAIT_S = 0.5  # a small store is known when the server starts, a large one becomes so while it serves
+SCAN_WAIT_S = 0.5  # enough to scan a small store before the server starts; a large one is scanned while it serves
 REMEMBERED_KEYS = 1 << 20  # some 100 bytes each
-LOST_S = 60.0  # what could not be read may have been in the way of a device that hung: it is tried again
+LOST_S = 60.0  # a block that could not be read is tried again after this time: perhaps only the device hung
 
 
 def check_supported(config: KVortexConfig) -> None:
-    """Refuse what the connector does not do with a lower tier.
+    """Refuse settings of the lower tier that the connector does not support.
 
     Raises:
-        ConfigError: another inclusion or admission than the default.
+        ConfigError: inclusion or admission is not the default.
     """
     tier = config.tier
     for name, value, only in (("inclusion", tier.inclusion, "inclusive"), ("admission", tier.admission, "always")):
@@ -34,8 +34,8 @@ def check_supported(config: KVortexConfig) -> None:
             raise ConfigError(f"in vLLM tier.{name} can be {only!r} only, not {value!r}")
 
 
-class Memory(Generic[Value]):
-    """The last keys that were added, up to `REMEMBERED_KEYS`, with what is known of them."""
+class BoundedMap(Generic[Value]):
+    """The last `REMEMBERED_KEYS` keys that were added, with a value each."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Value] = {}
@@ -60,11 +60,14 @@ class Memory(Generic[Value]):
 
 
 class TierIndex:
-    """Which blocks the lower tier has, as the scheduler half knows: the first rank's, all ranks write the same blocks.
+    """Which blocks the lower tier has. It looks at those of the first rank; all ranks write the same blocks.
 
     Args:
-        config: names the tier.
-        namespace: what the first rank's blocks belong to.
+        config: the settings of the tier.
+        namespace: of the first rank's blocks.
+
+    Raises:
+        ConfigError: the tier cannot be opened, or none is configured.
     """
 
     def __init__(self, config: KVortexConfig, namespace: Namespace) -> None:
@@ -75,9 +78,9 @@ class TierIndex:
         self._packs = namespace.codec != RAW
         self._timeout_s = config.tier.timeout_s
         self._epoch = b""
-        # By this server's workers, and whether packed; the tier's own index knows of it after its next scan.
-        self._written: Memory[bool] = Memory()
-        self._lost: Memory[float] = Memory()  # until when
+        # Key -> packed, for blocks that the workers have written; the tier's own index has them after its next scan.
+        self._written: BoundedMap[bool] = BoundedMap()
+        self._lost: BoundedMap[float] = BoundedMap()  # key -> time until which it is not asked for
         self._thread: LoopThread | None = LoopThread()
         try:
             self._thread.run(self._open())
@@ -95,17 +98,17 @@ class TierIndex:
             await asyncio.wait_for(self._tier.scanned(), SCAN_WAIT_S)
 
     def keys_of(self, hashes: Sequence[bytes]) -> list[bytes]:
-        """Under which keys the workers keep these blocks."""
+        """The tier's keys of these blocks, 32 bytes each."""
         return [in_epoch(block_hash, self._epoch) for block_hash in hashes]
 
     def forget_all(self) -> None:
-        """What is there belongs to other weights from now on: it is not asked for again."""
+        """The weights have changed: no block that the tier has now is found again."""
         self._epoch = new_epoch()
         self._written.clear()
         self._lost.clear()
 
     def known_prefix(self, keys: Sequence[bytes]) -> list[bool]:
-        """For the leading keys that are known to be there, whether the blocks rest packed."""
+        """For the leading keys that the tier is known to have: True for each whose block is stored packed."""
         run: list[bool] = []
         now_s = time.monotonic()
         stored = self._tier.lookup(keys)
@@ -117,13 +120,13 @@ class TierIndex:
             run.append(self._packs and (bool(nbytes) if nbytes or nbytes_as_is else bool(written)))
         return run
 
-    def written(self, keys: Sequence[bytes], packed: bool) -> None:
-        """The workers have written these blocks, packed or as they are."""
+    def add_written(self, keys: Sequence[bytes], packed: bool) -> None:
+        """The workers have written these blocks, packed or raw."""
         self._written.add(keys, packed)
         self._lost.discard(keys)
 
-    def lost(self, keys: Sequence[bytes]) -> None:
-        """The workers could not read these blocks: they are not asked for again for a while."""
+    def add_lost(self, keys: Sequence[bytes]) -> None:
+        """The workers could not read these blocks: do not ask for them again for `LOST_S` seconds."""
         self._written.discard(keys)
         self._lost.add(keys, time.monotonic() + LOST_S)
 

@@ -1,1 +1,1 @@
-"""The data plane in vLLM's workers: pools, transfers, and what a rank sees of its model."""
+"""The data plane in vLLM's workers: pools, transfers, and the watch over the model's weights."""

@@ -1,45 +1,31 @@
-"""The worker half: moves the blocks of one rank on a loop and thread of its own; never blocks a forward."""
+"""The worker half: registers the paged cache of one rank, and starts the jobs of each step without blocking it."""
 
-import asyncio
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvortex.codecs import RAW, block_sizes, packing_for
-from kvortex.cuda.driver import Event
-from kvortex.errors import EngineStateError, KVortexError
+from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import LoopThread
-from kvortex.sched import TransferRequest
-from kvortex.tiering.keys import split_joined
-from kvortex.types import BlockSizes, TransferPlan
+from kvortex.types import BlockSizes
 from kvortex.vllm.identity.identity import identity_of
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import block_dims, only_group
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import (
-    ConnectorPlan,
-    FetchJob,
-    JobOutcome,
-    LoadJob,
-    PoolShrunk,
-    SaveJob,
-    WeightsChanged,
-    WorkerHandshake,
-)
-from kvortex.vllm.versions import Report, WorkerReports
+from kvortex.vllm.plans import ConnectorPlan, PoolShrunk, WeightsChanged, WorkerHandshake
+from kvortex.vllm.versions import WorkerReports
+from kvortex.vllm.worker.jobs import JobRunner, RankJob
 from kvortex.vllm.worker.places import Places, largest
 from kvortex.vllm.worker.ranks import Peers, PoolShare, check_memory_of_all
+from kvortex.vllm.worker.reports import ReportBox
 from kvortex.vllm.worker.tier_mover import TierMover
 
 if TYPE_CHECKING:
@@ -49,51 +35,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_READ_WAIT_S: Final = 30.0
-"""How long a step waits for saves that still have to read blocks which it will write. A device that takes longer is
-stuck: the step goes on, and what those saves read is thrown away."""
-
-
-@dataclass
-class _UnreadSave:
-    """A save whose blocks may not have been read yet."""
-
-    block_ids: frozenset[int]
-    read: threading.Event = field(default_factory=threading.Event)
-    overwritten: bool = False  # before it had read them
-
-
-@dataclass(frozen=True, eq=False)
-class _RankPart:
-    """This rank's part of a job; `positions` are its blocks' in the job's transfer."""
-
-    job: SaveJob | LoadJob
-    transfer: TransferPlan
-    positions: NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class _EndedJob:
-    """What the loop's thread tells the worker's."""
-
-    outcome: JobOutcome
-    job: SaveJob | LoadJob | FetchJob
+"""How long a step waits for saves that have not read the blocks that it will overwrite. A device that takes longer is
+stuck: then the step goes on, and these saves fail."""
 
 
 class WorkerHalf:
     """Carries out the jobs of each step.
 
-    A save is ordered behind the step's forward by an event, and then runs beside the next ones: full blocks are
-    not written again while their request holds them. Only when a block is given to somebody else before it has
-    been read does the next step wait for that one save.
+    An event orders a save behind the forward of its step. Then the save runs beside the next steps, because nothing
+    writes a full block again while its request holds it. A step waits for a save in one case only: if it gives a block
+    of this save to another request before the save has read it.
 
-    Digests stay with the workers: each rank compares what it loads with what it saved, or what its group saved.
+    Digests stay with the workers: each rank compares what it loads with what it, or its group, has saved.
 
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's.
-        peers: the other workers of the engine that this one has to agree with.
-        says_hello: report the handshake with the first step: nobody asks for it.
+        peers: the other workers of the engine, with which this one has to agree; None if there are none.
+        handshake_in_step: True where vLLM does not ask for the handshake: then it is reported with the first step.
     """
 
     def __init__(
@@ -103,7 +63,7 @@ class WorkerHalf:
         options: ConnectorOptions,
         peers: Peers | None = None,
         *,
-        says_hello: bool = False,
+        handshake_in_step: bool = False,
     ) -> None:
         self._vllm_config = vllm_config
         self._kv_group = only_group(kv_cache_config)
@@ -112,27 +72,27 @@ class WorkerHalf:
         self._block_size = int(self._kv_group.kv_cache_spec.block_size)
         self._options = options
         self._peers = peers or Peers()
-        self._says_hello = says_hello
+        self._handshake_in_step = handshake_in_step
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
         self._mover: TierMover | None = None
+        self._jobs: JobRunner | None = None
         self._share = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
         self._places = Places(1, BlockSizes(1, 1), BlockSizes(1, 1))
         self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
-        self._unread: deque[_UnreadSave] = deque()
-        self._ended: deque[_EndedJob | PoolShrunk] = deque()
-        self._reports: list[Report] = []
-        self._failed_block_ids: set[int] = set()
-        self._pauses_told = 0
-        self._tasks: set[asyncio.Task[None]] = set()  # that touch the paged cache; on the loop's thread
-        self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier; likewise
+        self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
+        self._reports = ReportBox()
+        self._pauses_counted = 0
 
     # -- start and end -----------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Take the paged cache over: layout, pool, self-test.
+        """Register the paged cache: derive its layout, allocate the pool, run the self-test.
+
+        Args:
+            kv_caches: the cache tensor of each layer, by the layer's name.
 
         Raises:
             ConfigError, LayoutError, DeviceError, OutOfPoolMemoryError: see `DataPlane`; vLLM does not start then.
@@ -159,8 +119,9 @@ class WorkerHalf:
         self._share = share
         if self._options.engine.disk.path:
             self._open_mover(self._data, thread)
-        if self._says_hello:
-            self._reports.append(self._hello(self._data))
+        self._jobs = JobRunner(self._data, thread.loop, share, self._places, self._mover, self._reports)
+        if self._handshake_in_step:
+            self._reports.add(self._make_handshake(self._data))
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
         logger.debug(
             "rank %d serves %s, %d bytes of pinned memory%s",
@@ -171,27 +132,27 @@ class WorkerHalf:
         )
 
     def _pinning_stopped(self, pinned_bytes: int) -> None:
-        self._ended.append(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
+        self._reports.shrink_pool(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
 
     def _make_share(self, layout: KVLayout) -> PoolShare:
         config = self._options.engine
         own = block_sizes(layout, packing_for(layout, config.codec.name))
         if config.codec.name != RAW and not own.packs and self._rank == 0:
             logger.warning(
-                "codec %r does not take a cache of %s: blocks rest as they are", config.codec.name, layout.dtypes
+                "codec %r does not take a cache of %s: blocks are stored raw", config.codec.name, layout.dtypes
             )
         stages = self._peers.stages
         planned = largest(stages.exchange(own)) if stages is not None else own
         self._places = Places(config.pool.pin_piece_bytes, planned, own)
         check_memory_of_all(self._peers, config.pool.bytes, self._num_pools_here())
         config = self._places.config(config)
-        if self._peers.equals is None:
+        if self._peers.replicas is None:
             return PoolShare.own(config, own)
-        return PoolShare.of_group(self._peers.equals, config, layout, own)
+        return PoolShare.of_group(self._peers.replicas, config, layout, own)
 
     def _num_pools_here(self) -> int:
         parallel = self._vllm_config.parallel_config
-        sharing = self._peers.equals.size if self._peers.equals is not None else 1
+        sharing = self._peers.replicas.size if self._peers.replicas is not None else 1
         ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
         return max(ranks // sharing // int(getattr(parallel, "nnodes", 1)), 1)
 
@@ -203,9 +164,9 @@ class WorkerHalf:
 
     def handshake(self) -> WorkerHandshake | None:
         """What was registered, for the scheduler half; None where it comes with the first step."""
-        return None if self._data is None or self._says_hello else self._hello(self._data)
+        return None if self._data is None or self._handshake_in_step else self._make_handshake(self._data)
 
-    def _hello(self, data: DataPlane) -> WorkerHandshake:
+    def _make_handshake(self, data: DataPlane) -> WorkerHandshake:
         layout = data.layout
         return WorkerHandshake(
             layout.digest,
@@ -216,72 +177,67 @@ class WorkerHalf:
         )
 
     def shutdown(self) -> None:
-        """Finish what is under way and release everything; idempotent."""
-        if self._thread is None or self._data is None:
+        """Finish the jobs in flight and release everything; idempotent."""
+        if self._thread is None or self._data is None or self._jobs is None:
             return
-        thread, data = self._thread, self._data
-        mover = self._mover
-        self._thread = self._data = self._mover = None
-        thread.run(self._close(data, mover))
+        thread, data, jobs = self._thread, self._data, self._jobs
+        self._thread = self._data = self._mover = self._jobs = None
+
+        async def close() -> None:
+            await jobs.aclose()
+            await data.aclose()
+
+        thread.run(close())
         thread.stop()
         self._share.close()
-
-    async def _close(self, data: DataPlane, mover: TierMover | None) -> None:
-        await self._settle()
-        if mover is not None:
-            await mover.aclose()
-            for task in self._tier_tasks:
-                task.cancel()  # what an I/O that hangs keeps waiting; its memory stays with it
-            await asyncio.gather(*self._tier_tasks, return_exceptions=True)
-        await data.aclose()
 
     # -- sleep mode --------------------------------------------------------------------------------
 
     def fall_asleep(self, keeps_weights: bool) -> None:
-        """The paged cache's memory is about to go: finish every transfer, and let jobs fail until `wake`; idempotent.
+        """The memory of the paged cache is about to go: finish every transfer; jobs fail until `wake`. Idempotent.
 
         Args:
-            keeps_weights: False if other weights may follow: then what is stored so far will fail its check.
+            keeps_weights: False if the weights may be others afterwards: then all that is stored so far is dropped.
         """
         if self._thread is None:
             return
         self._asleep = True
         if keeps_weights:
-            self._thread.run(self._settle())
+            self._settle(self._thread)
         else:
             self.forget()
 
     def forget(self) -> None:
-        """The weights are others now: whatever is stored, or on its way, is not served any more."""
+        """The weights have changed: drop all that is stored or in flight. It will fail its check if it is loaded."""
         if self._thread is None:
             return
-        self._thread.run(self._settle())
+        self._settle(self._thread)
         self._share.forget()
         if self._mover is not None:
             self._mover.forget_all()
-        self._reports.append(WeightsChanged(self._plan.number))
+        self._reports.add(WeightsChanged(self._plan.number))
 
-    async def _settle(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    def _settle(self, thread: LoopThread) -> None:
+        if self._jobs is not None:
+            thread.run(self._jobs.settle())
 
     def wake(self) -> None:
         """The paged cache has memory again, at the same addresses; idempotent."""
         self._asleep = False
 
-    def _planes(self) -> tuple[DataPlane, asyncio.AbstractEventLoop]:
-        if self._data is None or self._thread is None:
-            raise EngineStateError("the connector has no caches: register_kv_caches comes first")
-        return self._data, self._thread.loop
+    def _runner(self) -> JobRunner:
+        if self._jobs is None:
+            raise EngineStateError("the connector has no caches: call register_kv_caches first")
+        return self._jobs
 
     # -- a step ------------------------------------------------------------------------------------
 
     def begin_step(self, plan: ConnectorPlan) -> None:
-        """Before the forward: what it will overwrite must have been read by saves of earlier steps."""
+        """Before the forward: wait until saves of earlier steps have read the blocks that it will overwrite."""
         self._plan = plan
         due_s = time.monotonic() + MAX_READ_WAIT_S
         for save in self._unread:
-            if not save.read.is_set() and not save.block_ids.isdisjoint(plan.fresh_block_ids):
+            if not save.read.is_set() and not save.device_blocks.isdisjoint(plan.fresh_block_ids):
                 save.overwritten = not save.read.wait(max(due_s - time.monotonic(), 0.0))
                 if save.overwritten:
                     logger.error("a save has not read its blocks for %g s: it counts as failed", MAX_READ_WAIT_S)
@@ -290,171 +246,60 @@ class WorkerHalf:
             self._unread.popleft()
 
     def start_loads(self) -> None:
-        """Begin this step's loads, behind what the forward's stream has queued so far, and its fetches."""
+        """Start this step's loads, behind what the forward's stream has queued so far, and its fetches."""
         loads, self._plan.loads = self._plan.loads, []
         fetches, self._plan.fetches = self._plan.fetches, []
         used_keys, self._plan.used_keys = self._plan.used_keys, b""
         for fetch in fetches:
-            _, loop = self._planes()
-            loop.call_soon_threadsafe(self._spawn, self._fetch(fetch), self._tier_tasks)
+            self._runner().fetch(fetch)
         if used_keys:
-            _, loop = self._planes()
-            loop.call_soon_threadsafe(self._spawn, self._touch(used_keys), self._tier_tasks)
-        for job in loads:
-            self._submit(_RankPart(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks)), None)
+            self._runner().touch(used_keys)
+        for load in loads:
+            self._start(self._runner().whole(load))
 
     def start_saves(self) -> None:
-        """Begin this rank's part of the step's saves, behind the forward that wrote their blocks."""
+        """Start this rank's part of the step's saves, behind the forward that wrote their blocks."""
         saves, self._plan.saves = self._plan.saves, []
-        for job in saves:
-            part = self._part_of(job)
+        for save in saves:
+            part = self._runner().part_of(save)
             if not part.transfer.num_blocks:
-                self._ended.append(_EndedJob(JobOutcome(job.job_id), job))
-                if job.keys:
-                    self._ended.append(_EndedJob(JobOutcome(job.write_id), job))
+                self._runner().skip(save)
                 continue
-            save = _UnreadSave(frozenset(part.transfer.block_ids.tolist()))
-            self._unread.append(save)
-            self._submit(part, save)
+            self._unread.append(part)
+            self._start(part)
 
-    def _part_of(self, job: SaveJob) -> _RankPart:
-        transfer = self._places.place(job.transfer)
-        positions = self._share.part_of(transfer)
-        return _RankPart(job, transfer.part(positions), positions)
-
-    def _submit(self, part: _RankPart, save: _UnreadSave | None) -> None:
+    def _start(self, part: RankJob) -> None:
         if self._asleep:
-            self._refuse(part, save)
-            return
-        data, loop = self._planes()
-        after = data.record_event()
-        loop.call_soon_threadsafe(self._start, part, save, after)
-
-    def _refuse(self, part: _RankPart, save: _UnreadSave | None) -> None:
-        if save is not None:
-            save.read.set()
-        failed = tuple(part.positions.tolist())
-        self._ended.append(_EndedJob(JobOutcome(part.job.job_id, failed), part.job))
-        if isinstance(part.job, SaveJob) and part.job.keys:
-            self._ended.append(_EndedJob(JobOutcome(part.job.write_id, failed), part.job))
-
-    # -- on the loop's thread ----------------------------------------------------------------------
-
-    def _start(self, part: _RankPart, save: _UnreadSave | None, after: Event | None) -> None:
-        self._spawn(self._carry_out(part, save, after), self._tasks)
-
-    def _spawn(self, call: Coroutine[Any, Any, None], tasks: "set[asyncio.Task[None]]") -> None:
-        task = asyncio.get_running_loop().create_task(call)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        task.add_done_callback(_raise_in_loop)
-
-    async def _carry_out(self, part: _RankPart, save: _UnreadSave | None, after: Event | None) -> None:
-        data, _ = self._planes()
-        ended: list[TransferRequest] = []
-        try:
-            request = await data.start(part.transfer, after, ended.append, wants_source_released=save is not None)
-            if save is not None:
-                await request.source_released.wait()
-                save.read.set()
-            await data.wait([request])
-        except KVortexError as error:
-            logger.warning("a job could not be started: %s", error)
-        finally:
-            if save is not None:
-                save.read.set()
-            data.release_event(after)
-            outcome = self._outcome_of(part, ended[0])
-            if save is not None and save.overwritten:
-                outcome = JobOutcome(part.job.job_id, tuple(part.positions.tolist()))
-            self._ended.append(_EndedJob(outcome, part.job))
-        if isinstance(part.job, SaveJob) and part.job.keys:
-            overwritten = save is not None and save.overwritten
-            saved = np.flatnonzero(ended[0].succeeded & (not overwritten))
-            self._spawn(self._write_behind(part, part.job, ended[0], saved), self._tier_tasks)
-
-    async def _write_behind(
-        self, part: _RankPart, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]
-    ) -> None:
-        keys = split_joined(job.keys)
-        stored = np.zeros(request.succeeded.size, dtype=np.bool_)
-        if self._mover is not None:
-            wanted = [keys[position] for position in part.positions[saved].tolist()]
-            stored[saved] = await self._mover.write(wanted, part.transfer.part(saved), request.digests[saved])
-        failed = tuple(part.positions[~stored].tolist())
-        self._ended.append(_EndedJob(JobOutcome(job.write_id, failed), job))
-
-    async def _fetch(self, job: FetchJob) -> None:
-        transfer = self._places.place(job.transfer)
-        positions = self._share.part_of(transfer)
-        plan, keys = transfer.part(positions), split_joined(job.keys)
-        digests = np.zeros(plan.num_blocks, dtype=np.uint64)
-        arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
-        if self._mover is not None:
-            arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
-        self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
-        self._ended.append(_EndedJob(JobOutcome(job.job_id, tuple(positions[~arrived].tolist())), job))
-
-    async def _touch(self, keys: bytes) -> None:
-        if self._mover is not None:
-            await self._mover.touch(split_joined(keys))
-
-    def _outcome_of(self, part: _RankPart, request: TransferRequest) -> JobOutcome:
-        places, digests = self._share.places(part.transfer), self._share.digests
-        wrong = np.zeros(request.num_blocks, dtype=np.bool_)
-        if isinstance(part.job, SaveJob):
-            digests[places[request.succeeded]] = request.digests[request.succeeded]
+            self._runner().refuse(part)
         else:
-            wrong = request.succeeded & (request.digests != digests[places])
-        kinds = (~request.succeeded, wrong, request.too_lossy)
-        return JobOutcome(part.job.job_id, *(tuple(part.positions[kind].tolist()) for kind in kinds))
+            self._runner().start(part)
 
-    # -- what became of it -------------------------------------------------------------------------
+    # -- reports -----------------------------------------------------------------------------------
 
     def take_finished(self) -> set[str]:
-        """Requests whose loads have ended since the last call; their failed blocks are reported beside them."""
-        received: set[str] = set()
-        while self._ended:
-            ended = self._ended.popleft()
-            if isinstance(ended, PoolShrunk):
-                self._reports.append(ended)
-                continue
-            self._reports.append(ended.outcome)
-            if isinstance(ended.job, LoadJob):
-                received.add(ended.job.request_id)
-                bad = [*ended.outcome.failed, *ended.outcome.corrupt]
-                self._failed_block_ids.update(ended.job.transfer.block_ids[bad].tolist(), ended.job.missing_block_ids)
-        return received
+        """Requests whose loads have ended since the last call."""
+        return self._reports.take_finished()
 
     def take_failed_block_ids(self) -> set[int]:
-        """Blocks that hold no KV although a load was asked to fill them."""
-        failed, self._failed_block_ids = self._failed_block_ids, set()
-        return failed
+        """Device blocks that a load should have filled, and that hold no KV, since the last call."""
+        return self._reports.take_failed_block_ids()
 
     def take_stats(self) -> ConnectorStats:
         """This rank's figures since the last call."""
         stats, pauses = ConnectorStats(), self._mover.num_pauses if self._mover is not None else 0
-        if pauses > self._pauses_told:
-            stats.add("tier_pauses", pauses - self._pauses_told)
-            self._pauses_told = pauses
+        if pauses > self._pauses_counted:
+            stats.add("tier_pauses", pauses - self._pauses_counted)
+            self._pauses_counted = pauses
         return stats
 
     def take_reports(self) -> WorkerReports | None:
-        """What there is to say since the last call, None if nothing."""
-        if not self._reports:
-            return None
-        reports, self._reports = self._reports, []
-        return WorkerReports(reports)
+        """Reports for the scheduler half since the last call, None if there are none."""
+        return self._reports.take()
 
 
 def _without_shared(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Layers that share another one's cache are the same bytes: each tensor once."""
+    """Each tensor once: layers that share the cache of another layer have the same tensor."""
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in kv_caches.items():
         seen.setdefault((tensor.data_ptr(), tensor.shape), name)
     return {name: kv_caches[name] for name in seen.values()}
-
-
-def _raise_in_loop(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("a transfer job ended in an unexpected error", exc_info=error)

@@ -1,8 +1,8 @@
-"""The other workers of an engine. Ranks that all hold the same KV keep one pool, and each saves its share.
+"""The other workers of an engine. Ranks that hold the same KV share one pool, and each saves a part of the blocks.
 
-Multi-head latent attention keeps one latent vector a token, and every rank of the group computes it. Stored once,
-a pool holds as many times more as there are ranks, and each rank's link carries its share of the saves. Every rank
-loads all blocks, over its own link, and compares them with the digests of whoever saved them.
+With multi-head latent attention every tensor-parallel rank computes the same latent vector of each token. If the ranks
+share a pool, it holds each block once, and each rank's link carries only its part of the saves. Every rank loads all
+blocks over its own link, and compares them with the digests of the ranks that saved them.
 """
 
 import logging
@@ -32,18 +32,22 @@ T = TypeVar("T")
 
 
 class RankGroup(Protocol):
-    """Processes that can tell each other something."""
+    """Processes that can exchange values."""
 
     rank: int
     size: int
 
     def exchange(self, value: T) -> list[T]:
-        """Everybody's value, by rank; every rank calls it at the same time."""
+        """The values of all ranks, in the order of ranks. Every rank must call this at the same time."""
         ...
 
 
 class Coordinated:
-    """One of vLLM's process groups, over its CPU backend."""
+    """One of vLLM's process groups, over its CPU backend.
+
+    Args:
+        coordinator: vLLM's `GroupCoordinator`.
+    """
 
     def __init__(self, coordinator: Any) -> None:
         self.rank, self.size = int(coordinator.rank_in_group), int(coordinator.world_size)
@@ -58,55 +62,63 @@ class Coordinated:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Who else there is: the ranks that hold the same KV, the stages that hold other layers, all; None for nobody."""
+    """The groups of one worker, each None if there is no other rank in it.
 
-    equals: RankGroup | None = None
+    Args:
+        replicas: ranks that hold the same KV.
+        stages: ranks that hold other layers, on other pipeline stages.
+        world: all ranks of the engine.
+    """
+
+    replicas: RankGroup | None = None
     stages: RankGroup | None = None
-    everybody: RankGroup | None = None
+    world: RankGroup | None = None
 
 
 def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Peers:
-    """The groups of a worker in this process."""
+    """The groups of the worker in this process."""
     parallel = vllm_config.parallel_config
     latent = parallel.tensor_parallel_size > 1 and is_latent(only_group(kv_cache_config))
     return Peers(
-        equals=Coordinated(get_tp_group()) if latent else None,
+        replicas=Coordinated(get_tp_group()) if latent else None,
         stages=Coordinated(get_pp_group()) if parallel.pipeline_parallel_size > 1 else None,
-        everybody=Coordinated(get_world_group()) if parallel.world_size > 1 else None,
+        world=Coordinated(get_world_group()) if parallel.world_size > 1 else None,
     )
 
 
 def check_memory_of_all(peers: Peers, pool_bytes: int, ranks: int) -> None:
-    """Refuse pools that this machine cannot hold together, before any of its ranks has taken one.
+    """Refuse pools that do not fit a machine together, before any rank has allocated one.
 
     Args:
-        peers: the other ranks; all of them call this at the same time.
-        pool_bytes: size of one rank's pool.
-        ranks: number of ranks of this machine that take as much each.
+        peers: the other ranks; all of them must call this at the same time.
+        pool_bytes: bytes of one pool.
+        ranks: number of pools of that size on this machine.
 
     Raises:
-        ConfigError: they do not fit, here or where another rank is.
+        ConfigError: the pools do not fit, on this machine or on that of another rank.
     """
     why = ""
     try:
         check_memory(pool_bytes, ranks=ranks)
     except ConfigError as error:
         why = str(error)
-    answers = peers.everybody.exchange(why) if peers.everybody is not None else [why]
+    answers = peers.world.exchange(why) if peers.world is not None else [why]
     if refused := [answer for answer in answers if answer]:
         raise ConfigError(refused[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PoolShare:
-    """What one rank saves of what all hold, and the digests of all that is saved.
+    """One rank's share of the saves, and the digests of all blocks in the pool.
+
+    The pool is divided into places of equal size. An extent belongs to the place that its offset lies in.
 
     Args:
-        config: the settings of its pool.
-        digests: `uint64 [places]`, one for every place a block can have in the pool.
-        place_nbytes: bytes of the smallest block: no two have the same place.
-        rank, size: the rank saves the blocks at every `size`-th place.
-        memory: pool and digests of all ranks; None where they are this rank's own.
+        config: the settings of the pool.
+        digests: `uint64 [num_places]`, the digest of the block at each place.
+        place_nbytes: bytes of a place. No extent is smaller, so no two blocks have the same place.
+        rank, size: this rank saves the blocks whose place is `rank` modulo `size`.
+        memory: pool and digests, shared by the ranks; None if this rank has its own.
     """
 
     config: KVortexConfig
@@ -118,17 +130,18 @@ class PoolShare:
 
     @classmethod
     def own(cls, config: KVortexConfig, sizes: BlockSizes) -> Self:
-        """For a rank that keeps its KV to itself."""
+        """The share of a rank with a pool of its own: it saves every block."""
         return cls(config, np.zeros(_num_places(config, sizes), dtype=np.uint64), sizes.packed)
 
     @classmethod
     def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, sizes: BlockSizes) -> Self:
-        """Create the pool on the first rank and open it on the others; everybody's own where that is not possible.
+        """Create a shared pool on the first rank, and open it on the others.
 
-        Every rank of the group must call this at the same time.
+        If that is not possible, each rank gets a pool of its own. Every rank of the group must call this at the same
+        time.
 
         Raises:
-            ConfigError: the machine cannot give that much memory.
+            ConfigError: the machine does not have that much memory.
         """
         num_places = _num_places(config, sizes)
         pool_bytes = align_up(config.pool.bytes, PAGE_BYTES)
@@ -149,20 +162,20 @@ class PoolShare:
         return cls(config, digests, sizes.packed, group.rank, group.size, memory)
 
     def places(self, plan: TransferPlan) -> NDArray[np.int64]:
-        """Where in `digests` those of a plan's blocks are."""
+        """The places of a plan's blocks, `int64 [n]`: indices into `digests`."""
         return plan.offsets // self.place_nbytes
 
     def part_of(self, plan: TransferPlan) -> NDArray[np.intp]:
-        """Positions of the blocks of a save that this rank has to save."""
+        """Positions of the blocks of a plan that are this rank's share, `intp [m]`."""
         return np.flatnonzero(self.places(plan) % self.size == self.rank)
 
     def forget(self) -> None:
-        """Make every block that was saved so far fail its check, without a look at who reads it."""
+        """Change the digests of all blocks that this rank has saved, so that each fails its check when it is loaded."""
         mine = self.digests[self.rank :: self.size]
-        mine ^= np.uint64(secrets.randbits(64))  # another number each time: forgotten twice is not remembered
+        mine ^= np.uint64(secrets.randbits(64))  # a new number each time: the same one twice would restore the digests
 
     def close(self) -> None:
-        """Give the memory up; idempotent."""
+        """Release the shared memory; idempotent."""
         if self.memory is not None:
             self.memory.close()
 

@@ -1,4 +1,4 @@
-"""What a worker half moves between its pool and the lower tier."""
+"""Writes and fetches: one worker moves blocks between its pool and the lower tier."""
 
 import asyncio
 import logging
@@ -23,18 +23,21 @@ from kvortex.vllm.epoch import in_epoch, new_epoch
 
 logger = logging.getLogger(__name__)
 
-FETCH_BATCH = 16  # blocks that a tier is asked for at once: they come in order, and none waits for the last
+FETCH_BATCH = 16  # blocks of one read; a hung tier is noticed before the next one
 _NOT_TRIED = WriteOutcome(SaveOutcome.FAILED)
 
 
 class TierMover:
-    """A worker's side of the lower tier; all on the loop of its data plane.
+    """One worker's access to the lower tier. All of it runs on the loop of its data plane.
 
     Args:
-        config: names the tier.
-        namespace: what this rank's blocks belong to.
-        pool: its bytes.
-        encodings: how blocks are encoded, and their sizes.
+        config: the settings of the tier.
+        namespace: of this rank's blocks.
+        pool: this rank's pool, `uint8 [capacity_bytes]`.
+        encodings: how blocks are encoded, and the size of each encoding.
+
+    Raises:
+        ConfigError: no tier is configured, or its settings are invalid.
     """
 
     def __init__(
@@ -54,16 +57,16 @@ class TierMover:
         self._epoch = b""
 
     def forget_all(self) -> None:
-        """Other weights may follow: what was written so far is not found again."""
+        """The weights may have changed: no block that was written so far is found again."""
         self._epoch = new_epoch()
 
     @property
     def num_pauses(self) -> int:
-        """How often the tier was left alone because it hung or failed; from any thread."""
+        """How often the use of the tier was paused because it hung or failed; from any thread."""
         return self._guard.reads.figures().opened + self._guard.writes.figures().opened
 
     async def open(self) -> None:
-        """Open the tier; one that cannot be opened is logged and takes nothing, one that takes long may come later."""
+        """Open the tier. A failure is logged, and nothing is stored there; if it takes long, do not wait for it."""
         self._opening = asyncio.create_task(self._open())
         if not (await asyncio.wait([self._opening], timeout=self._timeout_s))[0]:
             name = self._guard.tier.name
@@ -80,7 +83,7 @@ class TierMover:
             logger.exception("the %s tier cannot be used, blocks stay in the pool alone", tier.name)
 
     async def aclose(self) -> None:
-        """Close it; nothing may be under way."""
+        """Close the tier."""
         self._usable = False
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
@@ -91,7 +94,16 @@ class TierMover:
             self._pool = self._pool[:0].copy()
 
     async def write(self, keys: Sequence[bytes], plan: TransferPlan, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Write blocks of the pool; returns which are stored, `bool [n]`, when nothing reads the pool any more."""
+        """Write blocks of the pool to the tier.
+
+        Args:
+            keys: 32 bytes each, one a block.
+            plan: offsets and encodings of the blocks in the pool.
+            digests: of their payloads, `uint64 [n]`.
+
+        Returns:
+            Which blocks are stored, `bool [n]`, once nothing reads the pool any more.
+        """
         stored = np.zeros(plan.num_blocks, dtype=np.bool_)
         settled = _Countdown(plan.num_blocks)
 
@@ -123,17 +135,22 @@ class TierMover:
         return stored
 
     async def fetch(self, keys: Sequence[bytes], plan: TransferPlan, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Read blocks into the pool and their digests into `digests` (`uint64 [n]`).
+        """Read blocks of the tier into the pool.
+
+        Args:
+            keys: 32 bytes each, one a block.
+            plan: offsets and encodings of the blocks in the pool.
+            digests: takes the digests of the blocks that arrive, `uint64 [n]`.
 
         Returns:
-            Which have arrived, `bool [n]`, when nothing writes to the pool any more.
+            Which blocks have arrived, `bool [n]`, once nothing writes to the pool any more.
         """
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
         used_s = self._uses.chain(plan.num_blocks)
         start = 0
         while self._usable and start < plan.num_blocks:
             admitted = self._guard.reads.admit(min(FETCH_BATCH, plan.num_blocks - start))
-            if not admitted:  # it hangs, or failed too often: what is not read is computed
+            if not admitted:  # the breaker is open; blocks that are not read are computed
                 break
             await self._fetch_batch(keys, plan, range(start, start + admitted), digests, arrived, used_s)
             start += admitted
@@ -168,7 +185,7 @@ class TierMover:
         await settled.wait()
 
     async def touch(self, keys: Sequence[bytes]) -> None:
-        """Count blocks as used now, from the head of their chain; in whichever encoding they are there."""
+        """Count the blocks of a chain, from its head, as used now, in whichever encoding the tier has them."""
         if not self._usable or self._guard.writes.refuses:
             return
         used_s = self._uses.chain(len(keys)).tolist()
@@ -185,7 +202,7 @@ class TierMover:
 
 
 class _Countdown:
-    """An event that is set after so many calls."""
+    """An event that is set after `count` calls of `one`."""
 
     def __init__(self, count: int) -> None:
         self._left = count

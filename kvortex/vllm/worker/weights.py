@@ -1,4 +1,4 @@
-"""Weights that change under a running engine: what was computed with the old ones must not be served any more."""
+"""Weights that change under a running engine: KV of the old weights must not be served any more."""
 
 import gc
 import logging
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPLACING: Final = ("reload_weights", "update_weights", "finish_weight_update", "finish_draft_weight_update")
-"""Methods of vLLM's worker after which the weights are others, each in some of the versions."""
+"""Methods of vLLM's worker that replace the weights; each exists in some of the versions."""
 
 
 class WeightsWatch:
     """Notices that the weights of a worker's models have changed.
 
-    What replaces weights, in vLLM's worker or through a model's `load_weights`, is noticed as it ends. What may have
-    changed them, such as a function that was applied to the model, is followed by a look at all of them, as is
-    whatever asks for one with `look`. An adapter whose files were replaced is noticed when it is loaded again.
+    A method that replaces weights, of vLLM's worker or a model's `load_weights`, counts as a change when it ends. After
+    a call that may have changed them, such as a function that was applied to the model, all weights are compared with
+    their last checksum; `look` does the same. An adapter whose files were replaced is noticed when it is loaded again.
 
     Args:
         vllm_config: the engine's configuration; its worker in this process is watched.
-        on_change: called after a change, in the thread that made it.
+        on_change: called after each change, in the thread that made it.
     """
 
     def __init__(self, vllm_config: "VllmConfig", on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._watched: list[tuple[dict[str, Any], str]] = []
-        self._depth = 0  # of watched calls within each other: it is the outermost that leaves whole weights behind
+        self._depth = 0  # of nested watched calls; only after the outermost are the weights complete
         self._models: list[torch.nn.Module] = []
-        self._adapters: dict[int, str] = {}  # number -> what it held when it was last loaded
+        self._adapters: dict[int, str] = {}  # adapter's number -> digest of its files when it was last loaded
         for worker in _workers_of(vllm_config):
             self._models += _models_of(worker)
             for name in REPLACING:
@@ -43,7 +43,7 @@ class WeightsWatch:
             self._watch(worker, "apply_model", self.look)
             self._watch_adapters(getattr(getattr(worker, "model_runner", None), "lora_manager", None))
         if not self._models:
-            logger.warning("vLLM's worker is not found: weights that change are not noticed before a reset is told")
+            logger.warning("cannot find vLLM's worker: a change of weights is not noticed before the cache is reset")
         for model in self._models:
             self._watch(model, "load_weights", self._replaced)
         self._seen = weights_checksum(self._models)
@@ -66,7 +66,7 @@ class WeightsWatch:
         self._watched.append((vars(owner), name))
 
     def _watch_adapters(self, manager: Any) -> None:
-        """Notice that an adapter is loaded again, under the number that it had, and holds something else."""
+        """Notice that an adapter is loaded again under the same number, with other contents."""
         load = getattr(manager, "_load_adapter", None)
         if load is None:
             return
@@ -87,18 +87,18 @@ class WeightsWatch:
         self._changed()
 
     def look(self) -> None:
-        """Compare the weights with those of the last look."""
+        """Compare the weights with their last checksum."""
         seen = weights_checksum(self._models)
         if seen != self._seen:
             self._seen = seen
             self._changed()
 
     def _changed(self) -> None:
-        logger.info("the model's weights have changed: what is stored so far is not served any more")
+        logger.info("the model's weights have changed: blocks that are stored so far are not served any more")
         self._on_change()
 
     def end(self) -> None:
-        """Watch no more; idempotent."""
+        """Stop watching; idempotent."""
         while self._watched:
             attributes, name = self._watched.pop()
             attributes.pop(name, None)
@@ -106,10 +106,10 @@ class WeightsWatch:
 
 
 def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
-    """Have `on_reset` called after vLLM has emptied its own prefix cache, which is what one does when weights change.
+    """Have `on_reset` called after vLLM has emptied its own prefix cache, as one does when weights change.
 
     Returns:
-        What ends it.
+        A function that ends this.
     """
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -130,10 +130,10 @@ def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
 
 
 def weights_checksum(models: list[torch.nn.Module]) -> list[int]:
-    """Sums over the bits of every parameter, in order: one pass over them on their device.
+    """A sum over the bits of every parameter, in order; computed in one pass on the parameters' device.
 
-    Any realistic change of weights changes a sum. Parameters without memory, as in sleep or between the parts of an
-    update, are left out.
+    Any realistic change of weights changes a sum. Parameters without memory are left out, as there are during sleep and
+    between the parts of an update.
     """
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for model in models:
@@ -152,11 +152,11 @@ def _bits_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _workers_of(vllm_config: "VllmConfig") -> Iterator[Any]:
-    """The workers of an engine in this process. They have no registry: they are found among all objects."""
+    """The workers of an engine in this process. vLLM has no registry of them, so they are found among all objects."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     for candidate in gc.get_objects():
-        # Not isinstance, which asks an object for its class and wakes lazy ones.
+        # Not isinstance: it reads `__class__`, which makes lazily imported objects import themselves.
         if issubclass(type(candidate), WorkerBase):
             config = getattr(candidate, "vllm_config", None)
             if config is not None and config.model_config is vllm_config.model_config:

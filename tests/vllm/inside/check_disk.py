@@ -121,7 +121,7 @@ def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path,
 
 def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tier_index, "REMEMBERED_KEYS", 3)
-    memory: tier_index.Memory[bool] = tier_index.Memory()
+    memory: tier_index.BoundedMap[bool] = tier_index.BoundedMap()
     memory.add([b"a", b"b", b"c", b"d"], True)
     assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
     memory.discard([b"b", b"x"])

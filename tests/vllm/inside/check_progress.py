@@ -20,8 +20,7 @@ from vllm.v1.request import RequestStatus
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
 from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
-from kvortex.vllm.scheduler import half as scheduler_module
-from kvortex.vllm.scheduler import tier_planner
+from kvortex.vllm.scheduler import loads, tier_planner
 from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import IS_NEWER, WorkerReports
 
@@ -309,7 +308,7 @@ def check_every_request_ends_on_its_own_kv(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     clock = Clock()
-    for module in (scheduler_module, tier_planner):
+    for module in (loads, tier_planner):
         monkeypatch.setattr(module, "time", clock)
     for seed in range(part, RUNS, 8):
         home = tmp_path / str(seed)

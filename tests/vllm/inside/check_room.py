@@ -52,7 +52,7 @@ def check_one_that_waits_for_a_save_lets_a_load_behind_it_go_on(
     p = played(num_blocks=10, extra={"pending_wait_s": 2.5})
     ticks = itertools.count()
     virtual = SimpleNamespace(monotonic=lambda: 0.2 * next(ticks), perf_counter=lambda: 0.0)
-    monkeypatch.setattr("kvortex.vllm.scheduler.half.time", virtual)
+    monkeypatch.setattr("kvortex.vllm.scheduler.loads.time", virtual)
     prompts = {"b": tokens(4 * BLOCK_SIZE + 5, 1), "a": tokens(7 * BLOCK_SIZE + 5, 2)}
     p.harness.add_request("x", prompts["b"], max_tokens=2)
     p.run("x")

@@ -93,7 +93,7 @@ def played(model: Path) -> Iterator[Callable[..., Played]]:
         half = harness.connector._scheduler
         control = half._control
         assert control.allocator.allocated_bytes == control.index.committed_bytes + sum(
-            job.plan.transfer.num_blocks * BLOCK_NBYTES for job in half._jobs.values() if hasattr(job.plan, "states")
+            job.plan.transfer.num_blocks * BLOCK_NBYTES for job in half._jobs if hasattr(job.plan, "states")
         )
         harness.shutdown()
 
@@ -149,7 +149,7 @@ def check_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> N
 
 
 def check_larger_saves_are_not_put_together(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvortex.vllm.scheduler.jobs.MIN_SAVE_BLOCKS", 3)
+    monkeypatch.setattr("kvortex.vllm.scheduler.saves.MIN_SAVE_BLOCKS", 3)
     p = played()
     for number, blocks in enumerate((3, 1, 1, 1, 2)):
         p.harness.add_request(str(number), tokens(BLOCK_SIZE * blocks + 1, number), max_tokens=1)

@@ -53,7 +53,7 @@ def check_a_save_under_way_ends_before_the_memory_goes(engine: Engine, expected:
         gate.set()
         sleeping.join(30)
         assert not sleeping.is_alive()
-        assert not engine.worker_half._tasks
+        assert engine.worker_half._jobs.num_transfers == 0
     finally:
         gate.set()
         kernels.gather = gather

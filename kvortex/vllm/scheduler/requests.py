@@ -1,0 +1,70 @@
+"""The requests that the scheduler half follows, and which device blocks each of them has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+@dataclass
+class TrackedRequest:
+    """One request, from its first look-up to its end."""
+
+    request: "Request"
+    block_ids: list[int] = field(default_factory=list)
+    first: int = 0  # first block that vLLM did not find in its own cache, when it last asked
+    num_planned: int = 0  # leading blocks whose save was planned, or that were stored already
+    too_lossy: set[int] = field(default_factory=set)  # blocks to save raw, because packing would lose too much
+    loading: int | None = None  # the number of its load job in flight
+    computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
+    first_plan: int | None = None  # number of the first plan that computes or loads its KV
+    has_stale_kv: bool = False  # its KV comes from older weights: none of it is saved
+
+    def has_kv_from(self, plan_number: int) -> None:
+        """Note that this plan computes or loads KV of the request."""
+        if self.first_plan is None:
+            self.first_plan = plan_number
+
+    def gives_token_after(self, num_tokens: int) -> bool:
+        """True if a step that computes so many tokens, drafts included, gives the request a new one."""
+        return bool(self.request.num_computed_tokens + num_tokens >= self.request.num_tokens)
+
+
+def computing_requests(
+    tracked: Mapping[str, TrackedRequest], scheduler_output: "SchedulerOutput"
+) -> list[tuple[TrackedRequest, int]]:
+    """The tracked requests of a step, each with the number of tokens that it computes, drafts included."""
+    num_scheduled = scheduler_output.num_scheduled_tokens.items()
+    return [(tracked[request_id], num_tokens) for request_id, num_tokens in num_scheduled if request_id in tracked]
+
+
+def follow_block_tables(
+    tracked: Mapping[str, TrackedRequest], scheduler_output: "SchedulerOutput", block_size: int
+) -> set[int]:
+    """Update the device blocks of the tracked requests from a step's output.
+
+    Returns:
+        Block ids that were allocated for this step, to tracked requests and to others.
+    """
+    fresh: set[int] = set()
+    for request_id in scheduler_output.preempted_req_ids or ():
+        if (preempted := tracked.get(request_id)) is not None:
+            preempted.block_ids = []
+    for new in scheduler_output.scheduled_new_reqs:
+        if (known := tracked.get(new.req_id)) is not None:
+            known.block_ids = list(new.block_ids[0])
+        fresh.update(new.block_ids[0][new.num_computed_tokens // block_size :])
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, block_ids, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if block_ids is None:
+            continue
+        resumed = request_id in cached.resumed_req_ids
+        fresh.update(block_ids[0][num_computed // block_size :] if resumed else block_ids[0])
+        if (known := tracked.get(request_id)) is not None:
+            known.block_ids = list(block_ids[0]) if resumed else known.block_ids + list(block_ids[0])
+    return fresh

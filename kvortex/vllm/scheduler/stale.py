@@ -1,0 +1,44 @@
+"""Weights that change while requests run: which KV is stale.
+
+Steps have numbers. A worker reports a change of its weights with the number of the last plan that it had taken: KV
+that was computed or loaded in a plan up to this number is stale, and so is what vLLM's own prefix cache holds of it.
+"""
+
+from collections.abc import Iterable
+
+from kvortex.vllm.scheduler.requests import TrackedRequest
+
+
+class StaleKV:
+    """Remembers whether vLLM's own prefix cache may still serve stale KV.
+
+    vLLM goes on serving what its own cache holds after the weights have changed, until somebody resets that cache. All
+    that requests compute meanwhile may be built on stale KV, so it is dropped once more at the reset.
+    """
+
+    def __init__(self) -> None:
+        self._first_plan: int | None = None  # that computed anything since vLLM's own cache was last emptied
+        self._vllm_serves_stale = False
+
+    def step_computes(self, plan_number: int) -> None:
+        """A step computes KV, which may enter vLLM's own cache."""
+        if self._first_plan is None:
+            self._first_plan = plan_number
+
+    def weights_changed(self, last_plan: int, tracked: Iterable[TrackedRequest]) -> None:
+        """The workers report other weights since `last_plan`: mark the requests whose KV is older."""
+        self._vllm_serves_stale |= self._first_plan is not None and self._first_plan <= last_plan
+        self.mark(last_plan, tracked)
+
+    def mark(self, last_plan: int, tracked: Iterable[TrackedRequest]) -> None:
+        """Mark the requests with KV from plans up to `last_plan`. The others may save their blocks once more."""
+        for request in tracked:
+            request.has_stale_kv |= request.first_plan is not None and request.first_plan <= last_plan
+            request.num_planned = 0
+
+    def vllm_was_reset(self) -> bool:
+        """vLLM's own cache is empty now; returns True if it may have served stale KV until now."""
+        served_stale = self._vllm_serves_stale
+        self._vllm_serves_stale = False
+        self._first_plan = None
+        return served_stale

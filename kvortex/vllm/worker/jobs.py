@@ -1,0 +1,227 @@
+"""One rank's jobs: carried out on the loop of its data plane, from their start to their outcome."""
+
+import asyncio
+import functools
+import logging
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.cuda.driver import Event
+from kvortex.errors import KVortexError
+from kvortex.planes.data import DataPlane
+from kvortex.sched import TransferRequest
+from kvortex.tiering.keys import split_joined
+from kvortex.types import TransferPlan
+from kvortex.vllm.plans import FetchJob, JobOutcome, LoadJob, SaveJob
+from kvortex.vllm.worker.places import Places
+from kvortex.vllm.worker.ranks import PoolShare
+from kvortex.vllm.worker.reports import ReportBox
+from kvortex.vllm.worker.tier_mover import TierMover
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class RankJob:
+    """One rank's part of a load or a save.
+
+    Args:
+        job: as planned, for all ranks.
+        transfer: the part of its transfer that this rank moves, with this rank's offsets.
+        positions: of these blocks in the job's transfer, `intp [n]`.
+        read: for a save, set once it does not read the paged cache any more.
+        overwritten: for a save, True if its device blocks were given away before they were read: it has failed.
+    """
+
+    job: SaveJob | LoadJob
+    transfer: TransferPlan
+    positions: NDArray[np.intp]
+    read: threading.Event = field(default_factory=threading.Event)
+    overwritten: bool = False
+
+    @functools.cached_property
+    def device_blocks(self) -> frozenset[int]:
+        """The blocks of the paged cache that it reads or writes."""
+        return frozenset(self.transfer.block_ids.tolist())
+
+
+class JobRunner:
+    """Carries out the jobs of one rank. Its public methods are called from the thread of vLLM's steps.
+
+    Args:
+        data: moves blocks between paged cache and pool.
+        loop: of the data plane, on a thread of its own.
+        share: what this rank saves, and the digests.
+        places: this rank's offsets.
+        mover: moves blocks between pool and lower tier; None without a lower tier.
+        reports: takes the outcomes.
+    """
+
+    def __init__(
+        self,
+        data: DataPlane,
+        loop: asyncio.AbstractEventLoop,
+        share: PoolShare,
+        places: Places,
+        mover: TierMover | None,
+        reports: ReportBox,
+    ) -> None:
+        self._data = data
+        self._loop = loop
+        self._share = share
+        self._places = places
+        self._mover = mover
+        self._reports = reports
+        self._transfers: set[asyncio.Task[None]] = set()  # they touch the paged cache
+        self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier
+
+    @property
+    def num_transfers(self) -> int:
+        """Jobs in flight that touch the paged cache."""
+        return len(self._transfers)
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def whole(self, job: LoadJob) -> RankJob:
+        """A load: every rank loads all of it."""
+        return RankJob(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks))
+
+    def part_of(self, job: SaveJob) -> RankJob:
+        """This rank's part of a save; it may be empty."""
+        transfer = self._places.place(job.transfer)
+        positions = self._share.part_of(transfer)
+        return RankJob(job, transfer.part(positions), positions)
+
+    def start(self, part: RankJob) -> None:
+        """Start a load or a save, behind what the stream of the forward has queued so far."""
+        after = self._data.record_event()
+        self._loop.call_soon_threadsafe(self._spawn_transfer, part, after)
+
+    def fetch(self, job: FetchJob) -> None:
+        """Bring blocks from the lower tier into the pool."""
+        self._loop.call_soon_threadsafe(self._spawn_tier_task, self._fetch(job))
+
+    def touch(self, keys: bytes) -> None:
+        """Count blocks of the lower tier as used now; `keys` are 32 bytes a block."""
+        self._loop.call_soon_threadsafe(self._spawn_tier_task, self._touch(keys))
+
+    def refuse(self, part: RankJob) -> None:
+        """Let a load or a save fail without a start."""
+        self._end(part, JobOutcome(part.job.job_id, _ids(part.positions)))
+        if isinstance(part.job, SaveJob) and part.job.keys:
+            self._reports.end(JobOutcome(part.job.write_id, _ids(part.positions)))
+
+    def skip(self, job: SaveJob) -> None:
+        """Report a save of which this rank has no part."""
+        self._reports.end(JobOutcome(job.job_id))
+        if job.keys:
+            self._reports.end(JobOutcome(job.write_id))
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Wait until no job touches the paged cache; on the loop."""
+        while self._transfers:
+            await asyncio.wait(self._transfers)
+
+    async def aclose(self) -> None:
+        """Finish the transfers, and close the lower tier; on the loop."""
+        await self.settle()
+        if self._mover is not None:
+            await self._mover.aclose()
+            for task in self._tier_tasks:
+                task.cancel()  # it waits for I/O that hangs; that I/O keeps its memory
+            await asyncio.gather(*self._tier_tasks, return_exceptions=True)
+
+    # -- on the loop's thread ----------------------------------------------------------------------
+
+    def _spawn_transfer(self, part: RankJob, after: Event | None) -> None:
+        _spawn(self._transfer(part, after), self._transfers)
+
+    def _spawn_tier_task(self, call: Coroutine[Any, Any, None]) -> None:
+        _spawn(call, self._tier_tasks)
+
+    async def _transfer(self, part: RankJob, after: Event | None) -> None:
+        data, is_save = self._data, isinstance(part.job, SaveJob)
+        ended: list[TransferRequest] = []
+        try:
+            request = await data.start(part.transfer, after, ended.append, wants_source_released=is_save)
+            if is_save:
+                await request.source_released.wait()
+                part.read.set()
+            await data.wait([request])
+        except KVortexError as error:
+            logger.warning("a job could not be started: %s", error)
+        finally:
+            part.read.set()
+            data.release_event(after)
+            outcome = self._outcome_of(part, ended[0])
+            if part.overwritten:
+                outcome = JobOutcome(part.job.job_id, _ids(part.positions))
+            self._end(part, outcome)
+        if isinstance(part.job, SaveJob) and part.job.keys:
+            saved = np.flatnonzero(ended[0].succeeded & (not part.overwritten))
+            self._spawn_tier_task(self._write_behind(part, part.job, ended[0], saved))
+
+    def _end(self, part: RankJob, outcome: JobOutcome) -> None:
+        part.read.set()
+        if isinstance(part.job, LoadJob):
+            self._reports.end_load(part.job, outcome)
+        else:
+            self._reports.end(outcome)
+
+    def _outcome_of(self, part: RankJob, request: TransferRequest) -> JobOutcome:
+        places, digests = self._share.places(part.transfer), self._share.digests
+        corrupt = np.zeros(request.num_blocks, dtype=np.bool_)
+        if isinstance(part.job, SaveJob):
+            digests[places[request.succeeded]] = request.digests[request.succeeded]
+        else:
+            corrupt = request.succeeded & (request.digests != digests[places])
+        masks = (~request.succeeded, corrupt, request.too_lossy)
+        return JobOutcome(part.job.job_id, *(_ids(part.positions[mask]) for mask in masks))
+
+    async def _write_behind(
+        self, part: RankJob, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]
+    ) -> None:
+        keys = split_joined(job.keys)
+        stored = np.zeros(request.succeeded.size, dtype=np.bool_)
+        if self._mover is not None:
+            wanted = [keys[position] for position in part.positions[saved].tolist()]
+            stored[saved] = await self._mover.write(wanted, part.transfer.part(saved), request.digests[saved])
+        self._reports.end(JobOutcome(job.write_id, _ids(part.positions[~stored])))
+
+    async def _fetch(self, job: FetchJob) -> None:
+        transfer = self._places.place(job.transfer)
+        positions = self._share.part_of(transfer)
+        plan, keys = transfer.part(positions), split_joined(job.keys)
+        digests = np.zeros(plan.num_blocks, dtype=np.uint64)
+        arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
+        if self._mover is not None:
+            arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
+        self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
+        self._reports.end(JobOutcome(job.job_id, _ids(positions[~arrived])))
+
+    async def _touch(self, keys: bytes) -> None:
+        if self._mover is not None:
+            await self._mover.touch(split_joined(keys))
+
+
+def _ids(positions: NDArray[np.intp]) -> tuple[int, ...]:
+    return tuple(positions.tolist())
+
+
+def _spawn(call: Coroutine[Any, Any, None], tasks: "set[asyncio.Task[None]]") -> None:
+    task = asyncio.get_running_loop().create_task(call)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    task.add_done_callback(_log_error)
+
+
+def _log_error(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a transfer job ended in an unexpected error", exc_info=error)
