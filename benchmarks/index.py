@@ -1,6 +1,6 @@
 """What the cache index costs with a million entries.
 
-python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--policy lru] [--json]
+python benchmarks/index.py [--entries 1000000] [--prompt-blocks 8192] [--eviction lru] [--json]
 """
 
 import argparse
@@ -92,14 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--prompt-blocks", type=int, default=8192)
-    parser.add_argument("--policy", choices=EVICTION_POLICIES, default="lru")
+    parser.add_argument("--eviction", choices=EVICTION_POLICIES, default="lru")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     figures = {
         "processor": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **measure(arguments.entries, arguments.prompt_blocks, arguments.policy),
+        **measure(arguments.entries, arguments.prompt_blocks, arguments.eviction),
     }
     if arguments.json:
         print(json.dumps(figures))

@@ -1,6 +1,6 @@
 """Hit rates of the eviction policies, and of the offline optimum, on a conversation trace.
 
-python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--watermark SHARE]
+python benchmarks/policies.py [--trace FILE] [--requests N] [--sizes GIB ...] [--eviction-watermark SHARE]
     [--eviction-ratio SHARE] [--json] [--plot docs/eviction.svg]
 
 Each prompt is served as an LLM server does it, through the engine's own control plane, with its index, policies,
@@ -26,7 +26,7 @@ import lzma
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,7 +192,7 @@ def simulate(
             found.append(serve_optimally(index, optimum, number, prompt, capacity_bytes))
             progress()
     else:
-        config = replace(settings, cpu_pool_bytes=capacity_bytes, eviction_policy=name, ghost_entries=blocks)
+        config = settings.replace(pool=capacity_bytes, eviction={"policy": name, "ghost_entries": blocks})
         control = ControlPlane.from_config(config, capacity_bytes, BlockSizes(BLOCK_BYTES, BLOCK_BYTES))
         index = control.index
         for prompt in prompts:
@@ -268,13 +268,13 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="JSON lines, .xz or plain (default: the shipped trace)")
     parser.add_argument("--requests", type=int, help="only the first N")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES_GIB, metavar="GIB")
-    parser.add_argument("--watermark", type=float, default=DEFAULTS.watermark)
-    parser.add_argument("--eviction-ratio", type=float, default=DEFAULTS.eviction_ratio)
+    parser.add_argument("--eviction-watermark", type=float, default=DEFAULTS.eviction.watermark)
+    parser.add_argument("--eviction-ratio", type=float, default=DEFAULTS.eviction.ratio)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     prompts = read_trace(arguments.trace, arguments.requests)
-    settings = KVortexConfig(watermark=arguments.watermark, eviction_ratio=arguments.eviction_ratio)
+    settings = KVortexConfig(eviction={"watermark": arguments.eviction_watermark, "ratio": arguments.eviction_ratio})
     results = []
     with progress_bar(len(prompts) * len(arguments.sizes) * (len(POLICIES) + 1)) as describe:
         for size in arguments.sizes:

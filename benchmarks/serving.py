@@ -26,6 +26,7 @@ import torch
 from transfer import BLOCK_SIZE, environment, make_cache, measure_ceilings
 
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
+from kvortex.config import parse_bytes
 from kvortex.cuda.driver import Device
 
 BLOCK_BYTES, SEGMENT_BYTES = 2 << 20, 64 << 10
@@ -81,7 +82,7 @@ async def traffic(engine: KVortexEngine, direction: str, kind: type = Traffic) -
 
 @asynccontextmanager
 async def engine_over(kv: dict[str, torch.Tensor], **settings: Any) -> Any:
-    config = KVortexConfig(cpu_pool_bytes=3 * TOTAL_BYTES, **settings)
+    config = KVortexConfig(pool=3 * TOTAL_BYTES, **settings)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(kv, BLOCK_SIZE)
         await engine.wait_pinned()
@@ -228,7 +229,7 @@ async def bench_short(kv: dict[str, torch.Tensor], arguments: argparse.Namespace
 async def bench_start(kv: dict[str, torch.Tensor], arguments: argparse.Namespace) -> list[Row]:
     hashes = hash_blocks(np.arange(8 * BLOCK_SIZE), BLOCK_SIZE)
     started = time.perf_counter()
-    config = KVortexConfig(cpu_pool_bytes=arguments.pool_bytes, codec=arguments.codec)
+    config = KVortexConfig(pool=arguments.pool, codec=arguments.codec)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(kv, BLOCK_SIZE)
         registered = time.perf_counter() - started
@@ -237,7 +238,7 @@ async def bench_start(kv: dict[str, torch.Tensor], arguments: argparse.Namespace
         first = time.perf_counter() - started
         await engine.wait_pinned()
         pinned = time.perf_counter() - started
-    pool = f"pool of {arguments.pool_bytes >> 30} GiB"
+    pool = f"pool of {arguments.pool >> 30} GiB"
     return [
         Row("start: caches registered", pool, registered, "s"),
         Row("start: first save done", pool, first, "s", "< 2"),
@@ -257,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--codec", default="raw")
-    parser.add_argument("--pool-bytes", type=int, default=16 << 30)
+    parser.add_argument("--pool", type=parse_bytes, default=16 << 30)
     parser.add_argument("--json", help="write the figures to this file too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

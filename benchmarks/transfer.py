@@ -25,6 +25,7 @@ import torch
 
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
 from kvortex.codecs import pack_reference, packing_for, unpack_reference
+from kvortex.config import parse_bytes
 from kvortex.cuda.driver import Device
 from kvortex.kernels.reference import gather_reference, scatter_reference
 from kvortex.layout import KVLayout
@@ -217,11 +218,10 @@ async def bench_engine(arguments: argparse.Namespace, segment: int, block_bytes:
     padded = -(-block_bytes // 128) * 128
     blocks = arguments.total_bytes // block_bytes
     config = KVortexConfig(
-        cpu_pool_bytes=2 * blocks * padded + 2 * KVortexConfig().pin_piece_bytes,
-        max_batch_bytes=arguments.batch_bytes,
-        num_transfer_streams=arguments.streams,
+        pool=2 * blocks * padded + 2 * KVortexConfig().pool.pin_piece_bytes,
+        transfer={"max_batch_bytes": arguments.transfer_max_batch_bytes, "streams": arguments.transfer_streams},
         codec=arguments.codec,
-        watermark=1.0,
+        eviction={"watermark": 1.0},
     )
     times: dict[str, list[tuple[float, float]]] = {"save": [], "load": [], "both": []}
     async with KVortexEngine.create(config) as engine:
@@ -284,8 +284,10 @@ def main() -> None:
     parser.add_argument("--segment-bytes", default="65536,16384,8192,4096")
     parser.add_argument("--block-bytes", default="2097152", help="comma-separated; `32s` means 32 segments")
     parser.add_argument("--total-bytes", type=int, default=4 << 30, help="moved in one pass")
-    parser.add_argument("--batch-bytes", type=int, default=KVortexConfig().max_batch_bytes)
-    parser.add_argument("--streams", type=int, default=KVortexConfig().num_transfer_streams)
+    parser.add_argument(
+        "--transfer-max-batch-bytes", type=parse_bytes, default=KVortexConfig().transfer.max_batch_bytes
+    )
+    parser.add_argument("--transfer-streams", type=int, default=KVortexConfig().transfer.streams)
     parser.add_argument("--requests", type=int, default=1, help="calls that share the bytes of a pass")
     parser.add_argument("--codec", default="raw", help="raw, fp8 (a bfloat16 cache) or bf16 (a float32 cache)")
     parser.add_argument("--repeats", type=int, default=5)

@@ -32,7 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
+from kvortex.config import GIB, parse_bytes
+
 ANSWER, THROUGHPUT_ANSWER = 8, 64
 SHAPES = {
     "llama-8b": {
@@ -116,7 +117,7 @@ def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
         return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if kind == "lmcache":
         return {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
-    options: dict[str, Any] = {"cpu_pool_bytes": pool_bytes}
+    options: dict[str, Any] = {"pool": pool_bytes}
     if kind == "kvortex-fp8":
         options["codec"] = "fp8"
     return {
@@ -137,7 +138,7 @@ class Engine:
         from kvortex.testing.dummy_model import scale_weights
 
         row = Row(arguments.row)
-        transfer = connector(row.kind, arguments.pool_bytes)
+        transfer = connector(row.kind, arguments.pool)
         settings = json.loads(arguments.engine)
         if transfer is not None:
             settings["kv_transfer_config"] = KVTransferConfig(**transfer)
@@ -233,7 +234,7 @@ class RunningRow:
     def __init__(self, name: str, options: list[str], arguments: argparse.Namespace, log: Path) -> None:
         self.row = Row(name)
         self._log = log
-        lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(arguments.pool_bytes / GIB)}
+        lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(arguments.pool / GIB)}
         environment = {**os.environ, **ENVIRONMENT, **lmcache}
         if name.endswith(":v1"):
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -389,7 +390,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="prompts of a length, each hit four times")
     parser.add_argument("--prompts", type=int, default=64, help="of a batch for throughput")
     parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--pool-bytes", type=int, default=40 * GIB)
+    parser.add_argument("--pool", type=parse_bytes, default=40 * GIB)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--together", type=int, default=1, help="engines that start at the same time")
@@ -415,7 +416,7 @@ def main() -> None:
         logs = arguments.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         write_llama(Path(folder), **SHAPES[arguments.shape])
-        options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool-bytes={arguments.pool_bytes}"]
+        options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool={arguments.pool}"]
         options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}", f"--model={folder}"]
         for first in range(0, len(names), arguments.together):
             rows += measure_rows(names[first : first + arguments.together], options, arguments, logs)

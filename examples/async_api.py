@@ -14,7 +14,7 @@ async def main() -> None:
     # A paged cache of two layers: [K and V, blocks, tokens a block, heads, head size].
     kv_caches = {f"layers.{i}": torch.randn(2, 64, BLOCK_SIZE, 4, 64, device=device) for i in range(2)}
     before = {name: layer[:, :8].clone() for name, layer in kv_caches.items()}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=64 << 20)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=64 << 20)) as engine:
         engine.register_kv_caches(kv_caches, block_size=BLOCK_SIZE)
         hashes = hash_blocks(range(8 * BLOCK_SIZE), block_size=BLOCK_SIZE)
 

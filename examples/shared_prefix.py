@@ -23,7 +23,7 @@ async def serve(engine: KVortexEngine, name: str, question: list[int], first_blo
 
 async def main() -> None:
     kv_caches = {f"layers.{i}": torch.randn(2, 64, BLOCK_SIZE, 4, 64, device=device) for i in range(2)}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=64 << 20)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=64 << 20)) as engine:
         engine.register_kv_caches(kv_caches, block_size=BLOCK_SIZE)
         await serve(engine, "first request", list(range(2 * BLOCK_SIZE)), 0)
         async with asyncio.TaskGroup() as group:

@@ -12,7 +12,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 def main() -> None:
     kv_caches = {f"layers.{i}": torch.randn(2, 64, BLOCK_SIZE, 4, 64, device=device) for i in range(2)}
-    with KVortexEngine.create_sync(KVortexConfig(cpu_pool_bytes=64 << 20)) as engine:
+    with KVortexEngine.create_sync(KVortexConfig(pool=64 << 20)) as engine:
         engine.register_kv_caches(kv_caches, block_size=BLOCK_SIZE)
 
         def client(number: int) -> None:

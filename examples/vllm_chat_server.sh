@@ -17,4 +17,4 @@ model=$1
 shift
 exec vllm serve "$model" --host 127.0.0.1 --port "${KVORTEX_PORT:-8000}" --enable-prompt-tokens-details \
     --kv-transfer-config "{\"kv_connector\": \"KVortexConnector\", \"kv_connector_module_path\": \"kvortex.vllm\",
-        \"kv_role\": \"kv_both\", \"kv_connector_extra_config\": {\"cpu_pool_bytes\": \"${KVORTEX_POOL:-16GiB}\"}}" "$@"
+        \"kv_role\": \"kv_both\", \"kv_connector_extra_config\": {\"pool\": \"${KVORTEX_POOL:-16GiB}\"}}" "$@"

@@ -21,7 +21,7 @@ def main(model: str, turns: int) -> None:
             kv_connector="KVortexConnector",
             kv_connector_module_path="kvortex.vllm",
             kv_role="kv_both",
-            kv_connector_extra_config={"cpu_pool_bytes": "256MiB"},
+            kv_connector_extra_config={"pool": "256MiB"},
         ),
     )
     parameters = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)

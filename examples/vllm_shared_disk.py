@@ -29,7 +29,7 @@ def serve(model: str, directory: str) -> None:
             kv_connector="KVortexConnector",
             kv_connector_module_path="kvortex.vllm",
             kv_role="kv_both",
-            kv_connector_extra_config={"cpu_pool_bytes": "256MiB", "disk_path": directory},
+            kv_connector_extra_config={"pool": "256MiB", "disk": directory},
         ),
     )
     parameters = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)

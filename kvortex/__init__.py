@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvortex.config import KVortexConfig, ModelIdentity
-    from kvortex.engine import KVortexEngine
-    from kvortex.engine.sync import SyncEngine
+    from kvortex.engine import EngineCreation, EngineParts, KVortexEngine, SyncEngine
     from kvortex.errors import KVortexError
     from kvortex.hashing import Namespace, cache_key, hash_blocks
     from kvortex.layout import KVLayout
     from kvortex.stats import StatsSnapshot
     from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockHash",
+    "EngineCreation",
+    "EngineParts",
     "KVLayout",
     "KVortexConfig",
     "KVortexEngine",
@@ -36,6 +37,8 @@ __all__ = [
 # Loaded when asked for: the engine brings numba and torch, and whoever wants a hash or an error should not wait.
 _HOME = {
     "BlockHash": "types",
+    "EngineCreation": "engine",
+    "EngineParts": "engine",
     "KVLayout": "layout",
     "KVortexConfig": "config",
     "KVortexEngine": "engine",

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvortex.config.sections import Section
+
 PUBLIC = {
     "kvortex": "what most programs need",
+    "kvortex.config": "the sections of the settings, with every default",
     "kvortex.errors": "what can go wrong, as one tree",
     "kvortex.tiers": "lower tiers: the contract, and the tiers that come with the package",
     "kvortex.testing": "doubles that fail on command, for tests of code that uses the engine or brings a tier",
@@ -51,6 +54,8 @@ def module_text(name: str, subject: str) -> Iterator[str]:
         return
     module = importlib.import_module(name)
     for public in public_names(module):
+        if name != "kvortex" and public in public_names(importlib.import_module("kvortex")):
+            continue
         yield from object_text(public, getattr(module, public))
 
 
@@ -62,7 +67,7 @@ def public_names(module: Any) -> list[str]:
 
 def object_text(name: str, value: Any) -> Iterator[str]:
     if inspect.isclass(value):
-        bases = [base.__name__ for base in value.__bases__ if base is not object]
+        bases = [base.__name__ for base in value.__bases__ if base not in (object, Section)]
         yield f"\n### `{name}`" + (f" ({', '.join(bases)})" if bases else "") + "\n"
         yield from doc_of(value)
         yield from members_text(value)
@@ -94,12 +99,15 @@ def members_text(kind: type) -> Iterator[str]:
 
 
 def fields_of(kind: type) -> Iterator[str]:
-    """Of a dataclass, each with its type as it is written."""
+    """The fields of a dataclass, each with its type and default as they are written."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and not ast.unparse(part.target).startswith("_"):
-            yield f"{ast.unparse(part.target)}: {ast.unparse(part.annotation)}".replace("'", "")
+            annotation = ast.unparse(part.annotation).replace("'", "")
+            if not annotation.startswith("ClassVar"):
+                default = f" = {ast.unparse(part.value)}" if part.value is not None else ""
+                yield f"{ast.unparse(part.target)}: {annotation}{default}"
 
 
 def doc_of(value: Any) -> Iterator[str]:

@@ -6,11 +6,13 @@ from contextlib import asynccontextmanager
 import numpy as np
 import torch
 
-from kvortex import BlockHash, KVortexConfig, KVortexEngine, hash_blocks
+from kvortex import BlockHash, EngineParts, KVortexConfig, KVortexEngine, Namespace, hash_blocks
 from kvortex.config import KIB, MIB
 from kvortex.layout import KVLayout
+from kvortex.sched import TransferExecutor
 from kvortex.sched.batcher import Batch
 from kvortex.testing import Fault, FaultInjectingExecutor
+from kvortex.tiers import Tier
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
@@ -36,16 +38,37 @@ def wipe(cache: dict[str, torch.Tensor], block_ids: Sequence[int]) -> None:
         layer[:, list(block_ids)] = float("nan")
 
 
+class Parts(EngineParts):
+    """Parts that functions make.
+
+    Args:
+        make_tier: namespace -> the tier.
+        wrap_executor: the device's own executor -> another around it.
+    """
+
+    def __init__(
+        self,
+        *,
+        make_tier: Callable[[Namespace], Tier] | None = None,
+        wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
+    ) -> None:
+        self._make_tier = make_tier
+        self._wrap_executor = wrap_executor
+
+    def make_tier(self, config: KVortexConfig, namespace: Namespace) -> Tier | None:
+        return self._make_tier(namespace) if self._make_tier else super().make_tier(config, namespace)
+
+    def wrap_executor(self, executor: TransferExecutor) -> TransferExecutor:
+        return self._wrap_executor(executor) if self._wrap_executor else super().wrap_executor(executor)
+
+
 def small_config(**changes: object) -> KVortexConfig:
     """A pool of many blocks in several pieces, batches of four blocks."""
-    settings: dict[str, object] = {
-        "cpu_pool_bytes": 4 * MIB,
-        "pin_piece_bytes": 256 * KIB,
-        "max_batch_bytes": 4 * BLOCK_NBYTES,
-        "linger_s": 0.0,
-        "self_test": False,
-    }
-    return KVortexConfig(**{**settings, **changes})
+    small = KVortexConfig(
+        pool={"bytes": 4 * MIB, "pin_piece_bytes": 256 * KIB},
+        transfer={"max_batch_bytes": 4 * BLOCK_NBYTES, "linger_s": 0.0, "self_test": False},
+    )
+    return small.replace(**changes)
 
 
 @asynccontextmanager
@@ -55,14 +78,14 @@ async def running_engine(
     fault_of: Callable[[int, Batch], Fault | None] | None = None,
 ) -> AsyncIterator[tuple[KVortexEngine, FaultInjectingExecutor]]:
     """An engine over `cache` whose batches go wrong as `fault_of` says."""
-    async with KVortexEngine.create(config or small_config()) as engine:
-        faulty: list[FaultInjectingExecutor] = []
+    faulty: list[FaultInjectingExecutor] = []
 
-        def wrap(inner: object) -> FaultInjectingExecutor:
-            faulty.append(FaultInjectingExecutor(inner, fault_of or (lambda number, batch: None)))
-            return faulty[0]
+    def wrap(inner: TransferExecutor) -> FaultInjectingExecutor:
+        faulty.append(FaultInjectingExecutor(inner, fault_of or (lambda number, batch: None)))
+        return faulty[0]
 
-        engine.register_kv_caches(cache, BLOCK_SIZE, wrap_executor=wrap)
+    async with KVortexEngine.create(config or small_config(), Parts(wrap_executor=wrap)) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
         yield engine, faulty[0]
 
 

@@ -22,7 +22,7 @@ from kvortex.errors import ConfigError
 
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
 def test_replay_prints_json(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["replay", "--requests", "12", "--pool", "16MiB", "--policy", policy, "--json"]) == 0
+    assert main(["replay", "--requests", "12", "--pool", "16MiB", "--eviction", policy, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["requests"] == 12
     assert figures["mismatches"] == 0
@@ -146,7 +146,14 @@ def test_a_missing_trace_is_a_message(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     "option",
-    [["--requests", "0"], ["--pool", "many"], ["--concurrency", "x"], ["--policy", "fifo"], ["--block-bytes", "0"]],
+    [
+        ["--requests", "0"],
+        ["--pool", "many"],
+        ["--concurrency", "x"],
+        ["--eviction", "fifo"],
+        ["--policy", "fifo"],
+        ["--block-bytes", "0"],
+    ],
 )
 def test_bad_options(option: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

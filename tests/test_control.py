@@ -13,8 +13,8 @@ BLOCK_NBYTES = 4096
 
 
 def make_control(blocks: int, **changes: object) -> ControlPlane:
-    config = KVortexConfig(cpu_pool_bytes=blocks * BLOCK_NBYTES, **changes)
-    return ControlPlane.from_config(config, config.cpu_pool_bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
+    config = KVortexConfig(pool=blocks * BLOCK_NBYTES, **changes)
+    return ControlPlane.from_config(config, config.pool.bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
 
 
 def keys(count: int, salt: int = 0) -> np.ndarray:
@@ -39,7 +39,7 @@ def there(control: ControlPlane, chain: np.ndarray) -> list[bool]:
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "arc"])
 def test_a_tail_does_not_drive_out_its_own_head(policy: str) -> None:
-    control = make_control(10, eviction_policy=policy)
+    control = make_control(10, eviction=policy)
     save(control, keys(6))
     outcomes = save(control, keys(16))
     stored = [outcome.is_stored for outcome in outcomes]
@@ -50,7 +50,7 @@ def test_a_tail_does_not_drive_out_its_own_head(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "arc"])
 def test_others_make_room_for_a_tail(policy: str) -> None:
-    control = make_control(10, eviction_policy=policy)
+    control = make_control(10, eviction=policy)
     save(control, keys(8, salt=1))
     save(control, keys(2))
     assert save(control, keys(6)) == [SaveOutcome.ALREADY_STORED] * 2 + [SaveOutcome.STORED] * 4
@@ -96,7 +96,7 @@ def test_what_was_given_up_has_not_failed() -> None:
 
 
 def test_what_lies_beyond_a_smaller_pool_is_gone_and_the_rest_goes_on() -> None:
-    control = make_control(20, watermark=1.0)
+    control = make_control(20, eviction={"watermark": 1.0})
     removed: list[int] = []
     control.on_removed = lambda offsets: removed.extend(offsets.tolist())
     save(control, keys(20))
@@ -152,8 +152,8 @@ def test_a_pool_of_which_nothing_is_left_stores_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "piece", "setting"), [(4096, 8192, "cpu_pool_bytes"), (16384, 4096, "pin_piece_bytes")]
+    ("pool", "piece", "setting"), [(4096, 8192, r"pool\.bytes"), (16384, 4096, r"pool\.pin_piece_bytes")]
 )
 def test_a_pool_that_holds_no_block_is_refused_with_what_to_raise(pool: int, piece: int, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"raise {setting}"):
-        ControlPlane.from_config(KVortexConfig(pin_piece_bytes=piece), pool, BlockSizes(8192, 8192))
+        ControlPlane.from_config(KVortexConfig(pool={"pin_piece_bytes": piece}), pool, BlockSizes(8192, 8192))

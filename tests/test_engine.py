@@ -6,7 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from engine_support import (
+
+from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
+from kvortex.config import MIB
+from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
+from kvortex.index import pack_keys
+from kvortex.testing import Fault
+from kvortex.types import Direction
+from tests.engine_support import (
     BLOCK_NBYTES,
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -17,13 +24,6 @@ from engine_support import (
     small_config,
     wipe,
 )
-
-from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
-from kvortex.config import MIB
-from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
-from kvortex.index import pack_keys
-from kvortex.testing import Fault
-from kvortex.types import Direction
 
 LAYOUTS = {
     "K and V apart": lambda: torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, 2, 16),
@@ -38,7 +38,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 async def test_what_was_saved_comes_back_elsewhere(name: str) -> None:
     cache = {f"layers.{i}": LAYOUTS[name]() for i in range(3)}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 * MIB)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=16 * MIB)) as engine:
         layout = engine.register_kv_caches(cache, BLOCK_SIZE)
         dims = dict(zip(cache, layout.block_dims, strict=True))
         before = {k: v.clone() for k, v in cache.items()}
@@ -70,7 +70,7 @@ async def test_outcomes_of_a_save() -> None:
 
 
 async def test_what_is_printed_is_one_line() -> None:
-    engine = await KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 * MIB))
+    engine = await KVortexEngine.create(KVortexConfig(pool=16 * MIB))
     assert repr(engine) == "<KVortexEngine: no caches registered yet; a pool of 16.0 MiB>"
     layout = engine.register_kv_caches(make_cache(), BLOCK_SIZE)
     assert repr(layout) == f"<KVLayout: {layout.describe()}>"
@@ -111,7 +111,7 @@ async def test_a_block_under_way_is_a_miss_that_says_so() -> None:
 async def test_a_miss_has_its_reason() -> None:
     cache = make_cache(512)
     pool_blocks = 32
-    config = small_config(cpu_pool_bytes=pool_blocks * BLOCK_NBYTES, pin_piece_bytes=4 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES})
     async with running_engine(cache, config) as (engine, _):
         assert engine.miss_reason(chain(1)[0]) is MissReason.NEVER_STORED
         first = chain(8, salt=1)
@@ -129,7 +129,7 @@ async def test_a_miss_has_its_reason() -> None:
 
 async def test_eviction_takes_the_tail_before_the_head() -> None:
     cache = make_cache(512)
-    config = small_config(cpu_pool_bytes=40 * BLOCK_NBYTES, pin_piece_bytes=4 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": 40 * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES})
     async with running_engine(cache, config) as (engine, _):
         old = chain(16, salt=1)
         await engine.save_blocks(old, range(16))
@@ -141,7 +141,7 @@ async def test_eviction_takes_the_tail_before_the_head() -> None:
 
 async def test_eviction_is_gradual() -> None:
     cache = make_cache(512)
-    config = small_config(cpu_pool_bytes=100 * BLOCK_NBYTES, pin_piece_bytes=4 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": 100 * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES})
     async with running_engine(cache, config) as (engine, _):
         evicted = [0]
         for salt in range(60):
@@ -154,7 +154,9 @@ async def test_eviction_is_gradual() -> None:
 
 async def test_a_pool_full_of_blocks_in_use_gives_no_space() -> None:
     cache = make_cache()
-    config = small_config(cpu_pool_bytes=8 * BLOCK_NBYTES, pin_piece_bytes=8 * BLOCK_NBYTES, watermark=1.0)
+    config = small_config(
+        pool={"bytes": 8 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, eviction={"watermark": 1.0}
+    )
     held = {"on": False}
     async with running_engine(cache, config, lambda number, batch: Fault.HOLD if held["on"] else None) as (
         engine,
@@ -179,7 +181,9 @@ async def test_a_pool_full_of_blocks_in_use_gives_no_space() -> None:
 
 async def test_a_save_longer_than_the_pool_keeps_the_head() -> None:
     cache = make_cache()
-    config = small_config(cpu_pool_bytes=16 * BLOCK_NBYTES, pin_piece_bytes=8 * BLOCK_NBYTES, watermark=1.0)
+    config = small_config(
+        pool={"bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, eviction={"watermark": 1.0}
+    )
     async with running_engine(cache, config) as (engine, _):
         result = await engine.save_blocks(chain(40), range(40))
         stored = engine.match_prefix(chain(40))
@@ -379,7 +383,7 @@ async def test_figures() -> None:
 
 async def test_requests_in_progress_are_bounded() -> None:
     cache = make_cache()
-    config = small_config(max_outstanding_requests=2)
+    config = small_config(transfer={"max_outstanding_requests": 2})
     async with running_engine(cache, config, lambda number, batch: Fault.HOLD) as (engine, executor):
         saves = [asyncio.create_task(engine.save_blocks(chain(1, salt), [salt])) for salt in range(4)]
         await asyncio.sleep(0.05)

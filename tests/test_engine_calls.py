@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_support import (
+
+from kvortex import KVortexConfig, KVortexEngine, MissReason
+from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
+from kvortex.hashing import hash_blocks
+from kvortex.sched.batcher import Batch
+from kvortex.testing import Fault
+from kvortex.types import Direction
+from tests.engine_support import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     chain,
@@ -17,13 +24,6 @@ from engine_support import (
     small_config,
     wipe,
 )
-
-from kvortex import KVortexConfig, KVortexEngine, MissReason
-from kvortex.errors import EngineStateError, InvalidBlockIdError, InvalidHashError
-from kvortex.hashing import hash_blocks
-from kvortex.sched.batcher import Batch
-from kvortex.testing import Fault
-from kvortex.types import Direction
 
 COUNT = 8
 
@@ -332,7 +332,7 @@ async def test_a_call_that_is_made_before_a_shutdown_and_awaited_after_it_is_ref
 
 async def test_looking_up_and_then_loading_what_was_found_has_the_hit_rate_of_the_look_up() -> None:
     kv_caches = {"layer": torch.randn(2, 64, 16, 2, 16)}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 << 20)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=16 << 20)) as engine:
         engine.register_kv_caches(kv_caches, block_size=16)
         hashes = hash_blocks(range(100 * 16), block_size=16)
         await engine.save_blocks(hashes[:9], range(9))

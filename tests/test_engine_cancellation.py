@@ -5,10 +5,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from engine_support import chain, contents, make_cache, running_engine, small_config, wipe
 
 from kvortex import KVortexEngine, MissReason
 from kvortex.testing import Fault
+from tests.engine_support import chain, contents, make_cache, running_engine, small_config, wipe
 
 MAX_TURNS = 60
 
@@ -105,7 +105,7 @@ async def test_a_cancelled_call_waits_for_what_is_under_way() -> None:
 
 async def test_cancelling_while_waiting_for_a_turn() -> None:
     cache = make_cache()
-    config = small_config(max_outstanding_requests=1)
+    config = small_config(transfer={"max_outstanding_requests": 1})
     async with running_engine(cache, config, lambda number, batch: Fault.HOLD) as (engine, executor):
         first = asyncio.create_task(engine.save_blocks(chain(2, 1), range(2)))
         while executor.num_held < 1:

@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
-from kvortex import KVortexConfig, KVortexEngine, ModelIdentity
+from kvortex import EngineParts, KVortexConfig, KVortexEngine, ModelIdentity
 from kvortex.engine.sync import SyncEngine
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
@@ -23,13 +22,23 @@ from kvortex.planes.control import ControlPlane
 from kvortex.planes.data import DataPlane
 from kvortex.testing import Fault
 from kvortex.tiers import MemoryTier
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    Parts,
+    chain,
+    contents,
+    make_cache,
+    running_engine,
+    small_config,
+)
 
 # -- pools of few blocks -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [1, 1.5, 2, 3])
 async def test_a_pool_of_few_blocks_works(blocks: float) -> None:
-    config = small_config(cpu_pool_bytes=int(blocks * BLOCK_NBYTES), self_test=True)
+    config = small_config(pool=int(blocks * BLOCK_NBYTES), transfer={"self_test": True})
     cache = make_cache()
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
@@ -41,14 +50,14 @@ async def test_a_pool_of_few_blocks_works(blocks: float) -> None:
 
 @pytest.mark.parametrize("pool_bytes", [4096, BLOCK_NBYTES - 1])
 async def test_a_pool_that_holds_no_block_is_refused(pool_bytes: int) -> None:
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=pool_bytes)) as engine:
-        with pytest.raises(ConfigError, match="raise cpu_pool_bytes"):
+    async with KVortexEngine.create(KVortexConfig(pool=pool_bytes)) as engine:
+        with pytest.raises(ConfigError, match=r"raise pool\.bytes"):
             engine.register_kv_caches(make_cache(), BLOCK_SIZE)
 
 
 async def test_a_piece_that_holds_no_block_is_refused() -> None:
-    async with KVortexEngine.create(KVortexConfig(pin_piece_bytes=4096)) as engine:
-        with pytest.raises(ConfigError, match="raise pin_piece_bytes"):
+    async with KVortexEngine.create(KVortexConfig(pool={"pin_piece_bytes": 4096})) as engine:
+        with pytest.raises(ConfigError, match=r"raise pool\.pin_piece_bytes"):
             engine.register_kv_caches(make_cache(), BLOCK_SIZE)
 
 
@@ -75,7 +84,9 @@ async def test_a_cache_is_served_whatever_autograd_thinks_of_it(kind: str, codec
     cache = {f"layers.{i}": CACHES[kind]() for i in range(2)}
     with torch.no_grad():
         before = {name: tensor.detach().clone() for name, tensor in cache.items()}
-    async with KVortexEngine.create(small_config(self_test=True, codec=codec, max_pack_error=0.9)) as engine:
+    async with KVortexEngine.create(
+        small_config(transfer={"self_test": True}, codec={"name": codec, "max_error": 0.9})
+    ) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE, num_blocks=64, block_dim=1)
         for name, tensor in cache.items():
             assert torch.equal(tensor.detach(), before[name]), "the self-test left it as it was"
@@ -112,17 +123,22 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[PinnedPool]:
     return made
 
 
-FAILURES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
-    "control plane": lambda patch: patch.setattr(ControlPlane, "from_config", refuse) or {},
-    "namespace": lambda patch: patch.setattr(DataPlane, "namespace", refuse) or {},
-    "executor": lambda patch: patch.setattr(DataPlane, "_make_executor", refuse) or {},
-    "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse) or {},
-    "wrapped executor": lambda patch: {"wrap_executor": refuse},
-    "tier": lambda patch: {"make_tier": refuse},
-    "link to the tier": lambda patch: (
-        patch.setattr("kvortex.engine.engine.BackingTier", refuse)
-        or {"make_tier": lambda namespace: MemoryTier(1 << 20, namespace=namespace.digest)}
-    ),
+def refuse_the_link(patch: pytest.MonkeyPatch) -> None:
+    def memory_tier(_: EngineParts, __: KVortexConfig, namespace: Namespace) -> MemoryTier:
+        return MemoryTier(1 << 20, namespace=namespace.digest)
+
+    patch.setattr(EngineParts, "make_tier", memory_tier)
+    patch.setattr("kvortex.engine.engine.BackingTier", refuse)
+
+
+FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "control plane": lambda patch: patch.setattr(ControlPlane, "from_config", refuse),
+    "namespace": lambda patch: patch.setattr(DataPlane, "namespace", refuse),
+    "executor": lambda patch: patch.setattr(DataPlane, "_make_executor", refuse),
+    "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse),
+    "wrapped executor": lambda patch: patch.setattr(EngineParts, "wrap_executor", refuse),
+    "tier": lambda patch: patch.setattr(EngineParts, "make_tier", refuse),
+    "link to the tier": refuse_the_link,
 }
 
 
@@ -131,12 +147,12 @@ async def test_a_registration_that_fails_leaves_nothing_behind_and_can_be_tried_
     what: str, pools: list[PinnedPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache()
-    async with KVortexEngine.create(small_config(self_test=True)) as engine:
+    async with KVortexEngine.create(small_config(transfer={"self_test": True})) as engine:
         with monkeypatch.context() as patch:
-            arguments = FAILURES[what](patch)
+            FAILURES[what](patch)
             for _ in range(3):
                 with pytest.raises(Refused):
-                    engine.register_kv_caches(cache, BLOCK_SIZE, **arguments)
+                    engine.register_kv_caches(cache, BLOCK_SIZE)
                 assert pools[-1]._mapping.closed, "its memory is given back"
                 with pytest.raises(EngineStateError, match="register_kv_caches first"):
                     engine.check_blocks(chain(1))
@@ -172,8 +188,8 @@ async def test_a_tier_that_cannot_be_closed_does_not_keep_the_pool(pools: list[P
     def make_tier(namespace: Namespace) -> Stuck:
         return Stuck(1 << 20, namespace=namespace.digest)
 
-    engine = await KVortexEngine.create(small_config())
-    engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=make_tier)
+    engine = await KVortexEngine.create(small_config(), Parts(make_tier=make_tier))
+    engine.register_kv_caches(make_cache(), BLOCK_SIZE)
     await engine.save_blocks(chain(4), range(4))
     with pytest.raises(Refused):
         await engine.shutdown()
@@ -204,7 +220,7 @@ async def test_an_executor_that_cannot_be_closed_does_not_keep_the_pool(
 @pytest.mark.parametrize("disk", [False, True])
 async def test_figures_can_be_had_after_the_end(disk: bool, tmp_path: Path) -> None:
     engine = await KVortexEngine.create(
-        small_config(**({"disk_path": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
+        small_config(**({"disk": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
     )
     assert engine.get_stats().hits == 0
     engine.register_kv_caches(make_cache(), BLOCK_SIZE)
@@ -243,7 +259,7 @@ CALLS: dict[str, Callable[[KVortexEngine], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_second_loop_is_told_that_the_engine_lives_on_the_first(call: str, disk: bool, tmp_path: Path) -> None:
-    config = small_config(**({"disk_path": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
+    config = small_config(**({"disk": str(tmp_path), "identity": ModelIdentity(model="m")} if disk else {}))
     engine = asyncio.run(make_engine(config))
 
     async def use() -> None:
@@ -408,7 +424,7 @@ import atexit, threading, torch
 from kvortex import KVortexConfig, KVortexEngine, ModelIdentity, hash_blocks
 from kvortex.errors import EngineStateError
 identity = ModelIdentity(model="m")
-config = KVortexConfig(cpu_pool_bytes=1 << 22, disk_path={str(tmp_path) if disk else ""!r}, identity=identity)
+config = KVortexConfig(pool=1 << 22, disk={str(tmp_path) if disk else ""!r}, identity=identity)
 engine = KVortexEngine.create_sync(config)
 engine.register_kv_caches({{"layer": torch.randn(2, 64, 16, 2, 16)}}, 16)
 hashes = hash_blocks(range(128))
@@ -428,7 +444,7 @@ import asyncio, atexit, torch
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
 
 async def main():
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=1 << 22)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=1 << 22)) as engine:
         engine.register_kv_caches({"layer": torch.randn(2, 64, 16, 2, 16)}, 16)
         assert (await engine.save_blocks(hash_blocks(range(128)), range(8))).ok
 

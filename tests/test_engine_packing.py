@@ -46,12 +46,12 @@ async def test_blocks_come_back_as_the_codec_rounds_them_from_half_the_memory(ki
     codec, dtype = KINDS[kind]
     cache, hashes, ids = make_cache(dtype), chain(20), list(range(20))
     want = expected(cache, codec, ids)
-    async with running_engine(cache, small_config(codec=codec, self_test=True)) as (engine, _):
+    async with running_engine(cache, small_config(codec=codec, transfer={"self_test": True})) as (engine, _):
         assert (await engine.save_blocks(hashes, ids)).num_stored == 20
         used = engine.get_stats().pools[0].allocated_bytes
         raw = 20 * KVLayout.from_tensors(cache, BLOCK_SIZE).block_nbytes
         assert used < raw * (0.27 if kind == "fp8 of float32" else 0.51)
-        assert engine.namespace.codec == f"{codec} within {engine.config.max_pack_error}"
+        assert engine.namespace.codec == f"{codec} within {engine.config.codec.max_error}"
         wipe(cache)
         assert (await engine.load_blocks(hashes, [b + 20 for b in ids])).ok
         assert (payloads(cache, [b + 20 for b in ids]) == want).all()
@@ -75,13 +75,13 @@ async def test_what_packing_would_hurt_is_kept_as_it_is() -> None:
         assert (back[as_is] == exact[as_is]).all()
         assert (back[~as_is] == want[~as_is]).all()
         assert {batch.packed for batch in executor.batches} == {True, False}
-        assert all(batch.nbytes <= engine.config.max_batch_bytes for batch in executor.batches)
+        assert all(batch.nbytes <= engine.config.transfer.max_batch_bytes for batch in executor.batches)
 
 
 async def test_a_strict_bound_keeps_everything_as_it_is() -> None:
     cache, hashes, ids = make_cache(torch.bfloat16), chain(6), list(range(6))
     exact = payloads(cache, ids)
-    async with running_engine(cache, small_config(codec="fp8", max_pack_error=1e-4)) as (engine, _):
+    async with running_engine(cache, small_config(codec={"name": "fp8", "max_error": 1e-4})) as (engine, _):
         assert (await engine.save_blocks(hashes, ids)).ok
         wipe(cache)
         assert (await engine.load_blocks(hashes, ids)).ok
@@ -118,7 +118,7 @@ async def test_packed_and_other_blocks_share_a_pool_that_overflows() -> None:
     exact = payloads(cache, list(range(BLOCKS)))
     want = expected(cache, "fp8", list(range(BLOCKS)))
     block = KVLayout.from_tensors(cache, BLOCK_SIZE).block_nbytes
-    config = small_config(codec="fp8", cpu_pool_bytes=12 * block, pin_piece_bytes=64 * 1024)
+    config = small_config(codec="fp8", pool={"bytes": 12 * block, "pin_piece_bytes": 64 * 1024})
     hits = 0
     async with running_engine(cache, config) as (engine, _):
         for salt in range(12):

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config, wipe
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
 from kvortex.errors import DeviceError
 from kvortex.memory import PinnedPool
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    chain,
+    contents,
+    make_cache,
+    running_engine,
+    small_config,
+    wipe,
+)
 
 POOL_BLOCKS, PINNED_BLOCKS, PIECE_BLOCKS = 1000, 16, 4
 
@@ -61,7 +70,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[MeanDevice]:
 
 def config(**changes: object) -> KVortexConfig:
     return small_config(
-        cpu_pool_bytes=POOL_BLOCKS * BLOCK_NBYTES, pin_piece_bytes=PIECE_BLOCKS * BLOCK_NBYTES, **changes
+        pool={"bytes": POOL_BLOCKS * BLOCK_NBYTES, "pin_piece_bytes": PIECE_BLOCKS * BLOCK_NBYTES}, **changes
     )
 
 
@@ -119,7 +128,7 @@ async def test_blocks_that_came_from_a_lower_tier_to_where_nothing_is_pinned_are
     want = contents(cache, range(len(hashes)))
     device.go_on()
     device.pieces = POOL_BLOCKS
-    on_disk = config(disk_path=str(tmp_path), identity={"model": "a"})
+    on_disk = config(disk=str(tmp_path), identity={"model": "a"})
     async with running_engine(cache, on_disk) as (engine, _):
         await engine.save_blocks(hashes, range(len(hashes)))
         await engine.flush()
@@ -143,7 +152,7 @@ async def test_blocks_that_came_from_a_lower_tier_to_where_nothing_is_pinned_are
 async def test_without_any_pinned_memory_the_self_test_says_so_and_nothing_is_kept(device: MeanDevice) -> None:
     device.pieces = 0
     device.go_on()
-    async with KVortexEngine.create(config(self_test=True)) as engine:
+    async with KVortexEngine.create(config(transfer={"self_test": True})) as engine:
         with pytest.raises(DeviceError, match="no more memory can be pinned"):
             engine.register_kv_caches(make_cache(), BLOCK_SIZE)
         device.pieces = POOL_BLOCKS

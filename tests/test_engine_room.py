@@ -3,7 +3,10 @@
 import asyncio
 
 import pytest
-from engine_support import (
+
+from kvortex import KVortexEngine, SaveOutcome
+from kvortex.testing import Fault
+from tests.engine_support import (
     BLOCK_NBYTES,
     BLOCK_SIZE,
     chain,
@@ -12,9 +15,6 @@ from engine_support import (
     running_engine,
     small_config,
 )
-
-from kvortex import KVortexEngine, SaveOutcome
-from kvortex.testing import Fault
 
 
 @pytest.mark.parametrize("num_blocks", [4, 16, 1])
@@ -25,10 +25,8 @@ async def test_a_steady_stream_fills_the_pool_to_between_the_two_lines(
     watermark, ratio = lines
     pool_blocks = 400
     config = small_config(
-        cpu_pool_bytes=pool_blocks * BLOCK_NBYTES,
-        pin_piece_bytes=4 * BLOCK_NBYTES,
-        watermark=watermark,
-        eviction_ratio=ratio,
+        pool={"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES},
+        eviction={"watermark": watermark, "ratio": ratio},
     )
     shares = []
     async with running_engine(make_cache(), config) as (engine, _):
@@ -45,11 +43,11 @@ async def test_a_steady_stream_fills_the_pool_to_between_the_two_lines(
 
 def test_the_default_leaves_no_more_than_a_tenth_of_the_pool_unused() -> None:
     config = small_config()
-    assert config.watermark * (1 - config.eviction_ratio) >= 0.9
+    assert config.eviction.watermark * (1 - config.eviction.ratio) >= 0.9
 
 
 async def test_a_save_does_not_evict_what_it_says_is_stored() -> None:
-    config = small_config(cpu_pool_bytes=10 * BLOCK_NBYTES, pin_piece_bytes=10 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": 10 * BLOCK_NBYTES, "pin_piece_bytes": 10 * BLOCK_NBYTES})
     cache = make_cache()
     async with running_engine(cache, config) as (engine, _):
         await engine.save_blocks(chain(6), range(6))
@@ -63,7 +61,7 @@ async def test_a_save_does_not_evict_what_it_says_is_stored() -> None:
 
 @pytest.mark.usefixtures("short_parts")
 async def test_a_save_in_parts_keeps_its_head_and_says_what_had_no_room() -> None:
-    config = small_config(cpu_pool_bytes=100 * BLOCK_NBYTES, pin_piece_bytes=4 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": 100 * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES})
     async with running_engine(make_cache(256), config) as (engine, _):
         await engine.save_blocks(chain(90, salt=1), range(90))
         result = await engine.save_blocks(chain(200), range(200))
@@ -73,7 +71,7 @@ async def test_a_save_in_parts_keeps_its_head_and_says_what_had_no_room() -> Non
 
 
 async def test_blocks_kept_unpacked_do_not_drive_out_the_packed_ones_in_front_of_them() -> None:
-    config = small_config(cpu_pool_bytes=8 * BLOCK_NBYTES, pin_piece_bytes=8 * BLOCK_NBYTES, codec="bf16")
+    config = small_config(pool={"bytes": 8 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, codec="bf16")
     async with running_engine(make_cache(), config, lambda number, batch: Fault.LOSSY) as (engine, _):
         result = await engine.save_blocks(chain(24), range(24))
         assert [outcome.is_stored for outcome in result.outcomes] == engine.check_blocks(chain(24)).tolist()
@@ -83,7 +81,7 @@ async def test_blocks_kept_unpacked_do_not_drive_out_the_packed_ones_in_front_of
 @pytest.mark.parametrize("how", ["cleared", "evicted by others"])
 async def test_a_save_does_not_say_stored_of_blocks_that_went_before_it_was_over(how: str) -> None:
     held = {"on": False}
-    config = small_config(cpu_pool_bytes=80 * BLOCK_NBYTES, pin_piece_bytes=4 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": 80 * BLOCK_NBYTES, "pin_piece_bytes": 4 * BLOCK_NBYTES})
 
     def fault_of(number: int, batch: object) -> Fault | None:
         return Fault.HOLD if held["on"] and number >= 16 else None

@@ -16,7 +16,7 @@ from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiering import guard
 from kvortex.tiers import MemoryTier, ReadOutcome, ReadRequest, Tier, breaker
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config, wipe
+from tests.engine_support import BLOCK_SIZE, Parts, chain, contents, make_cache, small_config, wipe
 
 TIMEOUT_S = 0.2  # of the tier
 HANGS_S = 60.0  # a test that takes as long waits for ever
@@ -41,10 +41,9 @@ class Bench:
         self.asked = dict.fromkeys(Direction, 0)
         self.cache = make_cache(num_blocks)
         self.hashes, self.ids = chain(num_blocks), list(range(num_blocks))
-        self.engine = KVortexEngine(
-            small_config(**{"cpu_pool_bytes": 16 << 20, "tier_timeout_s": TIMEOUT_S, **settings})
-        )
-        self.engine.register_kv_caches(self.cache, BLOCK_SIZE, make_tier=self._make)
+        config = small_config(pool=16 << 20, tier={"timeout_s": TIMEOUT_S}).replace(**settings)
+        self.engine = KVortexEngine(config, Parts(make_tier=self._make))
+        self.engine.register_kv_caches(self.cache, BLOCK_SIZE)
 
     def _make(self, namespace: Namespace) -> Tier:
         self.inner = MemoryTier(1 << 30, namespace=namespace.digest)
@@ -95,14 +94,14 @@ async def test_a_tier_that_hangs_costs_a_load_one_timeout_whatever_its_length() 
         engine = bench.engine
         bench.hang(Direction.LOAD)
         assert (await engine.load_blocks(bench.hashes, bench.ids)).num_loaded == 0
-        assert bench.asked[Direction.LOAD] == engine.config.fetch_blocks, "what waited behind those was given up"
+        assert bench.asked[Direction.LOAD] == engine.config.tier.fetch_blocks, "what waited behind those was given up"
         for _ in range(5):
             misses = (await engine.load_blocks(bench.hashes, bench.ids)).miss_counts()
             assert set(misses) <= {MissReason.NOT_FETCHED, MissReason.PENDING}, "the tier has them all"
             assert misses[MissReason.NOT_FETCHED] > 0
             assert await engine.prefetch(bench.hashes) == 0
             assert not engine.check_blocks(bench.hashes).any(), "nothing is promised that would not be given"
-        assert bench.asked[Direction.LOAD] == engine.config.fetch_blocks, "and it is left alone"
+        assert bench.asked[Direction.LOAD] == engine.config.tier.fetch_blocks, "and it is left alone"
         stats = engine.get_stats()
         breakers = stats.tiering.breakers
         assert (breakers["reads"].state, breakers["reads"].opened, breakers["writes"].state) == ("open", 1, "closed")
@@ -160,7 +159,7 @@ async def test_writes_that_hang_are_shed_and_reads_go_on() -> None:
 
 async def test_when_what_hangs_holds_every_place_others_do_not_wait_for_it() -> None:
     async with asyncio.timeout(HANGS_S):
-        bench = await Bench(fetch_blocks=16).with_blocks_on_the_tier_alone()
+        bench = await Bench(tier={"fetch_blocks": 16}).with_blocks_on_the_tier_alone()
         bench.hang(Direction.LOAD)
         for _ in range(3):
             assert (await bench.engine.load_blocks(bench.hashes, bench.ids)).num_loaded == 0
@@ -184,8 +183,8 @@ class OpensWhenTold(MemoryTier):
 
 def engine_over(make_tier: MakeTier) -> tuple[KVortexEngine, dict[str, torch.Tensor]]:
     cache = make_cache()
-    engine = KVortexEngine(small_config(tier_timeout_s=TIMEOUT_S))
-    engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    engine = KVortexEngine(small_config(tier={"timeout_s": TIMEOUT_S}), Parts(make_tier=make_tier))
+    engine.register_kv_caches(cache, BLOCK_SIZE)
     return engine, cache
 
 
@@ -336,7 +335,7 @@ async def test_a_tier_that_raises_instead_of_reading_is_a_miss_and_leaks_nothing
 
 async def hanging_bench() -> Bench:
     """Reads of four blocks are under way and hang, the others wait behind them."""
-    bench = await Bench(40, fetch_blocks=4, tier_timeout_s=HANGS_S).with_blocks_on_the_tier_alone()
+    bench = await Bench(40, tier={"fetch_blocks": 4, "timeout_s": HANGS_S}).with_blocks_on_the_tier_alone()
     bench.hang(Direction.LOAD)
     return bench
 

@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_support import BLOCK_NBYTES, BLOCK_SIZE, make_cache, running_engine, small_config
 
 from kvortex import BlockHash, hash_blocks
 from kvortex.sched.batcher import Batch
 from kvortex.testing import Fault
 from kvortex.types import Direction
+from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, make_cache, running_engine, small_config
 
 CLIENTS = 8
 BLOCKS_EACH = 24
@@ -95,7 +95,7 @@ class Storm:
 async def test_storm(seed: int) -> None:
     storm = Storm(seed)
     pool_blocks = 64
-    config = small_config(cpu_pool_bytes=pool_blocks * BLOCK_NBYTES, pin_piece_bytes=16 * BLOCK_NBYTES)
+    config = small_config(pool={"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 16 * BLOCK_NBYTES})
     async with running_engine(storm.cache, config, storm.fault_of) as (engine, _):
         async with asyncio.TaskGroup() as group:
             for number in range(CLIENTS):

@@ -16,7 +16,17 @@ from kvortex.hashing import Namespace
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, NUM_BLOCKS, chain, contents, make_cache, small_config, wipe
+from tests.engine_support import (
+    BLOCK_NBYTES,
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    Parts,
+    chain,
+    contents,
+    make_cache,
+    small_config,
+    wipe,
+)
 
 TIER_BYTES = 64 << 20
 MODEL = ModelIdentity(model="a", weights_revision="1")
@@ -54,8 +64,8 @@ class Bench:
     async def engine(
         self, cache: dict[str, torch.Tensor], fault_of: FaultOf | None = None, **changes: object
     ) -> AsyncIterator[KVortexEngine]:
-        async with KVortexEngine.create(small_config(**changes)) as engine:
-            engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=self.make(fault_of))
+        async with KVortexEngine.create(small_config(**changes), Parts(make_tier=self.make(fault_of))) as engine:
+            engine.register_kv_caches(cache, BLOCK_SIZE)
             yield engine
 
 
@@ -65,7 +75,10 @@ def bench() -> Bench:
 
 
 def pool_of(blocks: int) -> dict[str, object]:
-    return {"cpu_pool_bytes": blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * 4096, "watermark": 1.0}
+    return {
+        "pool": {"bytes": blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * 4096},
+        "eviction": {"watermark": 1.0},
+    }
 
 
 async def test_blocks_outlive_the_engine(bench: Bench) -> None:
@@ -157,7 +170,7 @@ async def test_a_hung_tier_ends_with_its_timeout_and_the_engine_goes_on(bench: B
         await engine.save_blocks(hashes, ids)
         await engine.flush()
     hangs = lambda direction, number, key: TierFault.HANG  # noqa: E731
-    async with bench.engine(cache, hangs, tier_timeout_s=0.1) as engine:
+    async with bench.engine(cache, hangs, tier={"timeout_s": 0.1}) as engine:
         loaded = await engine.load_blocks(hashes, ids)
         assert loaded.num_loaded == 0
         other = chain(4, salt=7)
@@ -185,7 +198,7 @@ async def test_a_full_tier_is_counted_and_hurts_nobody(bench: Bench) -> None:
 @pytest.mark.parametrize("shed", ["newest", "oldest"])
 async def test_too_much_to_write_is_shed_and_counted(bench: Bench, shed: str) -> None:
     cache, hashes, ids = make_cache(), chain(30), list(range(30))
-    async with bench.engine(cache, tier_queue_blocks=10, tier_shed=shed) as engine:
+    async with bench.engine(cache, tier={"queue_blocks": 10, "shed": shed}) as engine:
         await engine.save_blocks(hashes, ids)
         await engine.flush()
         figures = engine.get_stats().tiering
@@ -203,7 +216,7 @@ def engine_keys(hashes: list[bytes]) -> np.ndarray:
 
 async def test_second_touch_spares_what_is_never_asked_for(bench: Bench) -> None:
     cache, hashes, ids = make_cache(), chain(8), list(range(8))
-    async with bench.engine(cache, tier_admission="second_touch") as engine:
+    async with bench.engine(cache, tier={"admission": "second_touch"}) as engine:
         await engine.save_blocks(hashes, ids)
         await engine.flush()
         assert engine.get_stats().tiering.written_blocks == 0
@@ -216,7 +229,7 @@ async def test_second_touch_spares_what_is_never_asked_for(bench: Bench) -> None
 async def test_exclusive_blocks_are_in_one_place(bench: Bench) -> None:
     cache = make_cache()
     want = {}
-    settings = {**pool_of(40), "watermark": 0.5, "eviction_ratio": 0.5, "tier_inclusion": "exclusive"}
+    settings = pool_of(40) | {"eviction": {"watermark": 0.5, "ratio": 0.5}, "tier": {"inclusion": "exclusive"}}
     async with bench.engine(cache, **settings) as engine:
         for salt in range(6):
             ids = list(range(salt * 8, salt * 8 + 8))
@@ -244,7 +257,7 @@ async def test_a_cancelled_prefetch_leaves_nothing_behind(bench: Bench) -> None:
         await engine.save_blocks(hashes, ids)
         await engine.flush()
     slow = lambda direction, number, key: TierFault.SLOW if direction is Direction.LOAD else None  # noqa: E731
-    async with bench.engine(cache, slow, fetch_blocks=4) as engine:
+    async with bench.engine(cache, slow, tier={"fetch_blocks": 4}) as engine:
         task = asyncio.create_task(engine.prefetch(hashes))
         await asyncio.sleep(0.15)
         task.cancel()
@@ -297,7 +310,7 @@ async def test_packed_blocks_go_down_and_up_packed(bench: Bench) -> None:
     cache["layers.0"][0, 3] = float("inf")
     bits = {name: layer.view(torch.int16) for name, layer in cache.items()}
     hashes, ids = chain(6), list(range(6))
-    async with bench.engine(cache, codec="fp8", max_pack_error=0.2) as engine:
+    async with bench.engine(cache, codec={"name": "fp8", "max_error": 0.2}) as engine:
         await engine.save_blocks(hashes, ids)
         await engine.flush()
         wipe(cache, ids)
@@ -305,7 +318,7 @@ async def test_packed_blocks_go_down_and_up_packed(bench: Bench) -> None:
         want = contents(bits, ids)
         assert sorted({kept.codec for kept in bench.inner._kept.values()}) == [0, 2]
     wipe(cache, ids)
-    async with bench.engine(cache, codec="fp8", max_pack_error=0.2) as engine:
+    async with bench.engine(cache, codec={"name": "fp8", "max_error": 0.2}) as engine:
         assert (await engine.load_blocks(hashes, ids)).ok
         assert contents(bits, ids) == want
 
@@ -325,7 +338,7 @@ async def test_packed_blocks_and_those_kept_as_they_are_come_back_from_disk(
 ) -> None:
     cache, hashes, ids = packed_cache(block_nbytes), chain(12), list(range(12))
     bits = {name: layer.view(torch.int16) for name, layer in cache.items()}
-    config = small_config(disk_path=str(tmp_path), codec="fp8", identity=MODEL, pin_piece_bytes=1 << 20)
+    config = small_config(disk=str(tmp_path), codec="fp8", identity=MODEL, pool={"pin_piece_bytes": 1 << 20})
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert (await engine.save_blocks(hashes, ids)).ok
@@ -385,7 +398,7 @@ async def test_a_prefix_longer_than_the_pool_keeps_its_head(bench: Bench, call: 
 async def test_a_prefix_longer_than_the_disk_keeps_its_head_there(tmp_path: Path) -> None:
     cache, hashes, other = make_cache(), chain(40), chain(8, salt=1)
     frame = 4096 + -(-BLOCK_NBYTES // 4096) * 4096
-    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=20 * frame, identity=MODEL)
+    config = small_config(disk={"path": str(tmp_path), "capacity_bytes": 20 * frame}, identity=MODEL)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert await engine.wait_tier()
@@ -401,7 +414,7 @@ async def test_a_prefix_longer_than_the_disk_keeps_its_head_there(tmp_path: Path
 @pytest.mark.parametrize("by", ["load", "save"])
 async def test_what_is_hot_in_the_pool_stays_on_disk(tmp_path: Path, by: str) -> None:
     cache, hot, frame = make_cache(), chain(8), 4096 + -(-BLOCK_NBYTES // 4096) * 4096
-    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=24 * frame, identity=MODEL)
+    config = small_config(disk={"path": str(tmp_path), "capacity_bytes": 24 * frame}, identity=MODEL)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert await engine.wait_tier()
@@ -451,8 +464,8 @@ async def test_what_nobody_has_is_one_question() -> None:
         return tiers[0]
 
     cache, hashes = make_cache(2048), chain(2048)
-    async with KVortexEngine.create(small_config()) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    async with KVortexEngine.create(small_config(), Parts(make_tier=make_tier)) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
         assert await engine.wait_tier()
         assert (await engine.load_blocks(hashes, range(2048))).num_loaded == 0
         assert tiers[0].asked == {"lookup": 1, "contains": 0, "read": 0, "write": 0}
@@ -469,8 +482,8 @@ async def test_what_the_tier_has_is_not_offered_to_it_again() -> None:
         return tiers[0]
 
     cache, hashes = make_cache(), chain(40)
-    async with KVortexEngine.create(small_config()) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE, make_tier=make_tier)
+    async with KVortexEngine.create(small_config(), Parts(make_tier=make_tier)) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, range(40))
         await engine.flush()
         assert tiers[0].asked["write"] == 40
@@ -489,7 +502,7 @@ async def test_what_the_tier_has_is_not_offered_to_it_again() -> None:
 async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(4), list(range(4))
     for model, found in (("a", 0), ("a", 4), ("b", 0)):
-        config = small_config(disk_path=str(tmp_path), identity=ModelIdentity(model=model))
+        config = small_config(disk=str(tmp_path), identity=ModelIdentity(model=model))
         async with KVortexEngine.create(config) as engine:
             engine.register_kv_caches(cache, BLOCK_SIZE)
             assert await engine.prefetch(hashes) == found
@@ -500,7 +513,7 @@ async def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
 async def test_on_disk_blocks_survive_a_restart_and_damage_is_a_miss(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(10), list(range(10))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path), disk_capacity_bytes=1 << 30, identity=MODEL)
+    config = small_config(disk={"path": str(tmp_path), "capacity_bytes": 1 << 30}, identity=MODEL)
     async with KVortexEngine.create(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, ids)
@@ -525,7 +538,7 @@ async def test_a_directory_that_cannot_be_used_costs_the_tier_and_nothing_else(
 ) -> None:
     (tmp_path / "file").write_text("no directory")
     cache, hashes = make_cache(), chain(4)
-    async with KVortexEngine.create(small_config(disk_path=str(tmp_path / "file"), identity=MODEL)) as engine:
+    async with KVortexEngine.create(small_config(disk=str(tmp_path / "file"), identity=MODEL)) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         await engine.save_blocks(hashes, range(4))
         assert (await engine.load_blocks(hashes, range(4))).ok
@@ -540,10 +553,10 @@ def stored_files(directory: Path) -> list[Path]:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="tier_inclusion must be one of inclusive, exclusive"):
-        KVortexConfig(tier_inclusion="both")
-    with pytest.raises(ConfigError, match="tier_timeout_s must be positive"):
-        KVortexConfig(tier_timeout_s=0)
+    with pytest.raises(ConfigError, match=r"tier\.inclusion must be one of inclusive, exclusive"):
+        KVortexConfig(tier={"inclusion": "both"})
+    with pytest.raises(ConfigError, match=r"tier\.timeout_s must be positive"):
+        KVortexConfig(tier={"timeout_s": 0})
 
 
 async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
@@ -564,7 +577,7 @@ async def test_shutting_down_in_the_middle_leaves_nothing(bench: Bench) -> None:
 def test_the_blocking_face_reaches_the_tier(tmp_path: Path) -> None:
     cache, hashes, ids = make_cache(), chain(6), list(range(6))
     want = contents(cache, ids)
-    config = small_config(disk_path=str(tmp_path), identity=MODEL)
+    config = small_config(disk=str(tmp_path), identity=MODEL)
     with KVortexEngine.create_sync(config) as engine:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert engine.wait_tier(timeout_s=10)

@@ -20,7 +20,7 @@ logging.basicConfig(level="INFO", format="%(name)s %(message)s")
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
 import kvortex.index
 async def main():
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=1 << 20)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=1 << 20)) as engine:
         engine.register_kv_caches({"layer": torch.zeros(2, 8, 16, 1, 16)}, block_size=16)
         saved = await engine.save_blocks(hash_blocks(range(32)), [0, 1])
         print(kvortex.__file__, saved.ok)

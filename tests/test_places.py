@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
+from kvortex.config import KVortexConfig
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.memory.allocator import ExtentAllocator
 from kvortex.types import PAGE_BYTES, BlockSizes, Direction, TransferPlan
 from kvortex.vllm.worker.places import Places, largest
@@ -58,7 +59,7 @@ def test_what_is_planned_apart_lies_apart_in_every_rank(
             allocator.free_many(np.array([gone[0]], dtype=np.int64))
     for own in ranks:
         places = Places(piece, planned, own)
-        config = places.config(KVortexConfig(cpu_pool_bytes=pool, pin_piece_bytes=piece))
+        config = places.config(KVortexConfig(pool={"bytes": pool, "pin_piece_bytes": piece}))
         at = places.offsets(np.array([offset for offset, _ in extents], dtype=np.int64))
         used = sorted(
             (int(start), int(start) + (own.packed if is_packed else own.raw))
@@ -66,9 +67,11 @@ def test_what_is_planned_apart_lies_apart_in_every_rank(
         )
         assert all(start % UNIT == 0 for start, _ in used)
         assert all(end <= start for (_, end), (start, _) in pairwise(used))
-        assert all(end <= config.cpu_pool_bytes for _, end in used)
+        assert all(end <= config.pool.bytes for _, end in used)
         # Pieces are pinned one by one: no block may lie across two.
-        assert all(start // config.pin_piece_bytes == (end - 1) // config.pin_piece_bytes for start, end in used)
+        assert all(
+            start // config.pool.pin_piece_bytes == (end - 1) // config.pool.pin_piece_bytes for start, end in used
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,7 +95,7 @@ def test_equal_ranks_lie_where_they_were_planned() -> None:
     places = Places(1 << 20, sizes, sizes)
     plan = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.array([0, 4096, 8192], dtype=np.int64))
     assert places.place(plan) is plan
-    config = KVortexConfig(cpu_pool_bytes=1 << 24)
+    config = KVortexConfig(pool=1 << 24)
     assert places.config(config) is config
 
 
@@ -101,5 +104,5 @@ def test_a_stage_with_fewer_layers_takes_memory_in_proportion(own: int, share: f
     layer = 64 << 10
     planned, mine = BlockSizes(3 * layer, 3 * layer), BlockSizes(own * layer, own * layer)
     pool, piece = 1 << 30, 16 << 20
-    config = Places(piece, planned, mine).config(KVortexConfig(cpu_pool_bytes=pool, pin_piece_bytes=piece))
-    assert config.cpu_pool_bytes == pytest.approx(pool * share, rel=0.01)
+    config = Places(piece, planned, mine).config(KVortexConfig(pool={"bytes": pool, "pin_piece_bytes": piece}))
+    assert config.pool.bytes == pytest.approx(pool * share, rel=0.01)

@@ -4,11 +4,11 @@ import asyncio
 import threading
 
 import pytest
-from engine_support import BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
 from kvortex import KVortexEngine
 from kvortex.errors import EngineStateError, LayoutError
 from kvortex.testing import Fault
+from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 
 
 def test_an_engine_on_a_thread_of_its_own() -> None:

@@ -89,7 +89,7 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         help="what 16 tokens of your model take, e.g. 2MiB: --pool holds as many blocks as a pool of that size would. "
         f"The replay's own blocks, and the default, are {own}",
     )
-    add("--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
+    add("--eviction", "--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
     add(
         "--disk",
         default="",

@@ -144,10 +144,10 @@ def _config(arguments: argparse.Namespace, num_blocks: int) -> KVortexConfig:
     if not pool_blocks:
         raise ConfigError(f"a pool of {arguments.pool} bytes holds no block of {arguments.block_bytes}: raise --pool")
     return KVortexConfig(
-        cpu_pool_bytes=pool_blocks * REPLAY_BLOCK_BYTES,
-        eviction_policy=arguments.policy,
-        disk_path=arguments.disk,
-        tier_queue_blocks=num_blocks,
+        pool=pool_blocks * REPLAY_BLOCK_BYTES,
+        eviction=arguments.eviction,
+        disk=arguments.disk,
+        tier={"queue_blocks": num_blocks},
         identity=ModelIdentity(model="replay"),
     )
 

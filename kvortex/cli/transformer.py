@@ -67,7 +67,7 @@ async def _round_trip() -> tuple[list[Outcome], str]:
     prompts = [torch.randint(0, config.vocab_size, (1, n), generator=generator) for n in PROMPT_TOKENS]
     block_ids = torch.split(torch.randperm(num_blocks, generator=generator), [n // BLOCK_SIZE for n in PROMPT_TOKENS])
     outcomes = []
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=64 << 20)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=64 << 20)) as engine:
         engine.register_kv_caches(paged, BLOCK_SIZE)
         for prompt, ids in zip(prompts, block_ids, strict=True):
             outcomes.append(await _one_prompt(engine, model, paged, prompt.to(device), ids.tolist()))

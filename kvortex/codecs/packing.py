@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.arithmetic import align_up
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
 from kvortex.types import BlockSizes

@@ -1,27 +1,33 @@
 """Every setting, and how a value becomes one."""
 
-from kvortex.config.config import (
-    CHOICES,
+from kvortex.config.config import KVortexConfig
+from kvortex.config.fields import GIB, KIB, MIB, format_bytes, parse_bytes
+from kvortex.config.sections import (
     CODECS,
     EVICTION_POLICIES,
-    EXTENT_ALIGNMENT_BYTES,
-    UNNAMED_MODEL,
-    KVortexConfig,
+    CodecConfig,
+    DiskTierConfig,
+    EvictionConfig,
     ModelIdentity,
+    PoolConfig,
+    TierConfig,
+    TransferConfig,
 )
-from kvortex.config.fields import GIB, KIB, MIB, format_bytes, parse_bytes
 
 __all__ = [
-    "CHOICES",
     "CODECS",
     "EVICTION_POLICIES",
-    "EXTENT_ALIGNMENT_BYTES",
     "GIB",
     "KIB",
     "MIB",
-    "UNNAMED_MODEL",
+    "CodecConfig",
+    "DiskTierConfig",
+    "EvictionConfig",
     "KVortexConfig",
     "ModelIdentity",
+    "PoolConfig",
+    "TierConfig",
+    "TransferConfig",
     "format_bytes",
     "parse_bytes",
 ]

@@ -63,15 +63,16 @@ def require_size(name: str, nbytes: int, example: str) -> None:
     )
 
 
-def conform(settings: Any, *, paths: Iterable[str] = ()) -> None:
+def conform(settings: Any, *, prefix: str = "", paths: Iterable[str] = ()) -> None:
     """Bring the fields of a frozen dataclass to their types; called first of all in `__post_init__`.
 
-    Whole numbers of any type become `int`, other numbers `float`, sizes (`..._bytes`) may be text, paths any
-    `os.PathLike`, with a `~` in front; a mapping becomes the settings that the field holds. Where a time may be None,
-    for ever, infinity is None.
+    Whole numbers of any type become `int`, other numbers `float`, sizes (`...bytes`) may be text, paths any
+    `os.PathLike`, with a `~` in front; a mapping becomes the section that the field holds, and so does a plain value if
+    the section says for which of its fields. Where a time may be None, for ever, infinity is None.
 
     Args:
         settings: the object.
+        prefix: stands before the field's name in messages.
         paths: its fields that are paths.
 
     Raises:
@@ -79,17 +80,17 @@ def conform(settings: Any, *, paths: Iterable[str] = ()) -> None:
     """
     for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
-        held = _path(name, value) if name in paths else _conformed(name, value, hint)
+        shown = prefix + name
+        held = _path(shown, value) if name in paths else _conformed(shown, value, hint)
         if held is not value:
             object.__setattr__(settings, name, held)
 
 
-def changes_of(settings: Any) -> str:
-    """One line that makes the same settings again: what differs from the defaults."""
+def changed_fields(settings: Any) -> dict[str, Any]:
+    """What differs from the defaults, by name."""
     default = type(settings)()
     values = {name: getattr(settings, name) for name in hints_of(type(settings))}
-    changed = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name))
-    return f"{type(settings).__name__}({changed})"
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def from_text(name: str, text: str, hint: Any) -> Any:
@@ -105,12 +106,17 @@ def from_text(name: str, text: str, hint: Any) -> Any:
     if kind is bool:
         require(stripped.lower() in _TRUE + _FALSE, f"{name} = {text!r}: write 1 or 0")
         return stripped.lower() in _TRUE
-    if kind in (int, float) and not name.endswith("_bytes"):
+    if kind in (int, float) and not is_size(name):
         try:
             return float(stripped) if kind is float or not stripped.lstrip("+-").isdigit() else int(stripped)
         except ValueError:
             return text
     return text
+
+
+def is_size(name: str) -> bool:
+    """Whether a setting of that name is a number of bytes, which may be written as text such as "16GiB"."""
+    return name.endswith("bytes")
 
 
 def known_names(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,11 +178,22 @@ def _conformed(name: str, value: Any, hint: Any) -> Any:
             return None
         require(math.isfinite(seconds), f"{name} must be a finite number, not {value!r}")
         return seconds
-    holds_settings: bool = is_dataclass(kind)
-    if holds_settings and isinstance(value, Mapping):
-        return kind(**known_names(kind, value))
+    is_section: bool = is_dataclass(kind)
+    if is_section and not isinstance(value, kind):
+        return _section(name, value, kind)
     require(isinstance(value, kind), f"{name} must be {kind.__name__}, not {_shown(value)}")
     return value
+
+
+def _section(name: str, value: Any, kind: Any) -> Any:
+    plain: str = getattr(kind, "plain", "")
+    if isinstance(value, Mapping):
+        return kind(**known_names(kind, value))
+    is_plain = isinstance(value, str | os.PathLike | Real)
+    if plain and is_plain and value is not True and value is not False:
+        return kind(**{plain: value})
+    ways = f"a mapping of its settings, or its {plain} alone" if plain else "a mapping of its settings"
+    raise ConfigError(f"{name} must be {kind.__name__}, {ways}; not {_shown(value)}")
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -185,12 +202,12 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def _whole_number(name: str, value: Any) -> int:
-    if isinstance(value, str) and name.endswith("_bytes"):
+    if isinstance(value, str) and is_size(name):
         return parse_bytes(value)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and (isinstance(value, Integral) or float(value).is_integer()):
         return int(value)
-    example = ', such as "16GiB"' if name.endswith("_bytes") else ""
+    example = ', such as "16GiB"' if is_size(name) else ""
     raise ConfigError(f"{name} must be a whole number (int){example}, not {_shown(value)}")
 
 

@@ -1,6 +1,7 @@
 """The public faces: an engine on the caller's loop, and a blocking one."""
 
-from kvortex.engine.engine import KVortexEngine
+from kvortex.engine.engine import EngineCreation, KVortexEngine
+from kvortex.engine.parts import EngineParts
 from kvortex.engine.sync import SyncEngine
 
-__all__ = ["KVortexEngine", "SyncEngine"]
+__all__ = ["EngineCreation", "EngineParts", "KVortexEngine", "SyncEngine"]

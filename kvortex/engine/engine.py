@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvortex.config import KVortexConfig, format_bytes
 from kvortex.engine.arguments import BlockHashes, BlockIds, named_blocks
 from kvortex.engine.calls import CallQueue, TransferCall
+from kvortex.engine.parts import EngineParts
 from kvortex.engine.sync import SyncEngine
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
@@ -25,9 +26,9 @@ from kvortex.memory import check_memory
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import LoopThread, running_loop
-from kvortex.sched import TransferExecutor, TransferRequest
+from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.tiering import BackingTier, LoadFetch, TieredPool, Tiering, tier_of
+from kvortex.tiering import BackingTier, LoadFetch, TieredPool, Tiering
 from kvortex.tiers import Tier
 from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 class KVortexEngine:
     """Saves, checks and loads paged KV blocks. Made with `create`, bound to the event loop it was made on.
 
-        async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 << 30)) as engine:
+        async with KVortexEngine.create(KVortexConfig(pool="16GiB")) as engine:
             engine.register_kv_caches({"layers.0": kv0, "layers.1": kv1}, block_size=16)
             hashes = hash_blocks(token_ids, block_size=16)
             await engine.save_blocks(hashes, block_ids)
@@ -50,11 +51,12 @@ class KVortexEngine:
     arrays may be used for something else at once. Calls that are awaited raise `EngineStateError` on another loop.
     """
 
-    def __init__(self, config: KVortexConfig) -> None:
+    def __init__(self, config: KVortexConfig, parts: EngineParts | None = None) -> None:
         self.config = config
+        self._parts = parts or EngineParts()
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
-        self._queue = CallQueue(config.max_outstanding_requests)
+        self._queue = CallQueue(config.transfer.max_outstanding_requests)
         self._control: ControlPlane | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
@@ -66,20 +68,29 @@ class KVortexEngine:
         state = "shut down" if self._shutdown is not None else "no caches registered yet"
         if self._shutdown is None and self._data is not None:
             state = self._data.layout.describe()
-        return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.cpu_pool_bytes)}>"
+        return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.pool.bytes)}>"
 
     @classmethod
-    def create(cls, config: KVortexConfig | None = None) -> "_Creation":
-        """`engine = await KVortexEngine.create(config)`, or `async with` it to have it shut down at the end."""
-        return _Creation(config or KVortexConfig())
+    def create(cls, config: KVortexConfig | None = None, parts: EngineParts | None = None) -> "EngineCreation":
+        """`engine = await KVortexEngine.create(config)`, or `async with` it to have it shut down at the end.
+
+        Args:
+            config: the settings; the defaults if there are none.
+            parts: makes the tier and what carries out transfers; by default what the settings and the device say.
+        """
+        return EngineCreation(config or KVortexConfig(), parts)
 
     @classmethod
-    def create_sync(cls, config: KVortexConfig | None = None) -> SyncEngine:
-        """An engine on a loop and thread of its own, behind its blocking face, for callers without a loop."""
+    def create_sync(cls, config: KVortexConfig | None = None, parts: EngineParts | None = None) -> SyncEngine:
+        """An engine on a loop and thread of its own, behind its blocking face, for callers without a loop.
+
+        Args:
+            config, parts: as `create` takes them.
+        """
         thread = LoopThread()
 
         async def create() -> KVortexEngine:
-            return await cls.create(config)
+            return await cls.create(config, parts)
 
         try:
             return SyncEngine(thread.run(create()), thread.loop, thread)
@@ -96,8 +107,6 @@ class KVortexEngine:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
-        wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
-        make_tier: Callable[[Namespace], Tier] | None = None,
     ) -> KVLayout:
         """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
 
@@ -106,8 +115,6 @@ class KVortexEngine:
             block_size: tokens a block.
             num_blocks: blocks of the cache; needed where the shape does not tell.
             block_dim: the dimension that counts blocks; likewise, one for all or by name.
-            wrap_executor: puts another executor around the device's own; for tests, see `kvortex.testing`.
-            make_tier: makes the lower tier, not opened; by default that of the configuration, if it names one.
 
         Raises:
             EngineStateError: registered before, shut down, or not on the engine's loop.
@@ -122,20 +129,20 @@ class KVortexEngine:
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
         layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
-        check_memory(self.config.cpu_pool_bytes)
+        check_memory(self.config.pool.bytes)
         with contextlib.ExitStack() as undo:
             self._data = DataPlane(
                 self.config,
                 kv_caches,
                 layout,
-                wrap_executor=wrap_executor,
+                wrap_executor=self._parts.wrap_executor,
                 on_pinning_stopped=self._shrink,
             )
             undo.callback(self._data.close)
             undo.callback(self._unregister)
             self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
             self._namespace = self._data.namespace(self.config.identity)
-            tier = make_tier(self._namespace) if make_tier is not None else tier_of(self.config, self._namespace)
+            tier = self._parts.make_tier(self.config, self._namespace)
             if tier is not None:
                 self._tiering = self._tiering_over(tier, self._control, self._data, self._namespace)
                 self._tiering.start()
@@ -266,7 +273,8 @@ class KVortexEngine:
             stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
                 Work queued on any stream after this returns sees the loaded bytes.
             deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
-                load. 0 does not wait, None waits as long as it takes; left out, the configuration's `load_deadline_s`.
+                load. 0 does not wait, None waits as long as it takes; left out, it is `tier.load_deadline_s` of the
+                configuration.
 
         Raises:
             InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a save is
@@ -275,7 +283,7 @@ class KVortexEngine:
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
-        wait_s = self.config.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
+        wait_s = self.config.tier.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
         return self._load(keys, ids, data.current_stream() if stream is None else stream, wait_s)
 
     async def _load(
@@ -446,7 +454,7 @@ class KVortexEngine:
             return
         if self._loop.is_closed():
             self._loop, self._shutdown = asyncio.get_running_loop(), None
-            self._queue = CallQueue(self.config.max_outstanding_requests)  # of the old loop's calls none comes back
+            self._queue = CallQueue(self.config.transfer.max_outstanding_requests)  # the old loop's calls are lost
         self._check_loop()
         if self._shutdown is None:
             self._shutdown = asyncio.create_task(self._release(), name="kvortex-shutdown")
@@ -493,15 +501,16 @@ def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest
     return control.finish_load(plan, digests == expected, request.succeeded)
 
 
-class _Creation:
-    """What `KVortexEngine.create` gives: to be awaited, or entered with `async with`."""
+class EngineCreation:
+    """An engine that is about to be made: await it, or enter it with `async with` to have it shut down at the end."""
 
-    def __init__(self, config: KVortexConfig) -> None:
+    def __init__(self, config: KVortexConfig, parts: EngineParts | None) -> None:
         self._config = config
+        self._parts = parts
         self._engine: KVortexEngine | None = None
 
     async def _create(self) -> KVortexEngine:
-        return KVortexEngine(self._config)
+        return KVortexEngine(self._config, self._parts)
 
     def __await__(self) -> Generator[Any, None, KVortexEngine]:
         return self._create().__await__()

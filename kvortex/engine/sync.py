@@ -44,7 +44,7 @@ class SyncEngine:
     `engine.sync` gives one for an engine on a loop of yours; `KVortexEngine.create_sync` makes an engine on a
     loop and thread of its own:
 
-        with KVortexEngine.create_sync(KVortexConfig(cpu_pool_bytes=1 << 30)) as engine:
+        with KVortexEngine.create_sync(KVortexConfig(pool="1GiB")) as engine:
             engine.register_kv_caches(kv_caches, block_size=16)
             engine.save_blocks(hashes, block_ids)
 

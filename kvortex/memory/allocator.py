@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.arithmetic import align_up
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.errors import DoubleFreeError, ForeignExtentError, OutOfPoolMemoryError
 from kvortex.stats import PoolFigures
 from kvortex.types import Extent

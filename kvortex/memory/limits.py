@@ -59,7 +59,7 @@ def check_memory(demand_bytes: int, *, ranks: int = 1, root: Path = Path("/")) -
         fits = tightest.available_bytes // ranks // MIB
         raise ConfigError(
             f"{wanted} does not fit: {given}; "
-            f"set cpu_pool_bytes to less than {fits}MiB, or allow the container or machine more memory"
+            f"set pool.bytes to less than {fits}MiB, or allow the container or machine more memory"
         )
     if total_bytes > tightest.available_bytes * (1 - _TIGHT_SHARE):
         logger.warning("%s leaves next to nothing for the rest of the process: %s", wanted, given)

@@ -128,15 +128,15 @@ class ControlPlane:
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
-        check_block_fits(sizes, capacity_bytes, config.pin_piece_bytes)
-        warm_up(config.eviction_policy)
-        allocator = ExtentAllocator(capacity_bytes, config.pin_piece_bytes, name=CPU_TIER)
+        check_block_fits(sizes, capacity_bytes, config.pool.pin_piece_bytes)
+        warm_up(config.eviction.policy)
+        allocator = ExtentAllocator(capacity_bytes, config.pool.pin_piece_bytes, name=CPU_TIER)
         index = CacheIndex(
-            make_policy(config.eviction_policy),
-            ghost_entries=config.ghost_entries,
-            expected_entries=allocator.capacity_bytes // sizes.packed + config.ghost_entries,
+            make_policy(config.eviction.policy),
+            ghost_entries=config.eviction.ghost_entries,
+            expected_entries=allocator.capacity_bytes // sizes.packed + config.eviction.ghost_entries,
         )
-        pacer = EvictionPacer(allocator.capacity_bytes, config.watermark, config.eviction_ratio)
+        pacer = EvictionPacer(allocator.capacity_bytes, config.eviction.watermark, config.eviction.ratio)
         return cls(index, allocator, pacer, sizes)
 
     # -- save --------------------------------------------------------------------------------------
@@ -412,12 +412,12 @@ def check_block_fits(sizes: BlockSizes, capacity_bytes: int, piece_bytes: int) -
     if sizes.raw > capacity_bytes:
         raise ConfigError(
             f"a block takes {sizes.raw} bytes, the pool has {capacity_bytes}: "
-            "raise cpu_pool_bytes to what many blocks take, such as 16GiB"
+            "raise pool.bytes to what many blocks take, such as 16GiB"
         )
     if sizes.raw > piece_bytes:
         raise ConfigError(
             f"a block takes {sizes.raw} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
-            "raise pin_piece_bytes"
+            "raise pool.pin_piece_bytes"
         )
 
 

@@ -64,14 +64,14 @@ class DataPlane:
         on_pinning_stopped: Callable[[int], None] | None = None,
     ) -> None:
         self.layout = layout
-        self.packing = packing_for(layout, config.codec)
+        self.packing = packing_for(layout, config.codec.name)
         self.sizes = block_sizes(layout, self.packing)
         self.encodings = encodings_of(layout, self.packing)
         # The bound on the error is a part of the name: blocks that were packed with a looser one must not be found.
         self._codec_name = (
-            f"{self.packing.codec} within {config.max_pack_error}" if self.packing else self.encodings.codec
+            f"{self.packing.codec} within {config.codec.max_error}" if self.packing else self.encodings.codec
         )
-        check_block_fits(self.sizes, config.cpu_pool_bytes, config.pin_piece_bytes)
+        check_block_fits(self.sizes, config.pool.bytes, config.pool.pin_piece_bytes)
         self.device = _device_of(layout)
         self._tensors = dict(tensors)
         self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
@@ -79,10 +79,10 @@ class DataPlane:
         self._claims = BlockClaims(layout.num_blocks)
         self._on_pinning_stopped = on_pinning_stopped
         self.pool = PinnedPool(
-            config.cpu_pool_bytes,
+            config.pool.bytes,
             device=self.device,
-            piece_bytes=config.pin_piece_bytes,
-            numa_aware=config.numa_aware,
+            piece_bytes=config.pool.pin_piece_bytes,
+            numa_aware=config.pool.numa_aware,
             memory=memory,
             on_stopped=_on_loop(self._pinning_stopped),
         )
@@ -91,7 +91,7 @@ class DataPlane:
             undo.callback(self.pool.close)
             executor = self._make_executor(config)
             undo.callback(executor.close)
-            if config.self_test:
+            if config.transfer.self_test:
                 with self.pool.exclusive():
                     self._self_test(executor)
             self._scheduler = TransferScheduler(
@@ -113,16 +113,16 @@ class DataPlane:
             return HostExecutor(
                 HostKernels(self.layout, self.pool.bytes),
                 pack_kernels=packs,
-                max_pack_error=config.max_pack_error,
+                max_pack_error=config.codec.max_error,
             )
         return CudaExecutor(
             self.layout,
             self.pool,
             self.device,
-            num_streams=config.num_transfer_streams,
-            staging_nbytes=config.max_batch_bytes,
+            num_streams=config.transfer.streams,
+            staging_nbytes=config.transfer.max_batch_bytes,
             packing=self.packing,
-            max_pack_error=config.max_pack_error,
+            max_pack_error=config.codec.max_error,
         )
 
     def _self_test(self, executor: TransferExecutor) -> None:
@@ -344,8 +344,8 @@ def _device_of(layout: KVLayout) -> Device | None:
 
 def _make_batcher(config: KVortexConfig) -> Batcher:
     return Batcher(
-        max_requests=config.max_batch_requests,
-        max_bytes=config.max_batch_bytes,
-        linger_s=config.linger_s,
-        max_consecutive_loads=config.max_consecutive_loads,
+        max_requests=config.transfer.max_batch_requests,
+        max_bytes=config.transfer.max_batch_bytes,
+        linger_s=config.transfer.linger_s,
+        max_consecutive_loads=config.transfer.max_consecutive_loads,
     )

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.codecs import Encodings
-from kvortex.config import UNNAMED_MODEL, KVortexConfig
+from kvortex.config import KVortexConfig
+from kvortex.config.sections import UNNAMED_MODEL
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.planes.control import ControlPlane
@@ -73,7 +74,7 @@ class BackingTier:
         self.control = pool.control
         self.encodings = pool.encodings
         self.tier = tier
-        self.guard = GuardedTier(tier, config.tier_timeout_s, asyncio.get_running_loop().time)
+        self.guard = GuardedTier(tier, config.tier.timeout_s, asyncio.get_running_loop().time)
         self.state = TierState()
         self.tasks = TierTasks(tier.name)
         self.uses = UseClock()

@@ -204,7 +204,7 @@ class Fetches:
             self._asking = True
             backing.tasks.spawn(self._ask_store()).add_done_callback(self._store_answered)
         while self._queue:
-            room = backing.config.fetch_blocks - len(self._reading)
+            room = backing.config.tier.fetch_blocks - len(self._reading)
             if room <= 0 and not self._num_reads:
                 break  # no call is in progress, so the reads that take all places hang
             if room <= 0:

@@ -19,7 +19,7 @@ from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
 from kvortex.tiering.write_behind import WriteBehind
-from kvortex.tiers import DiskTier, DiskTierConfig, Tier
+from kvortex.tiers import DiskTier, Tier
 from kvortex.types import MissReason
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Tiering:
 
     def __init__(self, backing: BackingTier) -> None:
         self.backing = backing
-        self.is_exclusive = backing.config.tier_inclusion == "exclusive"
+        self.is_exclusive = backing.config.tier.inclusion == "exclusive"
         self.writes = WriteBehind(backing)
         self.fetches = Fetches(backing, deletes_fetched=self.is_exclusive)
 
@@ -69,7 +69,7 @@ class Tiering:
 
     async def _wait_for_opening(self) -> None:
         """Go on without a tier that does not open in time. It may still open later."""
-        timeout_s = self.backing.config.tier_timeout_s
+        timeout_s = self.backing.config.tier.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await self.backing.state.wait_known()
@@ -138,7 +138,7 @@ class Tiering:
             is_new: which of them were not stored before, `bool [n]`.
         """
         used_s = self.backing.uses.chain(len(keys))
-        if not self.is_exclusive and self.backing.config.tier_admission == "always":
+        if not self.is_exclusive and self.backing.config.tier.admission == "always":
             self.writes.offer(keys[is_new], used_s[is_new])
         self._used(keys[~is_new], used_s[~is_new])
 
@@ -232,7 +232,6 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
     Raises:
         ConfigError: the settings of the tier are invalid.
     """
-    if not config.disk_path:
+    if not config.disk.path:
         return None
-    settings = DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_capacity_bytes, fsync=config.disk_fsync)
-    return DiskTier(settings, namespace=namespace.digest)
+    return DiskTier(config.disk, namespace=namespace.digest)

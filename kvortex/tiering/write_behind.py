@@ -85,9 +85,9 @@ class WriteBehind:
         for key, time_s in zip(split_keys(keys), used_s.tolist(), strict=True):
             if key in self._queue:
                 continue
-            if len(self._queue) >= self._backing.config.tier_queue_blocks:
+            if len(self._queue) >= self._backing.config.tier.queue_blocks:
                 self.shed_blocks += 1
-                if self._backing.config.tier_shed == "newest":
+                if self._backing.config.tier.shed == "newest":
                     continue
                 del self._queue[next(iter(self._queue))]
             self._queue[key] = time_s

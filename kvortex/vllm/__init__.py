@@ -1,7 +1,7 @@
 """KVortex as a KV connector of vLLM, known to it by its name:
 
 vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVortexConnector", "kv_role": "kv_both",
-    "kv_connector_extra_config": {"cpu_pool_bytes": "16GiB"}}'
+    "kv_connector_extra_config": {"pool": "16GiB"}}'
 """
 
 from typing import TYPE_CHECKING

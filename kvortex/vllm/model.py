@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Unif
 
 from kvortex.arithmetic import align_up
 from kvortex.codecs import packed_nbytes
-from kvortex.config import EXTENT_ALIGNMENT_BYTES
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.errors import ConfigError
 from kvortex.types import BlockSizes
 

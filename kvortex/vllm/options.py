@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvortex.config import MIB, KVortexConfig, ModelIdentity
+from kvortex.config.config import SECTIONS
 from kvortex.config.fields import conform, hints_of, require, require_known
+from kvortex.config.renamed import RENAMED
 from kvortex.errors import ConfigError
 
 # Serving shares the GPU: four staging buffers of this size, instead of the engine's 128 MiB.
 STAGING_BYTES = 32 * MIB
 
 WITHOUT_MEANING: Final = {
-    "max_outstanding_requests": "vLLM's max_num_seqs bounds the requests",
-    "tier_shed": "a block that finds no room in the queue is not written",
-    "fetch_blocks": "a request's blocks are fetched together, up to half of the pool",
+    "transfer.max_outstanding_requests": "vLLM's max_num_seqs bounds the requests",
+    "tier.shed": "a block that finds no room in the queue is not written",
+    "tier.fetch_blocks": "a request's blocks are fetched together, up to half of the pool",
 }
 """Settings of an engine that have no effect in the connector, and why."""
 
@@ -27,8 +29,8 @@ class ConnectorOptions:
     """Options of the connector.
 
     Args:
-        engine: `cpu_pool_bytes` (per worker, or for all ranks that share a pool; write "16GiB") and every other
-            setting of `KVortexConfig` that has a meaning in vLLM, given beside those below.
+        engine: the sections of `KVortexConfig`, given beside the options below: `pool` (for each worker, or for all
+            ranks that share one; write "16GiB") and every other setting that has an effect in vLLM.
         min_hit_blocks: blocks that a hit must have; shorter ones are computed, because a load costs a step of waiting.
         pending_wait_s: seconds that a request may wait for blocks whose save is in flight, before it computes them.
         save_decoded: save blocks that fill up during decoding, too: the prompt of the next turn begins with them.
@@ -52,14 +54,23 @@ class ConnectorOptions:
             ConfigError: a name is unknown or has no effect in vLLM, or a value has the wrong type or is out of range.
         """
         own = set(hints_of(cls)) - {"engine"}
-        engine = set(hints_of(KVortexConfig)) - set(WITHOUT_MEANING)
-        for name in extra:
-            if name in WITHOUT_MEANING:
-                raise ConfigError(f"{name} has no effect in vLLM, leave it out: {WITHOUT_MEANING[name]}")
-        require_known(extra, own | engine, "kv_connector_extra_config", "option")
+        require_known(extra, own | set(SECTIONS) | set(RENAMED), "kv_connector_extra_config", "option")
+        given = _settings_named(extra)
+        for name, reason in WITHOUT_MEANING.items():
+            if name in given:
+                raise ConfigError(f"{name} has no effect in vLLM, leave it out: {reason}")
         _check_identity(extra.get("identity", {}))
-        settings = {"max_batch_bytes": STAGING_BYTES, **{name: extra[name] for name in extra if name in engine}}
-        return cls(engine=KVortexConfig.from_mapping(settings), **{name: extra[name] for name in extra if name in own})
+        engine = KVortexConfig.from_mapping({name: value for name, value in extra.items() if name not in own})
+        if "transfer.max_batch_bytes" not in given:
+            engine = engine.replace(transfer={"max_batch_bytes": STAGING_BYTES})
+        return cls(engine=engine, **{name: extra[name] for name in extra if name in own})
+
+
+def _settings_named(extra: Mapping[str, Any]) -> set[str]:
+    """The settings that the options give, as `section.name`."""
+    sections = {section: value for section, value in extra.items() if isinstance(value, Mapping)}
+    given = {f"{section}.{name}" for section, values in sections.items() for name in values}
+    return given | {str(RENAMED[name]) for name in extra if name in RENAMED}
 
 
 def _check_identity(identity: Any) -> None:

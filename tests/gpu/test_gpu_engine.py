@@ -25,13 +25,14 @@ def make_cache(blocks: int = 128, layers: int = 4) -> dict[str, torch.Tensor]:
 
 
 def config(**changes: object) -> KVortexConfig:
-    return KVortexConfig(**{"cpu_pool_bytes": 64 * MIB, "pin_piece_bytes": 16 * MIB, "max_batch_bytes": MIB, **changes})
+    pool = {"bytes": 64 * MIB, "pin_piece_bytes": 16 * MIB}
+    return KVortexConfig(pool=pool, transfer={"max_batch_bytes": MIB}).replace(**changes)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 5])
 async def test_round_trip(streams: int) -> None:
     kv = make_cache()
-    async with KVortexEngine.create(config(num_transfer_streams=streams)) as engine:
+    async with KVortexEngine.create(config(transfer={"streams": streams})) as engine:
         engine.register_kv_caches(kv, 16)
         hashes = hash_blocks(np.arange(16 * 100))
         ids = np.random.default_rng(0).permutation(128)[:100]
@@ -126,7 +127,7 @@ async def test_both_directions_at_once_under_eviction() -> None:
     kv = make_cache(blocks=256)
     rng = np.random.default_rng(3)
     block_nbytes = 4 * 2 * 16 * 4 * 64 * 2
-    async with KVortexEngine.create(config(cpu_pool_bytes=96 * block_nbytes, pin_piece_bytes=MIB)) as engine:
+    async with KVortexEngine.create(config(pool={"bytes": 96 * block_nbytes, "pin_piece_bytes": MIB})) as engine:
         engine.register_kv_caches(kv, 16)
         content = {name: tensor.clone() for name, tensor in kv.items()}
         chains = [hash_blocks(np.arange(16 * 16) + 1000 * c) for c in range(8)]
@@ -185,7 +186,7 @@ async def test_graphs_are_captured_while_memory_is_pinned_and_blocks_move() -> N
                 work.add_(1)
         return graph
 
-    async with KVortexEngine.create(config(cpu_pool_bytes=6 << 30, pin_piece_bytes=64 * MIB)) as engine:
+    async with KVortexEngine.create(config(pool={"bytes": 6 << 30, "pin_piece_bytes": 64 * MIB})) as engine:
         engine.register_kv_caches(kv, 16)
         pinning = asyncio.create_task(engine.wait_pinned())
         for number in range(20):

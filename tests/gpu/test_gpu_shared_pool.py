@@ -45,7 +45,9 @@ async def _move(plane: DataPlane, direction: Direction, block_ids: list[int], pl
 async def _work(rank: int, memory: SharedMemory, connection: Connection) -> None:
     cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, 1024, device=_device(rank))
     layout = KVLayout.from_tensors({"layer": cache}, BLOCK_SIZE)
-    config = KVortexConfig(cpu_pool_bytes=POOL_BYTES, pin_piece_bytes=16 << 20, max_batch_bytes=8 << 20)
+    config = KVortexConfig(
+        pool={"bytes": POOL_BYTES, "pin_piece_bytes": 16 << 20}, transfer={"max_batch_bytes": 8 << 20}
+    )
     plane = DataPlane(config, {"layer": cache}, layout, memory=memory)
     connection.send("ready")  # the self-test has used the pool's first places
     assert await asyncio.to_thread(connection.recv) == "ready"

@@ -59,7 +59,7 @@ class Checks:
             kv_connector="KVortexConnector",
             kv_connector_module_path="kvortex.vllm",
             kv_role="kv_both",
-            kv_connector_extra_config={"cpu_pool_bytes": "2GiB", "codec": self.codec},
+            kv_connector_extra_config={"pool": "2GiB", "codec": self.codec},
         )
         self.llm = vllm.LLM(
             model=model,

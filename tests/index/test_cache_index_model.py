@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from naive_policies import NAIVE
 
 from kvortex.index import MISS_REASONS, RESERVED, STORED, CacheIndex, make_policy, pack_keys
 from kvortex.types import MissReason
+from tests.index.naive_policies import NAIVE
 
 # A third of the keys share their first word: same bucket, same tag.
 KEYS = [(bytes(8) if n % 3 == 0 else b"") + hashlib.sha256(bytes([n])).digest() for n in range(14)]

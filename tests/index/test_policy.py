@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_policies import NAIVE
 
 from kvortex.config import EVICTION_POLICIES
 from kvortex.errors import ConfigError
 from kvortex.index import ARCPolicy, EvictionPolicy, LRUPolicy, S3FIFOPolicy, make_policy
+from tests.index.naive_policies import NAIVE
 
 CAPACITY = 16
 SIZES = {slot: 1 + 3 * (slot % 4) for slot in range(CAPACITY)}

@@ -137,10 +137,10 @@ async def test_an_engine_refuses_before_it_maps_anything(tmp_path: Path, monkeyp
     memory_of_machine = limits.memory_limits
     monkeypatch.setattr(limits, "memory_limits", lambda root: memory_of_machine(tmp_path))
     caches = {"layer": torch.zeros(2, 8, 16, 1, 16)}
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=65 * MIB)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=65 * MIB)) as engine:
         with pytest.raises(ConfigError, match="does not fit"):
             engine.register_kv_caches(caches, block_size=16)
-    async with KVortexEngine.create(KVortexConfig(cpu_pool_bytes=16 * MIB)) as engine:
+    async with KVortexEngine.create(KVortexConfig(pool=16 * MIB)) as engine:
         engine.register_kv_caches(caches, block_size=16)
 
 

@@ -134,7 +134,7 @@ def _make_plane(memory: SharedMemory) -> tuple[DataPlane, torch.Tensor]:
     cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, 64)
     layout = KVLayout.from_tensors({"layer": cache}, BLOCK_SIZE)
     return DataPlane(
-        KVortexConfig(cpu_pool_bytes=1 << 20, pin_piece_bytes=1 << 18), {"layer": cache}, layout, memory=memory
+        KVortexConfig(pool={"bytes": 1 << 20, "pin_piece_bytes": 1 << 18}), {"layer": cache}, layout, memory=memory
     ), cache
 
 

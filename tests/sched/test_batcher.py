@@ -94,11 +94,11 @@ def test_defaults_are_those_of_the_configuration() -> None:
     config = KVortexConfig()
     defaults = {p.name: p.default for p in inspect.signature(Batcher).parameters.values()}
     assert defaults == {
-        "max_requests": config.max_batch_requests,
-        "max_bytes": config.max_batch_bytes,
+        "max_requests": config.transfer.max_batch_requests,
+        "max_bytes": config.transfer.max_batch_bytes,
         "max_blocks": MAX_BATCH_BLOCKS,
-        "linger_s": config.linger_s,
-        "max_consecutive_loads": config.max_consecutive_loads,
+        "linger_s": config.transfer.linger_s,
+        "max_consecutive_loads": config.transfer.max_consecutive_loads,
     }
 
 

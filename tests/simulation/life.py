@@ -17,6 +17,7 @@ from kvortex.sched import HostExecutor, TransferExecutor
 from kvortex.tiering.keys import key_as_is
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
+from tests.engine_support import Parts
 from tests.simulation.executor import SimulatedExecutor
 from tests.simulation.harm import Harm
 from tests.simulation.ledger import Ledger
@@ -54,10 +55,10 @@ class Life:
         self._harm = harm
         self._complain = complain
         self._seen = -1
-        self.engine = KVortexEngine(
-            KVortexConfig(self_test=False, numa_aware=False, tier_timeout_s=TIMEOUT_S, **scenario.settings)
-        )
-        self.engine.register_kv_caches(tensors, BLOCK_SIZE, wrap_executor=self._wrap, make_tier=self._make_tier)
+        common = KVortexConfig(transfer={"self_test": False}, pool={"numa_aware": False}, tier={"timeout_s": TIMEOUT_S})
+        parts = Parts(wrap_executor=self._wrap, make_tier=self._make_tier)
+        self.engine = KVortexEngine(common.replace(**scenario.settings), parts)
+        self.engine.register_kv_caches(tensors, BLOCK_SIZE)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
         self._offer, self.tiering.writes.offer = self.tiering.writes.offer, self._watch_offer  # type: ignore[method-assign]
@@ -122,14 +123,14 @@ class Life:
         tiering = self.tiering
         new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queue]
         refused = tiering.backing.guard.writes.refuses
-        room = self.engine.config.tier_queue_blocks - len(tiering.writes._queue)
+        room = self.engine.config.tier.queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks
         self.offered += len(set(new))
         self.ledger.changes += 1
         self._offer(keys, used_s)
         usable = not refused and (tiering.backing.state.usable or not tiering.backing.state.is_known)
         shed, least = tiering.writes.shed_blocks - before, max(len(set(new)) - room, 0)
-        most = len(keys) if self.engine.config.tier_shed == "oldest" else max(len(new) - room, 0)
+        most = len(keys) if self.engine.config.tier.shed == "oldest" else max(len(new) - room, 0)
         if usable and not least <= shed <= most:
             self._complain(f"{len(new)} blocks offered with room for {room}: {shed} shed")
 
@@ -198,12 +199,12 @@ class Life:
 
     def _check_bounds(self) -> None:
         tiering, config, complain = self.tiering, self.engine.config, self._complain
-        if len(tiering.writes._queue) > config.tier_queue_blocks:
+        if len(tiering.writes._queue) > config.tier.queue_blocks:
             complain(f"{len(tiering.writes._queue)} blocks wait to be written")
         if tiering.writes._demoted_bytes > self.control.allocator.capacity_bytes // 10:
             complain(f"{tiering.writes._demoted_bytes} bytes wait to be written")
         reads = sum(move.reads for move in self.tier.moving)
-        if reads > config.fetch_blocks:
+        if reads > config.tier.fetch_blocks:
             complain(f"{reads} blocks are on their way from the tier")
         counted = tiering.writes.written_blocks, tiering.writes.failed_writes, tiering.fetches.fetched_blocks
         if counted != (self.tier.writes_stored, self.tier.writes_refused, self.tier.good_reads):

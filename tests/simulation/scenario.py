@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex import BlockHash, hash_blocks
-from kvortex.config import CHOICES, EVICTION_POLICIES
+from kvortex.config.sections import EVICTION_POLICIES, TIER_ADMISSIONS, TIER_INCLUSIONS, TIER_SHEDS
 from tests.simulation.executor import ExecutorFaults
 from tests.simulation.tier import TierFaults
 
@@ -41,23 +41,29 @@ class Scenario:
             return dice.choice((0.0, 0.0, most / 4, most))
 
         codec = dice.choice(("raw", "raw", "bf16"))
-        return cls(
-            settings={
-                "cpu_pool_bytes": 4096 * dice.randint(2, 6),
-                "pin_piece_bytes": dice.choice((4096, 8192)),
+        settings: dict[str, Any] = {
+            "pool": {"bytes": 4096 * dice.randint(2, 6), "pin_piece_bytes": dice.choice((4096, 8192))},
+            "transfer": {
                 "max_batch_bytes": BLOCK_NBYTES * dice.choice((2, 4, 16)),
                 "max_batch_requests": dice.choice((1, 8)),
+            },
+            "eviction": {
                 "watermark": dice.choice((0.6, 0.8, 1.0)),
-                "eviction_ratio": dice.choice((0.2, 0.5)),
-                "eviction_policy": dice.choice(EVICTION_POLICIES),
-                "codec": codec,
-                "max_pack_error": 1e-4,
-                "tier_queue_blocks": dice.choice((2, 8, 64)),
+                "ratio": dice.choice((0.2, 0.5)),
+                "policy": dice.choice(EVICTION_POLICIES),
+            },
+            "codec": {"name": codec, "max_error": 1e-4},
+            "tier": {
+                "queue_blocks": dice.choice((2, 8, 64)),
                 "fetch_blocks": dice.choice((1, 3, 12)),
                 "load_deadline_s": dice.choice((None, None, 0.3)),
-                "ghost_entries": dice.choice((0, 4, 64)),
-                **{name: dice.choice(choices) for name, choices in CHOICES.items()},
             },
+        }
+        settings["eviction"]["ghost_entries"] = dice.choice((0, 4, 64))
+        for name, choices in (("inclusion", TIER_INCLUSIONS), ("admission", TIER_ADMISSIONS), ("shed", TIER_SHEDS)):
+            settings["tier"][name] = dice.choice(choices)
+        return cls(
+            settings=settings,
             executor_faults=ExecutorFaults(chance(0.05), chance(0.05), chance(0.05), chance(0.05)),
             tier_faults=TierFaults(
                 slow=chance(0.3),

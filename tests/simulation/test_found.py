@@ -16,7 +16,7 @@ from kvortex.tiering import LoadFetch
 from kvortex.tiers import MemoryTier, Tier, WriteRequest
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, make_cache, small_config
+from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, make_cache, small_config
 
 FaultOf = Callable[[Direction, int, bytes], TierFault | None]
 
@@ -33,8 +33,8 @@ class Scene:
 
     def __init__(self, fault_of: FaultOf | None = None, **settings: object) -> None:
         self.hashes = chain(4)
-        self.engine = KVortexEngine(small_config(**settings))
-        self.engine.register_kv_caches(make_cache(), BLOCK_SIZE, make_tier=self._make_tier(fault_of))
+        self.engine = KVortexEngine(small_config(**settings), Parts(make_tier=self._make_tier(fault_of)))
+        self.engine.register_kv_caches(make_cache(), BLOCK_SIZE)
         assert self.engine._tiering is not None
         self.tiering = self.engine._tiering
         self.keys = pack_keys(self.hashes)
@@ -74,7 +74,7 @@ def test_a_block_that_is_awaited_anew_is_not_given_up_by_those_who_awaited_it_be
     held = {0: None, 1: TierFault.HANG, 2: TierFault.HANG}  # the first block, the second, the first again
 
     async def scene() -> None:
-        async with Scene(lambda direction, number, key: held[number], tier_timeout_s=1.0) as s:
+        async with Scene(lambda direction, number, key: held[number], tier={"timeout_s": 1.0}) as s:
             first = s.tiering.fetch(s.keys[:2])
             await asyncio.sleep(0.5)
             s.engine.clear()
@@ -90,7 +90,7 @@ def test_a_block_that_is_awaited_anew_is_not_given_up_by_those_who_awaited_it_be
 
 def test_a_chain_that_names_a_block_twice_keeps_no_place_among_the_fetches() -> None:
     async def scene() -> None:
-        async with Scene(fetch_blocks=4) as s:
+        async with Scene(tier={"fetch_blocks": 4}) as s:
             for _ in range(5):
                 assert await s.engine.prefetch([s.hashes[0], s.hashes[0]]) == 2
                 s.engine.clear()
@@ -100,7 +100,7 @@ def test_a_chain_that_names_a_block_twice_keeps_no_place_among_the_fetches() -> 
 
 def test_a_deadline_is_told_by_the_loops_clock() -> None:
     async def scene() -> None:
-        async with Scene(lambda *_: TierFault.HANG, tier_timeout_s=1e6) as s:
+        async with Scene(lambda *_: TierFault.HANG, tier={"timeout_s": 1e6}) as s:
             began_s = asyncio.get_running_loop().time()
             arrival = LoadFetch(s.tiering, s.keys, 3600.0)
             await asyncio.sleep(3000.0)
@@ -128,7 +128,7 @@ def test_a_flush_ends_with_the_engine() -> None:
 
 def test_a_load_ends_although_what_hangs_holds_every_place_among_the_fetches() -> None:
     async def scene() -> None:
-        async with Scene(lambda *_: TierFault.HANG, fetch_blocks=2, tier_timeout_s=1.0) as s:
+        async with Scene(lambda *_: TierFault.HANG, tier={"fetch_blocks": 2, "timeout_s": 1.0}) as s:
             began_s = asyncio.get_running_loop().time()
             loaded = await s.engine.load_blocks(s.hashes, range(4))
             assert loaded.num_loaded == 0

@@ -193,7 +193,7 @@ class World:
 
     def _longest_s(self, life: Life) -> float:
         """What a call may take; where what hangs can hold every place among the fetches, others wait for its end."""
-        held_up = life.engine.config.fetch_blocks <= TIER_WIDTH
+        held_up = life.engine.config.tier.fetch_blocks <= TIER_WIDTH
         return LONGEST_S + (40 * life.tier.hang_s if held_up else 0.0)
 
     async def _come_to_rest(self, life: Life) -> None:
@@ -333,7 +333,7 @@ class World:
     async def _load(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._write(hashes, ids, garbage=True)
         deadline_s = dice.choice((..., None, 0.0, 0.01, 0.2))
-        due_s = life.engine.config.load_deadline_s if deadline_s is ... else deadline_s
+        due_s = life.engine.config.tier.load_deadline_s if deadline_s is ... else deadline_s
         began_s = self._loop.time()
         absent = ~life.control.index.contains_mask(pack_keys(hashes))
         self._last_asked_s.update(dict.fromkeys(hashes, began_s))
@@ -368,7 +368,7 @@ class World:
         founded = {
             MissReason.CORRUPT: block_hash in self._harm.corrupted,
             MissReason.TRANSFER_FAILED: block_hash in self._harm.failed,
-            MissReason.TOO_LOSSY: is_lossy(block_hash) and self.scenario.settings["codec"] != "raw",
+            MissReason.TOO_LOSSY: is_lossy(block_hash) and self.scenario.settings["codec"]["name"] != "raw",
             MissReason.DEADLINE: overdue or block_hash in self._harm.late,
             MissReason.NOT_FETCHED: block_hash in life.tier.said_there,
             MissReason.EVICTED: life.control.index.evicted_blocks > 0,

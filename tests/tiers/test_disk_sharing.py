@@ -348,12 +348,16 @@ async def test_a_damaged_file_of_another_process_is_written_over(tmp_path: Path)
         {"touch_interval_s": -1.0},
         {"rescan_interval_s": 0.0},
         {"close_timeout_s": -0.1},
-        {"path": ""},
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
-        DiskTierConfig(**{"path": "/nowhere", "capacity_bytes": 1, **settings})  # type: ignore[arg-type]
+        DiskTierConfig(**{"path": "/nowhere", "capacity_bytes": FRAME, **settings})  # type: ignore[arg-type]
+
+
+def test_a_disk_needs_a_path(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"disk\.path must name a directory"):
+        disk_tier("")
 
 
 def test_a_namespace_is_a_digest() -> None:

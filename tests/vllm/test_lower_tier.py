@@ -36,7 +36,7 @@ def namespace(codec: str = "fp8 within 0.05") -> Namespace:
 
 
 def config(**settings: Any) -> KVortexConfig:
-    return KVortexConfig(**{"disk_path": "/nowhere", "tier_timeout_s": TIMEOUT_S, **settings})
+    return KVortexConfig(disk="/nowhere", tier={"timeout_s": TIMEOUT_S}).replace(**settings)
 
 
 def plan_of(packed: Sequence[bool]) -> TransferPlan:
@@ -102,7 +102,9 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
         try:
             assert index.known_prefix(KEYS) == packed[:20]
             for encoding in (True, False):
-                index.add_written([key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding)
+                index.add_written(
+                    [key for key, p in zip(KEYS[20:], packed[20:], strict=True) if p is encoding], encoding
+                )
             everything = index.known_prefix(KEYS)
             index.add_lost(KEYS[5:6])
             assert index.known_prefix(KEYS) == packed[:5]

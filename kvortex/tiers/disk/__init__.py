@@ -1,6 +1,6 @@
 """Blocks on disk: one checked frame a file, in a directory that any number of processes share."""
 
-from kvortex.tiers.disk.config import DiskTierConfig
+from kvortex.config import DiskTierConfig
 from kvortex.tiers.disk.tier import DiskTier
 
 __all__ = ["DiskTier", "DiskTierConfig"]

@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.config import DiskTierConfig
 from kvortex.tiers.base import Cause
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.disk.config import DiskTierConfig
 from kvortex.tiers.disk.direct import DirectIO, Scratch, read_fully
 from kvortex.tiers.disk.directories import directory
 from kvortex.tiers.disk.index import DiskIndex, IndexedBlock, Victims

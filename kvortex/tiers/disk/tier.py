@@ -8,6 +8,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from aiofiles.os import wrap  # type: ignore[import-untyped]
 
+from kvortex.config import DiskTierConfig
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.runtime.blocking import interpreter_ends
 from kvortex.tiers.base import (
@@ -25,7 +26,6 @@ from kvortex.tiers.base import (
     check_writes,
 )
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.disk.config import DiskTierConfig
 from kvortex.tiers.disk.direct import BUFFERED, DirectIO, probe
 from kvortex.tiers.disk.directories import check_owned, make_directories
 from kvortex.tiers.disk.files import DiskFiles
@@ -67,6 +67,8 @@ class DiskTier(Tier):
     name = "disk"
 
     def __init__(self, config: DiskTierConfig, *, namespace: bytes, calls: OsCalls | None = None) -> None:
+        if not config.path:
+            raise ConfigError("disk.path must name a directory")
         self._config = config
         self._calls = calls or OsCalls()
         self._layout = DiskLayout(config.path, namespace)

@@ -89,8 +89,8 @@ class SchedulerHalf:
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._ready = not handshake_in_step
         self._stale = StaleKV()
-        self._sizes = expected_sizes(kv_cache_config, options.engine.codec)
-        self._control = ControlPlane.from_config(options.engine, options.engine.cpu_pool_bytes, self._sizes)
+        self._sizes = expected_sizes(kv_cache_config, options.engine.codec.name)
+        self._control = ControlPlane.from_config(options.engine, options.engine.pool.bytes, self._sizes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
@@ -152,7 +152,7 @@ class SchedulerHalf:
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
         self._make_planners()
         self._ready = True
-        disk = f"disk at {self._options.engine.disk_path}" if self._tier is not None else "no disk"
+        disk = f"disk at {self._options.engine.disk.path}" if self._tier is not None else "no disk"
         logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
 
     def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:

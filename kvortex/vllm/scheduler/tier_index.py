@@ -28,9 +28,10 @@ def check_supported(config: KVortexConfig) -> None:
     Raises:
         ConfigError: inclusion or admission is not the default.
     """
-    for name, value in (("tier_inclusion", "inclusive"), ("tier_admission", "always")):
-        if getattr(config, name) != value:
-            raise ConfigError(f"in vLLM {name} can be {value!r} only, not {getattr(config, name)!r}")
+    tier = config.tier
+    for name, value, only in (("inclusion", tier.inclusion, "inclusive"), ("admission", tier.admission, "always")):
+        if value != only:
+            raise ConfigError(f"in vLLM tier.{name} can be {only!r} only, not {value!r}")
 
 
 class BoundedMap(Generic[Value]):
@@ -75,7 +76,7 @@ class TierIndex:
             raise ConfigError("no lower tier is configured")
         self._tier = tier
         self._packs = namespace.codec != RAW
-        self._timeout_s = config.tier_timeout_s
+        self._timeout_s = config.tier.timeout_s
         self._epoch = b""
         # Key -> packed, for blocks that the workers have written; the tier's own index has them after its next scan.
         self._written: BoundedMap[bool] = BoundedMap()

@@ -62,9 +62,9 @@ class TierPlanner:
         self._fetches = JobsInFlight[FetchInFlight](num_workers)
         self._job_ids = job_ids
         self._stats = stats
-        self._wait_s = config.tier_timeout_s if config.load_deadline_s is None else config.load_deadline_s
+        self._wait_s = config.tier.timeout_s if config.tier.load_deadline_s is None else config.tier.load_deadline_s
         in_pool = control.allocator.capacity_bytes // sizes.packed
-        self._max_writing = max(1, min(config.tier_queue_blocks, int(WRITING_SHARE * in_pool)))
+        self._max_writing = max(1, min(config.tier.queue_blocks, int(WRITING_SHARE * in_pool)))
         self._max_fetching = max(1, in_pool // 2)
         self._num_writing = 0
         self._arriving: dict[bytes, float] = {}  # hash -> time at which its fetch was planned

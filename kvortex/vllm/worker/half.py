@@ -117,7 +117,7 @@ class WorkerHalf:
             raise
         self._thread = thread
         self._share = share
-        if self._options.engine.disk_path:
+        if self._options.engine.disk.path:
             self._open_mover(self._data, thread)
         self._jobs = JobRunner(self._data, thread.loop, share, self._places, self._mover, self._reports)
         if self._handshake_in_step:
@@ -136,13 +136,15 @@ class WorkerHalf:
 
     def _make_share(self, layout: KVLayout) -> PoolShare:
         config = self._options.engine
-        own = block_sizes(layout, packing_for(layout, config.codec))
-        if config.codec != RAW and not own.packs and self._rank == 0:
-            logger.warning("codec %r does not take a cache of %s: blocks are stored raw", config.codec, layout.dtypes)
+        own = block_sizes(layout, packing_for(layout, config.codec.name))
+        if config.codec.name != RAW and not own.packs and self._rank == 0:
+            logger.warning(
+                "codec %r does not take a cache of %s: blocks are stored raw", config.codec.name, layout.dtypes
+            )
         stages = self._peers.stages
         planned = largest(stages.exchange(own)) if stages is not None else own
-        self._places = Places(config.pin_piece_bytes, planned, own)
-        check_memory_of_all(self._peers, config.cpu_pool_bytes, self._num_pools_here())
+        self._places = Places(config.pool.pin_piece_bytes, planned, own)
+        check_memory_of_all(self._peers, config.pool.bytes, self._num_pools_here())
         config = self._places.config(config)
         if self._peers.replicas is None:
             return PoolShare.own(config, own)

@@ -5,13 +5,14 @@ smaller blocks (with fewer layers on its pipeline stage, say) has a pool that is
 each planned offset by it. So no memory is wasted, and a plan does not grow with the number of ranks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.arithmetic import align_up
-from kvortex.config import EXTENT_ALIGNMENT_BYTES, KVortexConfig
+from kvortex.config import KVortexConfig
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 
 
@@ -53,9 +54,10 @@ class Places:
         """The engine's settings with the size of this rank's pool and of its pieces."""
         if self.is_unscaled:
             return config
-        pieces, rest = divmod(config.cpu_pool_bytes, self.planned_piece)
+        pieces, rest = divmod(config.pool.bytes, self.planned_piece)
         nbytes = pieces * self.piece + self._scaled(rest)
-        return replace(config, cpu_pool_bytes=max(nbytes, self.own.raw, PAGE_BYTES), pin_piece_bytes=self.piece)
+        nbytes = max(nbytes, self.own.raw, PAGE_BYTES)
+        return config.replace(pool={"bytes": nbytes, "pin_piece_bytes": self.piece})
 
     def place(self, plan: TransferPlan) -> TransferPlan:
         """A plan with this rank's offsets."""

@@ -7,7 +7,7 @@ blocks over its own link, and compares them with the digests of the ranks that s
 
 import logging
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -144,20 +144,20 @@ class PoolShare:
             ConfigError: the machine does not have that much memory.
         """
         num_places = _num_places(config, sizes)
-        pool_bytes = align_up(config.cpu_pool_bytes, PAGE_BYTES)
+        pool_bytes = align_up(config.pool.bytes, PAGE_BYTES)
         memory = _open_memory(group, pool_bytes + num_places * 8)
         reached = group.exchange((memory is not None, layout.digest))
         if memory is None or any(answer != (True, layout.digest) for answer in reached):
-            divided = config.cpu_pool_bytes // group.size
+            divided = config.pool.bytes // group.size
             logger.warning(
                 "ranks on different machines or with different layouts: each stores a copy of its own, of %d bytes "
-                "(cpu_pool_bytes divided by %d ranks)",
+                "(pool.bytes divided by %d ranks)",
                 divided,
                 group.size,
             )
             if memory is not None:
                 memory.close()
-            return cls.own(replace(config, cpu_pool_bytes=divided), sizes)
+            return cls.own(config.replace(pool=divided), sizes)
         digests = np.frombuffer(memory.map(pool_bytes, num_places * 8), dtype=np.uint64)
         return cls(config, digests, sizes.packed, group.rank, group.size, memory)
 
@@ -196,4 +196,4 @@ def _open_memory(group: RankGroup, nbytes: int) -> SharedMemory | None:
 
 
 def _num_places(config: KVortexConfig, sizes: BlockSizes) -> int:
-    return config.cpu_pool_bytes // sizes.packed + 1
+    return config.pool.bytes // sizes.packed + 1

@@ -46,11 +46,11 @@ class TierMover:
         tier = tier_of(config, namespace)
         if tier is None:
             raise ConfigError("no lower tier is configured")
-        self._guard = GuardedTier(tier, config.tier_timeout_s, time.monotonic)
+        self._guard = GuardedTier(tier, config.tier.timeout_s, time.monotonic)
         self._packs = namespace.codec != RAW
         self._pool = pool
         self._encodings = encodings
-        self._timeout_s = config.tier_timeout_s
+        self._timeout_s = config.tier.timeout_s
         self._usable = False
         self._opening: asyncio.Task[None] | None = None
         self._uses = UseClock()

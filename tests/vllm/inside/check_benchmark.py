@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 def run(*options: str) -> "subprocess.CompletedProcess[str]":
     settings = json.dumps({"dtype": "float32", "enforce_eager": True, "block_size": 32})
     command = [sys.executable, str(BENCHMARK), "--shape", "tiny", "--lengths", "256", "--repeats", "1"]
-    command += ["--batches", "2", "--prompts", "2", "--pool-bytes", str(128 << 20), "--engine", settings]
+    command += ["--batches", "2", "--prompts", "2", "--pool", "128MiB", "--engine", settings]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVORTEX_BENCHMARK": str(os.getpid())}
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=400)
     assert not processes_with(f"KVORTEX_BENCHMARK={os.getpid()}")

@@ -44,10 +44,8 @@ def fetched(engine: Engine) -> int:
 
 def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {
-        "disk_path": str(tmp_path),
-        "disk_capacity_bytes": "1GiB",
-        "cpu_pool_bytes": 20 * BLOCK_NBYTES,
-        "pin_piece_bytes": 20 * BLOCK_NBYTES,
+        "disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"},
+        "pool": {"bytes": 20 * BLOCK_NBYTES, "pin_piece_bytes": 20 * BLOCK_NBYTES},
     }
     with running(model, options=options) as engine:
         counted = count_stats(engine)
@@ -60,7 +58,7 @@ def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[
 
 
 def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
-    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
+    options = {"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         wait_for_files(tmp_path, num_blocks("long"))
@@ -78,7 +76,7 @@ def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[
 
 
 def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
-    with running(model, options={"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}) as engine:
+    with running(model, options={"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}) as engine:
         worker = engine.worker_half
         worker._mover._guard.reads.hung()
         worker._mover._guard.writes.hung()
@@ -87,7 +85,7 @@ def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: P
 
 
 def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
-    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
+    options = {"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         wait_for_files(tmp_path, num_blocks("long"))
@@ -109,7 +107,7 @@ def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path,
     """The disk drives out what nobody asks for, not what the pool, or vLLM itself, serves all the time."""
     asked, idle, new = (prompt(4 * BLOCK_SIZE + 1, seed) for seed in (71, 72, 73))
     capacity = 10 * FILE_NBYTES
-    options = {"disk_path": str(tmp_path), "disk_capacity_bytes": capacity}
+    options = {"disk": {"path": str(tmp_path), "capacity_bytes": capacity}}
     with running(model, options=options, **settings) as engine:
         for tokens in (asked, idle, asked, new):
             engine.generate([tokens], max_tokens=2)
@@ -131,8 +129,8 @@ def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def check_another_inclusion_is_refused() -> None:
-    with pytest.raises(ConfigError, match="in vLLM tier_inclusion can be 'inclusive' only"):
-        tier_index.check_supported(KVortexConfig(tier_inclusion="exclusive"))
+    with pytest.raises(ConfigError, match=r"in vLLM tier\.inclusion can be 'inclusive' only"):
+        tier_index.check_supported(KVortexConfig(tier={"inclusion": "exclusive"}))
 
 
 SERVER = """
@@ -140,7 +138,7 @@ import json, sys, time
 from conftest import PROMPTS
 from engine_support import running
 names, model, directory = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
-with running(model, options={"disk_path": directory, "disk_capacity_bytes": "1GiB"}) as engine:
+with running(model, options={"disk": {"path": directory, "capacity_bytes": "1GiB"}}) as engine:
     print(json.dumps({name: engine.generate([PROMPTS[name]]) for name in names}), flush=True)
     time.sleep(600)
 """
@@ -159,7 +157,7 @@ def check_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[
     finally:
         server.send_signal(signal.SIGKILL)
         server.wait()
-    with running(model, options={"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}) as engine:
+    with running(model, options={"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}) as engine:
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]
         assert fetched(engine) == total

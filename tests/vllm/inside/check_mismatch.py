@@ -38,7 +38,7 @@ class Server:
 
     def run(self, home: Path, disk: Path | None) -> tuple[list[int], int]:
         """Its answer, and the blocks that it loaded; `disk` None for no connector."""
-        options = {"disk_path": str(disk), "disk_capacity_bytes": "1GiB", **self.options}
+        options = {"disk": {"path": str(disk), "capacity_bytes": "1GiB"}, **self.options}
         model = str(home / self.model)
         lora = {"enable_lora": True, "max_lora_rank": 8} if self.adapter else {}
         with running(model, connector=disk is not None, options=options, **lora, **self.settings) as engine:
@@ -92,7 +92,7 @@ SAME = {
     "moved folder": Server("moved/name"),
     "folder behind a link": Server("link/name"),
     "a server of adapters asked for none": Server(settings={"enable_lora": True, "max_lora_rank": 8}),
-    "pool size": Server(options={"cpu_pool_bytes": "32MiB"}),
+    "pool size": Server(options={"pool": {"bytes": "32MiB"}}),
 }
 
 
@@ -207,7 +207,7 @@ from vllm.config import KVTransferConfig
 def main():
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "disk_path": sys.argv[2], "disk_capacity_bytes": "1GiB"},
+        kv_connector_extra_config={"pool": "64MiB", "disk": {"path": sys.argv[2], "capacity_bytes": "1GiB"}},
     )
     llm = vllm.LLM(
         model=sys.argv[1] + "/models/name", skip_tokenizer_init=True, enforce_eager=True, dtype="float32",

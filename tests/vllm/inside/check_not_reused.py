@@ -38,7 +38,7 @@ def embeddings(embedder: str, pooling: str, connector: bool) -> tuple[list[list[
         kv_connector="KVortexConnector",
         kv_connector_module_path="kvortex.vllm",
         kv_role="kv_both",
-        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
+        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
     )
     llm = vllm.LLM(
         model=embedder,

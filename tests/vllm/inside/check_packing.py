@@ -41,7 +41,7 @@ def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[in
 
 
 def check_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
-    with running(model, options={"codec": "fp8", "max_pack_error": 1e-9}) as engine:
+    with running(model, options={"codec": {"name": "fp8", "max_error": 1e-9}}) as engine:
         counted = count_stats(engine)
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]

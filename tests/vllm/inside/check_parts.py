@@ -120,14 +120,14 @@ def check_the_dimension_of_blocks() -> None:
 
 
 def check_options() -> None:
-    options = ConnectorOptions.from_extra_config({"cpu_pool_bytes": "1GiB", "min_hit_blocks": 4, "watermark": 0.9})
-    assert (options.engine.cpu_pool_bytes, options.min_hit_blocks, options.engine.watermark) == (1 << 30, 4, 0.9)
-    assert options.engine.max_batch_bytes == 32 << 20
+    options = ConnectorOptions.from_extra_config({"pool": "1GiB", "min_hit_blocks": 4, "eviction": {"watermark": 0.9}})
+    assert (options.engine.pool.bytes, options.min_hit_blocks, options.engine.eviction.watermark) == (1 << 30, 4, 0.9)
+    assert options.engine.transfer.max_batch_bytes == 32 << 20
     for bad in (
         {"min_hit_blocks": 0},
         {"pending_wait_s": "long"},
         {"save_decoded": 1},
-        {"cpu_pool_bytes": -1},
+        {"pool": -1},
         {"x": 1},
     ):
         with pytest.raises(ConfigError):

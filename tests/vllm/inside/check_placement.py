@@ -22,7 +22,7 @@ def played(model: Path) -> Iterator[Callable[..., Played]]:
     harnesses: list[SchedulerHarness] = []
 
     def make(**options: Any) -> Played:
-        extra = {"cpu_pool_bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES, **options.pop("extra", {})}
+        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
         harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
         return Played(harnesses[-1])
 

@@ -16,7 +16,7 @@ def check_concurrent_requests_with_preemption(model: str, expected: dict[str, li
 
 def check_eviction_under_load(model: str, expected: dict[str, list[list[int]]]) -> None:
     block_nbytes = BLOCK_SIZE * 4096
-    options = {"cpu_pool_bytes": 16 * block_nbytes, "pin_piece_bytes": 4 * block_nbytes}
+    options = {"pool": {"bytes": 16 * block_nbytes, "pin_piece_bytes": 4 * block_nbytes}}
     with running(model, options=options) as engine:
         for _ in range(2):
             assert engine.generate(CROWD, max_tokens=40) == expected["crowd"]

@@ -173,7 +173,7 @@ class Run:
         self.clock = clock
         num_blocks = random.choice([6, 9, 12, 20])
         pool_blocks = random.choice([6, 12, 40])
-        disk = {"disk_path": str(home), "disk_capacity_bytes": 1 << 30} if random.random() < 0.4 else {}
+        disk = {"disk": {"path": str(home), "capacity_bytes": 1 << 30}} if random.random() < 0.4 else {}
         self.lookahead = random.choice([0, 0, 1, 3, 8])
         self.harness = SchedulerHarness(
             model,
@@ -183,8 +183,7 @@ class Run:
             enable_prefix_caching=random.random() < 0.5,
             kv_events=True,
             extra_config={
-                "cpu_pool_bytes": pool_blocks * BLOCK_NBYTES,
-                "pin_piece_bytes": pool_blocks * BLOCK_NBYTES,
+                "pool": {"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": pool_blocks * BLOCK_NBYTES},
                 "pending_wait_s": random.choice([0.0, 0.1, 1.0]),
                 "min_hit_blocks": random.choice([1, 1, 2]),
                 **disk,

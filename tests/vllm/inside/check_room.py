@@ -28,7 +28,7 @@ def played(model: Path) -> Iterator[Callable[..., Played]]:
     harnesses: list[SchedulerHarness] = []
 
     def make(**options: Any) -> Played:
-        extra = {"cpu_pool_bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES, **options.pop("extra", {})}
+        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
         harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
         return Played(harnesses[-1])
 
@@ -142,7 +142,13 @@ class PlayedTier(Played):
 def check_events_and_index_are_equal_with_a_disk_and_a_small_pool(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plain = played(kv_events=True, extra={"cpu_pool_bytes": 24 * BLOCK_NBYTES, "disk_path": str(tmp_path / "disk")})
+    plain = played(
+        kv_events=True,
+        extra={
+            "pool": {"bytes": 24 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES},
+            "disk": str(tmp_path / "disk"),
+        },
+    )
     namespace = Namespace("m", "main", "float32", bytes(32), BLOCK_SIZE)
     p = PlayedTier(plain.harness, 24, namespace)
     held: set[Any] = set()

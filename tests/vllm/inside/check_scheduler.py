@@ -84,7 +84,7 @@ def played(model: Path) -> Iterator[Callable[..., Played]]:
     harnesses: list[SchedulerHarness] = []
 
     def make(**options: Any) -> Played:
-        extra = {"cpu_pool_bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES, **options.pop("extra", {})}
+        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
         harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
         return Played(harnesses[-1])
 
@@ -340,7 +340,7 @@ def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
 def check_events_tell_what_the_cache_holds(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, together: int, pool_blocks: int
 ) -> None:
-    extra = {"cpu_pool_bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}
+    extra = {"pool": {"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}}
     p = played(kv_events=True, extra=extra)
     events: list[Any] = []
     original = p.half.take_events
@@ -407,8 +407,8 @@ def check_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
 
 
 def check_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
-    with pytest.raises(ValueError, match="raise cpu_pool_bytes"):
-        SchedulerHarness(model, extra_config={"cpu_pool_bytes": 4096, "pin_piece_bytes": 4096})
+    with pytest.raises(ValueError, match=r"raise pool\.bytes"):
+        SchedulerHarness(model, extra_config={"pool": {"bytes": 4096, "pin_piece_bytes": 4096}})
 
 
 def check_an_unknown_option_is_refused(model: Path) -> None:

@@ -25,7 +25,7 @@ from kvortex.vllm.worker.ranks import Peers
 
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 16, 32, 64
 BLOCK_NBYTES = BLOCK_SIZE * WIDTH * 4
-OPTIONS = {"cpu_pool_bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}
+OPTIONS = {"pool": {"bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}}
 SPAWN = multiprocessing.get_context("spawn")
 HASHES = hash_blocks(range(100 * BLOCK_SIZE), block_size=BLOCK_SIZE)
 
@@ -112,7 +112,7 @@ class Server:
             for pipe in self.pipes:
                 pipe.send(values)
         engine = ConnectorOptions.from_extra_config(OPTIONS).engine
-        self.control = ControlPlane.from_config(engine, engine.cpu_pool_bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
+        self.control = ControlPlane.from_config(engine, engine.pool.bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
 
     @staticmethod
     def receive(pipe: Connection) -> Any:

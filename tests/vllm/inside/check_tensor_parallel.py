@@ -20,7 +20,7 @@ from vllm.config import KVTransferConfig
 def main():
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
+        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
     )
     llm = vllm.LLM(
         model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=512,
@@ -58,7 +58,7 @@ def main():
     force_prefix_caching()
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
+        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
     )
     llm = vllm.LLM(
         model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=512,

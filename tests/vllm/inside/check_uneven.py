@@ -30,7 +30,7 @@ def check_a_draft_model_with_other_kv_heads(
 ) -> None:
     """One group of pages that differ; loads go to the prompt's own blocks, whatever is allocated for drafts."""
     drafts = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
-    options = {"disk_path": str(tmp_path / "disk"), "disk_capacity_bytes": "1GiB"}
+    options = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
     whole = ["whole blocks", "ends inside a block", "one token over", "long"]
     with running(model, options=options, speculative_config=drafts) as engine:
         assert engine.scheduler_half._sizes.raw == 4 * LAYER_NBYTES + 4 * 2 * LAYER_NBYTES
@@ -54,7 +54,7 @@ def state(worker):
 def main():
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"cpu_pool_bytes": "64MiB", "pin_piece_bytes": 16 << 20},
+        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
     )
     # vLLM's CPU backend takes pipeline stages only where it compiles.
     llm = vllm.LLM(

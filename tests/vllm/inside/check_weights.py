@@ -47,7 +47,7 @@ def answers(models: dict[str, Path]) -> dict[str, list[int]]:
 def engine(models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """With vLLM's own prefix cache, as servers have it; over a disk where that is asked for."""
     disk = (
-        {"disk_path": str(tmp_path / "disk"), "disk_capacity_bytes": "1GiB"} if getattr(request, "param", False) else {}
+        {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}} if getattr(request, "param", False) else {}
     )
     with running(str(models["old"]), options=disk, enable_prefix_caching=True) as engine:
         yield engine

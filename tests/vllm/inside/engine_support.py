@@ -171,11 +171,12 @@ def running(
         **extra,
     }
     if connector:
+        pool = {"bytes": "256MiB", "pin_piece_bytes": 16 << 20, **(options or {}).get("pool", {})}
         mine: dict[str, Any] = {
             "kv_connector": "KVortexConnector",
             "kv_connector_module_path": "kvortex.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_pool_bytes": "256MiB", "pin_piece_bytes": 16 << 20, **(options or {})},
+            "kv_connector_extra_config": {**(options or {}), "pool": pool},
         }
         if beside is not None:
             several = {"connectors": beside(mine)}

@@ -1,0 +1,271 @@
+"""The sections of the settings: each is a small frozen dataclass that checks itself when it is made."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvortex.config.fields import GIB, MIB, changed_fields, conform, require, require_size
+
+CODECS = ("raw", "fp8", "bf16")
+EVICTION_POLICIES = ("arc", "lru", "s3fifo")
+TIER_ADMISSIONS = ("always", "second_touch")
+TIER_INCLUSIONS = ("inclusive", "exclusive")
+TIER_SHEDS = ("newest", "oldest")
+MAX_GHOST_ENTRIES = 1 << 28  # 72 bytes each
+UNNAMED_MODEL = "unnamed"
+
+
+class Section:
+    """What all sections have in common: values are brought to their types, and messages name `section.field`."""
+
+    __slots__ = ()
+
+    section: ClassVar[str]
+    plain: ClassVar[str] = ""
+    """The field that a plain value in the section's place sets: `pool="16GiB"` is `pool={"bytes": "16GiB"}`."""
+    paths: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        conform(self, prefix=f"{self.section}.", paths=self.paths)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise `ConfigError` for a value that is out of range."""
+
+    def __repr__(self) -> str:
+        """One line that makes the same settings again."""
+        changed = ", ".join(f"{name}={value!r}" for name, value in changed_fields(self).items())
+        return f"{type(self).__name__}({changed})"
+
+    def _require(self, name: str, condition: bool, rule: str) -> None:
+        require(condition, f"{self.section}.{name} must {rule}, not {getattr(self, name)!r}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            self._require(name, getattr(self, name) >= 1, "be at least 1")
+
+    def _require_not_negative(self, *names: str) -> None:
+        for name in names:
+            self._require(name, getattr(self, name) >= 0, "not be negative")
+
+    def _require_choice(self, name: str, choices: Collection[str]) -> None:
+        self._require(name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
+
+    def _require_size(self, name: str, unit: str) -> None:
+        value: Any = getattr(self, name)
+        require_size(f"{self.section}.{name}", value, f"{value}{unit}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class PoolConfig(Section):
+    """The pool in host memory. A plain size in its place is `bytes`.
+
+    Args:
+        bytes: pinned host memory for cached blocks, taken exactly (rounded up to whole pages).
+        pin_piece_bytes: the pool is pinned in the background in pieces of this size; no extent crosses one.
+        numa_aware: place the pool on the GPU's NUMA node; without effect where there is one node.
+    """
+
+    section: ClassVar[str] = "pool"
+    plain: ClassVar[str] = "bytes"
+
+    bytes: int = 4 * GIB
+    pin_piece_bytes: int = 256 * MIB
+    numa_aware: bool = True
+
+    def _check(self) -> None:
+        self._require_size("bytes", "GiB")
+        self._require_size("pin_piece_bytes", "MiB")
+        self._require("pin_piece_bytes", self.pin_piece_bytes % 4096 == 0, "be a multiple of the page size 4096")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class EvictionConfig(Section):
+    """Which blocks leave a full pool, and when. A plain name in its place is `policy`.
+
+    Args:
+        policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far as
+            `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
+        watermark: share of the pool above which eviction begins; what is above takes in bursts, and blocks that wait
+            for a lower tier.
+        ratio: share of the watermark that one eviction cycle frees, a little at a time. A busy pool is filled to
+            between `watermark * (1 - ratio)` and `watermark`.
+        ghost_entries: number of evicted or dropped blocks whose reason is remembered.
+    """
+
+    section: ClassVar[str] = "eviction"
+    plain: ClassVar[str] = "policy"
+
+    policy: str = "lru"
+    watermark: float = 0.95
+    ratio: float = 0.05
+    ghost_entries: int = 65536
+
+    def _check(self) -> None:
+        self._require_choice("policy", EVICTION_POLICIES)
+        self._require("watermark", 0 < self.watermark <= 1, "lie in (0, 1]")
+        self._require("ratio", 0 < self.ratio < 1, "lie in (0, 1)")
+        in_range = 0 <= self.ghost_entries <= MAX_GHOST_ENTRIES
+        self._require("ghost_entries", in_range, f"lie in [0, {MAX_GHOST_ENTRIES}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TransferConfig(Section):
+    """How blocks move between the paged cache and the pool.
+
+    Args:
+        streams: CUDA streams that carry copies. 1: shared by both directions; otherwise saves get a half, rounded
+            down, and loads the rest. Kernels run on two further streams.
+        max_batch_requests: requests that one batch may serve.
+        max_batch_bytes: bytes that one batch may move; also the size of a staging buffer (four on the GPU).
+        linger_s: how long a batch that is not full waits for more while its direction is busy.
+        max_consecutive_loads: load batches that may go before a waiting save batch where both share a resource.
+        max_outstanding_requests: saves and loads in progress; further callers wait.
+        self_test: write and read back a pattern on registration, through the path that transfers take.
+    """
+
+    section: ClassVar[str] = "transfer"
+
+    streams: int = 3
+    max_batch_requests: int = 32
+    max_batch_bytes: int = 128 * MIB
+    linger_s: float = 0.0005
+    max_consecutive_loads: int = 4
+    max_outstanding_requests: int = 1024
+    self_test: bool = True
+
+    def _check(self) -> None:
+        self._require_positive("streams", "max_batch_requests", "max_batch_bytes")
+        self._require_positive("max_consecutive_loads", "max_outstanding_requests")
+        self._require_not_negative("linger_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CodecConfig(Section):
+    """How blocks are encoded in the pool and below. A plain name in its place is `name`.
+
+    Args:
+        name: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches); a cache that a codec
+            does not take is stored raw.
+        max_error: a block that packing would change by more than this share of its root mean square is stored raw.
+    """
+
+    section: ClassVar[str] = "codec"
+    plain: ClassVar[str] = "name"
+
+    name: str = "raw"
+    max_error: float = 0.05
+
+    def _check(self) -> None:
+        self._require_choice("name", CODECS)
+        # An infinite bound would let infinite elements be packed.
+        self._require("max_error", 0 < self.max_error < 1, "lie in (0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TierConfig(Section):
+    """What goes to the lower tier and how long anybody waits for it, whatever the tier is.
+
+    Args:
+        inclusion: "inclusive" writes blocks to the lower tier behind their save, "exclusive" when they are evicted
+            and takes them away from there when they come back.
+        admission: "always", or "second_touch" for blocks that are asked for again: spares the device.
+        queue_blocks: blocks that may wait to be written.
+        shed: which block is not written when the queue is full, "newest" or "oldest".
+        fetch_blocks: blocks that may be on their way from the lower tier.
+        timeout_s: after this a read or write of the lower tier counts as failed.
+        load_deadline_s: how long a load waits for what comes from the lower tier; the rest is a miss, and there for
+            the next load. 0 does not wait; None, the default, waits as long as it takes.
+    """
+
+    section: ClassVar[str] = "tier"
+
+    inclusion: str = "inclusive"
+    admission: str = "always"
+    queue_blocks: int = 4096
+    shed: str = "newest"
+    fetch_blocks: int = 64
+    timeout_s: float = 10.0
+    load_deadline_s: float | None = None
+
+    def _check(self) -> None:
+        self._require_choice("inclusion", TIER_INCLUSIONS)
+        self._require_choice("admission", TIER_ADMISSIONS)
+        self._require_choice("shed", TIER_SHEDS)
+        self._require_positive("queue_blocks", "fetch_blocks")
+        self._require("timeout_s", self.timeout_s > 0, "be positive")
+        if self.load_deadline_s is not None:
+            self._require_not_negative("load_deadline_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class DiskTierConfig(Section):
+    """The disk below the pool; there is none while `path` is empty. A plain path in its place is `path`.
+
+    Args:
+        path: directory of the tier; `~` is the user's home. If it does not exist it is created with mode 0700. Any
+            number of processes may share it, and should then have the same capacity.
+        capacity_bytes: bytes that the files of all namespaces and processes may take together.
+        read_threads: reads in flight. Choose the queue depth at which the device reaches its full rate.
+        write_threads: writes in flight.
+        direct: whether to use O_DIRECT. None uses it if a probe at start finds that it works; True requires it; False
+            never uses it. Without it the page cache holds a second copy of blocks that are in the pinned pool.
+        fsync: flush a block to the device before its file gets its name. Without it a crash of the machine (not of the
+            process) may lose the last blocks; they are misses then, never wrong bytes.
+        verify: check the payload's digest in every read. If False, a block is checked only once, when it is loaded into
+            the paged cache.
+        touch_interval_s: seconds between two updates of a file's time of use, at least. After a restart the order of
+            eviction is wrong by this much.
+        rescan_interval_s: seconds between two scans of the directory, in which other processes write and delete too.
+            None scans at start only.
+        close_timeout_s: seconds that closing waits for I/O in flight.
+    """
+
+    section: ClassVar[str] = "disk"
+    plain: ClassVar[str] = "path"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
+
+    path: str | os.PathLike[str] = ""
+    capacity_bytes: int = 64 * GIB
+    read_threads: int = 8
+    write_threads: int = 8
+    direct: bool | None = None
+    fsync: bool = False
+    verify: bool = True
+    touch_interval_s: float = 60.0
+    rescan_interval_s: float | None = 300.0
+    close_timeout_s: float = 5.0
+
+    def _check(self) -> None:
+        self._require_positive("capacity_bytes", "read_threads", "write_threads")
+        self._require_size("capacity_bytes", "GiB")
+        self._require_not_negative("touch_interval_s", "close_timeout_s")
+        interval_s = self.rescan_interval_s
+        self._require("rescan_interval_s", interval_s is None or interval_s > 0, "be positive or None")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ModelIdentity(Section):
+    """What else must agree for stored bytes to be reusable; it becomes part of the namespace.
+
+    Args:
+        model: its name; needed as soon as a lower tier keeps blocks beyond the process.
+        weights_revision: what tells its weights from others of that name, such as a commit.
+        fingerprint: digest of whatever else changes the bytes: configuration, quantisation, position encoding.
+        tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
+    """
+
+    section: ClassVar[str] = "identity"
+
+    model: str = UNNAMED_MODEL
+    weights_revision: str = ""
+    fingerprint: str = ""
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    def _check(self) -> None:
+        for kind, rank, size in (("tp", self.tp_rank, self.tp_size), ("pp", self.pp_rank, self.pp_size)):
+            require(0 <= rank < size, f"identity.{kind}_rank {rank} is not in [0, {kind}_size = {size})")
