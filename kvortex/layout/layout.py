@@ -158,7 +158,7 @@ class KVLayout:
         """Derive the layout of a cache from its tensors.
 
         If `block_dim` is not given, the dimension that counts blocks is the only one that is a multiple of
-        `num_blocks`. If there is not exactly one, or `num_blocks` is not given, the shape decides: `[nb, bs, X]`,
+        `num_blocks`. If several are, or `num_blocks` is not given, the shape decides: `[nb, bs, X]`,
         `[nb, H, bs, 2D]`, `[nb, bs, H, D]`, `[nb, 1, bs, X]`, `[2, nb, bs, H, D]`, `[nb, 2, bs, H, D]`,
         `[2, L, nb, bs, H, D]`, `[nb, L, 2, bs, H, D]` or `[nb, 2, L, bs, H, D]`, with bs and H in either order. If
         that dimension has `ratio * num_blocks` entries, a block is `ratio` consecutive entries of it.

@@ -39,7 +39,7 @@ _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED
 
 
 class SavePlan(NamedTuple):
-    """A save between reservation and commit, of `n` blocks, `m` of which move.
+    """A save between reservation and commit. The call has `n` blocks; `m` of them move.
 
     Attributes:
         transfer: of the blocks that move.

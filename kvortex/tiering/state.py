@@ -41,7 +41,7 @@ class TierState:
         self._known.set()
 
     def set_unusable(self) -> None:
-        """The tier has failed to open, or has not opened in time."""
+        """The tier has failed to open, has not opened in time, or is closing."""
         self._known.set()
 
     def set_closing(self) -> None:

@@ -55,7 +55,7 @@ MAX_STEPS: Final = 64
 
 
 class SchedulerHalf:
-    """Knows what is cached, by vLLM's own block hashes, and plans every save and load.
+    """Knows which blocks are cached, by vLLM's own block hashes, and plans every save and load.
 
     Args:
         vllm_config: the engine's configuration.

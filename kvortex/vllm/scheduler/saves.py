@@ -122,7 +122,7 @@ class SavePlanner:
             self._finish_parts(job, succeeded, lossy)
 
     def _finish_parts(self, job: SaveInFlight, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]) -> None:
-        """Note for each request which blocks it has to save raw, and publish the events of what was stored."""
+        """Note for each request which blocks it has to save raw, and publish events for the stored blocks."""
         positions, start = job.plan.positions, 0
         for part in job.parts:
             mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))

@@ -163,7 +163,7 @@ class WorkerHalf:
         thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:
-        """What was registered, for the scheduler half; None where it comes with the first step."""
+        """The registered cache, for the scheduler half; None if it is reported with the first step."""
         return None if self._data is None or self._handshake_in_step else self._make_handshake(self._data)
 
     def _make_handshake(self, data: DataPlane) -> WorkerHandshake:

@@ -117,7 +117,7 @@ class JobRunner:
             self._reports.end(JobOutcome(part.job.write_id, _ids(part.positions)))
 
     def skip(self, job: SaveJob) -> None:
-        """Report a save of which this rank has no part."""
+        """Report a save in which this rank has no part."""
         self._reports.end(JobOutcome(job.job_id))
         if job.keys:
             self._reports.end(JobOutcome(job.write_id))

@@ -79,7 +79,7 @@ class TierMover:
             self._usable = True
         except KVortexError as error:
             logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", tier.name, error)
-        except Exception:  # a tier may be anybody's code, and must not stop the server
+        except Exception:  # tiers can be third-party code, and must not stop the server
             logger.exception("the %s tier cannot be used, blocks stay in the pool alone", tier.name)
 
     async def aclose(self) -> None:
