@@ -35,10 +35,10 @@ class TensorView:
     """A strided tensor as plain data. It does not keep the memory alive.
 
     Args:
-        name: of the tensor, for messages.
-        address: of element `[0, ..., 0]`.
+        name: the tensor's name, for messages.
+        address: address of element `[0, ..., 0]`.
         shape: entries of each dimension.
-        strides: of each dimension, in elements.
+        strides: stride of each dimension, in elements.
         itemsize: bytes of an element.
         device: such as "cpu" or "cuda:0".
         dtype: such as "bfloat16".
@@ -94,7 +94,7 @@ class Segment:
 
     Args:
         tensor: name of the tensor that contains it.
-        address: of the run of block 0.
+        address: address of the run of block 0.
         block_stride: bytes from a block's run to that of the next block.
         nbytes: bytes of the run.
     """
@@ -112,7 +112,7 @@ class TensorFormat:
     NHD and HND caches of equal size differ here only.
 
     Args:
-        name: of the tensor.
+        name: the tensor's name.
         dtype: such as "bfloat16".
         block_shape: shape of one block without dimensions of size 1.
         payload_order: its axes in the order of the payload, outermost first.

@@ -57,7 +57,7 @@ class TierTasks:
     """Tasks that run until they end or are cancelled together.
 
     Args:
-        name: of the tier, for log messages.
+        name: the tier's name, for log messages.
     """
 
     def __init__(self, name: str) -> None:

@@ -162,7 +162,7 @@ class Tiering:
 
         Args:
             keys: the load's block hashes, `uint64 [n, 4]`.
-            outcomes: for each of them None for a hit, or the reason of the miss.
+            outcomes: one a block: None for a hit, or the reason of the miss.
         """
         if (num_hits := outcomes.count(None)) == len(outcomes):
             self.used(keys)

@@ -60,7 +60,7 @@ class SchedulerHalf:
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
-        options: the connector's.
+        options: the connector's options.
         handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
 
     Raises:

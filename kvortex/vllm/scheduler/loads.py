@@ -28,7 +28,7 @@ class LoadPlanner:
 
     Args:
         context: the pool and its lower tier.
-        options: the connector's.
+        options: the connector's options.
         admission: says whether a request may load now.
         tracked: the requests by id, those that wait with blocks among them.
         stats: counts hits and misses.
@@ -59,7 +59,7 @@ class LoadPlanner:
         Args:
             tracked: the request, with `first` behind what vLLM's own cache has.
             num_computed_tokens: tokens that vLLM's own cache has.
-            plan: of the next step; takes the job that fetches more blocks from the lower tier.
+            plan: the plan of the next step; a job that fetches more blocks from the lower tier is added to it.
 
         Returns:
             None while the request should wait, because more blocks are in flight to the pool.

@@ -47,7 +47,7 @@ class SavePlanner:
         Args:
             computing: the step's requests, each with the number of tokens that it computes.
             drafts: the draft tokens among these, by request; they may be rejected, so they complete no block.
-            plan: of this step; takes the jobs.
+            plan: the plan of this step; the jobs are added to it.
         """
         new: list[SavePart] = []
         as_is: list[SavePart] = []

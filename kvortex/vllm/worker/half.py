@@ -51,7 +51,7 @@ class WorkerHalf:
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
-        options: the connector's.
+        options: the connector's options.
         peers: the other workers of the engine, with which this one has to agree; None if there are none.
         handshake_in_step: True where vLLM does not ask for the handshake: then it is reported with the first step.
     """

@@ -32,7 +32,7 @@ class TierMover:
 
     Args:
         config: the settings of the tier.
-        namespace: of this rank's blocks.
+        namespace: the namespace of this rank's blocks.
         pool: this rank's pool, `uint8 [capacity_bytes]`.
         encodings: how blocks are encoded, and the size of each encoding.
 
@@ -99,7 +99,7 @@ class TierMover:
         Args:
             keys: 32 bytes each, one a block.
             plan: offsets and encodings of the blocks in the pool.
-            digests: of their payloads, `uint64 [n]`.
+            digests: the digests of their payloads, `uint64 [n]`.
 
         Returns:
             Which blocks are stored, `bool [n]`, once nothing reads the pool any more.
