@@ -86,9 +86,9 @@ class TransferPlan(NamedTuple):
     """A transfer of `n` blocks, as a data plane needs it.
 
     Attributes:
-        direction: of the transfer.
-        block_ids: in the paged cache, `int32 [n]`.
-        offsets: of the blocks in the pool, in bytes, `int64 [n]`.
+        direction: direction of the transfer.
+        block_ids: ids of the blocks in the paged cache, `int32 [n]`.
+        offsets: byte offsets of the blocks in the pool, `int64 [n]`.
         packed: which blocks are stored packed, `bool [n]`; None if none is.
     """
 

@@ -35,10 +35,10 @@ class TensorView:
     """A strided tensor as plain data. It does not keep the memory alive.
 
     Args:
-        name: of the tensor, for messages.
-        address: of element `[0, ..., 0]`.
+        name: the tensor's name, for messages.
+        address: address of element `[0, ..., 0]`.
         shape: entries of each dimension.
-        strides: of each dimension, in elements.
+        strides: stride of each dimension, in elements.
         itemsize: bytes of an element.
         device: such as "cpu" or "cuda:0".
         dtype: such as "bfloat16".
@@ -94,7 +94,7 @@ class Segment:
 
     Args:
         tensor: name of the tensor that contains it.
-        address: of the run of block 0.
+        address: address of the run of block 0.
         block_stride: bytes from a block's run to that of the next block.
         nbytes: bytes of the run.
     """
@@ -112,7 +112,7 @@ class TensorFormat:
     NHD and HND caches of equal size differ here only.
 
     Args:
-        name: of the tensor.
+        name: the tensor's name.
         dtype: such as "bfloat16".
         block_shape: shape of one block without dimensions of size 1.
         payload_order: its axes in the order of the payload, outermost first.
@@ -158,7 +158,7 @@ class KVLayout:
         """Derive the layout of a cache from its tensors.
 
         If `block_dim` is not given, the dimension that counts blocks is the only one that is a multiple of
-        `num_blocks`. If there is not exactly one, or `num_blocks` is not given, the shape decides: `[nb, bs, X]`,
+        `num_blocks`. If several are, or `num_blocks` is not given, the shape decides: `[nb, bs, X]`,
         `[nb, H, bs, 2D]`, `[nb, bs, H, D]`, `[nb, 1, bs, X]`, `[2, nb, bs, H, D]`, `[nb, 2, bs, H, D]`,
         `[2, L, nb, bs, H, D]`, `[nb, L, 2, bs, H, D]` or `[nb, 2, L, bs, H, D]`, with bs and H in either order. If
         that dimension has `ratio * num_blocks` entries, a block is `ratio` consecutive entries of it.

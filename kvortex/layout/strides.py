@@ -33,8 +33,8 @@ def find_block_dim(name: str, shape: Sequence[int], block_size: int, num_blocks:
     """The dimension of a tensor that counts blocks: the only multiple of `num_blocks`, or else that of the shape table.
 
     Args:
-        name: of the tensor, for messages.
-        shape: of the tensor.
+        name: the tensor's name, for messages.
+        shape: the tensor's shape.
         block_size: tokens of a block. Without `num_blocks`, another dimension must have this size.
         num_blocks: blocks of the cache; None if it is not known. If it is, caches of opaque bytes (Mamba states) are
             accepted, too.
@@ -108,9 +108,9 @@ def dense_runs(name: str, shape: Sequence[int], strides: Sequence[int], min_run:
     their logical order.
 
     Args:
-        name: of the tensor, for messages.
-        shape: of one block.
-        strides: of the same dimensions, in elements.
+        name: the tensor's name, for messages.
+        shape: the shape of one block.
+        strides: the strides of the same dimensions, in elements.
         min_run: elements that a run must have.
 
     Raises:
@@ -161,7 +161,7 @@ def find_overlap(
     """Find two segments that share a byte in any of their blocks. The check is exact.
 
     Args:
-        addresses, block_strides, nbytes: of each segment, in bytes, `int64 [num_segments]`.
+        addresses, block_strides, nbytes: address, stride and length of each segment in bytes, `int64 [num_segments]`.
         num_blocks: blocks of the cache.
 
     Returns:

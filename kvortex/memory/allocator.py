@@ -31,7 +31,7 @@ class ExtentAllocator:
     Args:
         capacity_bytes: size of the whole range in bytes.
         piece_bytes: size of a piece in bytes; the last one may be smaller. None for a single piece.
-        name: of the pool, for messages and figures.
+        name: the pool's name, for messages and figures.
     """
 
     def __init__(self, capacity_bytes: int, piece_bytes: int | None = None, *, name: str = "cpu") -> None:
@@ -144,7 +144,7 @@ class ExtentAllocator:
         """Free the extents at these offsets. All are checked before the first is freed.
 
         Args:
-            offsets: in bytes, `int64 [n]` or a sequence.
+            offsets: offsets in bytes, `int64 [n]` or a sequence.
 
         Raises:
             DoubleFreeError, ForeignExtentError: as in `free`; then none is freed.

@@ -32,7 +32,7 @@ def prefer_node(address: int, nbytes: int, node: int | None) -> bool:
     This is a preference: if the node is full, pages come from its neighbours.
 
     Args:
-        address: of the mapping, a multiple of the page size.
+        address: the mapping's address, a multiple of the page size.
         nbytes: its size in bytes.
         node: number of the node; None if it is unknown.
 

@@ -19,7 +19,7 @@ class SharedTicket:
     """All that another process needs to map the memory.
 
     Args:
-        process_id: of the process that has created it.
+        process_id: the process that has created it.
         descriptor: number of its file descriptor in that process.
         label: random name of the memory, to check that the descriptor is the right one.
         nbytes: size in bytes.

@@ -39,12 +39,12 @@ _NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED
 
 
 class SavePlan(NamedTuple):
-    """A save between reservation and commit, of `n` blocks, `m` of which move.
+    """A save between reservation and commit. The call has `n` blocks; `m` of them move.
 
     Attributes:
-        transfer: of the blocks that move.
+        transfer: the transfer of the blocks that move.
         states: answers of the reservation, `int64 [n]`.
-        slots: of the blocks that move, in the index, `int64 [m]`.
+        slots: slots in the index of the blocks that move, `int64 [m]`.
         nbytes: size of their extents.
     """
 
@@ -63,7 +63,7 @@ class LoadPlan(NamedTuple):
     """A load between pin and unpin. The hits move.
 
     Attributes:
-        transfer: of the hits.
+        transfer: the transfer of the hits.
         pins: answers of the index for all blocks of the call.
     """
 
@@ -154,7 +154,7 @@ class ControlPlane:
 
         Args:
             keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
-            block_ids: of these blocks in the paged cache, `int32 [n]`.
+            block_ids: ids of these blocks in the paged cache, `int32 [n]`.
             owner: name under which the extents are accounted.
             as_is: store the blocks raw, although the codec packs.
             chain: block hashes, `uint64 [m, 4]`, that must not be evicted to make room for these, such as the blocks
@@ -185,8 +185,8 @@ class ControlPlane:
         """Commit the blocks that arrived, and free the extents of the others.
 
         Args:
-            plan: from `plan_save`.
-            digests: of the `m` blocks that move, `uint64 [m]`.
+            plan: the result of `plan_save`.
+            digests: digests of the `m` blocks that move, `uint64 [m]`.
             succeeded: which of them arrived and may be used, `bool [m]`; None for all.
             too_lossy: which of them did not, because packing would lose too much, `bool [m]`; None for none.
             num_tried: number of them, from the first on, whose transfer was started; None for all. The others have not
@@ -266,7 +266,7 @@ class ControlPlane:
             keys: block hashes, `uint64 [n, 4]`.
             packed: which of them are stored packed there, `bool [n]`.
             owner: name under which the extents are accounted.
-            chain: as in `plan_save`.
+            chain: blocks that must not be evicted, as in `plan_save`.
         """
         reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
@@ -284,10 +284,10 @@ class ControlPlane:
         """A fetched block has arrived: make it visible, unless the pool has shrunk below its extent.
 
         Args:
-            slot: of the block in the index.
-            offset: of its extent in bytes.
+            slot: the block's slot in the index.
+            offset: offset of its extent in bytes.
             nbytes: size of its extent.
-            digest: of its payload.
+            digest: digest of its payload.
         """
         if self._shrunk and not self._within(np.array([offset]), nbytes).all():
             self.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
@@ -326,7 +326,7 @@ class ControlPlane:
 
         Args:
             keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
-            block_ids: of these blocks in the paged cache, `int32 [n]`.
+            block_ids: ids of these blocks in the paged cache, `int32 [n]`.
         """
         pins = self.index.pin(keys)
         packed = pins.nbytes == self._sizes.packed if self._sizes.packs else None
@@ -341,7 +341,7 @@ class ControlPlane:
         """Unpin the blocks, and drop those that are corrupt.
 
         Args:
-            plan: from `plan_load`.
+            plan: the result of `plan_load`.
             intact: which of the `m` blocks that move are as they were saved, `bool [m]`; None for all.
             succeeded: which of them arrived, `bool [m]`; None for all.
 

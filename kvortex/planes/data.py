@@ -246,8 +246,8 @@ class DataPlane:
         """Claim blocks of the cache until the claim is released. A load excludes all others, a save excludes loads.
 
         Args:
-            direction: of the transfer.
-            block_ids: of the blocks, `int32 [n]`.
+            direction: direction of the transfer.
+            block_ids: ids of the blocks, `int32 [n]`.
 
         Raises:
             InvalidBlockIdError: another transfer excludes one of them; none is claimed.

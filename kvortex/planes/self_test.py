@@ -44,7 +44,7 @@ def run_self_test(
         block_of: returns torch's view of a block.
         block_ids: `n` blocks of the cache to use.
         executor: carries out the transfers; it must be idle, and nothing else may poll it.
-        offsets: of `n` extents of the pool, in bytes, `int64 [n]`.
+        offsets: byte offsets of `n` extents of the pool, `int64 [n]`.
         pool: the pool, `uint8 [capacity_bytes]`.
         after: returns an event for all work that torch has queued on the device so far; None on the host.
         packing: how blocks of the layout are packed; None if they are not.

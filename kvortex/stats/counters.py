@@ -85,7 +85,7 @@ class EngineStats:
         """Add one transfer.
 
         Args:
-            direction: of the transfer.
+            direction: direction of the transfer.
             tier: name of the tier on the other side.
             blocks: blocks that arrived.
             nbytes: their bytes.

@@ -27,9 +27,9 @@ class TieringFigures:
         demoted_blocks: blocks that were evicted and kept until they were written.
         waiting_blocks: blocks that wait to be written now.
         arriving_blocks: blocks that loads wait for now.
-        used_bytes, capacity_bytes: of the tier, for all processes that share it.
+        used_bytes, capacity_bytes: bytes that the tier uses, and may use, for all processes that share it.
         causes: number of misses and refused writes of the tier, by cause.
-        breakers: of `reads` and `writes`. While one is open the tier is not called, and nothing waits for it.
+        breakers: the breakers of `reads` and `writes`. While one is open the tier is not called, and nothing waits.
     """
 
     tier: str

@@ -81,7 +81,7 @@ class BackingTier:
         self._stats = stats
 
     async def aclose(self) -> None:
-        """Close the tier; no task may be left. The pool is let go even if the tier raises.
+        """Close the tier; no task may be left. The pool's memory is released even if the tier raises.
 
         Raises:
             Exception: whatever the tier raises.

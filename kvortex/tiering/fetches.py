@@ -180,7 +180,7 @@ class Fetches:
                 self._stop_waiting_for([wanted])
 
     def tier_opened(self) -> None:
-        """Look up what was asked for while the tier was opening."""
+        """Look up the blocks that calls have asked for while the tier was opening."""
         keys = list(self._unknown)
         found = self._backing.encodings_known(join_keys(keys)).tolist() if keys else []
         complete = self._backing.tier.stats().scan.complete

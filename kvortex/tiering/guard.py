@@ -117,7 +117,7 @@ class GuardedTier:
             for request in requests:
                 request.settle(failure)
             breaker.failed()
-        except Exception as error:  # a tier may be anybody's code, and must not stop the pool
+        except Exception as error:  # tiers can be third-party code, and must not stop the pool
             level = logging.DEBUG if interpreter_ends() else logging.ERROR  # no thread can be started at the end
             logger.log(level, "the %s tier failed unexpectedly", self.tier.name, exc_info=error)
             breaker.failed()

@@ -41,7 +41,7 @@ class TierState:
         self._known.set()
 
     def set_unusable(self) -> None:
-        """The tier has failed to open, or has not opened in time."""
+        """The tier has failed to open, has not opened in time, or is closing."""
         self._known.set()
 
     def set_closing(self) -> None:
@@ -57,7 +57,7 @@ class TierTasks:
     """Tasks that run until they end or are cancelled together.
 
     Args:
-        name: of the tier, for log messages.
+        name: the tier's name, for log messages.
     """
 
     def __init__(self, name: str) -> None:

@@ -58,7 +58,7 @@ class Tiering:
         except KVortexError as error:
             logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", backing.tier.name, error)
             self._set_unusable()
-        except Exception:  # a tier may be anybody's code, and must not stop the pool
+        except Exception:  # tiers can be third-party code, and must not stop the pool
             logger.exception("the %s tier cannot be used, blocks stay in the pool alone", backing.tier.name)
             self._set_unusable()
         else:
@@ -84,12 +84,12 @@ class Tiering:
         self.fetches.stop_waiting()
 
     async def aclose(self) -> None:
-        """Shed what waits, let transfers in flight settle, close the tier; idempotent."""
+        """Shed waiting blocks, let transfers in flight settle, close the tier; idempotent."""
         self.backing.state.set_closing()
         self.backing.control.on_evicted = None
         self.writes.shed_all()
         await self.backing.tasks.cancel_all()
-        # None of what is waited for comes any more.
+        # No block comes any more: end every wait.
         self.backing.state.set_unusable()
         self.writes.stop_waiting()
         self.fetches.stop_waiting()
@@ -162,7 +162,7 @@ class Tiering:
 
         Args:
             keys: the load's block hashes, `uint64 [n, 4]`.
-            outcomes: for each of them None for a hit, or the reason of the miss.
+            outcomes: one a block: None for a hit, or the reason of the miss.
         """
         if (num_hits := outcomes.count(None)) == len(outcomes):
             self.used(keys)

@@ -125,7 +125,7 @@ class ReadRequest:
     """A block to read.
 
     Attributes:
-        key: of the block, 32 bytes.
+        key: the block's key, 32 bytes.
         buffer: takes the payload at its start.
         on_settled: called once with the final outcome, see the module's docstring.
         used_s: time at which the block counts as used, in seconds since the epoch; None for the time of the read.
@@ -147,7 +147,7 @@ class WriteRequest:
     """A block to write.
 
     Attributes:
-        key: of the block, 32 bytes.
+        key: the block's key, 32 bytes.
         payload: the encoded block.
         digest: 64-bit digest of the payload. The tier stores it without a check; a wrong one makes every read a miss.
         raw_bytes: size of the decoded block in bytes.
@@ -176,7 +176,7 @@ class StoredBlock:
     """One block as `Tier.scan` finds it.
 
     Attributes:
-        key: of the block, 32 bytes.
+        key: the block's key, 32 bytes.
         stored_bytes: bytes that it takes in the tier, overhead included.
         last_use_s: time of its last known use, in seconds since the epoch.
     """

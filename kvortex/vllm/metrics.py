@@ -63,9 +63,9 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         """Count one load.
 
         Args:
-            outcomes: for each block that was promised None, or the reason why it did not arrive.
+            outcomes: one for each block that was promised: None, or the reason why it did not arrive.
             block_nbytes: bytes of a block, raw.
-            seconds: from the plan to the end.
+            seconds: seconds from the plan to the end.
         """
         loaded = sum(outcome is None for outcome in outcomes)
         self.add("loads", 1)

@@ -73,7 +73,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
         used_keys: the lower tier's keys, 32 bytes a block, of chains that requests have used, each from its head. They
             count as used now.
         compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
-        number: of the step, from 0.
+        number: the step's number, from 0.
     """
 
     saves: list[SaveJob] = field(default_factory=list)
@@ -133,7 +133,7 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
         sizes: bytes of a block, large enough for those of every pipeline stage.
         num_blocks: device blocks.
         pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
-        namespace: of its blocks in the lower tier; None without a lower tier.
+        namespace: the namespace of its blocks in the lower tier; None without a lower tier.
     """
 
     layout_digest: bytes

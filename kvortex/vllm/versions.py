@@ -108,7 +108,7 @@ def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
     """Rewrite a step's output so that vLLM frees the blocks of requests that were aborted while they loaded.
 
     Args:
-        connector_output: of the step; changed.
+        connector_output: the step's output; it is changed.
         aborted: ids of such requests; those whose loads have ended are removed from it.
     """
     received = connector_output.finished_recving

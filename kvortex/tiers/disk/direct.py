@@ -40,7 +40,7 @@ def probe(path: str, calls: OsCalls) -> DirectIO:
     """Write two pages to a file with O_DIRECT, and read them back.
 
     Args:
-        path: of the file; it is removed again.
+        path: path for the file; it is removed again.
         calls: the system calls.
 
     Returns:

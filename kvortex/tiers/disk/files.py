@@ -55,7 +55,7 @@ class DiskFiles:
         config: the settings of the tier.
         direct: how files are opened.
         index: the known files.
-        counters: of causes and removed blocks.
+        counters: the tier's counters.
         calls: the system calls.
         scratch: aligned memory of each thread.
     """

@@ -97,7 +97,7 @@ class DiskIndex:
         """Reserve capacity for a new file.
 
         Args:
-            key: of the block.
+            key: the block's key.
             nbytes: length of the file.
             used_s: time at which it counts as used; None for now.
 
@@ -170,7 +170,7 @@ class DiskIndex:
         """A victim stays.
 
         Args:
-            key: of the block.
+            key: the block's key.
             block: its entry.
             used_s: time of its last use. None stands for now, so that a file that cannot be removed is not the next
                 victim again.
@@ -216,9 +216,9 @@ class DiskIndex:
         """A block was read.
 
         Args:
-            key: of the block.
+            key: the block's key.
             seen: an entry for its file, in case that it is not known yet.
-            removed: from `watching`, around the read.
+            removed: the set that `watching` collected around the read.
             touch_interval_s: seconds between two updates of the file's timestamp, at least.
             used_s: time at which it counts as used; None for now.
 

@@ -101,8 +101,8 @@ class EventLog:
 
         Args:
             blocks: the prepared event.
-            positions: of the stored blocks in `blocks`.
-            offsets: of these blocks in the pool, in bytes.
+            positions: the positions of the stored blocks in `blocks`.
+            offsets: the offsets of these blocks in the pool, in bytes.
         """
         fresh = []
         for position, offset in zip(positions, offsets, strict=True):

@@ -55,12 +55,12 @@ MAX_STEPS: Final = 64
 
 
 class SchedulerHalf:
-    """Knows what is cached, by vLLM's own block hashes, and plans every save and load.
+    """Knows which blocks are cached, by vLLM's own block hashes, and plans every save and load.
 
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
-        options: the connector's.
+        options: the connector's options.
         handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
 
     Raises:

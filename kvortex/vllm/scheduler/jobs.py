@@ -1,7 +1,7 @@
-"""Jobs in flight: what the scheduler half remembers of each job until every worker has reported it.
+"""Jobs in flight: the scheduler half's record of each job until every worker has reported it.
 
-A job has one class on each side. The scheduler half sends plain data in a step's `ConnectorPlan` and keeps the plan
-behind it here; each worker keeps its part of the job (`RankJob`); a `JobOutcome` of each worker comes back.
+The scheduler half sends a job as plain data, in the `ConnectorPlan` of a step, and keeps its record here. Each worker
+carries out its part (`RankJob`) and reports a `JobOutcome`.
 
     scheduler half          sent as           every worker                       ended: every worker has reported
     ----------------------  ----------------  ---------------------------------  --------------------------------------
@@ -50,7 +50,7 @@ class JobInFlight:
 
 @dataclass(kw_only=True)
 class LoadInFlight(JobInFlight):
-    """Blocks of one request on their way from the pool; `started_s` is a time of `time.perf_counter`."""
+    """A load: blocks of one request in flight from the pool. `started_s` is from `time.perf_counter`."""
 
     plan: LoadPlan
     request_id: str
@@ -69,7 +69,7 @@ class SavePart:
 
 @dataclass(kw_only=True)
 class SaveInFlight(JobInFlight):
-    """Blocks of one request or more on their way to the pool."""
+    """A save: blocks of one request or more in flight to the pool."""
 
     plan: SavePlan
     parts: list[SavePart]  # in the order of the save's keys
@@ -80,7 +80,7 @@ class SaveInFlight(JobInFlight):
 
 @dataclass(kw_only=True)
 class WriteInFlight(JobInFlight):
-    """Blocks of a save on their way to the lower tier; `held` in the pool from the end of the save."""
+    """A write: blocks of a save in flight to the lower tier. They are held in the pool from the end of the save."""
 
     hashes: list[bytes]
     keys: list[bytes]
@@ -90,7 +90,7 @@ class WriteInFlight(JobInFlight):
 
 @dataclass(kw_only=True)
 class FetchInFlight(JobInFlight):
-    """Blocks on their way from the lower tier; `started_s` is a time of `time.perf_counter`."""
+    """A fetch: blocks in flight from the lower tier to the pool. `started_s` is from `time.perf_counter`."""
 
     plan: FetchPlan
     hashes: list[bytes]

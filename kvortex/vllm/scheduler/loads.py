@@ -28,7 +28,7 @@ class LoadPlanner:
 
     Args:
         context: the pool and its lower tier.
-        options: the connector's.
+        options: the connector's options.
         admission: says whether a request may load now.
         tracked: the requests by id, those that wait with blocks among them.
         stats: counts hits and misses.
@@ -59,10 +59,10 @@ class LoadPlanner:
         Args:
             tracked: the request, with `first` behind what vLLM's own cache has.
             num_computed_tokens: tokens that vLLM's own cache has.
-            plan: of the next step; takes the job that fetches more blocks from the lower tier.
+            plan: the plan of the next step; a job that fetches more blocks from the lower tier is added to it.
 
         Returns:
-            None while the request should wait, because more blocks are on their way into the pool.
+            None while the request should wait, because more blocks are in flight to the pool.
         """
         request = tracked.request
         if tracked.computes or request.skip_reading_prefix_cache:
@@ -83,7 +83,7 @@ class LoadPlanner:
         return found
 
     def _wait_for_block(self, request_id: str, key: BlockHash) -> bool:
-        """Begin, or go on, to wait for a block on its way into the pool; False if it should not be waited for."""
+        """Begin, or continue, to wait for a block that is in flight to the pool; False if waiting is not worthwhile."""
         tier = self._context.tier
         if tier is not None and tier.is_arriving(key):
             return True

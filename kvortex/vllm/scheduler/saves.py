@@ -47,7 +47,7 @@ class SavePlanner:
         Args:
             computing: the step's requests, each with the number of tokens that it computes.
             drafts: the draft tokens among these, by request; they may be rejected, so they complete no block.
-            plan: of this step; takes the jobs.
+            plan: the plan of this step; the jobs are added to it.
         """
         new: list[SavePart] = []
         as_is: list[SavePart] = []
@@ -122,7 +122,7 @@ class SavePlanner:
             self._finish_parts(job, succeeded, lossy)
 
     def _finish_parts(self, job: SaveInFlight, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]) -> None:
-        """Note for each request which blocks it has to save raw, and publish the events of what was stored."""
+        """Note for each request which blocks it has to save raw, and publish events for the stored blocks."""
         positions, start = job.plan.positions, 0
         for part in job.parts:
             mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))

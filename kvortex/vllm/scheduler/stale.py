@@ -1,7 +1,7 @@
-"""Weights that change while requests run: which KV is stale.
+"""Stale KV: KV that was computed with weights that have changed since.
 
-Steps have numbers. A worker reports a change of its weights with the number of the last plan that it had taken: KV
-that was computed or loaded in a plan up to this number is stale, and so is what vLLM's own prefix cache holds of it.
+Plans have numbers. A worker reports a change of its weights with the number of the last plan that it had received. KV
+that was computed or loaded in a plan up to this number is stale, in requests and in vLLM's own prefix cache.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from kvortex.vllm.scheduler.requests import TrackedRequest
 class StaleKV:
     """Remembers whether vLLM's own prefix cache may still serve stale KV.
 
-    vLLM goes on serving what its own cache holds after the weights have changed, until somebody resets that cache. All
-    that requests compute meanwhile may be built on stale KV, so it is dropped once more at the reset.
+    After a change of weights vLLM continues to serve the blocks of its own cache until that cache is reset. KV that is
+    computed before the reset may depend on these blocks, so it counts as stale, too, and is dropped at the reset.
     """
 
     def __init__(self) -> None:

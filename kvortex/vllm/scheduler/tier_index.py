@@ -64,7 +64,7 @@ class TierIndex:
 
     Args:
         config: the settings of the tier.
-        namespace: of the first rank's blocks.
+        namespace: the namespace of the first rank's blocks.
 
     Raises:
         ConfigError: the tier cannot be opened, or none is configured.

@@ -80,7 +80,7 @@ class TierPlanner:
 
         Args:
             hashes: block hashes, in the order of the save.
-            events: for each block the event that will name it, and its number there; empty without events.
+            events: one pair a block: the event that will name it, and its number in that event; empty without events.
 
         Returns:
             The tier's keys, 32 bytes a block, and the number of the write; no keys and `NO_WRITE` where too many

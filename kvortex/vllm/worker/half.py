@@ -51,7 +51,7 @@ class WorkerHalf:
     Args:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
-        options: the connector's.
+        options: the connector's options.
         peers: the other workers of the engine, with which this one has to agree; None if there are none.
         handshake_in_step: True where vLLM does not ask for the handshake: then it is reported with the first step.
     """
@@ -163,7 +163,7 @@ class WorkerHalf:
         thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:
-        """What was registered, for the scheduler half; None where it comes with the first step."""
+        """The registered cache, for the scheduler half; None if it is reported with the first step."""
         return None if self._data is None or self._handshake_in_step else self._make_handshake(self._data)
 
     def _make_handshake(self, data: DataPlane) -> WorkerHandshake:

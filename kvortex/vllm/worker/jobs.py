@@ -31,11 +31,11 @@ class RankJob:
     """One rank's part of a load or a save.
 
     Args:
-        job: as planned, for all ranks.
+        job: the job as planned, for all ranks.
         transfer: the part of its transfer that this rank moves, with this rank's offsets.
-        positions: of these blocks in the job's transfer, `intp [n]`.
-        read: for a save, set once it does not read the paged cache any more.
-        overwritten: for a save, True if its device blocks were given away before they were read: it has failed.
+        positions: the positions of these blocks in the job's transfer, `intp [n]`.
+        read: an event that is set once the job does not read the paged cache any more; only saves use it.
+        overwritten: True for a save whose device blocks were given away before it had read them: it has failed.
     """
 
     job: SaveJob | LoadJob
@@ -55,7 +55,7 @@ class JobRunner:
 
     Args:
         data: moves blocks between paged cache and pool.
-        loop: of the data plane, on a thread of its own.
+        loop: the loop of the data plane, on a thread of its own.
         share: what this rank saves, and the digests.
         places: this rank's offsets.
         mover: moves blocks between pool and lower tier; None without a lower tier.
@@ -117,7 +117,7 @@ class JobRunner:
             self._reports.end(JobOutcome(part.job.write_id, _ids(part.positions)))
 
     def skip(self, job: SaveJob) -> None:
-        """Report a save of which this rank has no part."""
+        """Report a save in which this rank has no part."""
         self._reports.end(JobOutcome(job.job_id))
         if job.keys:
             self._reports.end(JobOutcome(job.write_id))

@@ -54,8 +54,8 @@ class Places:
         """The engine's settings with the size of this rank's pool and of its pieces."""
         if self.is_unscaled:
             return config
-        pieces, rest = divmod(config.pool.bytes, self.planned_piece)
-        nbytes = pieces * self.piece + self._scaled(rest)
+        pieces, left = divmod(config.pool.bytes, self.planned_piece)
+        nbytes = pieces * self.piece + self._scaled(left)
         nbytes = max(nbytes, self.own.raw, PAGE_BYTES)
         return config.replace(pool={"bytes": nbytes, "pin_piece_bytes": self.piece})
 
@@ -78,8 +78,8 @@ class Places:
         if self.is_unscaled:
             return own_bytes
         own, whole = self._fraction
-        pieces, rest = divmod(own_bytes, self.piece)
-        within = max(rest - EXTENT_ALIGNMENT_BYTES, 0) * whole // own
+        pieces, left = divmod(own_bytes, self.piece)
+        within = max(left - EXTENT_ALIGNMENT_BYTES, 0) * whole // own
         return pieces * self.planned_piece + min(within, self.planned_piece)
 
 

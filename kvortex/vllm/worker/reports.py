@@ -9,8 +9,8 @@ from kvortex.vllm.versions import Report, WorkerReports
 class ReportBox:
     """Collects reports until the next step takes them.
 
-    Jobs end on the thread of the data plane's loop, steps run on vLLM's. What is put in by the first becomes visible
-    when the second asks for finished loads, so that a load's outcome and its request's end are reported together.
+    Jobs end on the thread of the data plane's loop; steps run on vLLM's thread. Outcomes wait until a step asks for
+    finished loads, so the outcome of a load and the end of its request are reported in the same step.
     """
 
     def __init__(self) -> None:

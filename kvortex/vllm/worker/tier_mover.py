@@ -32,7 +32,7 @@ class TierMover:
 
     Args:
         config: the settings of the tier.
-        namespace: of this rank's blocks.
+        namespace: the namespace of this rank's blocks.
         pool: this rank's pool, `uint8 [capacity_bytes]`.
         encodings: how blocks are encoded, and the size of each encoding.
 
@@ -79,7 +79,7 @@ class TierMover:
             self._usable = True
         except KVortexError as error:
             logger.error("the %s tier cannot be used, blocks stay in the pool alone: %s", tier.name, error)
-        except Exception:  # a tier may be anybody's code, and must not stop the server
+        except Exception:  # tiers can be third-party code, and must not stop the server
             logger.exception("the %s tier cannot be used, blocks stay in the pool alone", tier.name)
 
     async def aclose(self) -> None:
@@ -99,7 +99,7 @@ class TierMover:
         Args:
             keys: 32 bytes each, one a block.
             plan: offsets and encodings of the blocks in the pool.
-            digests: of their payloads, `uint64 [n]`.
+            digests: the digests of their payloads, `uint64 [n]`.
 
         Returns:
             Which blocks are stored, `bool [n]`, once nothing reads the pool any more.
