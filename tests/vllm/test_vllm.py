@@ -29,10 +29,10 @@ ENVIRONMENT = {
 pytestmark = pytest.mark.slow
 
 
-FILES = sorted(path.name for path in INSIDE.glob("check_*.py"))
+FILES = sorted(path.name for path in INSIDE.glob("test_*.py"))
 RUNS = [
     *((version, name) for version in VERSIONS for name in FILES),
-    *((SCHEDULER_ONLY, f"check_{name}.py") for name in ("placement", "progress", "room", "scheduler")),
+    *((SCHEDULER_ONLY, f"test_{name}.py") for name in ("placement", "progress", "room", "scheduler")),
 ]
 AT_A_TIME = 2
 """Processes. Most of what each takes is one core's."""

@@ -17,7 +17,7 @@ def stored_nbytes(engine: Engine) -> float:
 
 
 @pytest.mark.parametrize(("codec", "share"), [("fp8", 0.26), ("bf16", 0.5)])
-def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[int]]], codec: str, share: float) -> None:
+def test_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[int]]], codec: str, share: float) -> None:
     with running(model, options={"codec": codec}) as engine:
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]  # computed: packing is not in the way
@@ -40,7 +40,7 @@ def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[in
         assert [len(answer) for answer in answers] == [8] * len(WHOLE)
 
 
-def check_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
+def test_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
     with running(model, options={"codec": "fp8", "max_pack_error": 1e-9}) as engine:
         counted = count_stats(engine)
         for name in WHOLE:

@@ -42,7 +42,7 @@ def fetched(engine: Engine) -> int:
     return engine.loaded_blocks
 
 
-def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {
         "disk_path": str(tmp_path),
         "disk_capacity_bytes": "1GiB",
@@ -59,7 +59,7 @@ def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[
         assert counted()["fetched_blocks"] > 0
 
 
-def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
@@ -77,7 +77,7 @@ def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
 
 
-def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
+def test_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
     with running(model, options={"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}) as engine:
         worker = engine.worker_half
         worker._mover._guard.reads.hung()
@@ -86,7 +86,7 @@ def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: P
         assert worker.take_stats().is_empty()
 
 
-def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {"disk_path": str(tmp_path), "disk_capacity_bytes": "1GiB"}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
@@ -105,7 +105,7 @@ def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list
 
 
 @pytest.mark.parametrize("settings", [{}, {"enable_prefix_caching": True}], ids=["in the pool", "on the device"])
-def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
     """The disk drives out what nobody asks for, not what the pool, or vLLM itself, serves all the time."""
     asked, idle, new = (prompt(4 * BLOCK_SIZE + 1, seed) for seed in (71, 72, 73))
     capacity = 10 * FILE_NBYTES
@@ -121,7 +121,7 @@ def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path,
             assert fetched(engine) - before == blocks
 
 
-def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tier_index, "REMEMBERED_KEYS", 3)
     memory: tier_index.Memory[bool] = tier_index.Memory()
     memory.add([b"a", b"b", b"c", b"d"], True)
@@ -130,7 +130,7 @@ def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert b"b" not in memory
 
 
-def check_another_inclusion_is_refused() -> None:
+def test_another_inclusion_is_refused() -> None:
     with pytest.raises(ConfigError, match="in vLLM tier_inclusion can be 'inclusive' only"):
         tier_index.check_supported(KVortexConfig(tier_inclusion="exclusive"))
 
@@ -146,7 +146,7 @@ with running(model, options={"disk_path": directory, "disk_capacity_bytes": "1Gi
 """
 
 
-def check_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     """SIGKILL, no chance to clean up: the next server hits what was on disk, with the same tokens."""
     total = sum(num_blocks(name) for name in WHOLE)
     arguments = [sys.executable, "-c", SERVER, ",".join(WHOLE), model, str(tmp_path)]
