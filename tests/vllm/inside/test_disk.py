@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, settle_disk
+from inside_fixtures import PROMPTS
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
@@ -137,7 +137,7 @@ def test_another_inclusion_is_refused() -> None:
 
 SERVER = """
 import json, sys, time
-from conftest import PROMPTS
+from inside_fixtures import PROMPTS
 from engine_support import running
 names, model, directory = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
 with running(model, options={"disk_path": directory, "disk_capacity_bytes": "1GiB"}) as engine:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from conftest import PROMPTS, SHARED, TAILS
 from engine_support import BLOCK_SIZE, Engine, flip_a_bit, keys_of, prompt, running
+from inside_fixtures import PROMPTS, SHARED, TAILS
 
 from kvortex.errors import DeviceError
 from kvortex.types import MissReason

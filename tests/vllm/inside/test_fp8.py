@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, SHARED, TAILS
 from engine_support import BLOCK_SIZE, running
+from inside_fixtures import PROMPTS, SHARED, TAILS
 
 from kvortex.vllm.versions import IS_NEWER
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, count_stats, flip_a_bit, keys_of, ours, prompt, running
+from inside_fixtures import PROMPTS
 from sibling_connector import SiblingConnector, SiblingHandshake
 
 from kvortex.types import MissReason

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import vllm
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, make_model, prompt, running
+from inside_fixtures import PROMPTS
 from vllm.config import KVTransferConfig, PoolerConfig
 
 from kvortex.vllm import connector as connector_module

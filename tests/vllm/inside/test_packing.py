@@ -1,8 +1,8 @@
 """Packed blocks: hits out of a quarter of the memory, and the exact bytes where packing would lose too much."""
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, LIKELY, Engine, count_stats, running
+from inside_fixtures import PROMPTS
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 

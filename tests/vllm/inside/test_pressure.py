@@ -1,7 +1,7 @@
 """Little room: preemption on the device, eviction from the cache. Each engine starts after the last has ended."""
 
-from conftest import CROWD, PROMPTS
 from engine_support import BLOCK_SIZE, running
+from inside_fixtures import CROWD, PROMPTS
 
 
 def test_concurrent_requests_with_preemption(model: str, expected: dict[str, list[list[int]]]) -> None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, running
+from inside_fixtures import PROMPTS
 
 from kvortex.errors import ConfigError
 from kvortex.types import MissReason

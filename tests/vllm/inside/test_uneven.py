@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny_model
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, running
+from inside_fixtures import PROMPTS
 from tiny_model import make_tiny_model
 
 from kvortex.vllm.versions import IS_NEWER
