@@ -19,7 +19,7 @@ from numba.core import config as numba_config
 from kvortex.codecs import reference
 from kvortex.codecs.packing import Format
 from kvortex.kernels.conversions import Conversions, Emitter, make_conversions
-from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND
+from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND, mix
 
 SIMULATED: Final = bool(numba_config.ENABLE_CUDASIM)
 WARP: Final = 32
@@ -92,12 +92,6 @@ def _simulated_ops() -> DeviceOps:
 
     def store_word(words: Any, index: int, value: int) -> None:
         words[index] = value
-
-    def mix(word: int, key: int) -> int:
-        x = word ^ (key & MASK)
-        x = (x ^ (x >> 32)) * FIRST & MASK
-        x = (x ^ (x >> 29)) * SECOND & MASK
-        return x ^ (x >> 32)
 
     def fetch_add(words: Any, index: int, value: int) -> int:
         # The simulator's own atomics do not wrap around at 64 bits.

@@ -9,6 +9,9 @@ with its first shift at 32. It is a bijection, so a change of a single word alwa
 position enters before mixing, so words and segments that trade places do too; the length term tells a payload
 from its own beginning. A sum has no order: threads add up whatever words they hold. It is a checksum against
 accidents, not against an adversary.
+
+`mix` is written once for each machine: here for Python's integers, below for whole NumPy arrays, in `host.py` for compiled
+code on the CPU, in `_cuda.py` for the GPU.
 """
 
 from typing import Final
@@ -21,6 +24,19 @@ FIRST: Final = 0xBF58476D1CE4E5B9
 SECOND: Final = 0x94D049BB133111EB
 LENGTH: Final = 0xD6E8FEB86659FD93
 MASK: Final = (1 << 64) - 1
+
+
+def mix(word: int, key: int) -> int:
+    """The term that one word adds to the digest, in Python's integers.
+
+    Args:
+        word: 64 bits of the payload.
+        key: `(i + 1) * POSITION` for the word at index `i`; only its lowest 64 bits count.
+    """
+    x = word ^ (key & MASK)
+    x = (x ^ (x >> 32)) * FIRST & MASK
+    x = (x ^ (x >> 29)) * SECOND & MASK
+    return x ^ (x >> 32)
 
 
 def digest_reference(payload: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:

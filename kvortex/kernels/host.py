@@ -21,6 +21,7 @@ _ONE, _29, _32 = np.uint64(1), np.uint64(29), np.uint64(32)
 
 @njit(inline="always")
 def mix(word: Any, position: Any) -> Any:
+    """The term that one word adds to the digest; `position` counts from 1. Both are uint64."""
     x = word ^ (position * _POSITION)
     x = (x ^ (x >> _32)) * _FIRST
     x = (x ^ (x >> _29)) * _SECOND
@@ -28,7 +29,8 @@ def mix(word: Any, position: Any) -> Any:
 
 
 @njit(inline="always")
-def _copy_segment(source: Any, start: Any, target: Any, into: Any, position: Any, length: Any) -> Any:
+def copy_words(source: Any, start: Any, target: Any, into: Any, position: Any, length: Any) -> Any:
+    """Copy `length` words, the first of which is at `position` of its payload; returns their part of the digest."""
     total = np.uint64(0)
     for i in range(length):
         word = source[start + i]
@@ -43,7 +45,7 @@ def _gather(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partial
     for item in prange(ids.shape[0] * num_segments):
         b, s = item // num_segments, item % num_segments
         source = segments[s, 0] + ids[b] * segments[s, 1]
-        partial[b, s] = _copy_segment(arena, source, pool, starts[b] + segments[s, 2], segments[s, 2], segments[s, 3])
+        partial[b, s] = copy_words(arena, source, pool, starts[b] + segments[s, 2], segments[s, 2], segments[s, 3])
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -52,7 +54,7 @@ def _scatter(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partia
     for item in prange(ids.shape[0] * num_segments):
         b, s = item // num_segments, item % num_segments
         target = segments[s, 0] + ids[b] * segments[s, 1]
-        partial[b, s] = _copy_segment(pool, starts[b] + segments[s, 2], arena, target, segments[s, 2], segments[s, 3])
+        partial[b, s] = copy_words(pool, starts[b] + segments[s, 2], arena, target, segments[s, 2], segments[s, 3])
 
 
 class HostKernels:
