@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvortex.cli.transformer import cache_argument
-from kvortex.codecs import RAW, packing_for
+from kvortex.codecs import RAW, packing_for, too_lossy
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.layout import KVLayout
 
@@ -239,7 +239,7 @@ def measure_codec(model: Any, keys: str, codec: str, exact: torch.Tensor, tokens
         kl_p99=float(kl.quantile(0.99)),
         block_error_median=float(np.median(errors)),
         block_error_max=float(errors.max()),
-        kept_as_is={str(bound): float(np.mean(~(errors <= bound))) for bound in BOUNDS},
+        kept_as_is={str(bound): float(np.mean(too_lossy(errors, bound))) for bound in BOUNDS},
     )
 
 

@@ -1,7 +1,7 @@
 """How a block rests outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`)."""
 
 from kvortex.codecs.packing import RAW, Codec, Encodings, Packing, block_sizes, encodings_of, packed_nbytes, packing_for
-from kvortex.codecs.reference import pack_reference, unpack_reference
+from kvortex.codecs.reference import pack_reference, too_lossy, unpack_reference
 
 __all__ = [
     "RAW",
@@ -13,5 +13,6 @@ __all__ = [
     "pack_reference",
     "packed_nbytes",
     "packing_for",
+    "too_lossy",
     "unpack_reference",
 ]

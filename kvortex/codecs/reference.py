@@ -154,6 +154,12 @@ def relative_errors(lost: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDAr
     return np.where(lost >= NOT_FINITE, np.inf, np.sqrt(ratio)).astype(np.float32)
 
 
+def too_lossy(errors: NDArray[np.float32], max_error: float) -> NDArray[np.bool_]:
+    """Which blocks packing would change by more than `max_error`, `bool [n]`; an error that is not a number is more."""
+    within = errors <= max_error  # False for NaN, too
+    return ~within
+
+
 def unpack_reference(packing: Packing, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Raw payloads of packed ones, `uint8 [n, raw]`."""
     fmt = packing.format

@@ -7,8 +7,9 @@ through numba's dispatcher costs 65 us of Python with five arrays, this one a fe
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -292,7 +293,7 @@ def _simulated_conversions(fmt: Format) -> Conversions:
 
 
 __all__ = [
-    "DEVICE_OPS", "SIMULATED", "DeviceOps",
+    "DEVICE_OPS", "SIMULATED", "ArgumentKind", "DeviceOps",
     "compile_ptx", "cuda", "device_function", "int32", "int32_constant", "nvvm_version", "pack_ops",
     "simulate", "word_constant",
 ]  # fmt: skip
@@ -305,20 +306,28 @@ def device_function(function: Callable[..., Any]) -> Any:
     return function if SIMULATED else cuda.jit(device=True)(function)
 
 
-def pointer_signature(arguments: str) -> Any:
-    """A kernel signature from one letter an argument: `u` uint64*, `l` int64*, `t` int32 table, `n` int64 value."""
+class ArgumentKind(Enum):
+    """What a kernel's argument is."""
+
+    WORDS = "uint64*"
+    INTEGERS = "int64*"
+    TABLE = "int32 [n], copied by the launch"
+    INTEGER = "int64"
+
+
+def _signature(arguments: Sequence[ArgumentKind]) -> Any:
     kinds = {
-        "u": types.CPointer(types.uint64),
-        "l": types.CPointer(types.int64),
-        "t": types.CPointer(types.int32),
-        "n": types.int64,
+        ArgumentKind.WORDS: types.CPointer(types.uint64),
+        ArgumentKind.INTEGERS: types.CPointer(types.int64),
+        ArgumentKind.TABLE: types.CPointer(types.int32),
+        ArgumentKind.INTEGER: types.int64,
     }
-    return types.void(*(kinds[letter] for letter in arguments))
+    return types.void(*(kinds[kind] for kind in arguments))
 
 
 def compile_ptx(
     function: Callable[..., None],
-    arguments: str,
+    arguments: Sequence[ArgumentKind],
     compute_capability: tuple[int, int],
     *,
     threads: int,
@@ -328,14 +337,14 @@ def compile_ptx(
 
     Args:
         function: the kernel's body.
-        arguments: one letter each, see `pointer_signature`.
+        arguments: what each of the kernel's arguments is; one is a table.
         compute_capability: (major, minor) of the device.
         threads: largest thread block; it limits the registers of a thread.
         table_entries: length of the table among the arguments, which the launch copies: 4,096 bytes in all.
     """
     ptx, _ = cuda.compile(
         function,
-        pointer_signature(arguments),
+        _signature(arguments),
         device=False,
         abi="numba",
         cc=compute_capability,
@@ -344,7 +353,7 @@ def compile_ptx(
     text = ptx.decode() if isinstance(ptx, bytes) else str(ptx)
     entry = next(line for line in text.splitlines() if ".entry" in line)
     name = entry.split(".entry", 1)[1].split("(")[0].strip()
-    table = f"{name}_param_{arguments.index('t')}"
+    table = f"{name}_param_{arguments.index(ArgumentKind.TABLE)}"
     text = text.replace(f".param .u64 {table}", f".param .align 8 .b8 {table}[{4 * table_entries}]")
     text = text.replace(_TABLE, table)
     body = text.index("{", text.index(entry))

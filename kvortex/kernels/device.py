@@ -11,7 +11,7 @@ from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
 from kvortex.cuda.driver import Device, Kernel, KernelArguments, Launch, Stream
 from kvortex.kernels import pack
-from kvortex.kernels._cuda import SIMULATED, compile_ptx, nvvm_version, simulate
+from kvortex.kernels._cuda import SIMULATED, ArgumentKind, compile_ptx, nvvm_version, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.ptx_cache import load_cached
@@ -29,8 +29,21 @@ from kvortex.layout import KVLayout
 
 THREADS: Final = 32 if SIMULATED else 512
 _RESULT_WORDS: Final = 3  # of a block: digest, what was lost, what there was
-_ARGUMENTS: Final = "uulntnnuu"
-_STAGING, _COUNT, _SCRATCH, _RESULTS = 1, 5, 7, 8
+_ARGUMENTS: Final = {
+    "arena": ArgumentKind.WORDS,
+    "staging": ArgumentKind.WORDS,
+    "tiles": ArgumentKind.INTEGERS,
+    "num_tiles": ArgumentKind.INTEGER,
+    "ids": ArgumentKind.TABLE,
+    "num_blocks": ArgumentKind.INTEGER,
+    "distance": ArgumentKind.INTEGER,
+    "scratch": ArgumentKind.WORDS,
+    "results": ArgumentKind.WORDS,
+}
+"""The arguments of every kernel of `kvortex.kernels.tiles.tile_kernel`, in its order."""
+
+# Positions of those that change from launch to launch.
+_STAGING, _NUM_BLOCKS, _SCRATCH, _RESULTS = map(list(_ARGUMENTS).index, ("staging", "num_blocks", "scratch", "results"))
 
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
@@ -86,7 +99,14 @@ class DeviceKernels:
         self._num_tiles = len(device_table(layout, packing))
         self._ids = np.zeros(MAX_BATCH_BLOCKS, dtype=np.int32)
         distance = self._block_nbytes // (8 if packing else LANE_BYTES)
-        self._arguments = KernelArguments(arena_base(layout), 0, tiles, self._num_tiles, self._ids, 0, distance, 0, 0)
+        fixed: dict[str, int | NDArray[np.int32]] = {
+            "arena": arena_base(layout),
+            "tiles": tiles,
+            "num_tiles": self._num_tiles,
+            "ids": self._ids,
+            "distance": distance,
+        }
+        self._arguments = KernelArguments(*(fixed.get(name, 0) for name in _ARGUMENTS))
         self._gather, self._scatter = (
             Launch(kernel, THREADS, self._arguments) for kernel in _load_kernels(device, packing)
         )
@@ -129,7 +149,7 @@ class DeviceKernels:
         self._ids[:count] = ids
         arguments = self._arguments
         arguments[_STAGING] = staging
-        arguments[_COUNT] = count
+        arguments[_NUM_BLOCKS] = count
         for position, address in slot.addresses:
             arguments[position] = address
         launch.set_grid(grid_size(count, self._num_tiles, THREADS))
@@ -156,7 +176,7 @@ def _load_kernels(device: Device, packing: Packing | None) -> tuple[Kernel, Kern
             body = SCATTER if scatters else GATHER
         else:
             body = (pack.unpack_kernel if scatters else pack.pack_kernel)(fmt, capability)
-        return compile_ptx(body, _ARGUMENTS, capability, threads=THREADS, table_entries=MAX_BATCH_BLOCKS)
+        return compile_ptx(body, list(_ARGUMENTS.values()), capability, threads=THREADS, table_entries=MAX_BATCH_BLOCKS)
 
     gather, scatter = (
         load_cached((scatters, fmt, capability, THREADS, nvvm), partial(compiled, scatters), device.load_kernel)

@@ -10,8 +10,8 @@ position enters before mixing, so words and segments that trade places do too; t
 from its own beginning. A sum has no order: threads add up whatever words they hold. It is a checksum against
 accidents, not against an adversary.
 
-`mix` is written once for each machine: here for Python's integers, below for whole NumPy arrays, in `host.py` for compiled
-code on the CPU, in `_cuda.py` for the GPU.
+The term of a word is written once for each machine: `mix` for Python's integers, `digest_reference` for NumPy arrays,
+`host.mix` for compiled code on the CPU, `_cuda.py` for the GPU.
 """
 
 from typing import Final

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Packing
+from kvortex.codecs import Packing, too_lossy
 from kvortex.cuda.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
@@ -21,15 +21,15 @@ from kvortex.memory import DeviceStagingPool, PinnedPool
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
 from kvortex.sched.executor import Completion, SourceRead, TransferExecutor, batch_arrays, call_all
-from kvortex.sched.native import failed_call, queue_batch
+from kvortex.sched.native import failed_call, queue_load, queue_save
 from kvortex.sched.waiter import EventWaiter
 from kvortex.types import Direction
 
 STAGING_BUFFERS = 2  # a direction: one is filled while the other is emptied
 SLOTS_PER_BUFFER = 8  # batches queued on the GPU for one buffer, so that the link never waits for the host
 
-_LOADS = 1 << 32
-"""Unit of the loads in the doorbell's count; that of the saves is 1."""
+_SAVES, _LOADS = 1, 1 << 32
+"""What an event of a save, and of a load, adds to the doorbell's count, which tells how many there were of each."""
 
 _NO_EVENT: Event = 0
 
@@ -173,7 +173,7 @@ class CudaExecutor(TransferExecutor):
             self._device,
             f"kvortex-{direction.value}-events",
             self._doorbell,
-            unit=_LOADS if direction is Direction.LOAD else 1,
+            count_per_event=_LOADS if direction is Direction.LOAD else _SAVES,
             capacity=2 * len(lane.idle),
         )
         undo.callback(lane.waiter.close)
@@ -209,15 +209,20 @@ class CudaExecutor(TransferExecutor):
         launch = prepare(block_ids, buffer.address, flight.slot)
         flight.offsets[: len(offsets)] = offsets
         after = [part.request.after for part in batch.slices if part.request.after is not None]
-        failure = queue_batch(
+        queue = queue_load if loads else queue_save
+        failure = queue(
             self._device.calls,
-            loads,
+            lane.kernel_stream,
+            copies,
+            buffer.emptied,
+            flight.staged,
+            flight.done,
+            buffer.address,
+            self._pool.address,
+            self._block_nbytes[batch.packed],
+            self._pool.piece_bytes,
             np.array(after, dtype=np.int64),
-            (lane.kernel_stream, copies),
-            (buffer.emptied, flight.staged, flight.done),
             launch.words,
-            (buffer.address, self._pool.address),
-            (self._block_nbytes[batch.packed], self._pool.piece_bytes),
             flight.offsets[: len(offsets)],
         )
         if failure:
@@ -226,8 +231,7 @@ class CudaExecutor(TransferExecutor):
         flight.buffer = buffer
 
     def poll(self) -> None:
-        rung = self._doorbell.take()
-        loads, saves = divmod(rung, _LOADS)
+        loads, saves = divmod(self._doorbell.take(), _LOADS)
         lanes = self._lanes
         call_all(itertools.chain(lanes[Direction.SAVE].waiter.fired(saves), lanes[Direction.LOAD].waiter.fired(loads)))
 
@@ -243,7 +247,7 @@ class CudaExecutor(TransferExecutor):
         if error is not None:
             on_done(error)
         else:
-            on_done(digests, None if errors is None else ~(errors <= self._max_pack_error))
+            on_done(digests, None if errors is None else too_lossy(errors, self._max_pack_error))
 
     def _synchronize(self, *lanes: _Lane) -> None:
         """Wait for the streams of these lanes, or of all."""

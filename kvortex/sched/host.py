@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.codecs import too_lossy
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.runtime.blocking import submit_or_run
 from kvortex.sched.batcher import Batch
@@ -70,7 +71,7 @@ class HostExecutor(TransferExecutor):
         if batch.direction is Direction.LOAD:
             return self._pack_kernels.scatter(*arrays), None
         digests, errors = self._pack_kernels.gather(*arrays)
-        return digests, ~(errors <= self._max_pack_error)
+        return digests, too_lossy(errors, self._max_pack_error)
 
     def _finish(self, done: Future[_Moved], on_done: Completion, on_source_read: SourceRead) -> None:
         self._in_flight -= 1

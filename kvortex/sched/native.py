@@ -57,88 +57,123 @@ def report_events(
     libc: NDArray[np.int64],
     events: NDArray[np.int64],
     statuses: NDArray[np.int32],
-    told: NDArray[np.int64],
-    work: int,
-    done_fd: int,
-    unit: int,
+    addition: NDArray[np.int64],
+    semaphore: int,
+    doorbell_fd: int,
+    count_per_event: int,
 ) -> bool:
-    """Sleep on events in turn until `STOP` comes; returns False if a report could not be written.
+    """Sleep on events in turn until `STOP` comes; returns False if the doorbell could not be rung.
 
     Args:
         driver: addresses of the driver's functions.
         libc: addresses of the C library's functions.
         events: `[capacity]`, a ring of handles, filled in order.
-        statuses: `[capacity]`, in which the result of waiting for each is stored.
-        told: `[1]`, for what `done_fd` is told.
-        work: address of a semaphore that counts the handles stored in `events`.
-        done_fd: is told of every status stored, `unit` each: once for all that have fired.
+        statuses: `[capacity]`; the result of waiting for an event is stored at the event's position.
+        addition: `[1]`, scratch: what is added to the doorbell's count.
+        semaphore: address of a semaphore that counts the handles stored in `events`.
+        doorbell_fd: descriptor of a `Doorbell`, which is rung once for all events that have fired.
+        count_per_event: what each of them adds to the doorbell's count.
     """
-    place, taken = 0, False  # whether the semaphore has been decremented for the event at `place`
+    place, is_counted = 0, False  # whether the semaphore has been decremented for the event at `place`
     while True:
-        while not taken and call(libc[SEM_WAIT], (work,)):
+        while not is_counted and call(libc[SEM_WAIT], (semaphore,)):
             pass  # interrupted by a signal
         if events[place] == STOP:
             return True
         statuses[place] = call(driver[SYNCHRONIZE], (events[place],))
         place = (place + 1) % events.size
-        fired, taken = 1, False
-        while call(libc[SEM_TRYWAIT], (work,)) == 0:
-            taken = True
+        fired, is_counted = 1, False
+        while call(libc[SEM_TRYWAIT], (semaphore,)) == 0:
+            is_counted = True
             status = call(driver[QUERY], (events[place],)) if events[place] != STOP else NOT_READY
             if status == NOT_READY:
                 break
             statuses[place] = status
             place = (place + 1) % events.size
-            fired, taken = fired + 1, False
-        told[0] = fired * unit
-        if call(libc[WRITE], (done_fd, told.ctypes.data, 8)) != 8:
+            fired, is_counted = fired + 1, False
+        addition[0] = fired * count_per_event
+        if call(libc[WRITE], (doorbell_fd, addition.ctypes.data, 8)) != 8:
             return False
 
 
 @njit(cache=True)
-def queue_batch(
+def queue_save(
     driver: NDArray[np.int64],
-    loads: bool,
+    kernel_stream: int,
+    copy_stream: int,
+    emptied: int,
+    staged: int,
+    done: int,
+    staging: int,
+    pool: int,
+    block_nbytes: int,
+    piece_nbytes: int,
     after: NDArray[np.int64],
-    streams: tuple[int, int],
-    events: tuple[int, int, int],
     launch: NDArray[np.int64],
-    memory: tuple[int, int],
-    sizes: tuple[int, int],
     offsets: NDArray[np.int64],
 ) -> int:
-    """Queue a batch in two stages: what fills staging and what empties it; 0, or a failure for `failed_call`.
+    """Queue a batch of saves: a kernel gathers blocks into staging, then they are copied to the pool.
 
-    Keeps the GIL. For a save the kernel, a gather, is the first stage and the copies are the second; for a load the
-    copies come first, then the kernel, a scatter.
+    Keeps the GIL. Returns 0, or a failure for `failed_call`. The arguments are flat: numba takes a microsecond to look
+    at a named tuple.
 
     Args:
         driver: addresses of the driver's functions.
-        loads: or saves.
-        after: events that the kernel waits for.
-        streams: raw handles of the stream that runs the kernel and of those that carry the copies.
-        events: the end of the staging buffer's last batch, or 0; then those to record when staging is filled, and
-            when all is done.
-        launch: the kernel's, see `kvortex.cuda.driver.Launch`.
-        memory: addresses of the staging buffer and of the pool.
-        sizes: bytes of a block in both, and of a piece of the pool, which no copy may cross.
+        kernel_stream, copy_stream: raw handles of the streams that run the kernel and the copies.
+        emptied: event to wait for: the end of the last batch that used the staging buffer, or 0.
+        staged: event to record when the staging buffer is filled.
+        done: event to record when the batch has ended.
+        staging, pool: addresses of the staging buffer and of the pool.
+        block_nbytes: bytes from one block to the next, in both.
+        piece_nbytes: bytes of a piece of the pool, which no copy may cross.
+        after: events that the kernel waits for, `int64 [m]`.
+        launch: the kernel's launch, see `kvortex.cuda.driver.Launch`.
         offsets: byte offset of each block in the pool, `int64 [n]`.
     """
-    kernels, copies = streams
-    emptied, staged, done = events
-    failure = 0
-    for stage in range(2):
-        moves = (stage == 0) == loads
-        stream = copies if moves else kernels
-        before, behind = (staged, done) if stage else (emptied, staged)
-        if before:
-            failure = failure or _checked(driver, WAIT, (stream, before, 0))
-        if moves:
-            failure = failure or _copy_runs(driver, loads, stream, memory, sizes, offsets)
-        else:
-            failure = failure or _launch(driver, stream, after, launch)
-        failure = failure or _checked(driver, RECORD, (behind, stream))
-    return failure
+    failure: int = _wait(driver, kernel_stream, emptied)
+    failure = failure or _launch(driver, kernel_stream, after, launch)
+    failure = failure or _checked(driver, RECORD, (staged, kernel_stream))
+    failure = failure or _wait(driver, copy_stream, staged)
+    first = 0
+    while first < offsets.size and not failure:
+        count = run_length(offsets, first, block_nbytes, piece_nbytes)
+        target, source = pool + offsets[first], staging + first * block_nbytes
+        failure = _checked(driver, COPY, (target, source, count * block_nbytes, copy_stream))
+        first += count
+    return failure or _checked(driver, RECORD, (done, copy_stream))
+
+
+@njit(cache=True)
+def queue_load(
+    driver: NDArray[np.int64],
+    kernel_stream: int,
+    copy_stream: int,
+    emptied: int,
+    staged: int,
+    done: int,
+    staging: int,
+    pool: int,
+    block_nbytes: int,
+    piece_nbytes: int,
+    after: NDArray[np.int64],
+    launch: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+) -> int:
+    """Queue a batch of loads: blocks are copied from the pool to staging, then a kernel scatters them.
+
+    Arguments and result are those of `queue_save`.
+    """
+    failure: int = _wait(driver, copy_stream, emptied)
+    first = 0
+    while first < offsets.size and not failure:
+        count = run_length(offsets, first, block_nbytes, piece_nbytes)
+        target, source = staging + first * block_nbytes, pool + offsets[first]
+        failure = _checked(driver, COPY, (target, source, count * block_nbytes, copy_stream))
+        first += count
+    failure = failure or _checked(driver, RECORD, (staged, copy_stream))
+    failure = failure or _wait(driver, kernel_stream, staged)
+    failure = failure or _launch(driver, kernel_stream, after, launch)
+    return failure or _checked(driver, RECORD, (done, kernel_stream))
 
 
 def failed_call(failure: int) -> tuple[int, int]:
@@ -148,45 +183,27 @@ def failed_call(failure: int) -> tuple[int, int]:
 
 @njit(cache=True)
 def _checked(driver: NDArray[np.int64], kind: int, arguments: tuple[int, ...]) -> int:
-    status = call(driver[kind], arguments)
+    status: int = call(driver[kind], arguments)
     return kind * _ONE_KIND + status if status else 0
+
+
+@njit(cache=True)
+def _wait(driver: NDArray[np.int64], stream: int, event: int) -> int:
+    return _checked(driver, WAIT, (stream, event, 0)) if event else 0
 
 
 @njit(cache=True)
 def _launch(driver: NDArray[np.int64], stream: int, after: NDArray[np.int64], launch: NDArray[np.int64]) -> int:
     failure = 0
     for event in after:
-        failure = failure or _checked(driver, WAIT, (stream, event, 0))
+        failure = failure or _wait(driver, stream, event)
     kernel, grid, threads, arguments = launch[0], launch[1], launch[2], launch[3]
     return failure or _checked(driver, LAUNCH, (kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, 0))
 
 
 @njit(cache=True)
-def _copy_runs(
-    driver: NDArray[np.int64],
-    loads: bool,
-    stream: int,
-    memory: tuple[int, int],
-    sizes: tuple[int, int],
-    offsets: NDArray[np.int64],
-) -> int:
-    """Copy blocks that follow each other in one piece of the pool at once."""
-    staging, pool = memory
-    block_nbytes, piece_nbytes = sizes
-    first, failure = 0, 0
-    while first < offsets.size and not failure:
-        count = run_length(offsets, first, block_nbytes, piece_nbytes)
-        target, source = pool + offsets[first], staging + first * block_nbytes
-        if loads:
-            target, source = source, target
-        failure = _checked(driver, COPY, (target, source, count * block_nbytes, stream))
-        first += count
-    return failure
-
-
-@njit(cache=True)
 def run_length(offsets: NDArray[np.int64], first: int, block_nbytes: int, piece_nbytes: int) -> int:
-    """How many extents from `first` on follow each other in one piece of the pool."""
+    """How many extents from `first` on follow each other in one piece of the pool: they are copied at once."""
     end = first + 1
     while end < offsets.size and offsets[end] - offsets[end - 1] == block_nbytes and offsets[end] % piece_nbytes:
         end += 1

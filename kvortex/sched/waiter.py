@@ -28,12 +28,12 @@ class EventWaiter:
     Args:
         device: that the events were recorded on.
         name: names the waiting thread.
-        doorbell: rung with `unit` an event that has fired, for `fired`.
-        unit: 1, or more if others ring it too.
+        doorbell: is rung when events have fired; then `fired` has their callbacks.
+        count_per_event: what each of them adds to the doorbell's count: 1, or another number if others ring it too.
         capacity: events that are watched at a time, at most.
     """
 
-    def __init__(self, device: Device, name: str, doorbell: Doorbell, *, unit: int, capacity: int) -> None:
+    def __init__(self, device: Device, name: str, doorbell: Doorbell, *, count_per_event: int, capacity: int) -> None:
         self._device = device
         self._capacity = capacity
         self._events = np.full(capacity + 1, STOP, dtype=np.int64)  # one more, to stop
@@ -45,19 +45,26 @@ class EventWaiter:
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
         libc.sem_init(self._semaphore, 0, 1)
         self._work_is_there = partial(libc.sem_post, self._semaphore)
-        self._report(doorbell.fd, unit)  # stops at once: compiled here, where an error is seen
-        self._thread = threading.Thread(target=self._run, args=(doorbell.fd, unit), name=name, daemon=True)
+        self._report(doorbell.fd, count_per_event)  # stops at once: compiled here, where an error is seen
+        self._thread = threading.Thread(target=self._run, args=(doorbell.fd, count_per_event), name=name, daemon=True)
         self._thread.start()
 
-    def _run(self, done_fd: int, unit: int) -> None:
+    def _run(self, doorbell_fd: int, count_per_event: int) -> None:
         self._device.enter_thread()
-        if not self._report(done_fd, unit):
-            raise OSError(f"descriptor {done_fd} takes no count: events are reported no more")
+        if not self._report(doorbell_fd, count_per_event):
+            raise OSError(f"descriptor {doorbell_fd} takes no count: events are reported no more")
 
-    def _report(self, done_fd: int, unit: int) -> bool:
-        told, work = np.zeros(1, dtype=np.int64), ctypes.addressof(self._semaphore)
+    def _report(self, doorbell_fd: int, count_per_event: int) -> bool:
+        addition, semaphore = np.zeros(1, dtype=np.int64), ctypes.addressof(self._semaphore)
         ended: bool = report_events(
-            self._device.calls, libc_calls(), self._events, self._statuses, told, work, done_fd, unit
+            self._device.calls,
+            libc_calls(),
+            self._events,
+            self._statuses,
+            addition,
+            semaphore,
+            doorbell_fd,
+            count_per_event,
         )
         return ended
 

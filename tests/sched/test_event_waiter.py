@@ -25,7 +25,7 @@ class Bench:
     def __init__(self) -> None:
         self.driver = FakeDriver()
         self.doorbell = Doorbell()
-        self.waiter = EventWaiter(self.driver, "test-events", self.doorbell, unit=UNIT, capacity=CAPACITY)
+        self.waiter = EventWaiter(self.driver, "test-events", self.doorbell, count_per_event=UNIT, capacity=CAPACITY)
         self.events = [self.driver.create_event() for _ in range(CAPACITY)]
         self.reports: list[tuple[int, str]] = []
 
@@ -236,6 +236,6 @@ def test_what_keeps_it_from_working_is_raised_where_it_is_made(monkeypatch: pyte
     monkeypatch.setattr(waiter, "report_events", refuse)
     threads, doorbell = threading.active_count(), Doorbell()
     with pytest.raises(OSError, match="no space"):
-        EventWaiter(FakeDriver(), "test-events", doorbell, unit=1, capacity=1)
+        EventWaiter(FakeDriver(), "test-events", doorbell, count_per_event=1, capacity=1)
     assert threading.active_count() == threads
     doorbell.close()
