@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, word_constant
 from kvortex.kernels.tables import TILE_LANES
-from kvortex.kernels.tiles import tile_kernel
+from kvortex.kernels.tiles import TileSums, tile_kernel
 
 COLUMNS: Final = 4
 
@@ -29,53 +29,51 @@ def copy_kernel(to_staging: bool) -> Callable[..., None]:
 
     @device_function
     def copy_full_tile(source: Any, start: Any, target: Any, into: Any, first_key: Any) -> Any:
-        a, b, c, d = load(source, start), load(source, start + 32), load(source, start + 64), load(source, start + 96)
-        e, f, g, h = (
-            load(source, start + 128),
-            load(source, start + 160),
-            load(source, start + 192),
-            load(source, start + 224),
-        )
-        k = first_key
-        total = put(target, into, a, k)
-        k += lane_step
-        total += put(target, into + 32, b, k)
-        k += lane_step
-        total += put(target, into + 64, c, k)
-        k += lane_step
-        total += put(target, into + 96, d, k)
-        k += lane_step
-        total += put(target, into + 128, e, k)
-        k += lane_step
-        total += put(target, into + 160, f, k)
-        k += lane_step
-        total += put(target, into + 192, g, k)
-        k += lane_step
-        total += put(target, into + 224, h, k)
-        return total
+        # All loads come first: they are in flight together.
+        words_0, words_1 = load(source, start), load(source, start + 32)
+        words_2, words_3 = load(source, start + 64), load(source, start + 96)
+        words_4, words_5 = load(source, start + 128), load(source, start + 160)
+        words_6, words_7 = load(source, start + 192), load(source, start + 224)
+        word_key = first_key
+        digest = put(target, into, words_0, word_key)
+        word_key += lane_step
+        digest += put(target, into + 32, words_1, word_key)
+        word_key += lane_step
+        digest += put(target, into + 64, words_2, word_key)
+        word_key += lane_step
+        digest += put(target, into + 96, words_3, word_key)
+        word_key += lane_step
+        digest += put(target, into + 128, words_4, word_key)
+        word_key += lane_step
+        digest += put(target, into + 160, words_5, word_key)
+        word_key += lane_step
+        digest += put(target, into + 192, words_6, word_key)
+        word_key += lane_step
+        digest += put(target, into + 224, words_7, word_key)
+        return digest
 
     @device_function
     def copy_tile(source: Any, start: Any, target: Any, into: Any, first_key: Any, count: Any) -> Any:
-        total = zero
-        k = first_key
+        digest = zero
+        word_key = first_key
         step = 0
         while count - step > 96:
-            a, b = load(source, start + step), load(source, start + step + 32)
-            c, d = load(source, start + step + 64), load(source, start + step + 96)
-            total += put(target, into + step, a, k)
-            k += lane_step
-            total += put(target, into + step + 32, b, k)
-            k += lane_step
-            total += put(target, into + step + 64, c, k)
-            k += lane_step
-            total += put(target, into + step + 96, d, k)
-            k += lane_step
+            words_0, words_1 = load(source, start + step), load(source, start + step + 32)
+            words_2, words_3 = load(source, start + step + 64), load(source, start + step + 96)
+            digest += put(target, into + step, words_0, word_key)
+            word_key += lane_step
+            digest += put(target, into + step + 32, words_1, word_key)
+            word_key += lane_step
+            digest += put(target, into + step + 64, words_2, word_key)
+            word_key += lane_step
+            digest += put(target, into + step + 96, words_3, word_key)
+            word_key += lane_step
             step += 128
         while count > step:
-            total += put(target, into + step, load(source, start + step), k)
-            k += lane_step
+            digest += put(target, into + step, load(source, start + step), word_key)
+            word_key += lane_step
             step += 32
-        return total
+        return digest
 
     @device_function
     def move_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
@@ -86,15 +84,15 @@ def copy_kernel(to_staging: bool) -> Callable[..., None]:
         first_key = key(2 * payload)
         if to_staging:
             if count > last_lane:
-                total = copy_full_tile(arena, paged, staging, dense, first_key)
+                digest = copy_full_tile(arena, paged, staging, dense, first_key)
             else:
-                total = copy_tile(arena, paged, staging, dense, first_key, count - lane)
+                digest = copy_tile(arena, paged, staging, dense, first_key, count - lane)
         else:
             if count > last_lane:
-                total = copy_full_tile(staging, dense, arena, paged, first_key)
+                digest = copy_full_tile(staging, dense, arena, paged, first_key)
             else:
-                total = copy_tile(staging, dense, arena, paged, first_key, count - lane)
-        return total, zero, zero, nothing
+                digest = copy_tile(staging, dense, arena, paged, first_key, count - lane)
+        return TileSums(digest, zero, zero, nothing)
 
     return tile_kernel("kvortex_gather" if to_staging else "kvortex_scatter", move_tile, COLUMNS)
 

@@ -1,14 +1,24 @@
 """The CUDA kernels that pack blocks as they are gathered, and unpack them as they are scattered."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kvortex.codecs.packing import UNITS_A_TILE, Format
 from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, pack_ops, word_constant
 from kvortex.kernels.digest import MASK, POSITION
-from kvortex.kernels.tiles import tile_kernel
+from kvortex.kernels.tiles import TileSums, tile_kernel
 
 COLUMNS: Final = 5
+
+
+class Packed(NamedTuple):
+    """What packing some units gives: the lane's part of it, or a group's."""
+
+    digest: Any
+    lost: Any  # sum of the squares of what rounding changed, in the codec's steps
+    there: Any  # sum of the squares of the values, likewise
+    scale: Any  # bytes of the groups' scales, each in its place of a word
+    largest: Any  # bit pattern of the largest magnitude
 
 
 def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..., None]:
@@ -26,6 +36,61 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
     lane_step, half_tile = word_constant(32 * POSITION & MASK), word_constant(128 * POSITION & MASK)
 
     @device_function
+    def both(one: Any, other: Any) -> Any:
+        return Packed(
+            one.digest + other.digest,
+            one.lost + other.lost,
+            one.there + other.there,
+            one.scale | other.scale,
+            max(one.largest, other.largest),
+        )
+
+    @device_function
+    def pack_unit_of_full_tile(unit: Any, shift: Any, lane: Any, staging: Any, into: Any, unit_key: Any) -> Any:
+        magnitude = largest(unit)
+        exponent = exponent_of(group_largest(lane, magnitude))
+        word, lost, there = encode(unit, exponent)
+        store_word(staging, into, word)
+        return Packed(mix(word, unit_key), lost, there, scale_byte(exponent, shift), magnitude)
+
+    @device_function
+    def pack_half_tile(arena: Any, source: Any, staging: Any, into: Any, first_key: Any, half: Any, lane: Any) -> Any:
+        # All loads come first: they are in flight together.
+        unit_0, unit_1 = load_unit(arena, source), load_unit(arena, source + 32 * lanes)
+        unit_2, unit_3 = load_unit(arena, source + 64 * lanes), load_unit(arena, source + 96 * lanes)
+        key_0 = first_key
+        packed_0 = pack_unit_of_full_tile(unit_0, half, lane, staging, into, key_0)
+        key_1 = key_0 + lane_step
+        packed_1 = pack_unit_of_full_tile(unit_1, half + 16, lane, staging, into + 32, key_1)
+        key_2 = key_1 + lane_step
+        packed_2 = pack_unit_of_full_tile(unit_2, half + 32, lane, staging, into + 64, key_2)
+        key_3 = key_2 + lane_step
+        packed_3 = pack_unit_of_full_tile(unit_3, half + 48, lane, staging, into + 96, key_3)
+        packed = both(both(packed_0, packed_1), both(packed_2, packed_3))
+        if has_scales:
+            scale = packed.scale | other_half(lane, packed.scale)
+            return Packed(packed.digest, packed.lost, packed.there, scale, packed.largest)
+        return packed
+
+    @device_function
+    def pack_full_tile(
+        arena: Any, source: Any, staging: Any, start: Any, codes: Any, scales: Any, half: Any, lane: Any
+    ) -> Any:
+        source += lanes * lane
+        place = codes + lane
+        first_key = key(place)
+        first = pack_half_tile(arena, source, staging, start + place, first_key, half, lane)
+        second_key = first_key + half_tile
+        second = pack_half_tile(arena, source + 128 * lanes, staging, start + place + 128, second_key, half, lane)
+        packed = both(first, second)
+        digest = packed.digest
+        if has_scales and lane == 0:
+            store_word(staging, start + scales, first.scale)
+            store_word(staging, start + scales + 1, second.scale)
+            digest += mix(first.scale, key(scales)) + mix(second.scale, key(scales + 1))
+        return TileSums(digest, packed.lost, packed.there, packed.largest)
+
+    @device_function
     def pack_unit(unit: Any, place: Any, count: Any, shift: Any, lane: Any, staging: Any, into: Any, first: Any) -> Any:
         # A lane behind the end has loaded the last unit again: its group may be real, its own unit is not.
         magnitude = largest(unit)
@@ -36,52 +101,8 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
             scale = scale_byte(exponent, shift)
         if place < count:
             store_word(staging, into + place, word)
-            return mix(word, key(first + place)), lost, there, scale, magnitude
-        return zero, zero, zero, scale, magnitude
-
-    @device_function
-    def pack_inner(unit: Any, shift: Any, lane: Any, staging: Any, into: Any, unit_key: Any) -> Any:
-        magnitude = largest(unit)
-        exponent = exponent_of(group_largest(lane, magnitude))
-        word, lost, there = encode(unit, exponent)
-        store_word(staging, into, word)
-        return mix(word, unit_key), lost, there, scale_byte(exponent, shift), magnitude
-
-    @device_function
-    def pack_four(arena: Any, source: Any, staging: Any, into: Any, first_key: Any, half: Any, lane: Any) -> Any:
-        a, b = load_unit(arena, source), load_unit(arena, source + 32 * lanes)
-        c, d = load_unit(arena, source + 64 * lanes), load_unit(arena, source + 96 * lanes)
-        k = first_key
-        ta, la, ra, sa, ma = pack_inner(a, half, lane, staging, into, k)
-        k += lane_step
-        tb, lb, rb, sb, mb = pack_inner(b, half + 16, lane, staging, into + 32, k)
-        k += lane_step
-        tc, lc, rc, sc, mc = pack_inner(c, half + 32, lane, staging, into + 64, k)
-        k += lane_step
-        td, ld, rd, sd, md = pack_inner(d, half + 48, lane, staging, into + 96, k)
-        scale = sa | sb | sc | sd
-        if has_scales:
-            scale |= other_half(lane, scale)
-        total, lost, there = ta + tb + tc + td, la + lb + lc + ld, ra + rb + rc + rd
-        return total, lost, there, scale, max(max(ma, mb), max(mc, md))
-
-    @device_function
-    def pack_full_tile(
-        arena: Any, source: Any, staging: Any, start: Any, codes: Any, scales: Any, half: Any, lane: Any
-    ) -> Any:
-        source += lanes * lane
-        place = codes + lane
-        first_key = key(place)
-        ta, la, ra, sa, ma = pack_four(arena, source, staging, start + place, first_key, half, lane)
-        first_key += half_tile
-        source += 128 * lanes
-        tb, lb, rb, sb, mb = pack_four(arena, source, staging, start + place + 128, first_key, half, lane)
-        total = ta + tb
-        if has_scales and lane == 0:
-            store_word(staging, start + scales, sa)
-            store_word(staging, start + scales + 1, sb)
-            total += mix(sa, key(scales)) + mix(sb, key(scales + 1))
-        return total, la + lb, ra + rb, max(ma, mb)
+            return Packed(mix(word, key(first + place)), lost, there, scale, magnitude)
+        return Packed(zero, zero, zero, scale, magnitude)
 
     @device_function
     def pack_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
@@ -90,31 +111,31 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
         half = 8 * (lane // 16)
         if count == full_tile:
             return pack_full_tile(arena, source, staging, start, codes, scales, half, lane)
-        total, lost, there, worst = zero, zero, zero, nothing
+        digest, lost, there, worst = zero, zero, zero, nothing
         last, into = count - 1, start + codes
         place = lane
         while place - lane < count:
-            a = load_unit(arena, source + lanes * min(place, last))
-            b = load_unit(arena, source + lanes * min(place + 32, last))
-            c = load_unit(arena, source + lanes * min(place + 64, last))
-            d = load_unit(arena, source + lanes * min(place + 96, last))
-            ta, la, ra, sa, ma = pack_unit(a, place, count, half, lane, staging, into, codes)
-            tb, lb, rb, sb, mb = pack_unit(b, place + 32, count, half + 16, lane, staging, into, codes)
-            tc, lc, rc, sc, mc = pack_unit(c, place + 64, count, half + 32, lane, staging, into, codes)
-            td, ld, rd, sd, md = pack_unit(d, place + 96, count, half + 48, lane, staging, into, codes)
-            total += ta + tb + tc + td
-            lost += la + lb + lc + ld
-            there += ra + rb + rc + rd
-            worst = max(max(worst, ma), max(mb, max(mc, md)))
+            unit_0 = load_unit(arena, source + lanes * min(place, last))
+            unit_1 = load_unit(arena, source + lanes * min(place + 32, last))
+            unit_2 = load_unit(arena, source + lanes * min(place + 64, last))
+            unit_3 = load_unit(arena, source + lanes * min(place + 96, last))
+            packed_0 = pack_unit(unit_0, place, count, half, lane, staging, into, codes)
+            packed_1 = pack_unit(unit_1, place + 32, count, half + 16, lane, staging, into, codes)
+            packed_2 = pack_unit(unit_2, place + 64, count, half + 32, lane, staging, into, codes)
+            packed_3 = pack_unit(unit_3, place + 96, count, half + 48, lane, staging, into, codes)
+            packed = both(both(packed_0, packed_1), both(packed_2, packed_3))
+            digest += packed.digest
+            lost += packed.lost
+            there += packed.there
+            worst = max(worst, packed.largest)
             if has_scales:
-                mine = sa | sb | sc | sd
-                word = mine | other_half(lane, mine)
+                scale = packed.scale | other_half(lane, packed.scale)
                 if lane == 0:
-                    store_word(staging, start + scales, word)
-                    total += mix(word, key(scales))
+                    store_word(staging, start + scales, scale)
+                    digest += mix(scale, key(scales))
                 scales += 1
             place += 128
-        return total, lost, there, worst
+        return TileSums(digest, lost, there, worst)
 
     return tile_kernel("kvortex_pack", pack_tile, COLUMNS, fmt.largest_bits)
 
@@ -129,16 +150,7 @@ def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[
     lane_step = word_constant(32 * POSITION & MASK)
 
     @device_function
-    def unpack_unit(
-        word: Any, scales: Any, shift: Any, place: Any, count: Any, arena: Any, target: Any, first: Any
-    ) -> Any:
-        if place < count:
-            store_unit(arena, target + lanes * place, decode(word, scales, shift))
-            return mix(word, key(first + place))
-        return zero
-
-    @device_function
-    def unpack_inner(word: Any, scale: Any, shift: Any, arena: Any, target: Any, word_key: Any) -> Any:
+    def unpack_unit_of_full_tile(word: Any, scale: Any, shift: Any, arena: Any, target: Any, word_key: Any) -> Any:
         store_unit(arena, target, decode(word, scale, shift))
         return mix(word, word_key)
 
@@ -148,33 +160,43 @@ def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[
     ) -> Any:
         place = codes + lane
         source = start + place
-        a, b = load_word(staging, source), load_word(staging, source + 32)
-        c, d = load_word(staging, source + 64), load_word(staging, source + 96)
-        e, f = load_word(staging, source + 128), load_word(staging, source + 160)
-        g, h = load_word(staging, source + 192), load_word(staging, source + 224)
-        total, first, second = zero, zero, zero
+        # All loads come first: they are in flight together.
+        word_0, word_1 = load_word(staging, source), load_word(staging, source + 32)
+        word_2, word_3 = load_word(staging, source + 64), load_word(staging, source + 96)
+        word_4, word_5 = load_word(staging, source + 128), load_word(staging, source + 160)
+        word_6, word_7 = load_word(staging, source + 192), load_word(staging, source + 224)
+        digest, first, second = zero, zero, zero  # scales of the first and of the second half
         if has_scales:
             first, second = load_word(staging, start + scales), load_word(staging, start + scales + 1)
             if lane == 0:
-                total += mix(first, key(scales)) + mix(second, key(scales + 1))
+                digest += mix(first, key(scales)) + mix(second, key(scales + 1))
         target += lanes * lane
-        k = key(place)
-        total += unpack_inner(a, first, half, arena, target, k)
-        k += lane_step
-        total += unpack_inner(b, first, half + 16, arena, target + 32 * lanes, k)
-        k += lane_step
-        total += unpack_inner(c, first, half + 32, arena, target + 64 * lanes, k)
-        k += lane_step
-        total += unpack_inner(d, first, half + 48, arena, target + 96 * lanes, k)
-        k += lane_step
-        total += unpack_inner(e, second, half, arena, target + 128 * lanes, k)
-        k += lane_step
-        total += unpack_inner(f, second, half + 16, arena, target + 160 * lanes, k)
-        k += lane_step
-        total += unpack_inner(g, second, half + 32, arena, target + 192 * lanes, k)
-        k += lane_step
-        total += unpack_inner(h, second, half + 48, arena, target + 224 * lanes, k)
-        return total, zero, zero, nothing
+        word_key = key(place)
+        digest += unpack_unit_of_full_tile(word_0, first, half, arena, target, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_1, first, half + 16, arena, target + 32 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_2, first, half + 32, arena, target + 64 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_3, first, half + 48, arena, target + 96 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_4, second, half, arena, target + 128 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_5, second, half + 16, arena, target + 160 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_6, second, half + 32, arena, target + 192 * lanes, word_key)
+        word_key += lane_step
+        digest += unpack_unit_of_full_tile(word_7, second, half + 48, arena, target + 224 * lanes, word_key)
+        return TileSums(digest, zero, zero, nothing)
+
+    @device_function
+    def unpack_unit(
+        word: Any, scales: Any, shift: Any, place: Any, count: Any, arena: Any, target: Any, first: Any
+    ) -> Any:
+        if place < count:
+            store_unit(arena, target + lanes * place, decode(word, scales, shift))
+            return mix(word, key(first + place))
+        return zero
 
     @device_function
     def unpack_tile(arena: Any, staging: Any, tiles: Any, row: Any, block_id: Any, start: Any, lane: Any) -> Any:
@@ -183,25 +205,25 @@ def unpack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[
         half = 8 * (lane // 16)
         if count == full_tile:
             return unpack_full_tile(arena, target, staging, start, codes, scales, half, lane)
-        total, scale = zero, zero
+        digest, scale = zero, zero
         last, source = count - 1, start + codes
         place = lane
         while place - lane < count:
-            a = load_word(staging, source + min(place, last))
-            b = load_word(staging, source + min(place + 32, last))
-            c = load_word(staging, source + min(place + 64, last))
-            d = load_word(staging, source + min(place + 96, last))
+            word_0 = load_word(staging, source + min(place, last))
+            word_1 = load_word(staging, source + min(place + 32, last))
+            word_2 = load_word(staging, source + min(place + 64, last))
+            word_3 = load_word(staging, source + min(place + 96, last))
             if has_scales:
                 scale = load_word(staging, start + scales)
                 if lane == 0:
-                    total += mix(scale, key(scales))
+                    digest += mix(scale, key(scales))
                 scales += 1
-            total += unpack_unit(a, scale, half, place, count, arena, target, codes)
-            total += unpack_unit(b, scale, half + 16, place + 32, count, arena, target, codes)
-            total += unpack_unit(c, scale, half + 32, place + 64, count, arena, target, codes)
-            total += unpack_unit(d, scale, half + 48, place + 96, count, arena, target, codes)
+            digest += unpack_unit(word_0, scale, half, place, count, arena, target, codes)
+            digest += unpack_unit(word_1, scale, half + 16, place + 32, count, arena, target, codes)
+            digest += unpack_unit(word_2, scale, half + 32, place + 64, count, arena, target, codes)
+            digest += unpack_unit(word_3, scale, half + 48, place + 96, count, arena, target, codes)
             place += 128
-        return total, zero, zero, nothing
+        return TileSums(digest, zero, zero, nothing)
 
     return tile_kernel("kvortex_unpack", unpack_tile, COLUMNS)
 

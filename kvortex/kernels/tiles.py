@@ -1,13 +1,22 @@
 """What every kernel shares: warps that move one tile after another, and sums a block that are added up on the way."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvortex.codecs.packing import NOT_FINITE
 from kvortex.kernels._cuda import DEVICE_OPS, cuda, int32, int32_constant, word_constant
 
 WARP_TILES = 4
 """Neighbouring tiles that a warp moves: their sums stay in registers, and its work is over in microseconds."""
+
+
+class TileSums(NamedTuple):
+    """What one lane found as its warp moved a tile; all but the digest are of use where blocks are packed."""
+
+    digest: Any  # its part of the digest's sum
+    lost: Any  # sum of the squares of what packing changed, in the codec's steps
+    there: Any  # sum of the squares of the values, likewise
+    largest: Any  # bit pattern of the largest magnitude
 
 
 def scratch_words(max_blocks: int) -> int:
@@ -36,8 +45,7 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
 
     Args:
         name: names the kernel in profiles.
-        move_tile: `(arena, staging, tiles, row, block id, start in staging, lane)` -> the lane's part of the digest,
-            of what was lost, of what there was, and the largest magnitude it saw.
+        move_tile: `(arena, staging, tiles, row, block id, start in staging, lane)` -> the lane's `TileSums`.
         columns: number of columns of the tile table.
         largest_bits: bit pattern of the largest magnitude that may be packed; None where nothing is.
     """
@@ -71,12 +79,12 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
             block_id = as_int64(table_entry(ids, b))
             total, lost, there, worst = zero, zero, zero, nothing
             for row in range(columns * t, columns * (t + run), columns):
-                part, gone, been, largest = move_tile(arena, staging, tiles, row, block_id, b * distance, lane)
-                total += part
+                sums = move_tile(arena, staging, tiles, row, block_id, b * distance, lane)
+                total += sums.digest
                 if packs:
-                    lost += gone
-                    there += been
-                    worst = max(worst, largest)
+                    lost += sums.lost
+                    there += sums.there
+                    worst = max(worst, sums.largest)
             total = warp_sum(lane, total)
             if packs:
                 lost, there, worst = warp_sum(lane, lost), warp_sum(lane, there), warp_largest(lane, worst)
