@@ -123,7 +123,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[PinnedPool]:
     return made
 
 
-def refuse_the_link(patch: pytest.MonkeyPatch) -> None:
+def refuse_the_backing_tier(patch: pytest.MonkeyPatch) -> None:
     def memory_tier(_: EngineParts, __: KVortexConfig, namespace: Namespace) -> MemoryTier:
         return MemoryTier(1 << 20, namespace=namespace.digest)
 
@@ -138,7 +138,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "self-test": lambda patch: patch.setattr("kvortex.planes.data.run_self_test", refuse),
     "wrapped executor": lambda patch: patch.setattr(EngineParts, "wrap_executor", refuse),
     "tier": lambda patch: patch.setattr(EngineParts, "make_tier", refuse),
-    "link to the tier": refuse_the_link,
+    "backing tier": refuse_the_backing_tier,
 }
 
 
