@@ -1,12 +1,13 @@
 """Fixtures for all tests: what needs a GPU says so, and no engine leaves memory behind."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-from kvortex.memory import ExtentAllocator
+if TYPE_CHECKING:
+    from kvortex.memory import ExtentAllocator
 
 # Machines that run tests are shared: an example that takes long says nothing.
 settings.register_profile("kvortex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -14,6 +15,8 @@ settings.load_profile("kvortex")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # not above: tests inside vLLM set variables first that torch reads when it is imported
+
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -23,8 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def allocators(monkeypatch: pytest.MonkeyPatch) -> list[ExtentAllocator]:
+def allocators(monkeypatch: pytest.MonkeyPatch) -> "list[ExtentAllocator]":
     """Every allocator that the test made."""
+    from kvortex.memory import ExtentAllocator
+
     made: list[ExtentAllocator] = []
     original = ExtentAllocator.__init__
 
@@ -43,7 +48,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def pools_at_zero(request: pytest.FixtureRequest, allocators: list[ExtentAllocator]) -> Iterator[None]:
+def pools_at_zero(request: pytest.FixtureRequest, allocators: "list[ExtentAllocator]") -> Iterator[None]:
     """After every test that ran an engine, its pool holds nothing; `@pytest.mark.leaves_extents` opts out."""
     yield
     if "leaves_extents" in request.keywords:

@@ -213,13 +213,13 @@ class DiskTierConfig(Section):
             never uses it. Without it the page cache holds a second copy of blocks that are in the pinned pool.
         fsync: flush a block to the device before its file gets its name. Without it a crash of the machine (not of the
             process) may lose the last blocks; they are misses then, never wrong bytes.
-        verify: compare the payload's digest in every read. If False, a block is compared once: when it is loaded into
+        verify: check the payload's digest in every read. If False, a block is checked only once, when it is loaded into
             the paged cache.
         touch_interval_s: seconds between two updates of a file's time of use, at least. After a restart the order of
             eviction is wrong by this much.
         rescan_interval_s: seconds between two scans of the directory, in which other processes write and delete too.
             None scans at start only.
-        close_timeout_s: seconds that closing waits for I/O in progress.
+        close_timeout_s: seconds that closing waits for I/O in flight.
     """
 
     section: ClassVar[str] = "disk"

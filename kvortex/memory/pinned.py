@@ -106,7 +106,7 @@ class PinnedPool:
                 self._advance(start + nbytes)
         except DeviceError as error:
             logger.warning(
-                "only %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
+                "no more than %d of the pool's %d bytes can be pinned, the rest is not used (%s): "
                 "raise the limit on locked memory, or lower pool.bytes",
                 self.pinned_bytes,
                 self.capacity_bytes,

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from check_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from scheduler_harness import SchedulerHarness
+from test_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from tiny_model import make_tiny_model
 
 from kvortex.hashing import Namespace
@@ -46,7 +46,7 @@ def finish_all(p: Played, names: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def check_one_that_waits_for_a_save_lets_a_load_behind_it_go_on(
+def test_one_that_waits_for_a_save_lets_a_load_behind_it_go_on(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     p = played(num_blocks=10, extra={"pending_wait_s": 2.5})
@@ -67,7 +67,7 @@ def check_one_that_waits_for_a_save_lets_a_load_behind_it_go_on(
 
 @pytest.mark.parametrize("method", ["mtp", "eagle", "draft_model"])
 @pytest.mark.parametrize(("blocks", "length"), [(8, 128), (9, 128), (10, 128), (8, 127), (8, 96)])
-def check_loads_leave_room_for_drafts(played: Callable[..., Played], method: str, blocks: int, length: int) -> None:
+def test_loads_leave_room_for_drafts(played: Callable[..., Played], method: str, blocks: int, length: int) -> None:
     p = played(num_blocks=blocks + 1, speculative=(method, 3))
     for name, seed in (("x", 1), ("y", 2)):
         p.harness.add_request(name, tokens(length, seed), max_tokens=1)
@@ -78,7 +78,7 @@ def check_loads_leave_room_for_drafts(played: Callable[..., Played], method: str
     assert p.half.stats.snapshot().hits >= length // BLOCK_SIZE
 
 
-def check_blocks_that_another_connector_loads_into_are_fresh(played: Callable[..., Played]) -> None:
+def test_blocks_that_another_connector_loads_into_are_fresh(played: Callable[..., Played]) -> None:
     p = played()
 
     class Several:
@@ -98,7 +98,7 @@ def check_blocks_that_another_connector_loads_into_are_fresh(played: Callable[..
     manager.free(request)
 
 
-def check_figures_go_out_with_tokens(played: Callable[..., Played]) -> None:
+def test_figures_go_out_with_tokens(played: Callable[..., Played]) -> None:
     """Two steps at a time: the one behind that which ends a load has no tokens, and some engines drop its figures."""
     p = played()
     p.harness.add_request("first", tokens(4 * BLOCK_SIZE + 1), max_tokens=2)
@@ -139,7 +139,7 @@ class PlayedTier(Played):
         return step
 
 
-def check_events_and_index_are_equal_with_a_disk_and_a_small_pool(
+def test_events_and_index_are_equal_with_a_disk_and_a_small_pool(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plain = played(

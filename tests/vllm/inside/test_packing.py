@@ -1,8 +1,8 @@
 """Packed blocks: hits out of a quarter of the memory, and the exact bytes where packing would lose too much."""
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, LIKELY, Engine, count_stats, running
+from inside_fixtures import PROMPTS
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 
@@ -17,7 +17,7 @@ def stored_nbytes(engine: Engine) -> float:
 
 
 @pytest.mark.parametrize(("codec", "share"), [("fp8", 0.26), ("bf16", 0.5)])
-def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[int]]], codec: str, share: float) -> None:
+def test_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[int]]], codec: str, share: float) -> None:
     with running(model, options={"codec": codec}) as engine:
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]  # computed: packing is not in the way
@@ -40,7 +40,7 @@ def check_hits_out_of_packed_blocks(model: str, expected: dict[str, list[list[in
         assert [len(answer) for answer in answers] == [8] * len(WHOLE)
 
 
-def check_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
+def test_what_packing_would_hurt_is_saved_again_as_it_is(model: str, expected: dict[str, list[list[int]]]) -> None:
     with running(model, options={"codec": {"name": "fp8", "max_error": 1e-9}}) as engine:
         counted = count_stats(engine)
         for name in WHOLE:

@@ -33,7 +33,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def check_offline(model: str) -> None:
+def test_offline(model: str) -> None:
     out = run("vllm_offline.py", model)
     assert "first answer: 0 of 300" in out
     cached = re.search(r"second answer: (\d+) of 300", out)
@@ -42,7 +42,7 @@ def check_offline(model: str) -> None:
     assert "same tokens: True" in out
 
 
-def check_multi_turn(model: str) -> None:
+def test_multi_turn(model: str) -> None:
     out = run("vllm_multi_turn.py", model)
     turns = [(int(a), int(b)) for a, b in re.findall(r"turn \d: (\d+) of (\d+)", out)]
     assert len(turns) == 4
@@ -52,7 +52,7 @@ def check_multi_turn(model: str) -> None:
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's stand-in operators live in this process alone")
-def check_shared_disk(model: str, tmp_path: Path) -> None:
+def test_shared_disk(model: str, tmp_path: Path) -> None:
     """Run as printed: it starts its two engines itself."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(

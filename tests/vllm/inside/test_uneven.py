@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny_model
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, running
+from inside_fixtures import PROMPTS
 from tiny_model import make_tiny_model
 
 from kvortex.vllm.versions import IS_NEWER
@@ -25,7 +25,7 @@ def draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version has no draft models")
-def check_a_draft_model_with_other_kv_heads(
+def test_a_draft_model_with_other_kv_heads(
     model: str, draft: Path, expected: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
     """One group of pages that differ; loads go to the prompt's own blocks, whatever is allocated for drafts."""
@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
-def check_stages_with_unequal_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_with_unequal_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_model, "NUM_LAYERS", 3)
     model = make_tiny_model(tmp_path / "model", "qwen3")
     script = tmp_path / "two_stages.py"

@@ -102,7 +102,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, 1000, count).tolist()
 
 
-def check_a_prompt_is_saved_and_then_loaded(played: Callable[..., Played]) -> None:
+def test_a_prompt_is_saved_and_then_loaded(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
@@ -120,7 +120,7 @@ def check_a_prompt_is_saved_and_then_loaded(played: Callable[..., Played]) -> No
     assert p.half.stats.snapshot().hits == 3
 
 
-def check_decoded_blocks_are_saved(played: Callable[..., Played]) -> None:
+def test_decoded_blocks_are_saved(played: Callable[..., Played]) -> None:
     for save_decoded, blocks in ((True, 3), (False, 1)):
         p = played(extra={"save_decoded": save_decoded})
         p.harness.add_request("a", tokens(40), max_tokens=70)
@@ -128,7 +128,7 @@ def check_decoded_blocks_are_saved(played: Callable[..., Played]) -> None:
         assert len(p.half._control.index) == blocks
 
 
-def check_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> None:
+def test_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> None:
     p = played()
     for number in range(4):
         p.harness.add_request(f"r{number}", tokens(2 * BLOCK_SIZE - 1, number), max_tokens=2 * BLOCK_SIZE)
@@ -148,7 +148,7 @@ def check_a_step_of_decoding_is_saved_as_one(played: Callable[..., Played]) -> N
     assert p.half.stats.snapshot().hits == 4
 
 
-def check_larger_saves_are_not_put_together(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_saves_are_not_put_together(played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvortex.vllm.scheduler.saves.MIN_SAVE_BLOCKS", 3)
     p = played()
     for number, blocks in enumerate((3, 1, 1, 1, 2)):
@@ -157,7 +157,7 @@ def check_larger_saves_are_not_put_together(played: Callable[..., Played], monke
     assert [job.transfer.num_blocks for job in step.metadata.saves] == [3, 3, 2]
 
 
-def check_a_block_that_two_requests_compute_is_saved_once(played: Callable[..., Played]) -> None:
+def test_a_block_that_two_requests_compute_is_saved_once(played: Callable[..., Played]) -> None:
     p = played(extra={"pending_wait_s": 0})
     for number in range(2):
         p.harness.add_request(f"r{number}", tokens(BLOCK_SIZE + 9), max_tokens=1)
@@ -167,7 +167,7 @@ def check_a_block_that_two_requests_compute_is_saved_once(played: Callable[..., 
     assert len(p.half._control.index) == 1
 
 
-def check_what_packing_would_lose_is_saved_as_it_is(played: Callable[..., Played]) -> None:
+def test_what_packing_would_lose_is_saved_as_it_is(played: Callable[..., Played]) -> None:
     p = played(extra={"codec": "fp8"})
     for number in range(3):
         p.harness.add_request(f"r{number}", tokens(2 * BLOCK_SIZE + 1, number), max_tokens=3)
@@ -182,14 +182,14 @@ def check_what_packing_would_lose_is_saved_as_it_is(played: Callable[..., Played
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
-def check_a_step_ahead(played: Callable[..., Played], async_scheduling: bool) -> None:
+def test_a_step_ahead(played: Callable[..., Played], async_scheduling: bool) -> None:
     p = played(async_scheduling=async_scheduling)
     p.harness.add_request("a", tokens(70), max_tokens=60)
     p.run("a")
     assert len(p.half._control.index) == (70 + 60 - 1) // BLOCK_SIZE
 
 
-def check_a_chunked_prompt_is_saved_once(played: Callable[..., Played]) -> None:
+def test_a_chunked_prompt_is_saved_once(played: Callable[..., Played]) -> None:
     p = played(max_num_batched_tokens=64)
     p.harness.add_request("a", tokens(300), max_tokens=2)
     saved: list[int] = []
@@ -199,7 +199,7 @@ def check_a_chunked_prompt_is_saved_once(played: Callable[..., Played]) -> None:
     assert len(saved) == len(set(saved)) == 9
 
 
-def check_a_request_waits_for_blocks_being_saved(played: Callable[..., Played]) -> None:
+def test_a_request_waits_for_blocks_being_saved(played: Callable[..., Played]) -> None:
     p = played(extra={"pending_wait_s": 60})
     p.harness.add_request("a", tokens(100), max_tokens=4)
     step = p.schedule()
@@ -214,7 +214,7 @@ def check_a_request_waits_for_blocks_being_saved(played: Callable[..., Played]) 
     p.harness.finish(step, p.report())
 
 
-def check_waiting_has_an_end(played: Callable[..., Played]) -> None:
+def test_waiting_has_an_end(played: Callable[..., Played]) -> None:
     p = played(extra={"pending_wait_s": 0.0})
     p.harness.add_request("a", tokens(100), max_tokens=4)
     p.harness.finish(p.schedule(), p.report(saves=False))
@@ -226,7 +226,7 @@ def check_waiting_has_an_end(played: Callable[..., Played]) -> None:
 
 @pytest.mark.parametrize("fault", ["failed", "corrupt"])
 @pytest.mark.parametrize("position", [0, 1])
-def check_a_failed_load_is_computed(played: Callable[..., Played], fault: str, position: int) -> None:
+def test_a_failed_load_is_computed(played: Callable[..., Played], fault: str, position: int) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
@@ -243,7 +243,7 @@ def check_a_failed_load_is_computed(played: Callable[..., Played], fault: str, p
     assert len(p.half._control.index) == 3
 
 
-def check_abort_during_a_load(played: Callable[..., Played]) -> None:
+def test_abort_during_a_load(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
@@ -260,7 +260,7 @@ def check_abort_during_a_load(played: Callable[..., Played]) -> None:
     assert not p.half._aborted
 
 
-def check_abort_between_the_report_and_its_arrival(played: Callable[..., Played]) -> None:
+def test_abort_between_the_report_and_its_arrival(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
@@ -275,7 +275,7 @@ def check_abort_between_the_report_and_its_arrival(played: Callable[..., Played]
     assert not p.half._aborted
 
 
-def check_abort_after_the_load(played: Callable[..., Played]) -> None:
+def test_abort_after_the_load(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
@@ -292,7 +292,7 @@ def check_abort_after_the_load(played: Callable[..., Played]) -> None:
     assert p.half.stats.snapshot().hits == 6
 
 
-def check_preemption_resumes_from_the_cache(played: Callable[..., Played]) -> None:
+def test_preemption_resumes_from_the_cache(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=40)
     for _ in range(5):
@@ -306,7 +306,7 @@ def check_preemption_resumes_from_the_cache(played: Callable[..., Played]) -> No
     assert len(p.half._control.index) == (100 + 40 - 1) // BLOCK_SIZE
 
 
-def check_preemption_for_want_of_blocks(played: Callable[..., Played]) -> None:
+def test_preemption_for_want_of_blocks(played: Callable[..., Played]) -> None:
     p = played(num_blocks=10)
     for name in "ab":
         p.harness.add_request(name, tokens(100, ord(name)), max_tokens=80)
@@ -315,7 +315,7 @@ def check_preemption_for_want_of_blocks(played: Callable[..., Played]) -> None:
     assert p.harness.num_free_blocks == 9
 
 
-def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
+def test_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
     """Whatever a forward or a load of a step writes for the first time stands in that step's plan."""
     p = played(num_blocks=16)
     known: dict[str, set[int]] = {}
@@ -337,7 +337,7 @@ def check_fresh_blocks_are_announced(played: Callable[..., Played]) -> None:
 
 
 @pytest.mark.parametrize(("together", "pool_blocks"), [(1, 16), (4, 40)])
-def check_events_tell_what_the_cache_holds(
+def test_events_tell_what_the_cache_holds(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, together: int, pool_blocks: int
 ) -> None:
     extra = {"pool": {"bytes": pool_blocks * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}}
@@ -377,7 +377,7 @@ def check_events_tell_what_the_cache_holds(
 
 
 @pytest.mark.parametrize("salt", [None, "pepper"])
-def check_events_tell_what_hashes_are_made_of(
+def test_events_tell_what_hashes_are_made_of(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, salt: str | None
 ) -> None:
     p = played(kv_events=True)
@@ -399,28 +399,28 @@ def check_events_tell_what_hashes_are_made_of(
         assert event.group_idx == 0
 
 
-def check_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
+def test_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
     p = played()
     p.harness.add_request("a", tokens(100), max_tokens=2)
     p.run("a")
     assert list(p.half.take_events()) == []
 
 
-def check_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
+def test_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
     with pytest.raises(ValueError, match=r"raise pool\.bytes"):
         SchedulerHarness(model, extra_config={"pool": {"bytes": 4096, "pin_piece_bytes": 4096}})
 
 
-def check_an_unknown_option_is_refused(model: Path) -> None:
+def test_an_unknown_option_is_refused(model: Path) -> None:
     with pytest.raises(ValueError, match="unknown option 'cpu_pool'"):
         SchedulerHarness(model, extra_config={"cpu_pool": 1 << 30})
 
 
-def check_the_failure_policy_is_recompute(played: Callable[..., Played]) -> None:
+def test_the_failure_policy_is_recompute(played: Callable[..., Played]) -> None:
     p = played(failure_policy="fail")
     assert p.harness.scheduler.recompute_kv_load_failures
     assert p.harness.vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
-def check_blocks_held_while_a_load_writes() -> None:
+def test_blocks_held_while_a_load_writes() -> None:
     assert HOLD_ABORTED_LOADS is not IS_NEWER

@@ -167,7 +167,7 @@ def server() -> Iterator[Server]:
     assert [rank.exitcode for rank in server.ranks] == [0, 0]
 
 
-def check_each_rank_saves_its_share_and_loads_all(server: Server) -> None:
+def test_each_rank_saves_its_share_and_loads_all(server: Server) -> None:
     for block in range(6):
         # The second rank's copy differs, to tell whose bytes were saved.
         server.tell(0, "fill", block, 10.0 + block)
@@ -183,14 +183,14 @@ def check_each_rank_saves_its_share_and_loads_all(server: Server) -> None:
         assert read == [(value, value) for value in (10.0, 21.0, 12.0, 23.0, 14.0, 25.0)]
 
 
-def check_one_block_is_saved_by_one_rank(server: Server) -> None:
+def test_one_block_is_saved_by_one_rank(server: Server) -> None:
     server.both("break", True)
     said, _ = server.save(range(20, 21), [0])
     server.both("break", False)
     assert sorted(outcome.failed for outcome in said) == [(), (0,)]
 
 
-def check_a_rank_that_fails_makes_its_blocks_misses_for_all(server: Server) -> None:
+def test_a_rank_that_fails_makes_its_blocks_misses_for_all(server: Server) -> None:
     server.tell(1, "break", True)
     said, outcomes = server.save(range(30, 34), range(4))
     server.tell(1, "break", False)
@@ -202,7 +202,7 @@ def check_a_rank_that_fails_makes_its_blocks_misses_for_all(server: Server) -> N
     assert server.control.allocator.allocated_bytes == server.control.index.committed_bytes
 
 
-def check_damage_is_seen_by_the_rank_that_did_not_save(server: Server) -> None:
+def test_damage_is_seen_by_the_rank_that_did_not_save(server: Server) -> None:
     server.save(range(40, 42), [0, 1])
     plan = server.control.plan_load(pack_keys(HASHES[40:42]), np.array([20, 21], dtype=np.int32))
     server.tell(0, "damage", int(plan.transfer.offsets[1]) + 77)
@@ -212,14 +212,14 @@ def check_damage_is_seen_by_the_rank_that_did_not_save(server: Server) -> None:
     assert outcomes[1].value == "corrupt"
 
 
-def check_what_is_forgotten_fails_its_check_on_every_rank(server: Server) -> None:
+def test_what_is_forgotten_fails_its_check_on_every_rank(server: Server) -> None:
     server.save(range(50, 52), [0, 1])
     server.both("forget")
     said, _ = server.load(range(50, 52), [22, 23])
     assert [outcome.corrupt for outcome in said] == [(0, 1), (0, 1)]
 
 
-def check_nothing_is_left_when_a_rank_is_killed() -> None:
+def test_nothing_is_left_when_a_rank_is_killed() -> None:
     before = set(os.listdir("/dev/shm"))
     server = Server()
     assert server.tell(0, "names") == set()
@@ -232,7 +232,7 @@ def check_nothing_is_left_when_a_rank_is_killed() -> None:
     assert not left_since(before)
 
 
-def check_ranks_that_cannot_share_store_a_copy_each() -> None:
+def test_ranks_that_cannot_share_store_a_copy_each() -> None:
     server = Server(blind=True)
     for block in range(4):
         server.tell(0, "fill", block, 10.0)

@@ -38,7 +38,7 @@ def processes_with(variable: str) -> list[str]:
     return found
 
 
-def check_rows_are_measured_and_written(tmp_path: Path) -> None:
+def test_rows_are_measured_and_written(tmp_path: Path) -> None:
     done = run("--rows", "none,kvortex", "--together", "2", "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     none, kvortex = json.loads((tmp_path / "figures.json").read_text())["rows"]
@@ -52,7 +52,7 @@ def check_rows_are_measured_and_written(tmp_path: Path) -> None:
     assert "4 of 4" in done.stdout
 
 
-def check_a_row_that_fails_is_told_with_its_errors() -> None:
+def test_a_row_that_fails_is_told_with_its_errors() -> None:
     done = run("--rows", "none", "--engine", json.dumps({"dtype": "nonsense"}))
     assert done.returncode == 1
     assert "none failed" in done.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from check_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from scheduler_harness import SAMPLED_TOKEN, SchedulerHarness
+from test_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from tiny_model import make_tiny_model
 
 from kvortex.vllm.identity.adapters import as_keys
@@ -34,7 +34,7 @@ def played(model: Path) -> Iterator[Callable[..., Played]]:
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "mtp", "ngram"])
 @pytest.mark.parametrize("ahead", [0, 1, 3, 31, 33])
 @pytest.mark.parametrize("length", [96, 106, 127])
-def check_a_load_goes_to_the_first_blocks_whatever_is_allocated_behind_them(
+def test_a_load_goes_to_the_first_blocks_whatever_is_allocated_behind_them(
     played: Callable[..., Played], method: str, ahead: int, length: int
 ) -> None:
     p = played(speculative=(method, ahead) if ahead else None)
@@ -51,7 +51,7 @@ def check_a_load_goes_to_the_first_blocks_whatever_is_allocated_behind_them(
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def check_a_load_goes_behind_a_local_hit(played: Callable[..., Played], ahead: int) -> None:
+def test_a_load_goes_behind_a_local_hit(played: Callable[..., Played], ahead: int) -> None:
     p = played(enable_prefix_caching=True, num_blocks=12)
     p.harness.scheduler.num_lookahead_tokens = ahead
     p.harness.add_request("a", tokens(5 * BLOCK_SIZE + 1), max_tokens=1)
@@ -66,7 +66,7 @@ def check_a_load_goes_behind_a_local_hit(played: Callable[..., Played], ahead: i
 
 
 @pytest.mark.parametrize("length", [59, 60, 61])
-def check_a_session_stores_blocks_under_the_tokens_they_hold(played: Callable[..., Played], length: int) -> None:
+def test_a_session_stores_blocks_under_the_tokens_they_hold(played: Callable[..., Played], length: int) -> None:
     p = played()
     first, chunk = tokens(length, 1), tokens(80, 2)
     session = p.harness.add_request("s", first, max_tokens=4, resumable=True)
@@ -85,7 +85,7 @@ def check_a_session_stores_blocks_under_the_tokens_they_hold(played: Callable[..
 
 
 @pytest.mark.parametrize(("role", "saves", "loads"), [("kv_both", 1, 1), ("kv_consumer", 0, 0), ("kv_producer", 1, 0)])
-def check_roles(played: Callable[..., Played], role: str, saves: int, loads: int) -> None:
+def test_roles(played: Callable[..., Played], role: str, saves: int, loads: int) -> None:
     p = played(kv_role=role)
     p.harness.add_request("a", tokens(100), max_tokens=2)
     step = p.step()
@@ -96,7 +96,7 @@ def check_roles(played: Callable[..., Played], role: str, saves: int, loads: int
     p.run("b")
 
 
-def check_a_short_prompt_does_not_wait_for_blocks_being_saved(played: Callable[..., Played]) -> None:
+def test_a_short_prompt_does_not_wait_for_blocks_being_saved(played: Callable[..., Played]) -> None:
     p = played(extra={"pending_wait_s": 60, "min_hit_blocks": 4})
     p.harness.add_request("a", tokens(100), max_tokens=4)
     p.harness.finish(p.schedule(), p.report(saves=False))
@@ -106,7 +106,7 @@ def check_a_short_prompt_does_not_wait_for_blocks_being_saved(played: Callable[.
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
-def check_the_last_block_behind_a_local_hit_is_computed(played: Callable[..., Played], blocks: int) -> None:
+def test_the_last_block_behind_a_local_hit_is_computed(played: Callable[..., Played], blocks: int) -> None:
     p = played(enable_prefix_caching=True)
     for name in "ab":
         p.harness.add_request(name, tokens(blocks * BLOCK_SIZE + BLOCK_SIZE), max_tokens=1)

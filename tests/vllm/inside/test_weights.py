@@ -115,7 +115,7 @@ WAYS: dict[str, Callable[[Engine, Path], None]] = {
     indirect=["engine"],
     ids=[*WAYS, "with a disk", "reloaded with a disk"],
 )
-def check_old_blocks_are_not_served_after_a_plain_reset(
+def test_old_blocks_are_not_served_after_a_plain_reset(
     engine: Engine, models: dict[str, Path], answers: dict[str, list[int]], way: str
 ) -> None:
     if way == "reloaded" and not IS_NEWER:
@@ -135,7 +135,7 @@ def check_old_blocks_are_not_served_after_a_plain_reset(
     assert engine.loaded_blocks == before + BLOCKS
 
 
-def check_weights_that_come_before_the_first_prompt_cost_nothing(
+def test_weights_that_come_before_the_first_prompt_cost_nothing(
     engine: Engine, models: dict[str, Path], answers: dict[str, list[int]]
 ) -> None:
     """Trainers start engines with weights of no meaning, and send those that count."""
@@ -147,7 +147,7 @@ def check_weights_that_come_before_the_first_prompt_cost_nothing(
         assert engine.llm.reset_prefix_cache()
 
 
-def check_weights_that_stay_cost_nothing(engine: Engine, answers: dict[str, list[int]]) -> None:
+def test_weights_that_stay_cost_nothing(engine: Engine, answers: dict[str, list[int]]) -> None:
     """A reset or a function that only reads is no reason to forget."""
     engine.generate([TOKENS])
     engine.settle()
@@ -158,7 +158,7 @@ def check_weights_that_stay_cost_nothing(engine: Engine, answers: dict[str, list
     assert engine.loaded_blocks == BLOCKS
 
 
-def check_what_is_computed_across_a_change_is_not_stored(
+def test_what_is_computed_across_a_change_is_not_stored(
     engine: Engine, models: dict[str, Path], answers: dict[str, list[int]]
 ) -> None:
     """Half with the old weights, half with the new ones: such KV is nobody's."""
@@ -202,7 +202,7 @@ class PlayedWorker(WorkerBase):
         return function(self.model)
 
 
-def check_every_method_that_replaces_weights_is_watched() -> None:
+def test_every_method_that_replaces_weights_is_watched() -> None:
     config = SimpleNamespace(model_config=SimpleNamespace())
     worker, stranger = PlayedWorker(config), PlayedWorker(SimpleNamespace(model_config=SimpleNamespace()))
     changes: list[str] = []
@@ -224,7 +224,7 @@ def check_every_method_that_replaces_weights_is_watched() -> None:
     assert len(changes) == 4
 
 
-def check_a_method_within_another_is_one_change() -> None:
+def test_a_method_within_another_is_one_change() -> None:
     """Halfway through an update some parameters have no memory, and a look at them would end it."""
 
     class Model(torch.nn.Linear):
@@ -248,7 +248,7 @@ def check_a_method_within_another_is_one_change() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
-def check_the_checksum_sees_one_bit(dtype: torch.dtype) -> None:
+def test_the_checksum_sees_one_bit(dtype: torch.dtype) -> None:
     model = torch.nn.ParameterList(
         [torch.nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False) for shape in ((3, 5), (8,), ())]
     )

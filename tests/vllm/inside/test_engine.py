@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from conftest import PROMPTS, SHARED, TAILS
 from engine_support import BLOCK_SIZE, Engine, flip_a_bit, keys_of, prompt, running
+from inside_fixtures import PROMPTS, SHARED, TAILS
 
 from kvortex.errors import DeviceError
 from kvortex.types import MissReason
@@ -17,7 +17,7 @@ def engine(model: str, expected: object) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def check_a_repeated_prompt(engine: Engine, expected: dict[str, list[list[int]]], name: str) -> None:
+def test_a_repeated_prompt(engine: Engine, expected: dict[str, list[list[int]]], name: str) -> None:
     tokens = PROMPTS[name]
     assert engine.generate([tokens]) == expected[name]
     engine.settle()
@@ -28,7 +28,7 @@ def check_a_repeated_prompt(engine: Engine, expected: dict[str, list[list[int]]]
     assert engine.loaded_blocks - before == 2 * (len(tokens) // BLOCK_SIZE)
 
 
-def check_a_shared_prefix(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_a_shared_prefix(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     prompts = [SHARED + tail for tail in TAILS]
     assert engine.generate(prompts[:1]) == expected["shared"][:1]
     engine.settle()
@@ -38,7 +38,7 @@ def check_a_shared_prefix(engine: Engine, expected: dict[str, list[list[int]]]) 
     assert engine.loaded_blocks - before == 3 * (len(SHARED) // BLOCK_SIZE)
 
 
-def check_a_conversation(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_a_conversation(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     """The answer of the first turn, saved while it was decoded, is a prefix of the second turn's prompt."""
     assert engine.generate([SHARED], max_tokens=70) == expected["turn 1"]
     engine.settle()
@@ -51,7 +51,7 @@ def check_a_conversation(engine: Engine, expected: dict[str, list[list[int]]]) -
     assert known > len(SHARED) // BLOCK_SIZE
 
 
-def check_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     tokens = PROMPTS["long"]
     engine.generate([tokens])
     engine.settle()
@@ -70,7 +70,7 @@ def check_a_corrupt_block(engine: Engine, expected: dict[str, list[list[int]]]) 
 
 
 @pytest.mark.parametrize("which", ["first", "later"])
-def check_a_failed_load(engine: Engine, expected: dict[str, list[list[int]]], which: str) -> None:
+def test_a_failed_load(engine: Engine, expected: dict[str, list[list[int]]], which: str) -> None:
     tokens = PROMPTS["whole blocks"]
     engine.generate([tokens])
     engine.settle()
@@ -96,7 +96,7 @@ def check_a_failed_load(engine: Engine, expected: dict[str, list[list[int]]], wh
     assert engine.generate([tokens]) == expected["whole blocks"]
 
 
-def check_reset(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_reset(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     tokens = PROMPTS["long"]
     engine.generate([tokens])
     engine.settle()
@@ -107,14 +107,14 @@ def check_reset(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     assert engine.loaded_blocks == before
 
 
-def check_the_worker_half_always_has_figures(engine: Engine) -> None:
+def test_the_worker_half_always_has_figures(engine: Engine) -> None:
     """Schedulers of 0.15 and 0.23 ask for the scheduler half's figures only if a worker sent some, empty ones too."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     assert get_kv_transfer_group().get_kv_connector_stats().is_empty()
 
 
-def check_prompt_logprobs_are_complete(engine: Engine) -> None:
+def test_prompt_logprobs_are_complete(engine: Engine) -> None:
     """A hit would leave prompt tokens without logits: such requests compute everything."""
     import vllm
 
@@ -126,7 +126,7 @@ def check_prompt_logprobs_are_complete(engine: Engine) -> None:
     assert sum(entry is not None for entry in output.prompt_logprobs) == len(tokens) - 1
 
 
-def check_salts_keep_apart(engine: Engine) -> None:
+def test_salts_keep_apart(engine: Engine) -> None:
     import vllm
 
     tokens = prompt(4 * BLOCK_SIZE, 77)

@@ -149,7 +149,7 @@ def talk(server: str, said: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def check_a_conversation(server: str) -> None:
+def test_a_conversation(server: str) -> None:
     done = talk(server, "w10 w11 w12\n\nw20 w21\nw30\n")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = re.findall(
@@ -166,7 +166,7 @@ def check_a_conversation(server: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def check_a_server_that_is_not_there() -> None:
+def test_a_server_that_is_not_there() -> None:
     done = talk("http://127.0.0.1:9", "w10\n")
     assert done.returncode == 1
     assert "http://127.0.0.1:9" in done.stderr
@@ -201,13 +201,13 @@ def read_until(client: "subprocess.Popen[bytes]", wanted: bytes) -> bytes:
     return shown
 
 
-def check_control_c_ends_the_client(client: "subprocess.Popen[bytes]") -> None:
+def test_control_c_ends_the_client(client: "subprocess.Popen[bytes]") -> None:
     client.send_signal(signal.SIGINT)
     _, errors = client.communicate(timeout=30)
     assert (client.returncode, errors) == (0, b"")
 
 
-def check_control_c_cuts_an_answer_short(client: "subprocess.Popen[bytes]") -> None:
+def test_control_c_cuts_an_answer_short(client: "subprocess.Popen[bytes]") -> None:
     assert client.stdin is not None
     client.stdin.write(b"w10 w11\n")
     client.stdin.flush()
@@ -219,7 +219,7 @@ def check_control_c_cuts_an_answer_short(client: "subprocess.Popen[bytes]") -> N
     assert (client.returncode, errors) == (0, b"")
 
 
-def check_the_script_says_how_it_is_used() -> None:
+def test_the_script_says_how_it_is_used() -> None:
     done = subprocess.run([EXAMPLES / "vllm_chat_server.sh"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert "vllm_chat_server.sh MODEL" in done.stderr

@@ -42,7 +42,7 @@ def config(*specs: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], s) for i, s in enumerate(specs)])
 
 
-def check_models_that_cannot_be_served_are_refused() -> None:
+def test_models_that_cannot_be_served_are_refused() -> None:
     full, sliding = spec(FullAttentionSpec), spec(SlidingWindowSpec, sliding_window=64)
     assert only_group(config(full)).kv_cache_spec is full
     for groups in ([sliding], [full, sliding], [full, full], []):
@@ -62,14 +62,14 @@ def settings(device: str = "cuda", *, prefix_caching: bool = False, reused: bool
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def check_context_parallelism_is_refused(name: str) -> None:
+def test_context_parallelism_is_refused(name: str) -> None:
     full = config(spec(FullAttentionSpec))
     refuse_unserved(settings(**{name: 1}), full)
     with pytest.raises(ConfigError, match=name):
         refuse_unserved(settings(**{name: 2}), full)
 
 
-def check_what_vllm_does_not_reuse_is_not_reused() -> None:
+def test_what_vllm_does_not_reuse_is_not_reused() -> None:
     full, latent = config(spec(FullAttentionSpec)), config(spec(MLAAttentionSpec, num_kv_heads=1))
     assert why_not_reused(settings(), full) == ""
     assert why_not_reused(settings("cpu"), full) == ""
@@ -80,7 +80,7 @@ def check_what_vllm_does_not_reuse_is_not_reused() -> None:
     assert "keeps no KV" in why_not_reused(settings(), config())
 
 
-def check_kinds_of_attention_that_are_not_known_are_not_reused() -> None:
+def test_kinds_of_attention_that_are_not_known_are_not_reused() -> None:
     """Kinds that are full attention by inheritance alone, such as sinks or reference windows."""
     kinds = [k for k in (SinkFullAttentionSpec, RSWASpec, HiddenStateCacheSpec) if k is not None]
     more = {"sink_len": 4, "rswa_window": 64, "head_size_v": 64}
@@ -89,14 +89,14 @@ def check_kinds_of_attention_that_are_not_known_are_not_reused() -> None:
 
 
 @pytest.mark.skipif("non_causal" not in inspect.signature(FullAttentionSpec).parameters, reason="no such field here")
-def check_attention_that_looks_ahead_is_not_reused() -> None:
+def test_attention_that_looks_ahead_is_not_reused() -> None:
     ahead, full = spec(FullAttentionSpec, non_causal=True), spec(FullAttentionSpec)
     assert "not causal" in why_not_reused(settings(), config(ahead))
     mixed = UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs={"a": full, "b": ahead})
     assert "not causal" in why_not_reused(settings(), config(mixed))
 
 
-def check_layers_of_different_shapes_are_served() -> None:
+def test_layers_of_different_shapes_are_served() -> None:
     """A draft head with other KV heads, layers whose cache has another dtype, a latent beside its indexer."""
     narrow, wide = spec(FullAttentionSpec), spec(FullAttentionSpec, num_kv_heads=8)
     bytes_of = spec(FullAttentionSpec, dtype=torch.uint8)
@@ -112,14 +112,14 @@ def check_layers_of_different_shapes_are_served() -> None:
         assert is_latent(groups.kv_cache_groups[0]) == (latent in layers)
 
 
-def check_the_dimension_of_blocks() -> None:
+def test_the_dimension_of_blocks() -> None:
     caches = {"a": torch.empty(2, 40, 16, 4, 8), "b": torch.empty(40, 2, 16, 4, 8), "c": torch.empty(80, 8, 576)}
     assert block_dims(caches, 40) == {"a": 1, "b": 0, "c": 0}
     with pytest.raises(ConfigError, match="a: no dimension"):
         block_dims({"a": torch.empty(3, 41, 5)}, 40)
 
 
-def check_options() -> None:
+def test_options() -> None:
     options = ConnectorOptions.from_extra_config({"pool": "1GiB", "min_hit_blocks": 4, "eviction": {"watermark": 0.9}})
     assert (options.engine.pool.bytes, options.min_hit_blocks, options.engine.eviction.watermark) == (1 << 30, 4, 0.9)
     assert options.engine.transfer.max_batch_bytes == 32 << 20
@@ -134,7 +134,7 @@ def check_options() -> None:
             ConnectorOptions.from_extra_config(bad)
 
 
-def check_plans_and_outcomes_cross_a_process_border() -> None:
+def test_plans_and_outcomes_cross_a_process_border() -> None:
     transfer = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int64) * 128)
     plan = ConnectorPlan([SaveJob(1, transfer)], [LoadJob(2, "r", transfer, (9,))], {4, 5})
     copy = pickle.loads(pickle.dumps(plan))
@@ -145,7 +145,7 @@ def check_plans_and_outcomes_cross_a_process_border() -> None:
     assert message.reports[1] == JobOutcome(2, (0,), (1,))
 
 
-def check_outcomes_of_several_workers_add_up() -> None:
+def test_outcomes_of_several_workers_add_up() -> None:
     one, two = WorkerReports([JobOutcome(1)]), WorkerReports([JobOutcome(1, (3,))])
     if IS_NEWER:
         both = one.aggregate(two)
@@ -158,7 +158,7 @@ def check_outcomes_of_several_workers_add_up() -> None:
     assert reports_in(SimpleNamespace(kv_cache_events=None, kv_connector_worker_meta=None)) == []
 
 
-def check_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:
+def test_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:
     output = SimpleNamespace(finished_recving={"a", "b"}, finished_sending=None)
     aborted = {"b", "c"}
     report_aborted_loads(output, aborted)
@@ -169,7 +169,7 @@ def check_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:
     assert aborted == {"c"}
 
 
-def check_figures_add_up_and_reach_prometheus() -> None:
+def test_figures_add_up_and_reach_prometheus() -> None:
     stats = ConnectorStats()
     assert stats.is_empty()
     stats.count_save(1, 4, 100)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, settle_disk
+from inside_fixtures import PROMPTS
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
@@ -42,7 +42,7 @@ def fetched(engine: Engine) -> int:
     return engine.loaded_blocks
 
 
-def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {
         "disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"},
         "pool": {"bytes": 20 * BLOCK_NBYTES, "pin_piece_bytes": 20 * BLOCK_NBYTES},
@@ -57,7 +57,7 @@ def check_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[
         assert counted()["fetched_blocks"] > 0
 
 
-def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
@@ -75,7 +75,7 @@ def check_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
 
 
-def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
+def test_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
     with running(model, options={"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}) as engine:
         worker = engine.worker_half
         worker._mover._guard.reads.hung()
@@ -84,7 +84,7 @@ def check_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: P
         assert worker.take_stats().is_empty()
 
 
-def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
@@ -103,7 +103,7 @@ def check_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list
 
 
 @pytest.mark.parametrize("settings", [{}, {"enable_prefix_caching": True}], ids=["in the pool", "on the device"])
-def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
     """The disk drives out what nobody asks for, not what the pool, or vLLM itself, serves all the time."""
     asked, idle, new = (prompt(4 * BLOCK_SIZE + 1, seed) for seed in (71, 72, 73))
     capacity = 10 * FILE_NBYTES
@@ -119,7 +119,7 @@ def check_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path,
             assert fetched(engine) - before == blocks
 
 
-def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tier_index, "REMEMBERED_KEYS", 3)
     memory: tier_index.BoundedMap[bool] = tier_index.BoundedMap()
     memory.add([b"a", b"b", b"c", b"d"], True)
@@ -128,14 +128,14 @@ def check_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert b"b" not in memory
 
 
-def check_another_inclusion_is_refused() -> None:
+def test_another_inclusion_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"in vLLM tier\.inclusion can be 'inclusive' only"):
         tier_index.check_supported(KVortexConfig(tier={"inclusion": "exclusive"}))
 
 
 SERVER = """
 import json, sys, time
-from conftest import PROMPTS
+from inside_fixtures import PROMPTS
 from engine_support import running
 names, model, directory = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
 with running(model, options={"disk": {"path": directory, "capacity_bytes": "1GiB"}}) as engine:
@@ -144,7 +144,7 @@ with running(model, options={"disk": {"path": directory, "capacity_bytes": "1GiB
 """
 
 
-def check_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     """SIGKILL, no chance to clean up: the next server hits what was on disk, with the same tokens."""
     total = sum(num_blocks(name) for name in WHOLE)
     arguments = [sys.executable, "-c", SERVER, ",".join(WHOLE), model, str(tmp_path)]

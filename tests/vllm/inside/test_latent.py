@@ -45,7 +45,7 @@ def answers_behind_vllms_own_prefix(model: str) -> list[list[list[int]]]:
 
 
 @pytest.mark.usefixtures("prefix_caching")
-def check_hits_are_what_vllms_own_cache_had_kept(latent_model: str) -> None:
+def test_hits_are_what_vllms_own_cache_had_kept(latent_model: str) -> None:
     answers = answers_behind_vllms_own_prefix(latent_model)
     assert len({tuple(answer) for (answer,) in answers}) == len(answers)
     with running(latent_model, block_size=BLOCK_SIZE) as engine:
@@ -59,7 +59,7 @@ def check_hits_are_what_vllms_own_cache_had_kept(latent_model: str) -> None:
         assert engine.loaded_blocks == BLOCKS * len(PROMPTS)
 
 
-def check_nothing_is_stored_where_vllm_reuses_nothing(latent_model: str) -> None:
+def test_nothing_is_stored_where_vllm_reuses_nothing(latent_model: str) -> None:
     tokens = PROMPTS[0]
     with running(latent_model, connector=False, block_size=BLOCK_SIZE) as engine:
         answer = engine.generate([tokens])

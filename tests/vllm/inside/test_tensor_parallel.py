@@ -83,7 +83,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
-def check_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     result = run(tmp_path, PROGRAM, make_tiny_model(tmp_path / "model", "qwen3"))
     assert result["cached"][0] == 0
     assert result["cached"][-1] == 192
@@ -92,7 +92,7 @@ def check_two_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version has no latent attention on CPUs")
 @pytest.mark.skipif(lacks_float32_latent(), reason="vLLM's latent attention takes no float32 on this processor")
-def check_latent_kv_is_stored_once(tmp_path: Path) -> None:
+def test_latent_kv_is_stored_once(tmp_path: Path) -> None:
     result = run(tmp_path, LATENT_PROGRAM, make_tiny_model(tmp_path / "model", "deepseek_v2"))
     assert result["cold"] == 0
     assert result["again"] == [[result["answer"][1:], 192]] * 2

@@ -50,24 +50,24 @@ def public(cls: type) -> set[str]:
     return {name for name in vars(cls) if not name.startswith("_")}
 
 
-def check_nothing_abstract_is_left() -> None:
+def test_nothing_abstract_is_left() -> None:
     assert not KVortexConnector.__abstractmethods__, (
         f"vLLM {vllm.__version__} wants {KVortexConnector.__abstractmethods__}"
     )
 
 
-def check_every_override_overrides_something() -> None:
+def test_every_override_overrides_something() -> None:
     stray = public(KVortexConnector) - public(KVConnectorBase_V1) - ONLY_NEWER
     assert not stray, f"vLLM {vllm.__version__} has no {sorted(stray)} any more"
 
 
-def check_every_new_method_was_looked_at() -> None:
+def test_every_new_method_was_looked_at() -> None:
     unknown = public(KVConnectorBase_V1) - public(KVortexConnector) - LEFT_ALONE
     assert not unknown, f"vLLM {vllm.__version__} has new methods: {sorted(unknown)}"
 
 
 @pytest.mark.parametrize("name", sorted(public(KVortexConnector) & public(KVConnectorBase_V1)))
-def check_an_override_takes_what_the_base_takes(name: str) -> None:
+def test_an_override_takes_what_the_base_takes(name: str) -> None:
     base, ours = getattr(KVConnectorBase_V1, name), getattr(KVortexConnector, name)
     if isinstance(base, property):
         assert isinstance(ours, property)

@@ -304,7 +304,7 @@ class Run:
 
 
 @pytest.mark.parametrize("part", range(8))
-def check_every_request_ends_on_its_own_kv(
+def test_every_request_ends_on_its_own_kv(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     clock = Clock()
@@ -321,7 +321,7 @@ def check_every_request_ends_on_its_own_kv(
             run.harness.shutdown()
 
 
-def check_hunts_are_not_empty() -> None:
+def test_hunts_are_not_empty() -> None:
     """What a hunt rests on: a foreign token is seen."""
     assert chain_of([1, 2, 3])[:2] == chain_of([1, 2])
     assert chain_of([9, 2])[1] != chain_of([1, 2])[1]

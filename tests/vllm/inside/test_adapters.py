@@ -47,7 +47,7 @@ def with_the_request(engine: Engine, adapter: Any) -> Any:
 
 
 @pytest.mark.parametrize("again", [removed, in_place, with_the_request])
-def check_an_adapter_that_is_loaded_again_under_its_number_is_another(
+def test_an_adapter_that_is_loaded_again_under_its_number_is_another(
     home: Path, again: Callable[[Engine, Any], Any]
 ) -> None:
     with running(str(home / "model"), connector=False, **LORA) as engine:
@@ -82,7 +82,7 @@ def key_of(path: str) -> bytes:
     return key
 
 
-def check_an_adapter_below_the_home_directory_is_its_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_below_the_home_directory_is_its_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(home))
     before = key_of("~/name")
     assert key_of("~/name") == before == key_of(str(home / "name"))
@@ -90,9 +90,7 @@ def check_an_adapter_below_the_home_directory_is_its_files(home: Path, monkeypat
     assert key_of("~/name") != before
 
 
-def check_an_adapter_of_the_hub_is_the_snapshot_that_was_downloaded(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_of_the_hub_is_the_snapshot_that_was_downloaded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its number starts from one in every server, and says nothing."""
     found = {"owner/name": home / "name"}
 
@@ -107,7 +105,7 @@ def check_an_adapter_of_the_hub_is_the_snapshot_that_was_downloaded(
     assert key_of("owner/name") != before
 
 
-def check_an_adapter_that_is_nowhere_is_of_this_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_is_nowhere_is_of_this_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of("nobody/nothing")
     assert key_of("nobody/nothing") == before
     monkeypatch.setattr("kvortex.vllm.identity.adapters._PROCESS", "another")

@@ -46,35 +46,35 @@ def facts(cache_dtype: str = "auto", **model: Any) -> dict[str, Any]:
     ],
     ids=lambda change: next(iter(change)),
 )
-def check_how_images_become_embeddings_is_named(change: dict[str, Any]) -> None:
+def test_how_images_become_embeddings_is_named(change: dict[str, Any]) -> None:
     assert facts(multimodal_config=SimpleNamespace(**INPUTS | change)) != facts(
         multimodal_config=SimpleNamespace(**INPUTS)
     )
 
 
 @pytest.mark.parametrize("change", [{"mm_processor_cache_gb": 0}, {"limit_per_prompt": {"image": 2}}], ids=str)
-def check_what_only_costs_time_or_room_is_not_named(change: dict[str, Any]) -> None:
+def test_what_only_costs_time_or_room_is_not_named(change: dict[str, Any]) -> None:
     assert facts(multimodal_config=SimpleNamespace(**INPUTS | change)) == facts(
         multimodal_config=SimpleNamespace(**INPUTS)
     )
 
 
 @pytest.mark.parametrize(("one", "other"), [("auto", "float16"), ("fp8", "fp8_e4m3")])
-def check_two_names_of_one_cache_dtype_are_one(one: str, other: str) -> None:
+def test_two_names_of_one_cache_dtype_are_one(one: str, other: str) -> None:
     assert facts(cache_dtype=one) == facts(cache_dtype=other) != facts(cache_dtype="fp8_e5m2")
 
 
-def check_which_layers_are_quantised_on_loading_is_named() -> None:
+def test_which_layers_are_quantised_on_loading_is_named() -> None:
     first, second = ({"linear": "fp8_per_tensor", "ignore": [name]} for name in ("q_proj", "k_proj"))
     assert facts(quantization_config=first) != facts(quantization_config=second) != facts()
     assert facts(quantization_config=first) == facts(quantization_config=dict(first))
 
 
-def check_another_class_for_the_same_architecture_is_named() -> None:
+def test_another_class_for_the_same_architecture_is_named() -> None:
     assert facts(model_class_overrides={"Qwen3ForCausalLM": "mine:Model"}) != facts(model_class_overrides={})
 
 
-def check_a_configuration_from_elsewhere_says_nothing_of_the_weights() -> None:
+def test_a_configuration_from_elsewhere_says_nothing_of_the_weights() -> None:
     config, load = SimpleNamespace(_commit_hash="1234"), SimpleNamespace(load_format="auto")
     model = SimpleNamespace(model="owner/name", revision=None, hf_config=config, hf_config_path=None, seed=0)
     assert source_of(model, load).content == "1234"
@@ -85,7 +85,7 @@ def check_a_configuration_from_elsewhere_says_nothing_of_the_weights() -> None:
 @pytest.mark.parametrize(
     "name", ["preprocessor_config.json", "processor_config.json", "hf_quant_config.json", "modeling_own.py"]
 )
-def check_files_beside_the_weights_count(tmp_path: Path, name: str) -> None:
+def test_files_beside_the_weights_count(tmp_path: Path, name: str) -> None:
     model = make_tiny_model(tmp_path, "qwen3")
     before = weights_digest(model)
     (model / name).write_text('{"image_mean": [0.5, 0.5, 0.5]}')
@@ -94,7 +94,7 @@ def check_files_beside_the_weights_count(tmp_path: Path, name: str) -> None:
     assert weights_digest(model) == ""
 
 
-def check_an_adapters_scale_counts(tmp_path: Path) -> None:
+def test_an_adapters_scale_counts(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", "qwen3")
     adapter = make_adapter(tmp_path / "adapter", model, seed=1)
     before = weights_digest(adapter)

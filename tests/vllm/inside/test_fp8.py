@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, SHARED, TAILS
 from engine_support import BLOCK_SIZE, running
+from inside_fixtures import PROMPTS, SHARED, TAILS
 
 from kvortex.vllm.versions import IS_NEWER
 
@@ -15,7 +15,7 @@ WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
-def check_hits_in_an_fp8_cache(model: str, expected: dict[str, list[list[int]]], dtype: str) -> None:
+def test_hits_in_an_fp8_cache(model: str, expected: dict[str, list[list[int]]], dtype: str) -> None:
     prompts = [PROMPTS[name] for name in WHOLE]
     shared = [SHARED + tail for tail in TAILS]
     with running(model, connector=False, kv_cache_dtype=dtype) as engine:

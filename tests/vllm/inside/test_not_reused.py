@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import vllm
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, make_model, prompt, running
+from inside_fixtures import PROMPTS
 from vllm.config import KVTransferConfig, PoolerConfig
 
 from kvortex.vllm import connector as connector_module
@@ -66,7 +66,7 @@ def embeddings(embedder: str, pooling: str, connector: bool) -> tuple[list[list[
 
 
 @pytest.mark.parametrize("pooling", ["MEAN", "CLS"])
-def check_pooling_over_all_tokens(embedder: str, pooling: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_pooling_over_all_tokens(embedder: str, pooling: str, caplog: pytest.LogCaptureFixture) -> None:
     answers, _ = embeddings(embedder, pooling, connector=False)
     with caplog.at_level(logging.WARNING, "kvortex"):
         with_connector, half = embeddings(embedder, pooling, connector=True)
@@ -76,14 +76,14 @@ def check_pooling_over_all_tokens(embedder: str, pooling: str, caplog: pytest.Lo
     assert len(said) == 1
 
 
-def check_pooling_over_the_last_token_hits(embedder: str) -> None:
+def test_pooling_over_the_last_token_hits(embedder: str) -> None:
     answers, _ = embeddings(embedder, "LAST", connector=False)
     with_connector, half = embeddings(embedder, "LAST", connector=True)
     assert with_connector == [pytest.approx(answer, abs=1e-4) for answer in answers]
     assert half.stats.snapshot().hits == 2 * (len(TOKENS) // BLOCK_SIZE)
 
 
-def check_attention_that_looks_ahead(
+def test_attention_that_looks_ahead(
     model: str, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: the halves of a connector that stores nothing serve a whole engine."""
@@ -97,7 +97,7 @@ def check_attention_that_looks_ahead(
         assert engine.llm.reset_prefix_cache()
 
 
-def check_the_passive_halves_have_every_method_of_the_others() -> None:
+def test_the_passive_halves_have_every_method_of_the_others() -> None:
     for passive, full in ((PassiveScheduler, SchedulerHalf), (PassiveWorker, WorkerHalf)):
         wanted = {name for name in vars(full) if not name.startswith("_") and callable(getattr(full, name))}
         assert wanted <= set(vars(passive))

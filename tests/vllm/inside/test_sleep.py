@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, Engine, running
+from inside_fixtures import PROMPTS
 
 from kvortex.errors import ConfigError
 from kvortex.types import MissReason
@@ -31,7 +31,7 @@ def loads_of(engine: Engine) -> int:
     return engine.loaded_blocks - before
 
 
-def check_a_save_under_way_ends_before_the_memory_goes(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_a_save_under_way_ends_before_the_memory_goes(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     data = engine.worker_half._data
     assert data is not None
     kernels = data._executor._kernels
@@ -62,7 +62,7 @@ def check_a_save_under_way_ends_before_the_memory_goes(engine: Engine, expected:
     assert loads_of(engine) == BLOCKS
 
 
-def check_asleep_every_job_fails_and_nothing_moves(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_asleep_every_job_fails_and_nothing_moves(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     engine.generate([TOKENS])
     engine.settle()
     data = engine.worker_half._data
@@ -88,7 +88,7 @@ def check_asleep_every_job_fails_and_nothing_moves(engine: Engine, expected: dic
     assert loads_of(engine) == BLOCKS
 
 
-def check_what_other_weights_computed_is_not_loaded(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
+def test_what_other_weights_computed_is_not_loaded(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     engine.generate([TOKENS])
     engine.settle()
     assert loads_of(engine) == BLOCKS
@@ -120,7 +120,7 @@ class Allocator:
 
 
 @pytest.mark.skipif(versions.HAS_SLEEP_HOOKS, reason="this version tells the connector by itself")
-def check_the_allocator_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocator_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     log: list[Any] = []
@@ -150,14 +150,14 @@ def check_the_allocator_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(versions.HAS_SLEEP_HOOKS, reason="this version tells the connector by itself")
-def check_another_mechanism_is_refused_and_none_is_no_matter() -> None:
+def test_another_mechanism_is_refused_and_none_is_no_matter() -> None:
     other = SimpleNamespace(enable_sleep_mode=True, sleep_mode_backend="criu")
     with pytest.raises(ConfigError, match="criu"):
         versions.watch_sleep(other, lambda kept: None, lambda: None)
     versions.watch_sleep(SimpleNamespace(enable_sleep_mode=False), lambda kept: None, lambda: None)()
 
 
-def check_the_hooks_of_newer_versions(engine: Engine) -> None:
+def test_the_hooks_of_newer_versions(engine: Engine) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     connector = get_kv_transfer_group()

@@ -138,23 +138,21 @@ def without(home: Path) -> Callable[[Server], list[int]]:
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def check_other_bytes_have_other_keys(
-    home: Path, disk: Path, without: Callable[[Server], list[int]], name: str
-) -> None:
+def test_other_bytes_have_other_keys(home: Path, disk: Path, without: Callable[[Server], list[int]], name: str) -> None:
     answer, loaded = DIFFERENT[name].run(home, disk)
     assert loaded == 0
     assert answer == without(DIFFERENT[name])
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version applies an adapter to all layers that it names")
-def check_an_adapter_that_is_applied_to_other_layers_has_keys_of_its_own(
+def test_an_adapter_that_is_applied_to_other_layers_has_keys_of_its_own(
     home: Path, disk: Path, without: Callable[[Server], list[int]]
 ) -> None:
     server = Server(adapter="adapters/1/name", settings={"lora_target_modules": ["o_proj"]})
     assert server.run(home, disk) == (without(server), 0)
 
 
-def check_an_adapter_finds_its_own(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
+def test_an_adapter_finds_its_own(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
     server = Server(adapter="adapters/1/name")
     answer, loaded = server.run(home, disk)
     assert loaded == BLOCKS
@@ -162,7 +160,7 @@ def check_an_adapter_finds_its_own(home: Path, disk: Path, without: Callable[[Se
 
 
 @pytest.mark.parametrize("name", SAME)
-def check_equal_bytes_are_shared(home: Path, disk: Path, without: Callable[[Server], list[int]], name: str) -> None:
+def test_equal_bytes_are_shared(home: Path, disk: Path, without: Callable[[Server], list[int]], name: str) -> None:
     answer, loaded = SAME[name].run(home, disk)
     assert loaded == BLOCKS
     assert answer == without(Server())
@@ -171,7 +169,7 @@ def check_equal_bytes_are_shared(home: Path, disk: Path, without: Callable[[Serv
 @pytest.mark.skipif(not IS_NEWER, reason="the older version has no FP8 cache on CPUs")
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 cache needs AVX-512 on CPUs")
 @pytest.mark.parametrize("kind", ["fp8", "fp8_e5m2"])
-def check_two_kinds_of_fp8_have_keys_of_their_own(
+def test_two_kinds_of_fp8_have_keys_of_their_own(
     home: Path, disk: Path, without: Callable[[Server], list[int]], kind: str
 ) -> None:
     server = Server(settings={"kv_cache_dtype": kind})
@@ -180,7 +178,7 @@ def check_two_kinds_of_fp8_have_keys_of_their_own(
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have no stand-ins for 8-bit weights")
-def check_quantised_weights_have_keys_of_their_own(
+def test_quantised_weights_have_keys_of_their_own(
     home: Path, disk: Path, without: Callable[[Server], list[int]]
 ) -> None:
     shutil.copytree(home / "models" / "name", home / "quantised" / "name")
@@ -194,14 +192,14 @@ def check_quantised_weights_have_keys_of_their_own(
 IN_A_PROCESS = """
 import json, sys
 from pathlib import Path
-from check_mismatch import Server
+from test_mismatch import Server
 answer, loaded = Server().run(Path(sys.argv[1]), Path(sys.argv[2]))
 print("RESULT " + json.dumps([answer, loaded]))
 """
 TWO_RANKS = """
 import json, sys
 import vllm
-from check_mismatch import TOKENS
+from test_mismatch import TOKENS
 from vllm.config import KVTransferConfig
 
 def main():
@@ -243,13 +241,13 @@ def run_program(program: str, home: Path, disk: Path, **environment: str) -> Any
     return json.loads(line.removeprefix("RESULT "))
 
 
-def check_another_seed_of_the_hashes(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
+def test_another_seed_of_the_hashes(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
     answer, loaded = run_program(IN_A_PROCESS, home, disk, PYTHONHASHSEED="1")
     assert loaded == 0
     assert answer == without(Server())
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
-def check_another_number_of_ranks(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
+def test_another_number_of_ranks(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
     ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert run_program(TWO_RANKS, home, disk, **ranks) == [without(Server()), 0]

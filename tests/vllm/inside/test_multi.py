@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS
 from engine_support import BLOCK_SIZE, count_stats, flip_a_bit, keys_of, ours, prompt, running
+from inside_fixtures import PROMPTS
 from sibling_connector import SiblingConnector, SiblingHandshake
 
 from kvortex.types import MissReason
@@ -43,7 +43,7 @@ def nothing_sent() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("order", ["behind a producer", "before a producer"])
-def check_hits_and_answers(model: str, expected: dict[str, list[list[int]]], order: str) -> None:
+def test_hits_and_answers(model: str, expected: dict[str, list[list[int]]], order: str) -> None:
     with running(model, beside=ORDERS[order]) as engine:
         counted = count_stats(engine)
         for round_number in range(3):
@@ -58,7 +58,7 @@ def check_hits_and_answers(model: str, expected: dict[str, list[list[int]]], ord
 
 
 @pytest.mark.parametrize("order", ["behind a consumer", "before a consumer"])
-def check_what_a_sibling_loads_is_stored(model: str, expected: dict[str, list[list[int]]], order: str) -> None:
+def test_what_a_sibling_loads_is_stored(model: str, expected: dict[str, list[list[int]]], order: str) -> None:
     """A prompt that came from another server is known here from then on."""
     with running(model, beside=ORDERS["behind a producer"]) as engine:
         engine.generate([TOKENS])
@@ -74,7 +74,7 @@ def check_what_a_sibling_loads_is_stored(model: str, expected: dict[str, list[li
         assert engine.loaded_blocks == BLOCKS
 
 
-def check_a_crowd_beside_a_consumer(model: str, expected: dict[str, list[list[int]]]) -> None:
+def test_a_crowd_beside_a_consumer(model: str, expected: dict[str, list[list[int]]]) -> None:
     """Loads of both, saves, and few blocks of the device for all of them."""
     with running(model, beside=ORDERS["behind a producer"]) as engine:
         for name in WHOLE[:2]:
@@ -88,7 +88,7 @@ def check_a_crowd_beside_a_consumer(model: str, expected: dict[str, list[list[in
 
 
 @pytest.mark.parametrize("beside", [None, ORDERS["before a consumer"]], ids=["alone", "before a consumer"])
-def check_a_damaged_block_is_computed_whatever_the_policy_says(
+def test_a_damaged_block_is_computed_whatever_the_policy_says(
     model: str, expected: dict[str, list[list[int]]], beside: Any
 ) -> None:
     with running(model, beside=beside, transfer={"kv_load_failure_policy": "fail"}) as engine:
@@ -115,7 +115,7 @@ print("RESULT", found.__module__, found.__name__)
 """
 
 
-def check_a_process_that_never_made_a_connector_knows_its_name(tmp_path: Path) -> None:
+def test_a_process_that_never_made_a_connector_knows_its_name(tmp_path: Path) -> None:
     """An API server reads statistics; what an installed package declares makes vLLM register us in it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     info = tmp_path / "kvortex-0.dist-info"
@@ -141,7 +141,7 @@ def check_a_process_that_never_made_a_connector_knows_its_name(tmp_path: Path) -
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's connectors say hello in no step")
-def check_a_hello_of_somebody_else_is_not_read(model: str) -> None:
+def test_a_hello_of_somebody_else_is_not_read(model: str) -> None:
     with running(model) as engine:
         sizes = engine.scheduler_half._sizes
         connector = ours(engine.core.scheduler.connector)
