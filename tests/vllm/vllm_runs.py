@@ -1,5 +1,6 @@
 """Runs test files inside vLLM: a process for each version, which forks a child for each file."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,14 @@ SCHEDULER_ONLY = "0.23.0"
 SCHEDULER_FILES = ("test_placement.py", "test_progress.py", "test_room.py", "test_scheduler.py")
 AT_A_TIME = 2
 """Files. Most of what each takes is one core's."""
-LONGEST_FIRST = ("test_progress.py",)
+LONGEST_FIRST = tuple(
+    f"test_{name}.py"
+    for name in (
+        *("progress", "examples", "tensor_parallel", "benchmark", "mismatch", "adapters", "chat", "multi", "uneven"),
+        *("disk", "shared_pool", "placement", "not_reused", "parts"),
+    )
+)
+"""So that no long file is left when all others have ended."""
 LOG_TAIL = 8000
 """Characters of a process's output that a failure shows."""
 
@@ -113,17 +121,20 @@ class ForkServer:
         return FileRun(status, log.read_text(errors="replace"), cases_in(reports.read_text()))
 
     def close(self) -> None:
+        """End what still runs."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and not read all
+            self._process.stdin.close()
+        self._reader.join()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         try:
-            for line in self._process.stdout:
-                told = json.loads(line)
-                with self._lock:
-                    self._running.pop(told["log"]).set_result(told["status"])
+            with self._process.stdout as answers:
+                for line in answers:
+                    told = json.loads(line)
+                    with self._lock:
+                        self._running.pop(told["log"]).set_result(told["status"])
         finally:
             self._process.kill()
             self._fail_all()
