@@ -1,4 +1,7 @@
-"""Arithmetic of sizes and places."""
+"""Arithmetic of sizes and places.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 
 def align_up(nbytes: int, alignment: int) -> int:

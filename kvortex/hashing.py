@@ -10,6 +10,8 @@ length-prefixed items: two different tuples never have the same encoding, and th
 bytes. Nothing here depends on the process, the machine or `PYTHONHASHSEED`.
 
 The block size is not hashed: the namespace keeps hashes of different block sizes apart.
+
+Private: it may change in any release; docs/api.md lists what is public.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Plain data that all modules share: hashes, ids, extents, plans, outcomes."""
+"""Plain data that all modules share: hashes, ids, extents, plans, outcomes.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -1,4 +1,7 @@
-"""The `kvortex` command."""
+"""The `kvortex` command.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.config import KIB
 

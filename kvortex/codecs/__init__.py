@@ -1,4 +1,7 @@
-"""How a block rests outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`)."""
+"""How a block rests outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`).
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.codecs.packing import RAW, Codec, Encodings, Packing, block_sizes, encodings_of, packed_nbytes, packing_for
 from kvortex.codecs.reference import pack_reference, too_lossy, unpack_reference

@@ -1,4 +1,7 @@
-"""The public faces: an engine on the caller's loop, and a blocking one."""
+"""The public faces: an engine on the caller's loop, and a blocking one.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.engine.engine import EngineCreation, KVortexEngine
 from kvortex.engine.parts import EngineParts

@@ -1,4 +1,7 @@
-"""Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU."""
+"""Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.index.cache_index import CacheIndex, Evicted, Pins, Reservation
 from kvortex.index.keys import pack_keys

@@ -1,6 +1,8 @@
 """Gather and scatter of paged blocks with a digest on the way, packed or as they are.
 
 CUDA kernels, their CPU twins, NumPy references.
+
+Private: it may change in any release; docs/api.md lists what is public.
 """
 
 from kvortex.kernels.device import DeviceKernels

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, word_constant
+from kvortex.kernels.cuda_ops import DEVICE_OPS, device_function, int32_constant, word_constant
 from kvortex.kernels.tables import TILE_LANES
 from kvortex.kernels.tiles import TileSums, tile_kernel
 

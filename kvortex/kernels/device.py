@@ -11,8 +11,8 @@ from kvortex.codecs.packing import Packing, block_sizes
 from kvortex.codecs.reference import relative_errors
 from kvortex.cuda.driver import Device, Kernel, KernelArguments, Launch, Stream
 from kvortex.kernels import pack
-from kvortex.kernels._cuda import SIMULATED, ArgumentKind, compile_ptx, nvvm_version, simulate
 from kvortex.kernels.copy import GATHER, SCATTER
+from kvortex.kernels.cuda_ops import SIMULATED, ArgumentKind, compile_ptx, nvvm_version, simulate
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.ptx_cache import load_cached
 from kvortex.kernels.tables import (

@@ -11,7 +11,7 @@ from its own beginning. A sum has no order: threads add up whatever words they h
 accidents, not against an adversary.
 
 The term of a word is written once for each machine: `mix` for Python's integers, `digest_reference` for NumPy arrays,
-`host.mix` for compiled code on the CPU, `_cuda.py` for the GPU.
+`host.mix` for compiled code on the CPU, `cuda_ops.py` for the GPU.
 """
 
 from typing import Final

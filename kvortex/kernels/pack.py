@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from kvortex.codecs.packing import UNITS_A_TILE, Format
-from kvortex.kernels._cuda import DEVICE_OPS, device_function, int32_constant, pack_ops, word_constant
+from kvortex.kernels.cuda_ops import DEVICE_OPS, device_function, int32_constant, pack_ops, word_constant
 from kvortex.kernels.digest import MASK, POSITION
 from kvortex.kernels.tiles import TileSums, tile_kernel
 

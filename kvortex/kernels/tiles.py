@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvortex.codecs.packing import NOT_FINITE
-from kvortex.kernels._cuda import DEVICE_OPS, cuda, int32, int32_constant, word_constant
+from kvortex.kernels.cuda_ops import DEVICE_OPS, cuda, int32, int32_constant, word_constant
 
 WARP_TILES = 4
 """Neighbouring tiles that a warp moves: their sums stay in registers, and its work is over in microseconds."""

@@ -1,4 +1,7 @@
-"""Memory that stores and stages blocks: the extent allocator, the pinned host pool, device staging."""
+"""Memory that stores and stages blocks: the extent allocator, the pinned host pool, device staging.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.memory.allocator import ExtentAllocator
 from kvortex.memory.limits import check_memory

@@ -1,4 +1,7 @@
-"""Transfers: requests become batches (pure), batches become kernels and copies (executors), on one loop."""
+"""Transfers: requests become batches (pure), batches become kernels and copies (executors), on one loop.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.sched.batcher import Batch, Batcher, Slice
 from kvortex.sched.cuda import CudaExecutor

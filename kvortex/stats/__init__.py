@@ -1,4 +1,7 @@
-"""Counters of an engine, snapshots of them, and their text for people and for Prometheus."""
+"""Counters of an engine, snapshots of them, and their text for people and for Prometheus.
+
+Private: it may change in any release; docs/api.md lists what is public.
+"""
 
 from kvortex.stats.counters import EngineStats, MissCounters, TransferStats
 from kvortex.stats.figures import BreakerFigures, PoolFigures, TieringFigures, TransferSnapshot

@@ -5,7 +5,7 @@ import pytest
 
 from kvortex.codecs import pack_reference, packing_for, unpack_reference
 from kvortex.errors import InvalidBlockIdError
-from kvortex.kernels._cuda import SIMULATED
+from kvortex.kernels.cuda_ops import SIMULATED
 from kvortex.kernels.device import SimulatedKernels, staging_block_nbytes
 from kvortex.kernels.digest import digest_reference
 from kvortex.kernels.reference import gather_reference, scatter_reference
