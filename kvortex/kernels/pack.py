@@ -36,13 +36,13 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
     lane_step, half_tile = word_constant(32 * POSITION & MASK), word_constant(128 * POSITION & MASK)
 
     @device_function
-    def both(one: Any, other: Any) -> Any:
+    def together(a: Any, b: Any, c: Any, d: Any) -> Any:
         return Packed(
-            one.digest + other.digest,
-            one.lost + other.lost,
-            one.there + other.there,
-            one.scale | other.scale,
-            max(one.largest, other.largest),
+            a.digest + b.digest + c.digest + d.digest,
+            a.lost + b.lost + c.lost + d.lost,
+            a.there + b.there + c.there + d.there,
+            a.scale | b.scale | c.scale | d.scale,
+            max(max(a.largest, b.largest), max(c.largest, d.largest)),
         )
 
     @device_function
@@ -66,7 +66,7 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
         packed_2 = pack_unit_of_full_tile(unit_2, half + 32, lane, staging, into + 64, key_2)
         key_3 = key_2 + lane_step
         packed_3 = pack_unit_of_full_tile(unit_3, half + 48, lane, staging, into + 96, key_3)
-        packed = both(both(packed_0, packed_1), both(packed_2, packed_3))
+        packed = together(packed_0, packed_1, packed_2, packed_3)
         if has_scales:
             scale = packed.scale | other_half(lane, packed.scale)
             return Packed(packed.digest, packed.lost, packed.there, scale, packed.largest)
@@ -82,13 +82,13 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
         first = pack_half_tile(arena, source, staging, start + place, first_key, half, lane)
         second_key = first_key + half_tile
         second = pack_half_tile(arena, source + 128 * lanes, staging, start + place + 128, second_key, half, lane)
-        packed = both(first, second)
-        digest = packed.digest
+        digest = first.digest + second.digest
         if has_scales and lane == 0:
             store_word(staging, start + scales, first.scale)
             store_word(staging, start + scales + 1, second.scale)
             digest += mix(first.scale, key(scales)) + mix(second.scale, key(scales + 1))
-        return TileSums(digest, packed.lost, packed.there, packed.largest)
+        largest_of_both = max(first.largest, second.largest)
+        return TileSums(digest, first.lost + second.lost, first.there + second.there, largest_of_both)
 
     @device_function
     def pack_unit(unit: Any, place: Any, count: Any, shift: Any, lane: Any, staging: Any, into: Any, first: Any) -> Any:
@@ -123,7 +123,7 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
             packed_1 = pack_unit(unit_1, place + 32, count, half + 16, lane, staging, into, codes)
             packed_2 = pack_unit(unit_2, place + 64, count, half + 32, lane, staging, into, codes)
             packed_3 = pack_unit(unit_3, place + 96, count, half + 48, lane, staging, into, codes)
-            packed = both(both(packed_0, packed_1), both(packed_2, packed_3))
+            packed = together(packed_0, packed_1, packed_2, packed_3)
             digest += packed.digest
             lost += packed.lost
             there += packed.there
