@@ -3,15 +3,19 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint unit clean
+# Processes of tests without vLLM; those inside vLLM are two always.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist worksteal
+
+.PHONY: demo test check lint unit inside coverage clean
 
 demo: $(VENV)/.done
 	$(BIN)/kvortex demo
 
-test: lint unit
+test: lint unit inside
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -20,7 +24,14 @@ lint: $(VENV)/.done
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not vllm and not gpu"
+
+# What has its own processes, or shares a device.
+inside: $(VENV)/.done
+	$(BIN)/python -m pytest -m "vllm or gpu"
+
+coverage: $(VENV)/.done
+	$(BIN)/python -m pytest $(PARALLEL) -m "not vllm and not gpu" --cov --cov-report=term:skip-covered
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +39,4 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared_memory import left_since, mapped_by
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
@@ -80,7 +81,8 @@ def test_two_processes_see_the_same_bytes_and_a_killed_one_lets_go(memory: Share
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     with memory.exclusive():  # would wait for ever if the dead process still held it
-        assert set(os.listdir("/dev/shm")) <= names
+        assert mapped_by("self") <= names
+        assert left_since(names) == set()
 
 
 def test_the_lock_keeps_the_other_process_out(memory: SharedMemory, spawn: Spawn) -> None:

@@ -30,8 +30,8 @@ LONGEST_FIRST = tuple(
 LOG_TAIL = 8000
 """Characters of a process's output that a failure shows."""
 
-_OF_SCHEDULERS = ("scheduler_harness",)
-_OF_ENGINES = ("scheduler_harness", "engine_support", "vllm.v1.worker.cpu_worker")
+_OF_SCHEDULERS = ("scheduler_harness", "engine_support")
+_OF_ENGINES = (*_OF_SCHEDULERS, "vllm.v1.worker.cpu_worker")
 
 
 class NoEnvironment(Exception):

@@ -41,5 +41,6 @@ def set_variables(environment: MutableMapping[str, str], prefix: str) -> None:
 
 
 def set_paths() -> None:
-    """Let this process import the package and what the tests share."""
-    sys.path[:0] = [path for path in (str(INSIDE), str(REPOSITORY)) if path not in sys.path]
+    """Let this process import the package and what the tests share, before what has the same name elsewhere."""
+    ours = [str(INSIDE), str(REPOSITORY)]
+    sys.path[:] = [*ours, *(path for path in sys.path if path not in ours)]
