@@ -36,12 +36,11 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
     lane_step, half_tile = word_constant(32 * POSITION & MASK), word_constant(128 * POSITION & MASK)
 
     @device_function
-    def together(a: Any, b: Any, c: Any, d: Any) -> Any:
-        return Packed(
+    def sums_of(a: Any, b: Any, c: Any, d: Any) -> Any:
+        return TileSums(
             a.digest + b.digest + c.digest + d.digest,
             a.lost + b.lost + c.lost + d.lost,
             a.there + b.there + c.there + d.there,
-            a.scale | b.scale | c.scale | d.scale,
             max(max(a.largest, b.largest), max(c.largest, d.largest)),
         )
 
@@ -66,11 +65,11 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
         packed_2 = pack_unit_of_full_tile(unit_2, half + 32, lane, staging, into + 64, key_2)
         key_3 = key_2 + lane_step
         packed_3 = pack_unit_of_full_tile(unit_3, half + 48, lane, staging, into + 96, key_3)
-        packed = together(packed_0, packed_1, packed_2, packed_3)
+        scale = packed_0.scale | packed_1.scale | packed_2.scale | packed_3.scale
         if has_scales:
-            scale = packed.scale | other_half(lane, packed.scale)
-            return Packed(packed.digest, packed.lost, packed.there, scale, packed.largest)
-        return packed
+            scale |= other_half(lane, scale)  # before the sums, which are added up while the lanes exchange it
+        sums = sums_of(packed_0, packed_1, packed_2, packed_3)
+        return Packed(sums.digest, sums.lost, sums.there, scale, sums.largest)
 
     @device_function
     def pack_full_tile(
@@ -123,13 +122,14 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
             packed_1 = pack_unit(unit_1, place + 32, count, half + 16, lane, staging, into, codes)
             packed_2 = pack_unit(unit_2, place + 64, count, half + 32, lane, staging, into, codes)
             packed_3 = pack_unit(unit_3, place + 96, count, half + 48, lane, staging, into, codes)
-            packed = together(packed_0, packed_1, packed_2, packed_3)
-            digest += packed.digest
-            lost += packed.lost
-            there += packed.there
-            worst = max(worst, packed.largest)
+            sums = sums_of(packed_0, packed_1, packed_2, packed_3)
+            digest += sums.digest
+            lost += sums.lost
+            there += sums.there
+            worst = max(worst, sums.largest)
             if has_scales:
-                scale = packed.scale | other_half(lane, packed.scale)
+                scale = packed_0.scale | packed_1.scale | packed_2.scale | packed_3.scale
+                scale |= other_half(lane, scale)
                 if lane == 0:
                     store_word(staging, start + scales, scale)
                     digest += mix(scale, key(scales))
