@@ -145,7 +145,7 @@ class CacheIndex:
     reserved slots. An eviction that meets a reserved or pinned slot takes it out of the order until it is idle
     again, so each is met once per use and not at every eviction.
 
-    An entry costs about 90 to 120 bytes of resident memory, the LRU order included; the other policies take 72 more.
+    An entry costs about 90 to 120 bytes of resident memory, the LRU order included; the other policies take 40 more.
 
     Args:
         policy: eviction order; the index becomes its only user.

@@ -10,10 +10,10 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"arc": ARCPolicy, "lru": L
 
 
 def make_policy(name: str) -> EvictionPolicy:
-    """A new, empty policy by its name: "arc", "lru" or "s3fifo".
+    """Make a new, empty policy from its name: "arc", "lru" or "s3fifo".
 
     Raises:
-        ConfigError: no policy has that name; the message lists those that exist.
+        ConfigError: no policy has that name; the message lists the names that exist.
     """
     if name not in _POLICIES:
         raise ConfigError(f"unknown eviction policy {name!r}; known: {', '.join(sorted(_POLICIES))}")

@@ -1,9 +1,18 @@
-"""The compiled steps of S3-FIFO and ARC, over arrays by slot; what they mean is said in `policy_adaptive.py`.
+"""The compiled steps of S3-FIFO and ARC; their rules and papers are in `policy_adaptive.py`.
 
-A held slot is in the first or the second queue; a ghost is a slot that was evicted and whose block the index still
-knows; a parked one was busy when its turn came, and will be back.
+Both policies keep slots in lists, which have the names of the ARC paper here:
 
-All in one file, constants included: numba's cache notices changes only in the file that it compiles from.
+    list   ARC                                    S3-FIFO
+    T1     blocks used once, by last use          small queue
+    T2     blocks used again, by last use         main queue
+    B1     ghosts of blocks evicted from T1       ghost queue
+    B2     ghosts of blocks evicted from T2       not used
+
+A slot is *held* while it is in T1 or T2. It is a *ghost* while it is in B1 or B2: its block was evicted, and the index
+still knows the key. It is *parked* if an eviction met it while it was reserved or pinned: it is in no list, and the
+next insert returns it to the list that it came from.
+
+All steps and constants are in one file: numba's cache notices changes only in the file that it compiles from.
 """
 
 from typing import Any
@@ -14,146 +23,182 @@ from numpy.typing import NDArray
 from kvortex.index.policy import Slots
 from kvortex.runtime.jit import njit
 
-# One array, so that nothing is counted up and down while the steps run: references to many would be. A slot is a
-# row of `cells`, with these columns. The last four rows close the four rings, and ring r is named r - 4.
-Cells = NDArray[np.int64]
-_COLDER, _HOTTER = 0, 1  # neighbours in the slot's ring
-_PLACE = 2
-_NBYTES = 3  # 0 while it is not known
-_LAST = 4  # what the last request did: _IDLE, _SAVED or _LOADED
-_USES = 5  # S3-FIFO: since the slot came into the second queue, less those it was passed over for
-_BORN = 6  # number of the arrival, 0 for a slot that is gone
-_PARENT, _PARENT_BORN = 7, 8  # or -1; a parent counts if it is still the one that was born then
-_CHILDREN = 9  # held slots whose parent this is
-_COLUMNS = 10
+# A list is a ring that its sentinel closes: the sentinel's `hotter` is the coldest slot, its `colder` the hottest. The
+# sentinels are the last four cells, so a list is named by the index of its sentinel, counted from the end.
+T1, T2, B1, B2 = -4, -3, -2, -1
+SMALL, MAIN, GHOSTS = T1, T2, B1
+NO_LIST = 0
+_NUM_SENTINELS = 4
 
-# Where a slot is; the first four are rings, coldest to hottest.
-FIRST, SECOND, GHOST_FIRST, GHOST_SECOND, NOWHERE, PARKED_FIRST, PARKED_SECOND = range(7)
-_RINGS = 4
-_PARKED = PARKED_FIRST - FIRST  # from a queue to what is parked of it
-_GHOST = GHOST_FIRST - FIRST
+CELL = np.dtype(
+    [
+        ("nbytes", np.int64),  # 0 until it is known; of a sentinel: bytes of all blocks in its list
+        ("arrival", np.int64),  # number of the insert that brought the block; 0 if the slot holds none
+        ("parent_arrival", np.int64),  # the parent's `arrival` when it became the parent
+        ("colder", np.int32),  # neighbours in the list: slots or the sentinel
+        ("hotter", np.int32),
+        ("parent", np.int32),  # slot of the block in front in the chain, or -1
+        ("children", np.int32),  # number of held slots that have this one as their parent
+        ("list", np.int8),  # T1, T2, B1, B2 or NO_LIST
+        ("parked_from", np.int8),  # T1 or T2 if the slot is parked, or else NO_LIST
+        ("last_request", np.int8),  # IDLE, SAVED or LOADED
+        ("uses", np.int8),  # S3-FIFO's counter of a block in the main queue, 0 to 3
+    ],
+    align=True,
+)
+"""What a policy knows of a slot, 48 bytes. All zeros: it knows nothing of it."""
 
-# Positions in `totals` beyond the bytes of each of the above.
-HELD, CLOCK, _TARGET, _CAPACITY = range(7, 11)
-_NUM_TOTALS = 11
-Totals = NDArray[np.int64]
+COUNTERS = np.dtype(
+    [
+        ("held", np.int64),  # number of held slots
+        ("arrivals", np.int64),  # number of blocks that have ever arrived
+        ("target_bytes", np.int64),  # ARC's p: how large T1 should be
+        ("capacity_bytes", np.int64),  # ARC's c: bytes of T1 and T2 when the last eviction began
+    ]
+)
+
+Cells = NDArray[np.void]  # [capacity + 4]
+Counters = Any  # a scalar of COUNTERS, whose fields the steps change
 
 _IDLE, _SAVED, _LOADED = 0, 1, 2
 
-_MAX_USES = 3  # S3-FIFO's two bits
-_SMALL_SHARE = 10  # S3-FIFO's small queue is a tenth
+_MAX_USES = 3  # S3-FIFO's counter has two bits
+_SMALL_SHARE = 10  # S3-FIFO's small queue is a tenth of the cache
 
 
-def new_totals() -> Totals:
-    return np.zeros(_NUM_TOTALS, np.int64)
+def new_counters() -> Counters:
+    return np.zeros(1, COUNTERS)[0]
 
 
 def new_cells(capacity: int) -> Cells:
-    cells = np.zeros((capacity + _RINGS, _COLUMNS), np.int64)
-    cells[:, _PLACE] = NOWHERE
-    cells[capacity:, _COLDER] = cells[capacity:, _HOTTER] = np.arange(-_RINGS, 0)
+    cells = np.zeros(capacity + _NUM_SENTINELS, CELL)
+    sentinels = np.arange(-_NUM_SENTINELS, 0)
+    cells["colder"][capacity:] = cells["hotter"][capacity:] = sentinels
     return cells
 
 
 def grown(cells: Cells, capacity: int) -> Cells:
-    """A copy with at least `capacity` slots; slots keep their numbers."""
+    """A copy with `capacity` slots, which must not be fewer; slots keep their numbers."""
     new = new_cells(capacity)
-    new[: len(cells) - _RINGS] = cells[:-_RINGS]
-    new[-_RINGS:] = cells[-_RINGS:]
+    new[: len(cells) - _NUM_SENTINELS] = cells[:-_NUM_SENTINELS]
+    new[-_NUM_SENTINELS:] = cells[-_NUM_SENTINELS:]
     return new
 
 
-# Rings.
+# Lists.
 
 
 @njit(cache=True, forceinline=True)
-def _link_hot(cells: Cells, place: int, slot: int) -> None:
-    ring = np.int64(place - _RINGS)
-    hottest = cells[ring, _COLDER]
-    cells[slot, _COLDER], cells[slot, _HOTTER] = hottest, ring
-    cells[hottest, _HOTTER] = cells[ring, _COLDER] = slot
+def _link_hottest(cells: Cells, list_: int, slot: int) -> None:
+    hottest = cells[list_].colder
+    cells[slot].colder = hottest
+    cells[slot].hotter = list_
+    cells[hottest].hotter = slot
+    cells[list_].colder = slot
 
 
 @njit(cache=True, forceinline=True)
-def _link_cold(cells: Cells, place: int, slot: int) -> None:
-    ring = np.int64(place - _RINGS)
-    coldest = cells[ring, _HOTTER]
-    cells[slot, _COLDER], cells[slot, _HOTTER] = ring, coldest
-    cells[coldest, _COLDER] = cells[ring, _HOTTER] = slot
+def _link_coldest(cells: Cells, list_: int, slot: int) -> None:
+    coldest = cells[list_].hotter
+    cells[slot].colder = list_
+    cells[slot].hotter = coldest
+    cells[coldest].colder = slot
+    cells[list_].hotter = slot
 
 
 @njit(cache=True, forceinline=True)
 def _unlink(cells: Cells, slot: int) -> None:
-    colder, hotter = cells[slot, _COLDER], cells[slot, _HOTTER]
-    cells[colder, _HOTTER] = hotter
-    cells[hotter, _COLDER] = colder
+    colder, hotter = cells[slot].colder, cells[slot].hotter
+    cells[colder].hotter = hotter
+    cells[hotter].colder = colder
 
 
 @njit(cache=True, forceinline=True)
-def _coldest(cells: Cells, place: int) -> Any:
-    """A slot, or below 0."""
-    return cells[np.int64(place - _RINGS), _HOTTER]
+def _coldest(cells: Cells, list_: int) -> Any:
+    """The coldest slot of a list, or a negative number if nothing is linked in it."""
+    return np.int64(cells[list_].hotter)
 
 
 @njit(cache=True, forceinline=True)
 def _is_held(cells: Cells, slot: int) -> Any:
-    return cells[slot, _PLACE] <= SECOND
+    return cells[slot].list == T1 or cells[slot].list == T2
 
 
 @njit(cache=True, forceinline=True)
-def _put(cells: Cells, totals: Totals, slot: int, place: int) -> None:
-    """Account a slot in another place; its links are the caller's."""
-    old = cells[slot, _PLACE]
-    totals[old] -= cells[slot, _NBYTES]
-    totals[place] += cells[slot, _NBYTES]
-    totals[HELD] += np.int64(place <= SECOND) - np.int64(old <= SECOND)
-    cells[slot, _PLACE] = place
+def _is_ghost(cells: Cells, slot: int) -> Any:
+    return cells[slot].list == B1 or cells[slot].list == B2
 
 
 @njit(cache=True, forceinline=True)
-def _forget_ghost(cells: Cells, totals: Totals, slot: int) -> None:
-    if cells[slot, _PLACE] in (GHOST_FIRST, GHOST_SECOND):
+def _is_parked(cells: Cells, slot: int) -> Any:
+    return cells[slot].parked_from != NO_LIST
+
+
+@njit(cache=True, forceinline=True)
+def _assign(cells: Cells, counters: Counters, slot: int, list_: int) -> None:
+    """Count a slot and its bytes in another list, or in none; linking it is up to the caller."""
+    if _is_held(cells, slot):
+        counters.held -= 1
+    if cells[slot].list != NO_LIST:
+        cells[cells[slot].list].nbytes -= cells[slot].nbytes
+    cells[slot].list = list_
+    if list_ != NO_LIST:
+        cells[list_].nbytes += cells[slot].nbytes
+    if _is_held(cells, slot):
+        counters.held += 1
+
+
+@njit(cache=True, forceinline=True)
+def _forget(cells: Cells, counters: Counters, slot: int) -> None:
+    """Forget a ghost or a parked slot; nothing happens to a slot of which nothing is known."""
+    if _is_ghost(cells, slot):
         _unlink(cells, slot)
-    _put(cells, totals, slot, NOWHERE)
-    totals[NOWHERE] = cells[slot, _NBYTES] = 0
+        _assign(cells, counters, slot, NO_LIST)
+    cells[slot].parked_from = NO_LIST
+    cells[slot].nbytes = 0
 
 
-# Family.
+# Chains.
 
 
 @njit(cache=True, forceinline=True)
 def _parent(cells: Cells, slot: int) -> Any:
-    """The slot in front if it is still the same block, or -1."""
-    parent = cells[slot, _PARENT]
-    return parent if parent >= 0 and cells[parent, _BORN] == cells[slot, _PARENT_BORN] else np.int64(-1)
+    """Slot of the block in front, or -1 if there is none or it has been evicted or removed since."""
+    parent = np.int64(cells[slot].parent)
+    is_same_block = parent >= 0 and cells[parent].arrival == cells[slot].parent_arrival
+    return parent if is_same_block else np.int64(-1)
 
 
 @njit(cache=True, forceinline=True)
-def _give_birth(cells: Cells, totals: Totals, slot: int) -> None:
-    totals[CLOCK] += 1
-    cells[slot, _BORN] = totals[CLOCK]
-    cells[slot, _CHILDREN] = cells[slot, _USES] = 0
-    cells[slot, _LAST] = _SAVED
-    cells[slot, _PARENT] = -1
+def _arrive(cells: Cells, counters: Counters, slot: int) -> None:
+    """A new block is in the slot."""
+    counters.arrivals += 1
+    cells[slot].arrival = counters.arrivals
+    cells[slot].children = 0
+    cells[slot].uses = 0
+    cells[slot].last_request = _SAVED
+    cells[slot].parent = -1
 
 
 @njit(cache=True, forceinline=True)
 def _adopt(cells: Cells, parent: int, slot: int) -> Any:
-    """Make one held slot the parent of another that has none and is younger. True if it was childless."""
-    if cells[parent, _BORN] >= cells[slot, _BORN] or _parent(cells, slot) >= 0:
+    """Make a held slot the parent of another that is younger and has none. True if this is its first child."""
+    if cells[parent].arrival >= cells[slot].arrival or _parent(cells, slot) >= 0:
         return False
-    cells[slot, _PARENT], cells[slot, _PARENT_BORN] = parent, cells[parent, _BORN]
-    cells[parent, _CHILDREN] += 1
-    return cells[parent, _CHILDREN] == 1
+    cells[slot].parent = parent
+    cells[slot].parent_arrival = cells[parent].arrival
+    cells[parent].children += 1
+    return cells[parent].children == 1
 
 
 @njit(cache=True, forceinline=True)
-def _counts_as_use(cells: Cells, slot: int, load: bool) -> Any:
-    last = cells[slot, _LAST]
-    if load:
-        cells[slot, _LAST] = _IDLE if last == _SAVED else _LOADED
+def _counts_as_use(cells: Cells, slot: int, is_load: bool) -> Any:
+    """Note a request. False if it belongs to the same use as the one before: one use per request of a user."""
+    last = cells[slot].last_request
+    if is_load:
+        cells[slot].last_request = _IDLE if last == _SAVED else _LOADED
         return last != _SAVED
-    cells[slot, _LAST] = _SAVED
+    cells[slot].last_request = _SAVED
     return last != _LOADED
 
 
@@ -161,242 +206,269 @@ def _counts_as_use(cells: Cells, slot: int, load: bool) -> Any:
 
 
 @njit(cache=True)
-def weigh(cells: Cells, totals: Totals, slots: Slots, nbytes: NDArray[np.int64]) -> None:
+def weigh(cells: Cells, slots: Slots, nbytes: NDArray[np.int64]) -> None:
     for i in range(len(slots)):
-        slot, size = slots[i], nbytes[i if len(nbytes) > 1 else 0]
-        if cells[slot, _PLACE] != NOWHERE:
-            totals[cells[slot, _PLACE]] += size - cells[slot, _NBYTES]
-            cells[slot, _NBYTES] = size
+        slot, size = np.int64(slots[i]), nbytes[i if len(nbytes) > 1 else 0]
+        if cells[slot].list != NO_LIST:
+            cells[cells[slot].list].nbytes += size - cells[slot].nbytes
+            cells[slot].nbytes = size
+        elif _is_parked(cells, slot):
+            cells[slot].nbytes = size
 
 
-# S3-FIFO. Only slots with nothing behind them stand in the first two rings; the others wait for that.
+# S3-FIFO. Only slots without children are linked in the small and the main queue. A slot with children belongs to its
+# queue and counts in its bytes, and is linked when the last child is gone.
 
 
 @njit(cache=True, forceinline=True)
-def _s3_join(cells: Cells, totals: Totals, slot: int, place: int) -> None:
-    """Hold a slot that was not held."""
-    _put(cells, totals, slot, place)
-    if not cells[slot, _CHILDREN]:
-        _link_hot(cells, place, slot)
+def _s3_hold(cells: Cells, counters: Counters, slot: int, queue: int) -> None:
+    """Put a slot that is not held into the small or the main queue."""
+    _assign(cells, counters, slot, queue)
+    if not cells[slot].children:
+        _link_hottest(cells, queue, slot)
     parent = _parent(cells, slot)
     if parent >= 0:
-        if not cells[parent, _CHILDREN] and _is_held(cells, parent):
+        if not cells[parent].children and _is_held(cells, parent):
             _unlink(cells, parent)
-        cells[parent, _CHILDREN] += 1
+        cells[parent].children += 1
 
 
 @njit(cache=True, forceinline=True)
-def _s3_part(cells: Cells, totals: Totals, slot: int, place: int) -> None:
-    """Hold a slot no more; what is in front of it may be the next to go."""
-    if not cells[slot, _CHILDREN]:
+def _s3_release(cells: Cells, counters: Counters, slot: int) -> None:
+    """Take a held slot out of its queue. If it was its parent's last child, the parent may be evicted next."""
+    if not cells[slot].children:
         _unlink(cells, slot)
-    _put(cells, totals, slot, place)
+    _assign(cells, counters, slot, NO_LIST)
     parent = _parent(cells, slot)
     if parent >= 0:
-        cells[parent, _CHILDREN] -= 1
-        if not cells[parent, _CHILDREN] and _is_held(cells, parent):
-            _link_cold(cells, cells[parent, _PLACE], parent)
+        cells[parent].children -= 1
+        if not cells[parent].children and _is_held(cells, parent):
+            _link_coldest(cells, cells[parent].list, parent)
 
 
 @njit(cache=True, forceinline=True)
-def _s3_promote(cells: Cells, totals: Totals, slot: int) -> None:
-    if not cells[slot, _CHILDREN]:
+def _s3_move_to_main(cells: Cells, counters: Counters, slot: int) -> None:
+    if not cells[slot].children:
         _unlink(cells, slot)
-        _link_hot(cells, SECOND, slot)
-    _put(cells, totals, slot, SECOND)
+        _link_hottest(cells, MAIN, slot)
+    _assign(cells, counters, slot, MAIN)
 
 
 @njit(cache=True)
-def s3_use(cells: Cells, totals: Totals, slots: Slots, clock: int, load: bool) -> None:
-    """Count uses of held slots that came before `clock`; what is in the second queue takes its ancestors along."""
+def s3_use(cells: Cells, counters: Counters, slots: Slots, known: int, is_load: bool) -> None:
+    """Count a use of the chain's held slots, except those that arrived after arrival `known`.
+
+    The ancestors of a block in the main queue move there as well.
+    """
     parent = np.int64(-1)
     for slot in slots:
         if _is_held(cells, slot):
             if parent >= 0 and _adopt(cells, parent, slot):
                 _unlink(cells, parent)
             parent = np.int64(slot)
-    behind = False
+    has_main_descendant = False
     for slot in slots[::-1]:
         if not _is_held(cells, slot):
             continue
-        used = cells[slot, _BORN] <= clock and _counts_as_use(cells, slot, load)
-        if cells[slot, _PLACE] == FIRST:
-            if used or behind:
-                _s3_promote(cells, totals, slot)
-        elif used and cells[slot, _USES] < _MAX_USES:
-            cells[slot, _USES] += 1
-        behind = behind or cells[slot, _PLACE] == SECOND
+        is_used = cells[slot].arrival <= known and _counts_as_use(cells, slot, is_load)
+        if cells[slot].list == SMALL:
+            if is_used or has_main_descendant:
+                _s3_move_to_main(cells, counters, slot)
+        elif is_used and cells[slot].uses < _MAX_USES:
+            cells[slot].uses += 1
+        has_main_descendant = has_main_descendant or cells[slot].list == MAIN
 
 
 @njit(cache=True)
-def s3_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.int64]) -> None:
-    clock = totals[CLOCK]
+def s3_insert(cells: Cells, counters: Counters, slots: Slots, evicted: NDArray[np.int64]) -> None:
+    known = counters.arrivals
     for i in range(len(slots)):
         slot = np.int64(slots[i])
-        place = cells[slot, _PLACE]
-        if place >= PARKED_FIRST:
-            _s3_join(cells, totals, slot, place - _PARKED)
-            cells[slot, _LAST] = _LOADED  # not a use
-        elif place > SECOND:
-            known = place == GHOST_FIRST and len(evicted) and evicted[i] != 0
-            _forget_ghost(cells, totals, slot)
-            _give_birth(cells, totals, slot)
-            _s3_join(cells, totals, slot, SECOND if known else FIRST)
-    s3_use(cells, totals, slots, clock, False)
+        if _is_parked(cells, slot):
+            _s3_hold(cells, counters, slot, cells[slot].parked_from)
+            cells[slot].parked_from = NO_LIST
+            cells[slot].last_request = _LOADED  # so that the return does not count as a use
+        elif not _is_held(cells, slot):
+            returns = _is_ghost(cells, slot) and len(evicted) and evicted[i] != 0
+            _forget(cells, counters, slot)
+            _arrive(cells, counters, slot)
+            _s3_hold(cells, counters, slot, MAIN if returns else SMALL)
+    s3_use(cells, counters, slots, known, False)
 
 
 @njit(cache=True)
-def s3_remove(cells: Cells, totals: Totals, slots: Slots) -> None:
+def s3_remove(cells: Cells, counters: Counters, slots: Slots) -> None:
     for slot in slots:
         if _is_held(cells, slot):
-            _s3_part(cells, totals, slot, NOWHERE)
-        _forget_ghost(cells, totals, slot)
-        cells[slot, _BORN] = 0
+            _s3_release(cells, counters, slot)
+        _forget(cells, counters, slot)
+        cells[slot].arrival = 0
+
+
+@njit(cache=True, forceinline=True)
+def _s3_victim(cells: Cells) -> Any:
+    """The next slot to evict. Blocks of the main queue that were used again go round once more, for one use each."""
+    while True:
+        small, main = _coldest(cells, SMALL), _coldest(cells, MAIN)
+        small_is_full = cells[SMALL].nbytes * _SMALL_SHARE >= cells[SMALL].nbytes + cells[MAIN].nbytes
+        if small >= 0 and (main < 0 or small_is_full):
+            return small
+        if not cells[main].uses:
+            return main
+        cells[main].uses -= 1
+        _unlink(cells, main)
+        _link_hottest(cells, MAIN, main)
 
 
 @njit(cache=True)
 def s3_pop(
-    cells: Cells, totals: Totals, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
+    cells: Cells, counters: Counters, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
 ) -> Slots:
-    popped = np.empty(totals[HELD], np.int64)
+    popped = np.empty(counters.held, np.int64)
     length = idle_bytes = 0
-    capacity = totals[FIRST] + totals[SECOND]
-    while idle_bytes < target_bytes and totals[HELD]:
-        small, main = _coldest(cells, FIRST), _coldest(cells, SECOND)
-        from_small = small >= 0 and (main < 0 or totals[FIRST] * _SMALL_SHARE >= totals[FIRST] + totals[SECOND])
-        slot = small if from_small else main
-        if not from_small and cells[slot, _USES]:
-            cells[slot, _USES] -= 1
-            _unlink(cells, slot)
-            _link_hot(cells, SECOND, slot)
-            continue
+    capacity_bytes = cells[SMALL].nbytes + cells[MAIN].nbytes
+    while idle_bytes < target_bytes and counters.held:
+        slot = _s3_victim(cells)
+        queue = cells[slot].list
         popped[length] = slot
         length += 1
+        _s3_release(cells, counters, slot)
         if pins[slot]:
-            _s3_part(cells, totals, slot, PARKED_FIRST if from_small else PARKED_SECOND)
+            cells[slot].parked_from = queue
             continue
         idle_bytes += nbytes[slot]
-        _s3_part(cells, totals, slot, GHOST_FIRST if from_small else NOWHERE)
-        cells[slot, _BORN] = 0
-        if from_small:
-            _link_hot(cells, GHOST_FIRST, slot)
+        cells[slot].arrival = 0
+        if queue == SMALL:
+            _assign(cells, counters, slot, GHOSTS)
+            _link_hottest(cells, GHOSTS, slot)
         else:
-            _forget_ghost(cells, totals, slot)
-    while totals[GHOST_FIRST] > capacity and _coldest(cells, GHOST_FIRST) >= 0:
-        _forget_ghost(cells, totals, _coldest(cells, GHOST_FIRST))
+            _forget(cells, counters, slot)
+    while cells[GHOSTS].nbytes > capacity_bytes and _coldest(cells, GHOSTS) >= 0:
+        _forget(cells, counters, _coldest(cells, GHOSTS))
     return popped[:length].copy()
 
 
-# ARC. All held slots stand in the rings, in order of last use.
+# ARC. All held slots are linked in T1 or T2, in the order of their last use.
 
 
 @njit(cache=True, forceinline=True)
-def _arc_join(cells: Cells, totals: Totals, slot: int, place: int) -> None:
-    _put(cells, totals, slot, place)
+def _arc_hold(cells: Cells, counters: Counters, slot: int, list_: int) -> None:
+    """Put a slot that is not held into T1 or T2."""
+    _assign(cells, counters, slot, list_)
+    _link_hottest(cells, list_, slot)
     parent = _parent(cells, slot)
     if parent >= 0:
-        cells[parent, _CHILDREN] += 1
+        cells[parent].children += 1
 
 
 @njit(cache=True, forceinline=True)
-def _arc_part(cells: Cells, totals: Totals, slot: int, place: int) -> None:
+def _arc_release(cells: Cells, counters: Counters, slot: int) -> None:
+    """Take a held slot out of T1 or T2."""
     _unlink(cells, slot)
-    _put(cells, totals, slot, place)
+    _assign(cells, counters, slot, NO_LIST)
     parent = _parent(cells, slot)
     if parent >= 0:
-        cells[parent, _CHILDREN] -= 1
+        cells[parent].children -= 1
 
 
 @njit(cache=True, forceinline=True)
-def _arc_learn(cells: Cells, totals: Totals, ghost: int) -> None:
-    """A ghost of one queue was asked for: that queue should have been larger."""
-    own, other = np.int64(cells[ghost, _PLACE]), np.int64(GHOST_FIRST + GHOST_SECOND - cells[ghost, _PLACE])
-    step = cells[ghost, _NBYTES] * max(1.0, totals[other] / max(totals[own], 1))
-    target = totals[_TARGET] + (step if own == GHOST_FIRST else -step)
-    totals[_TARGET] = np.int64(min(max(target, 0.0), float(totals[_CAPACITY])))
+def _arc_adapt(cells: Cells, counters: Counters, ghost: int) -> None:
+    """The paper's adaptation of p: a hit in B1 makes T1's target larger, a hit in B2 makes it smaller."""
+    b1_bytes, b2_bytes = cells[B1].nbytes, cells[B2].nbytes
+    target = float(counters.target_bytes)
+    if cells[ghost].list == B1:
+        target += cells[ghost].nbytes * max(1.0, b2_bytes / max(b1_bytes, 1))
+    else:
+        target -= cells[ghost].nbytes * max(1.0, b1_bytes / max(b2_bytes, 1))
+    counters.target_bytes = np.int64(min(max(target, 0.0), float(counters.capacity_bytes)))
 
 
 @njit(cache=True)
-def arc_use(cells: Cells, totals: Totals, slots: Slots, clock: int, load: bool) -> None:
-    """Make held slots the hottest; those used again, and their ancestors, in the second queue."""
+def arc_use(cells: Cells, counters: Counters, slots: Slots, known: int, is_load: bool) -> None:
+    """Make the chain's held slots the hottest; those that are used again move to T2, together with their ancestors.
+
+    A slot that arrived after arrival `known` is not used again.
+    """
     parent = np.int64(-1)
     for slot in slots:
         if _is_held(cells, slot):
             if parent >= 0:
                 _adopt(cells, parent, slot)
             parent = np.int64(slot)
-    behind = False
+    has_t2_descendant = False
     for slot in slots[::-1]:
         if not _is_held(cells, slot):
             continue
-        used = cells[slot, _BORN] <= clock and _counts_as_use(cells, slot, load)
-        if used or behind:
-            _put(cells, totals, slot, SECOND)
-        behind = behind or cells[slot, _PLACE] == SECOND
+        is_used = cells[slot].arrival <= known and _counts_as_use(cells, slot, is_load)
+        if is_used or has_t2_descendant:
+            _assign(cells, counters, slot, T2)
+        has_t2_descendant = has_t2_descendant or cells[slot].list == T2
         _unlink(cells, slot)
-        _link_hot(cells, cells[slot, _PLACE], slot)
+        _link_hottest(cells, cells[slot].list, slot)
 
 
 @njit(cache=True)
-def arc_insert(cells: Cells, totals: Totals, slots: Slots, evicted: NDArray[np.int64]) -> None:
-    clock = totals[CLOCK]
+def arc_insert(cells: Cells, counters: Counters, slots: Slots, evicted: NDArray[np.int64]) -> None:
+    known = counters.arrivals
     for i in range(len(slots)):
         slot = np.int64(slots[i])
-        place = cells[slot, _PLACE]
-        if place >= PARKED_FIRST:
-            _arc_join(cells, totals, slot, place - _PARKED)
-            _link_hot(cells, place - _PARKED, slot)
-            cells[slot, _LAST] = _LOADED  # not a use
-        elif place > SECOND:
-            known = place != NOWHERE and len(evicted) and evicted[i] != 0
-            if known:
-                _arc_learn(cells, totals, slot)
-            _forget_ghost(cells, totals, slot)
-            _give_birth(cells, totals, slot)
-            _arc_join(cells, totals, slot, SECOND if known else FIRST)
-            _link_hot(cells, cells[slot, _PLACE], slot)
-    arc_use(cells, totals, slots, clock, False)
+        if _is_parked(cells, slot):
+            _arc_hold(cells, counters, slot, cells[slot].parked_from)
+            cells[slot].parked_from = NO_LIST
+            cells[slot].last_request = _LOADED  # so that the return does not count as a use
+        elif not _is_held(cells, slot):
+            returns = _is_ghost(cells, slot) and len(evicted) and evicted[i] != 0
+            if returns:
+                _arc_adapt(cells, counters, slot)
+            _forget(cells, counters, slot)
+            _arrive(cells, counters, slot)
+            _arc_hold(cells, counters, slot, T2 if returns else T1)
+    arc_use(cells, counters, slots, known, False)
 
 
 @njit(cache=True)
-def arc_remove(cells: Cells, totals: Totals, slots: Slots) -> None:
+def arc_remove(cells: Cells, counters: Counters, slots: Slots) -> None:
     for slot in slots:
         if _is_held(cells, slot):
-            _arc_part(cells, totals, slot, NOWHERE)
-        _forget_ghost(cells, totals, slot)
-        cells[slot, _BORN] = 0
+            _arc_release(cells, counters, slot)
+        _forget(cells, counters, slot)
+        cells[slot].arrival = 0
 
 
 @njit(cache=True, forceinline=True)
-def _arc_victim(cells: Cells, totals: Totals) -> Any:
-    first, second = _coldest(cells, FIRST), _coldest(cells, SECOND)
-    if first < 0 or second < 0:
-        return max(first, second)
-    wanted, other = (first, second) if totals[FIRST] > totals[_TARGET] else (second, first)
-    return other if cells[wanted, _CHILDREN] and not cells[other, _CHILDREN] else wanted
+def _arc_victim(cells: Cells, counters: Counters) -> Any:
+    """The next slot to evict: the paper's REPLACE, but a block with children goes only if both lists end in one."""
+    t1, t2 = _coldest(cells, T1), _coldest(cells, T2)
+    if t1 < 0 or t2 < 0:
+        return max(t1, t2)
+    in_turn, other = (t1, t2) if cells[T1].nbytes > counters.target_bytes else (t2, t1)
+    return other if cells[in_turn].children and not cells[other].children else in_turn
 
 
 @njit(cache=True)
 def arc_pop(
-    cells: Cells, totals: Totals, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
+    cells: Cells, counters: Counters, target_bytes: int, nbytes: NDArray[np.int64], pins: NDArray[np.int32]
 ) -> Slots:
-    popped = np.empty(totals[HELD], np.int64)
+    popped = np.empty(counters.held, np.int64)
     length = idle_bytes = 0
-    capacity = totals[_CAPACITY] = totals[FIRST] + totals[SECOND]
-    while idle_bytes < target_bytes and totals[HELD]:
-        slot = _arc_victim(cells, totals)
+    capacity_bytes = cells[T1].nbytes + cells[T2].nbytes
+    counters.capacity_bytes = capacity_bytes
+    while idle_bytes < target_bytes and counters.held:
+        slot = _arc_victim(cells, counters)
+        list_ = cells[slot].list
         popped[length] = slot
         length += 1
-        place = cells[slot, _PLACE]
+        _arc_release(cells, counters, slot)
         if pins[slot]:
-            _arc_part(cells, totals, slot, place + _PARKED)
+            cells[slot].parked_from = list_
             continue
         idle_bytes += nbytes[slot]
-        _arc_part(cells, totals, slot, place + _GHOST)
-        _link_hot(cells, place + _GHOST, slot)
-        cells[slot, _BORN] = 0
-    while totals[FIRST] + totals[GHOST_FIRST] > capacity and _coldest(cells, GHOST_FIRST) >= 0:
-        _forget_ghost(cells, totals, _coldest(cells, GHOST_FIRST))
-    while totals[GHOST_FIRST] + totals[GHOST_SECOND] > capacity and _coldest(cells, GHOST_SECOND) >= 0:
-        _forget_ghost(cells, totals, _coldest(cells, GHOST_SECOND))
+        cells[slot].arrival = 0
+        ghosts = B1 if list_ == T1 else B2
+        _assign(cells, counters, slot, ghosts)
+        _link_hottest(cells, ghosts, slot)
+    while cells[T1].nbytes + cells[B1].nbytes > capacity_bytes and _coldest(cells, B1) >= 0:
+        _forget(cells, counters, _coldest(cells, B1))
+    while cells[B1].nbytes + cells[B2].nbytes > capacity_bytes and _coldest(cells, B2) >= 0:
+        _forget(cells, counters, _coldest(cells, B2))
     return popped[:length].copy()
