@@ -9,8 +9,8 @@ everything it was made from, so that a changed requirement list makes a new one 
 makes none. A venv has its own path written into it and cannot be renamed: a marker file, written last,
 says that it is complete, and a half-made one is made again. A lock file keeps two runs apart.
 
-0.23.0 has no CPU build: its environment has the Python of its wheel above the packages of 0.32.0's environment. Its
-scheduler runs there, its workers do not.
+0.23.0 and 0.33.0 have no CPU build: their environments have the Python of their wheel above the packages of 0.32.0's
+environment. 0.33.0 takes the compiled operators of 0.32.0 and runs whole; of 0.23.0 only the scheduler runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ TORCH = "torch==2.13.0"
 # numba-cuda 0.30 still calls np.row_stack, which NumPy 2.5 removed.
 NUMPY = "numpy<2.5"
 # Versions without a CPU build: their own Python above the packages of another version's environment.
-PYTHON_ONLY = {"0.23.0": "0.32.0"}
+PYTHON_ONLY = {"0.23.0": "0.32.0", "0.33.0": "0.32.0"}
+# Those of them that run on the other version's compiled operators. vLLM takes a version that ends in +cpu for a CPU build.
+WITH_OPERATORS = ("0.33.0",)
 # Shown for a failed pip: enough for a resolver's explanation.
 PIP_TAIL_LINES = 40
 
@@ -159,6 +161,11 @@ def build_above(version: str, base_dir: Path, env_dir: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(packages, [name for name in archive.namelist() if not name.endswith((".so", ".cubin"))])
     shutil.rmtree(wheels)
+    if version in WITH_OPERATORS:
+        for operators in (beneath / "vllm").glob("*.so"):
+            (packages / "vllm" / operators.name).symlink_to(operators)
+        metadata = packages / f"vllm-{version}.dist-info" / "METADATA"
+        metadata.write_text(metadata.read_text().replace(f"Version: {version}", f"Version: {version}+cpu", 1))
     missing = ["--target", str(packages), "-r", str(requirements_of(version))]
     run_step("pip install of what is missing", [*pip, "install", *quietly, *missing])
     (packages / "beneath.pth").write_text(f"{beneath}\n")
