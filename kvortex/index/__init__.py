@@ -1,4 +1,4 @@
-"""Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU."""
+"""The index of cached blocks, the eviction policies and the pace of eviction. No I/O, no GPU."""
 
 from kvortex.index.cache_index import CacheIndex, Evicted, Pins, Reservation
 from kvortex.index.keys import pack_keys
