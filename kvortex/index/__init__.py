@@ -1,4 +1,4 @@
-"""Which blocks are cached, which go next, and when: the control plane's book-keeping. No I/O, no GPU.
+"""The index of cached blocks, the eviction policies and the pace of eviction. No I/O, no GPU.
 
 Private: it may change in any release; docs/api.md lists what is public.
 """

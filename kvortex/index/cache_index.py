@@ -1,4 +1,4 @@
-"""What is cached and where: entries by block hash, from reservation to eviction."""
+"""The cache index: which blocks are cached, by block hash, and where their bytes are."""
 
 import threading
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _NO_OFFSETS = np.empty(0, np.int64)
 
 
 class Reservation:
-    """The outcome of a `reserve` of `n` keys.
+    """The result of `reserve` for `n` keys.
 
-    A state is RESERVED (the call must `commit` or `abort` the slot), STORED (committed already) or BUSY (reserved
-    by someone else, or at an earlier position of the call).
+    The state of a key is RESERVED (the caller must `commit` or `abort` the slot), STORED (the block is committed
+    already) or BUSY (the block is reserved by another call, or at an earlier position of the same call).
     """
 
     __slots__ = ("_results", "num_owned")
@@ -43,19 +43,19 @@ class Reservation:
 
     @property
     def states(self) -> NDArray[np.int64]:
-        """RESERVED, STORED or BUSY for each key, `int64 [n]`."""
+        """State of each key, `int64 [n]`: RESERVED, STORED or BUSY."""
         states: NDArray[np.int64] = self._results[steps.RESERVE_STATES]
         return states
 
     @property
     def owned(self) -> Slots:
-        """Slots `int64 [num_owned]` that the call owns, in order."""
+        """Slots that the call owns, `int64 [num_owned]`, in the order of the keys."""
         slots: Slots = self._results[steps.RESERVE_OWNED, : self.num_owned]
         return slots
 
 
 class Pins:
-    """The outcome of a `pin` of `n` keys, of which `k` are hits. Everything is in the order of the keys."""
+    """The result of `pin` for `n` keys, of which `k` are hits. All arrays are in the order of the keys."""
 
     __slots__ = ("_results", "num_hits")
 
@@ -75,7 +75,7 @@ class Pins:
 
     @property
     def reasons(self) -> NDArray[np.int64]:
-        """Why each key is a miss, `int64 [n]`, as positions in MISS_REASONS; without meaning for hits."""
+        """Why each key is a miss, `int64 [n]`, as a position in MISS_REASONS; undefined for hits."""
         reasons: NDArray[np.int64] = self._results[steps.PIN_REASONS]
         return reasons
 
@@ -87,71 +87,75 @@ class Pins:
 
     @property
     def offsets(self) -> Offsets:
-        """Where the blocks of the hits lie, `int64 [k]`."""
+        """Offset of each hit's extent, `int64 [k]`."""
         return self._results[steps.PIN_OFFSETS, : self.num_hits]
 
     @property
     def nbytes(self) -> NDArray[np.int64]:
-        """Bytes of the hits' extents, `int64 [k]`."""
+        """Bytes of each hit's extent, `int64 [k]`."""
         return self._results[steps.PIN_NBYTES, : self.num_hits]
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """64-bit checksums of the hits, `uint64 [k]`."""
+        """64-bit checksum of each hit, `uint64 [k]`."""
         return self._results[steps.PIN_DIGESTS, : self.num_hits].view(np.uint64)
 
 
 class Evicted(NamedTuple):
-    """Blocks that are gone: offsets `int64 [n]`, keys `uint64 [n, 4]`, sizes `int64 [n]`, digests `uint64 [n]`."""
+    """The `n` blocks that an eviction has removed, coldest first."""
 
-    offsets: Offsets
-    keys: Keys
-    nbytes: NDArray[np.int64]
-    digests: NDArray[np.uint64]
+    offsets: Offsets  # int64 [n]
+    keys: Keys  # uint64 [n, 4]
+    nbytes: NDArray[np.int64]  # int64 [n], bytes of each extent
+    digests: NDArray[np.uint64]  # uint64 [n], 64-bit checksums
 
 
 class CacheIndex:
-    """Entries of one namespace by 32-byte block hash: reserved -> committed -> gone, or reserved -> aborted.
+    """The blocks of one namespace, by 32-byte block hash.
 
-    An entry has a *slot*, a number that names it while it is reserved or pinned; after that the slot may be used
-    for another key. Keys come as `uint64 [n, 4]` (see `pack_keys`), or as `bytes` where that is said, slots as
-    `int64 [n]`. An offset says where a block lies; the index only hands it back.
+    A caller reserves a block, stores its bytes, and commits or aborts the reservation. A committed block is visible
+    until it is evicted or dropped.
 
-    Reads (`prefix_length`, `contains_mask`, `miss_reason`, `len`, figures) take no lock and are safe from any
-    thread: each is one compiled step under the GIL. All else takes one lock. Methods that take several keys expect
-    a prefix chain, root first, and do all of it or nothing.
+    An entry has a *slot*, a number that names it while it is reserved or pinned; later the slot may be used for
+    another key. Keys are `uint64 [n, 4]` (see `pack_keys`), or `bytes` where a method says so. Slots are `int64 [n]`.
+    An offset says where the block's bytes are; the index stores it and returns it, and never reads it.
+
+    Methods that only read (`prefix_length`, `contains_mask`, `miss_reason`, `len` and the counters) take no lock and
+    are safe from any thread: each is one compiled step under the GIL. All other methods take one lock. Methods that
+    take several keys expect a prefix chain, root first. If such a method raises, it has changed nothing.
 
     A slot's states, and the methods that change them:
 
         free      --reserve-->       pending
         pending   --commit-->        committed
-        pending   --abort-->         ghost, if a reason is given or the slot was one before; else free
+        pending   --abort-->         ghost if a reason is given or the slot was a ghost before, else free
         pending   --clear-->         orphaned   --commit, abort-->  free
         committed --pin, unpin-->    committed, with a count of pins
         committed --evict, drop-->   ghost, if it is not pinned
-        committed --drop, clear-->   dropped, if it is   --last unpin-->  free; the ghost is in another slot
+        committed --clear-->         free, if it is not pinned
+        committed --drop, clear-->   dropped, if it is pinned; `drop` puts a ghost in another slot
+        dropped   --last unpin-->    free
         ghost     --reserve-->       pending, in the same slot
-        ghost     --ring is full-->  free
+        ghost     --ring is full, clear-->  free
 
-    A *ghost* is no block any more: the slot remembers the key and why it went. A *dropped* block cannot be found, and
-    its memory is still being read. An *orphaned* reservation was cleared before its commit, which then gives the offset
-    back.
+    A *ghost* is not a block any more: the slot keeps the key and the reason why the block is gone. A *dropped* block
+    cannot be found, but a reader still has it pinned. An *orphaned* reservation was made before a `clear`: its commit
+    does not make the block visible and returns the offset.
 
-    The caller that gets an offset back (from `commit`, `unpin`, `drop`, `evict` or `clear`) owns it and must free it;
-    each offset comes back exactly once.
+    The methods `commit`, `unpin`, `drop`, `evict` and `clear` return offsets. The caller then owns the extents at these
+    offsets and must free them. Each offset is returned exactly once.
 
-    A chain's place in the eviction order is set when it is reserved, not when its batches are committed one by
-    one: otherwise a long save would leave its tail more recent than its head. The policy therefore also holds
-    reserved slots. An eviction that meets a reserved or pinned slot takes it out of the order until it is idle
-    again, so each is met once per use and not at every eviction.
+    A chain gets its place in the eviction order when it is reserved, not when its batches are committed one by one:
+    otherwise the tail of a long save would be more recent than its head. So the policy holds reserved slots too. If an
+    eviction meets a reserved or pinned slot, the slot is taken out of the order until it is idle again; so an eviction
+    meets each busy slot once per use, not again and again.
 
-    An entry costs about 90 to 120 bytes of resident memory, the LRU order included; the other policies take 40 more.
+    An entry takes about 90 to 120 bytes of resident memory with the LRU policy, and 40 more with the others.
 
     Args:
-        policy: eviction order; the index becomes its only user.
-        ghost_entries: how many of the last removals to remember the reason of.
-        expected_entries: how many blocks and remembered reasons to make room for now; the index grows beyond, by
-            doubling.
+        policy: an empty policy, which gives the eviction order. Only the index may use it from now on.
+        ghost_entries: maximum number of ghosts, that is of removed blocks whose reason is kept.
+        expected_entries: number of blocks and ghosts to allocate for; the index doubles when it is full.
 
     Raises:
         ConfigError: `ghost_entries` is negative, or `expected_entries` is below 1.
@@ -168,7 +172,7 @@ class CacheIndex:
         self._results = np.empty((2, 64), np.int64)
         policy.resize(self._table.capacity)
 
-    # Reads. No lock: each takes one look at `self._table`, and a table that was replaced no longer changes.
+    # Reads. They need no lock: each reads `self._table` once, and a table that was replaced does not change any more.
 
     def __len__(self) -> int:
         """Number of committed blocks."""
@@ -176,26 +180,29 @@ class CacheIndex:
 
     @property
     def num_pending(self) -> int:
-        """Reservations that are neither committed nor aborted, orphaned ones included."""
+        """Number of reservations that are neither committed nor aborted, orphaned ones included."""
         return int(self._table.totals[steps.PENDING_BLOCKS])
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of all committed blocks; a dropped block no longer counts, even while it is pinned."""
+        """Bytes of all committed blocks. A dropped block does not count, even while it is pinned."""
         return int(self._table.totals[steps.COMMITTED_BYTES])
 
     @property
     def evicted_blocks(self) -> int:
-        """Blocks that `evict` has removed since the start."""
+        """Number of blocks that `evict` has removed since the index was made."""
         return int(self._table.totals[steps.EVICTED_BLOCKS])
 
     @property
     def removed_blocks(self) -> int:
-        """Blocks that are gone since the start, for whatever reason; after a `clear` also what was reserved."""
+        """Number of blocks removed since the index was made, for any reason. A `clear` counts reservations as well."""
         return int(self._table.totals[steps.REMOVED_BLOCKS])
 
     def prefix_length(self, keys: Sequence[bytes] | Keys) -> int:
-        """Number of committed blocks before the first that is not. Keys may be `bytes`.
+        """Count the committed blocks before the first block that is not committed.
+
+        Args:
+            keys: keys of a chain, root first: `uint64 [n, 4]` or a sequence of `bytes`.
 
         Raises:
             InvalidHashError: a key is not 32 bytes.
@@ -203,7 +210,10 @@ class CacheIndex:
         return int(steps.prefix_length(*self._table[:2], as_packed(keys)))
 
     def contains_mask(self, keys: Sequence[bytes] | Keys) -> NDArray[np.bool_]:
-        """`[len(keys)]` bool: True where the block is committed. Keys may be `bytes`.
+        """Return `bool [n]`, True where the block is committed.
+
+        Args:
+            keys: `uint64 [n, 4]` or a sequence of `bytes`.
 
         Raises:
             InvalidHashError: a key is not 32 bytes.
@@ -212,7 +222,7 @@ class CacheIndex:
         return mask
 
     def miss_reason(self, key: bytes) -> MissReason:
-        """Why a look-up of `key` missed. PENDING if it was committed in the meantime.
+        """Return why a look-up of `key` missed. PENDING if the block was committed in the meantime.
 
         Raises:
             InvalidHashError: the key is not 32 bytes.
@@ -222,7 +232,7 @@ class CacheIndex:
     # Changes.
 
     def reserve(self, keys: Keys) -> Reservation:
-        """Claim the blocks that are not there yet. All keys count as accessed.
+        """Reserve the blocks that are neither committed nor reserved. All blocks count as accessed.
 
         Raises:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is reserved.
@@ -241,33 +251,41 @@ class CacheIndex:
         """Make reserved blocks visible.
 
         Args:
-            slots: reservations that the caller owns, `int64 [n]`.
-            offsets: `[n]`, where the blocks lie.
-            nbytes: `[n]`, or one size for all.
-            digests: `[n]` 64-bit checksums.
+            slots: reserved slots that the caller owns, `int64 [n]`.
+            offsets: offset of each block's extent, `int64 [n]`.
+            nbytes: bytes of each extent, `int64 [n]`, or one size for all.
+            digests: 64-bit checksum of each block, `uint64 [n]`.
 
         Returns:
-            Offsets that did not become visible because `clear` came in between; usually empty.
+            Offsets of the blocks that did not become visible because of a `clear` after their reservation; usually
+            none.
 
         Raises:
-            EngineStateError: a slot is not reserved, or named twice; nothing is committed.
-            InvalidHashError: the lists differ in length; nothing is committed.
+            EngineStateError: a slot is not reserved, or is named twice; nothing is committed.
+            InvalidHashError: the arrays differ in length; nothing is committed.
         """
         sizes = nbytes if isinstance(nbytes, np.ndarray) else np.array([nbytes])
         if not len(slots) == len(offsets) == len(digests) or len(sizes) not in (1, len(slots)):
-            raise InvalidHashError("slots, offsets, nbytes and digests differ in length")
+            raise InvalidHashError(
+                f"slots, offsets, nbytes and digests differ in length: {len(slots)}, {len(offsets)}, {len(sizes)}, "
+                f"{len(digests)}"
+            )
         with self._lock:
             results = self._scratch(len(slots))
-            failed, unseen, idle = steps.commit(*self._table, slots, offsets, sizes, digests, results)
+            failed, orphaned, idle = steps.commit(*self._table, slots, offsets, sizes, digests, results)
             _raise_if(failed, slots, "is not reserved, or named twice")
             self._policy.weigh(slots, sizes)
-            return self._freed(unseen, idle)
+            return self._freed(orphaned, idle)
 
     def abort(self, slots: Slots, reason: MissReason | None) -> None:
-        """Give reservations up, remembering `reason` (if any) for later misses.
+        """Give reservations up.
+
+        Args:
+            slots: reserved slots that the caller owns, `int64 [n]`.
+            reason: reason of later misses of these blocks; None keeps the reason from before the reservation.
 
         Raises:
-            EngineStateError: a slot is not reserved, or named twice; nothing is aborted.
+            EngineStateError: a slot is not reserved, or is named twice; nothing is aborted.
         """
         with self._lock:
             failed = steps.abort(*self._table, slots, -1 if reason is None else MISS_REASONS.index(reason))
@@ -275,10 +293,12 @@ class CacheIndex:
             self._policy.remove(slots)
 
     def pin(self, keys: Keys) -> Pins:
-        """Hold committed blocks in place; hits count as accessed. A key named twice is pinned twice.
+        """Pin committed blocks, so that their bytes stay in place. Hits count as accessed.
+
+        A key that is named twice is pinned twice.
 
         Returns:
-            Slots to be given to `unpin` once per hit, and why the others missed.
+            The pinned slots, each of which needs one `unpin`, and the reasons of the misses.
 
         Raises:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is pinned.
@@ -290,7 +310,7 @@ class CacheIndex:
         return pins
 
     def hold(self, keys: Keys) -> Pins:
-        """`pin` for the cache's own purposes: it does not count as an access.
+        """Pin committed blocks like `pin`, but without counting an access: for the cache's own reads.
 
         Raises:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is pinned.
@@ -309,13 +329,13 @@ class CacheIndex:
             self._policy.access(steps.committed_slots(*self._table[:2], keys))
 
     def unpin(self, slots: Slots) -> Offsets:
-        """Let pinned blocks go, one pin per time named.
+        """Remove one pin from a slot for each time it is named.
 
         Returns:
-            Offsets that are free now: of blocks that were dropped while pinned.
+            Offsets that are free now: of dropped blocks that lost their last pin.
 
         Raises:
-            EngineStateError: a slot has no pin left; no pin is taken from any.
+            EngineStateError: a slot has no pin left; no pin is removed.
         """
         with self._lock:
             failed, freed, idle = steps.unpin(self._table.rows, self._table.totals, slots, self._scratch(len(slots)))
@@ -323,20 +343,20 @@ class CacheIndex:
             return self._freed(freed, idle)
 
     def drop(self, slots: Slots, reason: MissReason) -> Offsets:
-        """Remove committed blocks from view at once, whether pinned or not; slots that hold none are ignored.
+        """Remove committed blocks at once, pinned or not. Slots that hold no committed block are ignored.
 
         Args:
-            slots: blocks that the caller has pinned: only then do they still name the same blocks.
-            reason: what later misses are told.
+            slots: slots that the caller has pinned, `int64 [n]`. Without a pin a slot may name another block by now.
+            reason: reason of later misses of these blocks.
 
         Returns:
-            Offsets that are free now; those of pinned blocks come back through their last `unpin`.
+            Offsets that are free now. The last `unpin` of a pinned block returns its offset.
         """
         with self._lock:
             return self._drop(slots, reason)
 
     def drop_key(self, key: bytes, reason: MissReason) -> Offsets:
-        """`drop` for one key; nothing happens if it is not committed.
+        """Remove one block by its key, like `drop`. Nothing happens if it is not committed.
 
         Raises:
             InvalidHashError: the key is not 32 bytes.
@@ -346,17 +366,16 @@ class CacheIndex:
             return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
 
     def drop_beyond(self, end: int, reason: MissReason) -> Offsets:
-        """`drop` every committed block whose extent does not end at or before offset `end`."""
+        """Remove every committed block whose extent ends after offset `end`, like `drop`."""
         with self._lock:
             rows = self._table.rows[: self._table.totals[steps.SLOTS_USED]]
             beyond = (rows["state"] == steps.COMMITTED) & (rows["offset"] + rows["nbytes"] > end)
             return self._drop(np.flatnonzero(beyond), reason)
 
     def evict(self, nbytes: int) -> Evicted:
-        """Remove the coldest blocks that are not pinned until `nbytes` are free, or none is left.
+        """Remove the coldest idle blocks until `nbytes` are free, or no idle block is left.
 
-        Returns:
-            What they were, coldest first. Amortised O(1) per block, however many are pinned.
+        The cost is amortised O(1) per removed block, however many blocks are pinned.
         """
         with self._lock:
             rows = self._table.rows
@@ -367,11 +386,11 @@ class CacheIndex:
         return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64))
 
     def clear(self) -> Offsets:
-        """Forget every block, and every reason for a miss.
+        """Remove every block and every ghost.
 
-        Blocks that are pinned come back through `unpin`. Reservations become orphans: their owners commit or
-        abort them as usual, but a commit hands the offset back instead of making it visible, and until then the
-        key stays PENDING.
+        The last `unpin` of a pinned block returns its offset. Reservations become orphaned: their owners commit or
+        abort them as usual, but `commit` returns the offset and does not make the block visible. Until then the key
+        stays PENDING.
 
         Returns:
             Offsets that are free now.
@@ -381,26 +400,26 @@ class CacheIndex:
             freed: Offsets = steps.clear(self._table.rows, self._table.buckets, self._table.totals)
         return freed
 
-    # Below: the lock is held.
+    # The caller of the methods below holds the lock.
 
     def _pin(self, keys: Keys) -> Pins:
         results = np.empty((6, len(keys)), np.int64)
         return Pins(results, steps.pin(*self._table[:2], keys, results))
 
     def _scratch(self, count: int) -> steps.Results:
-        """Two rows for offsets and slots, of which there seldom are any."""
+        """Return an array for offsets and idle slots, `[2, >= count]`; it is reused, since most calls have none."""
         if count > self._results.shape[1]:
             self._results = np.empty((2, 2 * count), np.int64)
         return self._results
 
     def _freed(self, num_offsets: int, num_idle: int) -> Offsets:
-        """Put idle slots back into the order; the offsets beside them in the scratch."""
+        """Insert the idle slots of the scratch array into the eviction order, and return its offsets."""
         if num_idle:
             self._policy.insert(self._results[1, :num_idle])
         return self._results[0, :num_offsets].copy() if num_offsets else _NO_OFFSETS
 
     def _drop(self, slots: Slots, reason: MissReason) -> Offsets:
-        # A pinned block keeps its slot, so that its ghost takes another.
+        # A pinned block keeps its slot, so its ghost needs another one.
         self._make_room(int(np.count_nonzero(self._table.rows["pins"][slots])))
         freed: Offsets
         freed, gone = steps.drop(*self._table, slots, MISS_REASONS.index(reason))

@@ -1,4 +1,4 @@
-"""Block hashes as one array, the form that compiled code reads."""
+"""Packs block hashes into one array, which compiled code reads."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,14 +15,14 @@ _WANTED = f"pass a list of hashes of {BLOCK_HASH_BYTES} bytes each, as hash_bloc
 
 
 def pack_keys(keys: Iterable[bytes] | NDArray[np.generic]) -> NDArray[np.uint64]:
-    """Block hashes as `uint64 [n, 4]`, read-only, and a copy of what was passed.
+    """Copy block hashes into a read-only array `uint64 [n, 4]`.
 
     Args:
-        keys: whatever gives `bytes` of 32 in order, generators included; or an array with 32 bytes a row:
-            `S32`, `V32` or `object` `[n]`, `uint8 [n, 32]` or `uint64 [n, 4]`.
+        keys: an ordered iterable of `bytes` of length 32, such as a list or a generator; or an array with 32 bytes per
+            row: `S32`, `V32` or `object` `[n]`, `uint8 [n, 32]` or `uint64 [n, 4]`.
 
     Raises:
-        InvalidHashError: a key is not 32 bytes, or these are no keys in an order.
+        InvalidHashError: a key is not 32 bytes, or `keys` has no order (a set) or is a single `bytes`.
     """
     if not isinstance(keys, list | tuple):
         if hasattr(keys, "__array__"):
@@ -38,7 +38,10 @@ def pack_keys(keys: Iterable[bytes] | NDArray[np.generic]) -> NDArray[np.uint64]
 
 
 def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`keys` as `pack_keys` gives them, whichever form they come in; packed ones are not copied.
+    """Return `keys` in the form of `pack_keys`. A packed array that is read-only and contiguous is not copied.
+
+    Args:
+        keys: block hashes as `bytes` of length 32, or packed as `uint64 [n, 4]`.
 
     Raises:
         InvalidHashError: a key is not 32 bytes, or the array is not `uint64 [n, 4]`.
@@ -49,7 +52,7 @@ def as_packed(keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.uint64]:
         raise InvalidHashError(f"packed keys must be uint64 [n, {WORDS}], not {keys.dtype} {list(keys.shape)}")
     if keys.flags.writeable or not keys.flags.c_contiguous:
         keys = np.ascontiguousarray(keys).view()
-        keys.flags.writeable = False  # one array type for the kernels: they are compiled once
+        keys.flags.writeable = False  # compiled steps see one array type only, so each is compiled once
     return keys
 
 
@@ -57,7 +60,7 @@ def _pack_array(given: Any) -> NDArray[np.uint64]:
     try:
         keys = np.asarray(given)
     except (TypeError, RuntimeError) as error:  # a tensor on a GPU, or one that needs gradients
-        raise InvalidHashError(f"a {type(given).__name__} is no array on the host ({error}): {_WANTED}") from error
+        raise InvalidHashError(f"a {type(given).__name__} is not an array on the host ({error}): {_WANTED}") from error
     if keys.ndim == 1 and (keys.dtype == np.object_ or not keys.size):
         return pack_keys(keys.tolist())
     rows = keys.ndim == 1 and keys.dtype.kind in "SV"

@@ -1,4 +1,4 @@
-"""When to evict, and how much at a time."""
+"""Decides when to evict and how many bytes at a time."""
 
 from kvortex.errors import ConfigError
 
@@ -6,20 +6,22 @@ _FLOOR_DIVISOR = 256
 
 
 class EvictionPacer:
-    """Spreads eviction over the saves that cause it: no save waits for a fifth of the pool to be freed.
+    """Spreads eviction over many saves, so that no single save waits until a large part of the pool is freed.
 
-    A cycle begins when `used + incoming` passes `watermark * capacity`, and ends with the step that brings it down to
-    `watermark * capacity * (1 - eviction_ratio)`; then the pool fills again. Each step works off at most twice what
-    comes in, or 1/256 of the capacity if that is more: twice, so that the pool empties as fast as it fills and a
-    cycle always ends; the floor, so that a trickle of small saves ends one too. The one exception is the pool's end:
-    a step asks for as much as it takes to keep `used + incoming` within the capacity, whatever the pace.
+    An eviction cycle begins when `used + incoming` exceeds the high mark, `watermark * capacity`. It ends with the step
+    that brings `used + incoming` down to the low mark, `watermark * capacity * (1 - eviction_ratio)`. Then the pool
+    fills again.
 
-    The distance between the two lines is the hysteresis: between cycles nothing is evicted, so recency is
-    judged over many saves and not block by block. In a steady stream the pool is filled to between the two.
+    A step evicts at most twice the incoming bytes, or 1/256 of the capacity if that is more. Twice, so that the pool
+    empties as fast as it fills and every cycle ends; at least 1/256, so that a cycle of small saves ends too. There is
+    one exception: a step evicts as much as is needed to keep `used + incoming` within the capacity.
+
+    The distance between the two marks is a hysteresis: nothing is evicted between cycles, so recency is judged over
+    many saves. In a steady stream of saves the fill of the pool stays between the two marks.
 
     Args:
-        capacity_bytes: size of the pool, above 0.
-        watermark: share of the capacity that begins a cycle, in (0, 1].
+        capacity_bytes: bytes of the pool, above 0.
+        watermark: share of the capacity at which a cycle begins, in (0, 1].
         eviction_ratio: share of the watermark that a cycle frees, in (0, 1).
 
     Raises:
@@ -37,10 +39,13 @@ class EvictionPacer:
         self.resize(capacity_bytes)
 
     def resize(self, capacity_bytes: int) -> None:
-        """Keep to a pool of another size from now on.
+        """Use another pool size from now on.
+
+        Args:
+            capacity_bytes: bytes of the pool, above 0.
 
         Raises:
-            ConfigError: it is not above 0.
+            ConfigError: `capacity_bytes` is not above 0.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be above 0, not {capacity_bytes}")
@@ -50,10 +55,14 @@ class EvictionPacer:
         self._floor_bytes = max(1, capacity_bytes // _FLOOR_DIVISOR)
 
     def step(self, used_bytes: int, incoming_bytes: int) -> int:
-        """Bytes to evict before `incoming_bytes` are taken from a pool that holds `used_bytes`.
+        """Return the number of bytes to evict before a save, at most `used_bytes`.
 
-        Never more than `used_bytes`. A caller that could not evict as much (blocks were pinned) need not say
-        so: the next step sees it in `used_bytes`.
+        A caller that could not evict as many bytes, because blocks were pinned, need not report it: the next step sees
+        it in `used_bytes`.
+
+        Args:
+            used_bytes: bytes that the pool holds now.
+            incoming_bytes: bytes that the save will take from the pool.
 
         Raises:
             ConfigError: an argument is negative.

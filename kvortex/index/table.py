@@ -1,14 +1,16 @@
 """The index's entries as arrays, and the compiled steps that read and change them.
 
-An entry is a row, its number the *slot*. Keys find their slots through open addressing with linear probing: a bucket
-holds `32 key bits << 32 | slot + 1`, or 0. The key bits give the bucket's home as well, so rehashing and
-backward-shift deletion (Knuth, TAOCP 3, 6.4, algorithm R) never touch the keys. Keys are SHA-256, hence uniform
-already and not hashed again. There are twice as many buckets as slots: load stays at or below one half.
+An entry is a row of the table; the number of the row is the *slot*.
 
-No kernel releases the GIL: each call is one atomic step for every thread. A table that has to grow is replaced by
-a new one; a reader that still holds the old one sees the moment of the change.
+A hash table with open addressing and linear probing maps keys to slots. A bucket holds `32 key bits << 32 | slot + 1`,
+or 0 if it is empty. The same key bits give the bucket's home position, so rehashing and backward-shift deletion (Knuth,
+TAOCP 3, 6.4, algorithm R) do not read the keys. Keys are SHA-256 digests, so their bits are uniform already and are not
+hashed again. There are twice as many buckets as slots, so the load factor is at most one half.
 
-All in one file, constants included: numba's cache notices changes only in the file that it compiles from.
+No step releases the GIL, so each call is atomic for all threads. A table that is full is replaced by a larger copy; a
+reader that still holds the old table sees the state at the moment of the replacement.
+
+All steps and constants are in one file: numba's cache notices changes only in the file that it compiles from.
 """
 
 from typing import Any, NamedTuple
@@ -23,16 +25,17 @@ Keys = NDArray[np.uint64]
 Slots = NDArray[np.int64]
 Offsets = NDArray[np.int64]
 
-# What a slot holds. A reservation counts as one pin, so that a slot is busy exactly while it has pins.
+# States of a slot. A reservation counts as one pin, so a slot is busy exactly while it has pins.
 FREE = np.uint8(0)
-PENDING = np.uint8(1)  # reserved, not yet visible
-ORPHANED = np.uint8(2)  # reserved before a clear: will never become visible
+PENDING = np.uint8(1)  # reserved: not visible yet
+ORPHANED = np.uint8(2)  # reserved before a `clear`: will never become visible
 COMMITTED = np.uint8(3)
-DROPPED = np.uint8(4)  # not among the buckets any more, but pinned
-GHOST = np.uint8(5)  # a key that is gone, kept for the reason
+DROPPED = np.uint8(4)  # removed from the buckets, but still pinned
+GHOST = np.uint8(5)  # the block is gone; the slot keeps the key and the reason
 
 RESERVED, STORED, BUSY = 0, 1, 2
-"""A reservation's states: the call owns the slot; committed before; reserved elsewhere or earlier in the call."""
+"""Results of a reservation: the call owns the slot; the block is committed already; the block is reserved by another
+call, or at an earlier position of the same call."""
 
 MISS_REASONS = (
     MissReason.NEVER_STORED,
@@ -44,7 +47,7 @@ MISS_REASONS = (
     MissReason.TOO_LOSSY,
     MissReason.NOT_FETCHED,
 )
-"""Miss reasons by their number in arrays."""
+"""The miss reasons; arrays hold positions in this tuple."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2
 
 # Positions in `Table.totals`.
@@ -59,35 +62,35 @@ _ONE = np.uint64(1)
 ROW = np.dtype(
     [
         ("key", np.uint64, 4),
-        ("offset", np.int64),  # of committed and dropped blocks, as are nbytes and digest
+        ("offset", np.int64),  # set for committed and dropped blocks, as are `nbytes` and `digest`
         ("nbytes", np.int64),
         ("digest", np.uint64),
         ("pins", np.int32),
-        ("ring_at", np.int32),  # where the ring names this slot, or -1
-        ("freed", np.int32),  # of row i: the i-th in the stack of slots to use again
+        ("ring_at", np.int32),  # position in the ring that names this slot, or -1
+        ("freed", np.int32),  # row i stores item i of the stack of freed slots
         ("state", np.uint8),
-        ("parked", np.uint8),  # busy when an eviction met it, so taken out of the order
-        ("reason", np.uint8),  # valid while ring_at is
+        ("parked", np.uint8),  # 1 if an eviction met the slot while it was busy and took it out of the eviction order
+        ("reason", np.uint8),  # position in MISS_REASONS, valid while `ring_at` is not -1
     ],
     align=True,
 )
-"""What is known of a slot, 72 bytes: together, because what one step needs of it lies in one or two cache lines."""
+"""All data of a slot, 72 bytes. They are in one row so that a step touches one or two cache lines per slot."""
 
 Rows = NDArray[np.void]
 Buckets = NDArray[np.uint64]
 Totals = NDArray[np.int64]
-Results = NDArray[np.int64]  # [k, n], what its rows are is the step's affair
+Results = NDArray[np.int64]  # [k, n]; each step says what its rows are
 
 
 class Table(NamedTuple):
     """All arrays of an index, in the order in which the steps take them.
 
-    Memory of slots that were never used is not touched, so the system does not provide it.
+    Slots that were never used take no resident memory: nothing has written to their pages.
     """
 
     rows: Rows  # [capacity]
     buckets: Buckets  # [2 * capacity]
-    ring: NDArray[np.int32]  # [ghost_entries], oldest at _RING_NEXT; an entry counts if its slot's ring_at points back
+    ring: NDArray[np.int32]  # [ghost_entries] slots, oldest at _RING_NEXT; valid if the slot's `ring_at` points back
     totals: Totals  # [8]
 
     @property
@@ -96,12 +99,12 @@ class Table(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Slots that can be taken before the table has to grow."""
+        """Number of slots that can be taken before the table has to grow."""
         return self.capacity - int(self.totals[SLOTS_USED]) + int(self.totals[SLOTS_FREED])
 
 
 def new_table(capacity: int, ghost_entries: int) -> Table:
-    """An empty table; `capacity` is rounded up to a power of two."""
+    """Make an empty table; `capacity` (slots) is rounded up to a power of two."""
     capacity = 1 << max(capacity - 1, 1).bit_length()
     return Table(
         rows=np.zeros(capacity, ROW),
@@ -112,7 +115,7 @@ def new_table(capacity: int, ghost_entries: int) -> Table:
 
 
 def grown(table: Table, capacity: int) -> Table:
-    """A copy of the table with at least `capacity` slots; slots keep their numbers, totals are shared."""
+    """Copy the table into one with at least `capacity` slots. Slots keep their numbers; both tables share the ring."""
     new = new_table(capacity, 0)._replace(ring=table.ring, totals=table.totals)
     new.rows[: table.capacity] = table.rows
     _rehash(table.buckets, new.buckets)
@@ -135,7 +138,7 @@ def _rehash(old: Buckets, new: Buckets) -> None:
 
 @njit(cache=True, forceinline=True)
 def _find(rows: Rows, buckets: Buckets, keys: Keys, i: int) -> Any:
-    """Slot of `keys[i]`, or -1."""
+    """Return the slot of `keys[i]`, or -1."""
     mask = np.uint64(len(buckets) - 1)
     tag = keys[i, 0] & _LOW
     at = tag & mask
@@ -170,7 +173,7 @@ def _leave(rows: Rows, buckets: Buckets, slot: int) -> None:
     at = (hole + _ONE) & mask
     while buckets[at]:
         home = (buckets[at] >> _HALF) & mask
-        if (at - home) & mask >= (at - hole) & mask:  # the hole lies on the way from its home
+        if (at - home) & mask >= (at - hole) & mask:  # the hole lies between the bucket's home and the bucket
             buckets[hole] = buckets[at]
             hole = at
         at = (at + _ONE) & mask
@@ -179,7 +182,7 @@ def _leave(rows: Rows, buckets: Buckets, slot: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _take(rows: Rows, totals: Totals) -> Any:
-    """A slot that no key has; there must be room."""
+    """Take an unused slot; the table must have room."""
     if totals[SLOTS_FREED]:
         totals[SLOTS_FREED] -= 1
         slot = np.int64(rows[totals[SLOTS_FREED]].freed)
@@ -192,7 +195,7 @@ def _take(rows: Rows, totals: Totals) -> Any:
 
 @njit(cache=True, forceinline=True)
 def _add(rows: Rows, buckets: Buckets, totals: Totals, keys: Keys, i: int) -> Any:
-    """A slot for `keys[i]`, which has none; there must be room."""
+    """Take a slot for `keys[i]`, which must not have one; the table must have room."""
     slot = _take(rows, totals)
     for word in range(4):
         rows[slot].key[word] = keys[i, word]
@@ -202,7 +205,7 @@ def _add(rows: Rows, buckets: Buckets, totals: Totals, keys: Keys, i: int) -> An
 
 @njit(cache=True, forceinline=True)
 def _release(rows: Rows, totals: Totals, slot: int) -> None:
-    """Give a slot back that no bucket names."""
+    """Free a slot that no bucket names."""
     rows[slot].state = FREE
     rows[totals[SLOTS_FREED]].freed = slot
     totals[SLOTS_FREED] += 1
@@ -216,7 +219,7 @@ def _remove(rows: Rows, buckets: Buckets, totals: Totals, slot: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _remember(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slot: int, reason: int) -> None:
-    """Make a slot without pins a ghost; the ring's oldest makes way."""
+    """Turn a slot without pins into a ghost. If the ring is full, the oldest ghost is removed."""
     if len(ring) == 0:
         _remove(rows, buckets, totals, slot)
         return
@@ -235,7 +238,7 @@ def _remember(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Tot
 
 @njit(cache=True, forceinline=True)
 def _retire(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slot: int, reason: int) -> None:
-    """A committed block is gone; what pins hold stays in its slot, and the key's ghost gets another one."""
+    """Remove a committed block. If it is pinned, it stays in its slot as dropped and its ghost takes another slot."""
     totals[COMMITTED_BLOCKS] -= 1
     totals[COMMITTED_BYTES] -= rows[slot].nbytes
     totals[REMOVED_BLOCKS] += 1
@@ -254,17 +257,18 @@ def _retire(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Total
 
 
 @njit(cache=True, forceinline=True)
-def _take_pins(rows: Rows, slots: Slots, reserved: bool) -> int:
-    """Take a pin each time a slot is named, from reservations or from stored blocks, all or none.
+def _release_pins(rows: Rows, slots: Slots, reserved: bool) -> int:
+    """Remove one pin from a slot for each time it is named, or none from any if one of them has too few.
 
-    Returns -1, or the position of what had none or is no slot.
+    `reserved` says whether all must be reservations or none may be one. Returns -1, or the position in `slots` of the
+    first one that has no such pin or does not exist.
     """
     for i in range(len(slots)):
         slot = np.int64(slots[i])
         exists = 0 <= slot < len(rows)
         if not exists or not rows[slot].pins or (rows[slot].state in (PENDING, ORPHANED)) != reserved:
-            for taken in slots[:i]:
-                rows[taken].pins += 1
+            for unpinned in slots[:i]:
+                rows[unpinned].pins += 1
             return i
         rows[slot].pins -= 1
     return -1
@@ -306,7 +310,7 @@ def miss_reason(rows: Rows, buckets: Buckets, keys: Keys, i: int) -> Any:
 
 @njit(cache=True)
 def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
-    """Slots of those keys that are committed."""
+    """Return the slots of the committed blocks among `keys`, in the order of the keys."""
     slots = np.empty(len(keys), np.int64)
     length = 0
     for i in range(len(keys)):
@@ -317,8 +321,9 @@ def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
     return slots[:length]
 
 
-# Changes. Results go into the rows of an array of the caller's, as long as the call: one array made there costs less
-# than what a compiled step has to do to hand out several. `idle` are slots to put back into the eviction order.
+# Changes. A step writes its results into the rows of an array that the caller made, with one column per key or slot:
+# this is cheaper than returning several arrays from compiled code. Idle slots are slots that were parked and have no
+# reservation or pin any more: the caller puts them back into the eviction order.
 
 RESERVE_SLOTS, RESERVE_STATES, RESERVE_OWNED, RESERVE_CHAIN, RESERVE_EVICTED = range(5)
 PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS = range(6)
@@ -328,21 +333,27 @@ PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS = range(6
 def reserve(
     rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, keys: Keys, results: Results
 ) -> tuple[int, int]:
-    """Slots that the call owns or -1, states, the slots that it owns; the chain to put into the eviction order, which
-    of it were evicted.
+    """Reserve the blocks that are neither committed nor reserved.
 
-    A ghost keeps the slot that it had, so a policy that remembers what it evicted finds it by its number.
+    A ghost becomes a reservation in the same slot, so a policy recognises a block that it evicted by its slot.
+
+    Writes, by row of `results`:
+        RESERVE_SLOTS: for each key the slot that the call owns, or -1.
+        RESERVE_STATES: for each key RESERVED, STORED or BUSY.
+        RESERVE_OWNED: the slots that the call owns.
+        RESERVE_CHAIN: the slots to insert into the eviction order.
+        RESERVE_EVICTED: 1 where a slot of RESERVE_CHAIN was the ghost of an evicted block, else 0.
 
     Returns the number of slots that the call owns, and the length of the chain.
     """
     owned = length = 0
-    for i in range(len(keys)):  # alone in its loop, so that the memory accesses of many keys overlap
+    for i in range(len(keys)):  # a loop of look-ups alone, so that the memory accesses of many keys overlap
         results[RESERVE_SLOTS, i] = _find(rows, buckets, keys, i)
     for i in range(len(keys)):
         slot = results[RESERVE_SLOTS, i]
         results[RESERVE_SLOTS, i] = -1
         if slot < 0:
-            slot = _find(rows, buckets, keys, i)  # again: an earlier position may name it too
+            slot = _find(rows, buckets, keys, i)  # once more: an earlier position may have added the same key
         if slot < 0:
             slot = _add(rows, buckets, totals, keys, i)
         state = rows[slot].state
@@ -375,18 +386,20 @@ def commit(
     digests: NDArray[np.uint64],
     results: Results,
 ) -> tuple[int, int, int]:
-    """Orphaned offsets, idle slots. `nbytes` may be one for all.
+    """Make reserved blocks visible. `nbytes` is `[n]`, or `[1]` if all blocks have the same size.
 
-    Returns the position of a slot that is not reserved or -1, how many offsets and slots there are.
+    Writes, by row of `results`: offsets of orphaned reservations, idle slots.
+
+    Returns the position of a slot that is not reserved or -1, the number of offsets, the number of idle slots.
     """
-    failed = _take_pins(rows, slots, True)
-    num_unseen = num_idle = 0
+    failed = _release_pins(rows, slots, True)
+    num_orphaned = num_idle = 0
     for i in range(len(slots) if failed < 0 else 0):
         slot = np.int64(slots[i])
         totals[PENDING_BLOCKS] -= 1
         if rows[slot].state == ORPHANED:
-            results[0, num_unseen] = offsets[i]
-            num_unseen += 1
+            results[0, num_orphaned] = offsets[i]
+            num_orphaned += 1
             _remove(rows, buckets, totals, slot)
             continue
         rows[slot].state, rows[slot].ring_at = COMMITTED, -1
@@ -398,13 +411,16 @@ def commit(
             rows[slot].parked = 0
             results[1, num_idle] = slot
             num_idle += 1
-    return failed, num_unseen, num_idle
+    return failed, num_orphaned, num_idle
 
 
 @njit(cache=True)
 def abort(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slots: Slots, reason: int) -> Any:
-    """Position of a slot that is not reserved or -1. `reason` -1 leaves the older one."""
-    failed = _take_pins(rows, slots, True)
+    """Give reservations up. `reason` is a position in MISS_REASONS, or -1 to keep the reason of an earlier ghost.
+
+    Returns the position of a slot that is not reserved, or -1.
+    """
+    failed = _release_pins(rows, slots, True)
     for i in range(len(slots) if failed < 0 else 0):
         slot = np.int64(slots[i])
         totals[PENDING_BLOCKS] -= 1
@@ -420,7 +436,15 @@ def abort(rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals,
 
 @njit(cache=True)
 def pin(rows: Rows, buckets: Buckets, keys: Keys, results: Results) -> int:
-    """Slots or -1, miss reasons; of the hits alone the slots, offsets, sizes and digests. Returns their number."""
+    """Pin the committed blocks.
+
+    Writes, by row of `results`:
+        PIN_SLOTS: for each key its slot, or -1 for a miss.
+        PIN_REASONS: for each key why it is a miss, as a position in MISS_REASONS.
+        PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS: slot, offset, size and digest of each hit.
+
+    Returns the number of hits.
+    """
     hits = 0
     for i in range(len(keys)):
         slot = _find(rows, buckets, keys, i)
@@ -437,11 +461,13 @@ def pin(rows: Rows, buckets: Buckets, keys: Keys, results: Results) -> int:
 
 @njit(cache=True)
 def unpin(rows: Rows, totals: Totals, slots: Slots, results: Results) -> tuple[int, int, int]:
-    """Offsets that are free now, idle slots.
+    """Remove one pin from a slot for each time it is named.
 
-    Returns the position of a slot that has no pin left or -1, how many offsets and slots there are.
+    Writes, by row of `results`: offsets that are free now, idle slots.
+
+    Returns the position of a slot that has no pin left or -1, the number of offsets, the number of idle slots.
     """
-    failed = _take_pins(rows, slots, False)
+    failed = _release_pins(rows, slots, False)
     num_freed = num_idle = 0
     for i in range(len(slots) if failed < 0 else 0):
         slot = np.int64(slots[i])
@@ -462,7 +488,10 @@ def unpin(rows: Rows, totals: Totals, slots: Slots, results: Results) -> tuple[i
 def drop(
     rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, slots: Slots, reason: int
 ) -> tuple[Offsets, Slots]:
-    """Offsets that are free now, and the slots to take out of the eviction order."""
+    """Remove committed blocks. Returns the offsets that are free now, and the slots to take out of the eviction order.
+
+    Slots that hold no committed block are ignored.
+    """
     offsets, gone = np.empty(len(slots), np.int64), np.empty(len(slots), np.int64)
     num_offsets = num_gone = 0
     for i in range(len(slots)):
@@ -489,7 +518,12 @@ def evict(
     results: Results,
     keys: Keys,
 ) -> int:
-    """Offsets, sizes, digests and keys of the idle ones; the busy ones are parked. Returns the number of the idle."""
+    """Remove the idle blocks among `slots`, and park the busy ones.
+
+    Writes offset, size and digest of each removed block into the rows of `results`, and its key into `keys`.
+
+    Returns the number of removed blocks.
+    """
     length = 0
     for i in range(len(slots)):
         slot = np.int64(slots[i])
@@ -507,7 +541,7 @@ def evict(
 
 @njit(cache=True)
 def clear(rows: Rows, buckets: Buckets, totals: Totals) -> Offsets:
-    """Offsets that are free now."""
+    """Remove all blocks and ghosts, and orphan all reservations. Returns the offsets that are free now."""
     offsets = np.empty(totals[COMMITTED_BLOCKS], np.int64)
     num_offsets = 0
     totals[REMOVED_BLOCKS] += totals[COMMITTED_BLOCKS] + totals[PENDING_BLOCKS]

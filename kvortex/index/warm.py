@@ -1,4 +1,4 @@
-"""Compiling the index before somebody waits for it."""
+"""Compiles the index's steps before the first request needs them."""
 
 import numpy as np
 
@@ -9,7 +9,10 @@ from kvortex.types import BLOCK_HASH_BYTES, MissReason
 
 
 def warm_up(eviction_policy: str = "lru") -> None:
-    """Compile the index's and a policy's functions, or load them from numba's cache: seconds the first time.
+    """Compile the steps of the index and of a policy, or load them from numba's cache. Takes seconds the first time.
+
+    Args:
+        eviction_policy: name of the policy, as for `make_policy`.
 
     Raises:
         ConfigError: no policy has that name.
