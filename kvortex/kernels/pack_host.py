@@ -154,12 +154,12 @@ def _unpack(
 
 
 class HostPackKernels:
-    """Launcher of the packing twins for one layout in host memory.
+    """Launcher of the CPU kernels that pack, for one layout in host memory.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
+        layout: where the blocks are; its tensors must stay alive as long as this object.
         packing: how blocks of that layout are packed.
-        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+        pool: the memory that holds the extents, `uint8 [n]`, 8-byte aligned.
     """
 
     def __init__(self, layout: KVLayout, packing: Packing, pool: NDArray[np.uint8]) -> None:
@@ -184,7 +184,7 @@ class HostPackKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: an offset not aligned or a block that would not fit behind it.
+            ValueError: an offset is not aligned, or the block there would not fit into the pool.
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         starts = word_starts(ids.size, offsets, self._words, self._pool.size)
