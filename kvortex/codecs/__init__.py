@@ -1,4 +1,4 @@
-"""How a block rests outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`).
+"""How a block is encoded outside of the paged cache: as it is (`raw`), or packed (`fp8`, `bf16`).
 
 Private: it may change in any release; docs/api.md lists what is public.
 """

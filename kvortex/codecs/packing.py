@@ -35,7 +35,7 @@ THERE_STEPS: Final = 16
 """Sums of squares are counted in whole steps a unit, so that they can be added up in any order. A unit's elements are
 at most 448 over their scale, and differ by at most 16 from their codes: both fit 32 bits, a block's 64."""
 NOT_FINITE: Final = 1 << 50
-"""Added to what a block lost, once a tile at most, where an element is too large: more than any sum of squares."""
+"""Added to a block's sum of squared errors for each tile with an element that is too large. It is more than any sum."""
 
 
 class Codec(IntEnum):
@@ -48,11 +48,11 @@ class Codec(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a unit of one codec is made of, for one dtype of the cache."""
+    """How one codec packs one dtype of the cache: what a unit consists of."""
 
     codec: str
     dtype: str
-    elements: int  # of a unit
+    elements: int  # in a unit
     lanes: int  # 16-byte accesses of the cache that a unit takes
     has_scales: bool
     largest_bits: int  # of the largest float32 that cannot become infinite when it is rounded and unpacked
@@ -94,7 +94,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Encodings:
-    """How blocks of one layout rest, as they are and packed: bytes of a payload and of an extent, and the codec."""
+    """Both encodings of a layout's blocks, raw and packed: bytes of a payload and of an extent, and the codec."""
 
     payloads: BlockSizes
     extents: BlockSizes
@@ -105,7 +105,7 @@ class Encodings:
         return self.payloads.packed if packed else self.payloads.raw
 
     def codec_number(self, packed: bool) -> Codec:
-        """What a frame says of a block in this encoding."""
+        """The codec's number in the frame of a block in this encoding."""
         return Codec[(self.codec if packed else RAW).upper()]
 
 

@@ -1,4 +1,4 @@
-"""What packing and unpacking mean, in plain NumPy; kernels are compared with these, bit for bit.
+"""Packing and unpacking in plain NumPy: the definition that the kernels must match bit for bit.
 
 E4M3 is the OCP 8-bit float: bias 7, three bits of mantissa, largest value 448, no infinities, rounded to nearest even.
 """
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvortex.codecs.packing import GROUP_UNITS, LOST_STEPS, NOT_FINITE, THERE_STEPS, Format, Packing
 
 LEAST_EXPONENT: Final = 9
-"""Of a scale byte: below, the scale would leave the normal numbers."""
+"""The least scale byte: with a lower one, the scale would not be a normal number."""
 
 _F32: Final = np.dtype(np.float32)
 
@@ -77,13 +77,14 @@ def encode_units(
     """Codes of units, with the squares that the error is made of.
 
     Args:
-        words: `uint64 [n, 2 * lanes]`, the cache's.
-        exponents: `int32 [n]`, scale bytes of the units' groups.
-        fmt: name of the packed format that the units have.
+        words: the units as words of the cache, `uint64 [n, 2 * lanes]`.
+        exponents: scale bytes of the units' groups, `int32 [n]`.
+        fmt: the packed format of the units.
 
     Returns:
-        Packed words `uint64 [n]`; the sums of squares, `uint64 [n]`, of what rounding lost and of what there was,
-        both over the group's scale, in whole steps. They mean nothing where an element is not finite.
+        Packed words, `uint64 [n]`; for each unit the sum of the squares of the rounding errors, and that of the squares
+        of the elements, `uint64 [n]`. Both are relative to the group's scale and counted in whole steps. They mean
+        nothing where an element is not finite.
     """
     with np.errstate(all="ignore"):
         values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
@@ -123,9 +124,9 @@ def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
 def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Packed payloads `uint8 [n, packing.block_nbytes]` and errors `float32 [n]` of raw payloads `uint8 [n, raw]`.
 
-    The error of a block is the root of what rounding lost over what there was, in squares of elements over their
-    scales: a group counts the same whether its numbers are large or small. Infinite where an element is infinite or
-    NaN, or so large that it could become infinite.
+    The error of a block is the square root of a ratio: the sum of the squares of the rounding errors over the sum of
+    the squares of the elements. All are relative to the scales of their groups, so groups of small and of large numbers
+    count the same. The error is infinite where an element is infinite or NaN, or so large that it may become infinite.
     """
     fmt = packing.format
     packed = np.zeros((len(payloads), packing.block_nbytes // 8), dtype=np.uint64)
@@ -149,7 +150,7 @@ def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArr
 
 
 def relative_errors(lost: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Errors `float32 [n]` of blocks, from their sums of squares in steps."""
+    """Errors of blocks, `float32 [n]`, from their sums of squares in steps, `uint64 [n]`."""
     ratio = lost.astype(np.float64) / (np.maximum(there, 1) * (LOST_STEPS / THERE_STEPS))
     return np.where(lost >= NOT_FINITE, np.inf, np.sqrt(ratio)).astype(np.float32)
 

@@ -4,9 +4,9 @@ Handles and addresses are plain ints. The context is the device's primary one, w
 call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
 machine without a driver can import KVortex.
 
-What every batch needs has an address in `Device.calls`, for compiled code that makes many calls at once. The few of
-these that Python makes too go to the driver through ctypes and keep the GIL: they take a microsecond each, and
-giving the GIL up in each would let every other thread cut in.
+The functions that every batch needs have their addresses in `Device.calls`, for compiled code that makes many calls at
+once. Python calls some of them too, through ctypes and with the GIL held: a call takes a microsecond, and during each
+call that released the GIL another thread could take it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKernelError
 
-NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
+NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, not an error
 _UNSUPPORTED_PTX = (218, 222)  # CUDA_ERROR_INVALID_PTX, CUDA_ERROR_UNSUPPORTED_PTX_VERSION
 RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # in `Device.calls`
 _CALLS = (
@@ -105,7 +105,7 @@ class Device:
         return values[0] if values else None
 
     def error(self, call: int, status: int) -> DeviceError:
-        """What it means that a function of `calls`, given by its position, returned `status`."""
+        """The error for `status`, returned by the function at position `call` of `calls`."""
         return self._error(_CALLS[call], status)
 
     def _error(self, name: str, status: Any) -> DeviceError:
@@ -119,17 +119,17 @@ class Device:
         self._call("cuCtxSetCurrent", self._context)
 
     def enter_thread(self) -> None:
-        """`make_current` in a thread of our own, whose calls shall not break a graph that another thread captures.
+        """`make_current` for a thread of KVortex, whose calls must not break a CUDA graph that another thread captures.
 
-        While torch captures one, calls such as pinning are forbidden to all threads but those that say so (CUDA
-        driver API, cuThreadExchangeStreamCaptureMode), and spoil the capture.
+        While torch captures a graph, a call such as pinning breaks the capture, unless its thread has asked for the
+        thread-local capture mode (CUDA driver API, cuThreadExchangeStreamCaptureMode).
         """
         self.make_current()
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuThreadExchangeStreamCaptureMode", mode)
 
     def close(self) -> None:
-        """Give the primary context back."""
+        """Release the primary context."""
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
     # -- what the device is ------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Device:
         return self._attribute("MULTIPROCESSOR_COUNT")
 
     def numa_node(self) -> int | None:
-        """NUMA node of the device's PCI slot, or None where the machine does not say."""
+        """NUMA node of the device's PCI slot, or None if the machine does not tell it."""
         domain, bus, slot = (self._attribute(f"PCI_{part}_ID") for part in ("DOMAIN", "BUS", "DEVICE"))
         path = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0/numa_node")
         with contextlib.suppress(OSError, ValueError):
@@ -162,7 +162,7 @@ class Device:
     # -- streams and events ------------------------------------------------------------------------
 
     def create_stream(self, *, high_priority: bool = True) -> Stream:
-        """A non-blocking stream. High priority: its kernels go before a model's as thread blocks come free."""
+        """A non-blocking stream. With high priority, its thread blocks start before those of a model's kernels."""
         least, greatest = self._stream_priorities()
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         return int(self._call("cuStreamCreateWithPriority", flags, greatest if high_priority else least))
@@ -180,7 +180,7 @@ class Device:
         self._call("cuStreamSynchronize", stream)
 
     def create_event(self, *, timing: bool = False) -> Event:
-        """An event that a waiting thread sleeps on rather than spins."""
+        """An event on which a waiting thread sleeps; it does not spin."""
         flags = self._driver.CUevent_flags
         wanted = flags.CU_EVENT_BLOCKING_SYNC | (0 if timing else flags.CU_EVENT_DISABLE_TIMING)
         return int(self._call("cuEventCreate", int(wanted)))
@@ -285,7 +285,7 @@ class Device:
 
 
 class KernelArguments:
-    """Kernel arguments in one place, so that a launch changes values and builds nothing.
+    """Kernel arguments in memory that is built once: a launch only changes values.
 
     Args:
         values: eight-byte integers; or an array, which is one argument as a whole and may be changed in place.
@@ -323,5 +323,5 @@ class Launch:
         self.words = np.array([kernel, 0, threads, arguments.address], dtype=np.int64)
 
     def set_grid(self, thread_blocks: int) -> None:
-        """How many thread blocks there are."""
+        """Set the number of thread blocks."""
         self.words[1] = thread_blocks

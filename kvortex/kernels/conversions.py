@@ -1,7 +1,7 @@
 """Packing and unpacking of one unit as LLVM IR: the same instructions for the CPU twins and the CUDA kernels.
 
-Written as IR because numba knows neither bfloat16 nor FP8, and because a GPU has instructions for what takes a dozen
-elsewhere. `codecs/reference.py` says in NumPy what each of these computes; they agree bit for bit.
+They are written as IR because numba knows neither bfloat16 nor FP8, and because a GPU has single instructions for what
+takes a dozen on a CPU. `codecs/reference.py` defines in NumPy what each of them computes; both agree bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ class Emitter:
     """Emits the arithmetic of one format.
 
     Args:
-        fmt: name of the packed format that the units have.
+        fmt: the packed format of the units.
         fp8_hardware: the target converts E4M3 itself (compute capability 8.9 and newer).
-        pairs_hardware: it compares pairs of 16-bit integers (compute capability 9.0 and newer).
-        cuda: the target is a GPU: it converts half precision itself.
+        pairs_hardware: the target compares pairs of 16-bit integers (compute capability 9.0 and newer).
+        cuda: the target is a GPU, which converts half precision itself.
     """
 
     fmt: Format

@@ -28,7 +28,7 @@ from kvortex.kernels.tiles import grid_size, scratch_words
 from kvortex.layout import KVLayout
 
 THREADS: Final = 32 if SIMULATED else 512
-_RESULT_WORDS: Final = 3  # of a block: digest, what was lost, what there was
+_RESULT_WORDS: Final = 3  # for each block: digest, sum of squared errors, sum of squares (see `TileSums`)
 _ARGUMENTS: Final = {
     "arena": ArgumentKind.WORDS,
     "staging": ArgumentKind.WORDS,
@@ -42,12 +42,12 @@ _ARGUMENTS: Final = {
 }
 """The arguments of every kernel of `kvortex.kernels.tiles.tile_kernel`, in its order."""
 
-# Positions of those that change from launch to launch.
+# Positions of the arguments that change from launch to launch.
 _STAGING, _NUM_BLOCKS, _SCRATCH, _RESULTS = map(list(_ARGUMENTS).index, ("staging", "num_blocks", "scratch", "results"))
 
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
-    """A block's distance from the next in staging: its payload, rounded up as an extent is."""
+    """Bytes from one block to the next in staging: a payload, rounded up as an extent is."""
     return block_sizes(layout, packing).packed
 
 
@@ -60,8 +60,8 @@ class BatchSlot:
     """Memory of one batch in flight: results in pinned host memory, scratch on the device.
 
     Args:
-        device: that holds the scratch memory.
-        max_blocks: blocks of the largest batch.
+        device: the device that holds the scratch memory.
+        max_blocks: number of blocks of the largest batch.
         scratch: device address of `8 * scratch_words(max_blocks)` bytes, set to zero on `stream`.
     """
 
@@ -83,8 +83,8 @@ class DeviceKernels:
     """Launcher of gather and scatter for one layout on a CUDA device: blocks as they are, or packed on the way.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
-        device: where they lie.
+        layout: where the blocks are; its tensors must stay alive as long as this object.
+        device: the device of the blocks.
         tiles: device address of `device_table(layout, packing)`.
         packing: how blocks of that layout are packed; None leaves them as they are.
     """
@@ -118,7 +118,7 @@ class DeviceKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: more blocks than the slot holds.
+            ValueError: there are more blocks than the slot holds.
         """
         self._start(self.prepare_gather(block_ids, staging, slot), len(block_ids), stream)
 
@@ -134,12 +134,12 @@ class DeviceKernels:
             self._device.launch(launch, stream)
 
     def prepare_gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
-        """What `gather` starts, for the caller to start before anything else is prepared; raises as it does."""
+        """The launch that `gather` starts. The caller must start it before it prepares another; raises as `gather`."""
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         return self._filled_in(self._gather, ids, staging, slot)
 
     def prepare_scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
-        """What `scatter` starts, as `prepare_gather`."""
+        """The launch that `scatter` starts, as `prepare_gather`; raises as `scatter`."""
         return self._filled_in(self._scatter, validate_block_ids(block_ids, self._num_blocks), staging, slot)
 
     def _filled_in(self, launch: Launch, ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
@@ -161,7 +161,7 @@ class DeviceKernels:
         return result
 
     def errors(self, slot: BatchSlot, count: int) -> NDArray[np.float32] | None:
-        """Relative errors `float32 [count]` of the slot's finished gather; None where blocks are left as they are."""
+        """Relative errors `float32 [count]` of the slot's finished gather; None if blocks are not packed."""
         results = slot.results[:count]
         return relative_errors(results[:, 1], results[:, 2]) if self._measures_errors else None
 

@@ -12,7 +12,7 @@ from kvortex.kernels.tables import arena_base, arena_nbytes, array_at, segment_t
 from kvortex.layout import KVLayout
 from kvortex.runtime.jit import njit
 
-# numba's fallback threading layer must not be entered from two threads at once.
+# Two threads must not enter numba's fallback threading layer at once.
 one_parallel_region = threading.Lock()
 
 _POSITION, _FIRST, _SECOND = (np.uint64(c) for c in (POSITION, FIRST, SECOND))
@@ -58,11 +58,11 @@ def _scatter(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partia
 
 
 class HostKernels:
-    """Launcher of the twins for one layout in host memory.
+    """Launcher of the CPU kernels for one layout in host memory.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
-        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+        layout: where the blocks are; its tensors must stay alive as long as this object.
+        pool: the memory that holds the extents, `uint8 [n]`, 8-byte aligned.
     """
 
     def __init__(self, layout: KVLayout, pool: NDArray[np.uint8]) -> None:
@@ -78,7 +78,7 @@ class HostKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: an offset not aligned or a block that would not fit behind it.
+            ValueError: an offset is not aligned, or the block there would not fit into the pool.
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         return self._run(_gather, ids, offsets)
@@ -101,10 +101,10 @@ class HostKernels:
 
 
 def word_starts(count: int, offsets: NDArray[np.int64], block_words: int, pool_words: int) -> NDArray[np.int64]:
-    """Byte offsets of `count` blocks as word offsets, once it is sure that the blocks fit the pool behind them.
+    """Byte offsets of `count` blocks as word offsets, after a check that the blocks fit into the pool.
 
     Raises:
-        ValueError: not so many offsets, one not aligned, or a block that does not fit.
+        ValueError: there are not `count` offsets, one is not aligned, or a block does not fit.
     """
     if offsets.shape != (count,):
         raise ValueError(f"{count} blocks need {count} offsets, got shape {offsets.shape}")

@@ -21,10 +21,11 @@ _largest_0, _largest_1, _largest_2, _largest_3 = (c.largest for c in _conversion
 _encode_0, _encode_1, _encode_2, _encode_3 = (c.encode for c in _conversions)
 _decode_0, _decode_1, _decode_2, _decode_3 = (c.decode for c in _conversions)
 _exponent, _scale_byte = _conversions[0].exponent, _conversions[0].scale_byte
-_ONE, _NONE, _NOT_FINITE = np.uint64(1), np.uint64(0), np.uint64(NOT_FINITE)
+_ONE, _ZERO, _NOT_FINITE = np.uint64(1), np.uint64(0), np.uint64(NOT_FINITE)
 _LAST_OF_WORD: Final = 7
 
-# A format is a number below, its place in FORMATS: what is compiled closes over nothing and is kept on disk.
+# Below, `kind` is the position of a format in FORMATS. A number rather than the format itself: compiled functions are
+# kept on disk only if they close over no object.
 
 
 @njit(inline="always")
@@ -64,7 +65,7 @@ def _decode_to(kind: Any, arena: Any, start: Any, word: Any, scales: Any, shift:
 @njit(inline="always")
 def _unit(arena: Any, start: Any, lanes: Any) -> Any:
     if lanes == 1:
-        return arena[start], arena[start + 1], _NONE, _NONE
+        return arena[start], arena[start + 1], _ZERO, _ZERO
     return arena[start], arena[start + 1], arena[start + 2], arena[start + 3]
 
 
@@ -72,8 +73,9 @@ def _unit(arena: Any, start: Any, lanes: Any) -> Any:
 def _pack_tile(
     kind: Any, lanes: Any, scaled: Any, too_large: Any, arena: Any, source: Any, tile: Any, pool: Any, block: Any
 ) -> Any:
+    """Pack one tile of a block; returns the tile's part of the digest, of what was lost, and of what there was."""
     codes, count, scale_at = tile[2], tile[3], tile[4]
-    total = lost = there = scales = _NONE
+    total = lost = there = scales = _ZERO
     worst = np.int32(0)
     for group in range((count + GROUP_UNITS - 1) // GROUP_UNITS):
         units = range(group * GROUP_UNITS, min((group + 1) * GROUP_UNITS, count))
@@ -83,11 +85,11 @@ def _pack_tile(
         worst = max(worst, largest)
         exponent = _exponent(largest)
         for u in units:
-            word, gone, been = _encode(kind, _unit(arena, source + 2 * lanes * u, lanes), exponent)
+            word, unit_lost, unit_there = _encode(kind, _unit(arena, source + 2 * lanes * u, lanes), exponent)
             pool[block + codes + u] = word
             total += mix(word, np.uint64(codes + u) + _ONE)
-            lost += gone
-            there += been
+            lost += unit_lost
+            there += unit_there
         if scaled:
             place = group & _LAST_OF_WORD
             scales |= _scale_byte(exponent, 8 * place)
@@ -95,7 +97,7 @@ def _pack_tile(
                 pool[block + scale_at] = scales
                 total += mix(scales, np.uint64(scale_at) + _ONE)
                 scale_at += 1
-                scales = _NONE
+                scales = _ZERO
     if worst > too_large:
         lost += _NOT_FINITE
     return total, lost, there
@@ -103,8 +105,9 @@ def _pack_tile(
 
 @njit()
 def _unpack_tile(kind: Any, lanes: Any, scaled: Any, arena: Any, target: Any, tile: Any, pool: Any, block: Any) -> Any:
+    """Unpack one tile of a block; returns the tile's part of the digest."""
     codes, count, scale_at = tile[2], tile[3], tile[4]
-    total, scales = _NONE, _NONE
+    total, scales = _ZERO, _ZERO
     for u in range(count):
         group = u // GROUP_UNITS
         if scaled and u % (GROUP_UNITS * (_LAST_OF_WORD + 1)) == 0:
@@ -151,12 +154,12 @@ def _unpack(
 
 
 class HostPackKernels:
-    """Launcher of the packing twins for one layout in host memory.
+    """Launcher of the CPU kernels that pack, for one layout in host memory.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
+        layout: where the blocks are; its tensors must stay alive as long as this object.
         packing: how blocks of that layout are packed.
-        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+        pool: the memory that holds the extents, `uint8 [n]`, 8-byte aligned.
     """
 
     def __init__(self, layout: KVLayout, packing: Packing, pool: NDArray[np.uint8]) -> None:
@@ -181,7 +184,7 @@ class HostPackKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: an offset not aligned or a block that would not fit behind it.
+            ValueError: an offset is not aligned, or the block there would not fit into the pool.
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         starts = word_starts(ids.size, offsets, self._words, self._pool.size)

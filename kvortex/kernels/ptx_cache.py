@@ -28,20 +28,20 @@ def load_cached(
     load_kernel: Callable[[str, str], Loaded],
     directory: Path | None = None,
 ) -> Loaded:
-    """The loaded kernel: out of the cache if the same code was compiled before and this driver takes it.
+    """The loaded kernel, from the cache if the same code was compiled before and this driver accepts it.
 
-    A file that is damaged, that cannot be read or written, or that was compiled for a newer driver costs a compilation
-    and nothing else. What the driver does not take is not kept.
+    If a file is damaged, cannot be read or written, or was compiled for a newer driver, the kernel is compiled again.
+    A kernel that the driver does not accept is not kept.
 
     Args:
-        key: tells this kernel from others of the same sources, the version of NVVM that compiles it included.
-        compile_kernel: gives PTX and the name of its entry point.
-        load_kernel: loads these.
+        key: distinguishes kernels of the same sources; contains the version of NVVM that compiles this one.
+        compile_kernel: returns PTX and the name of its entry point.
+        load_kernel: loads PTX by the name of its entry point.
         directory: where compiled kernels are kept; by default `kvortex/kernels` in the user's cache directory
             (`XDG_CACHE_HOME`), or a private temporary one where that cannot be written.
 
     Raises:
-        UnsupportedKernelError: the driver does not take what is compiled here and now either.
+        UnsupportedKernelError: the driver does not accept the newly compiled kernel either.
     """
     name = f"{hashlib.sha256(repr((key, _fingerprint())).encode()).hexdigest()}.ptx"
     paths = [folder / name for folder in ([directory] if directory is not None else _directories())]
@@ -89,7 +89,7 @@ def _is_writable(directory: Path) -> bool:
 
 @cache
 def _fingerprint() -> str:
-    """Of everything that a kernel is made from: our sources, the compiler, the interpreter."""
+    """A fingerprint of everything that a kernel is made from: sources, compiler, interpreter."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for source in sorted([*package.glob("kernels/*.py"), *package.glob("codecs/*.py")]):

@@ -1,4 +1,4 @@
-"""What gather and scatter mean, in plain NumPy over the layout itself; kernels are compared with these."""
+"""Gather and scatter in plain NumPy, over the layout itself: the definition that the kernels must match."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What kernels need to know of a layout, as small integer tables; and the checks before a launch."""
+"""Layouts as integer tables, which kernels read, and the checks before a launch."""
 
 import ctypes
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from kvortex.layout import KVLayout
 from kvortex.runtime.jit import njit
 
 LANE_BYTES = 16  # one access of one thread
-TILE_LANES = 256  # a warp's share: eight accesses a lane, all in flight together
-MAX_BATCH_BLOCKS = 1000  # of one launch: their ids are among its arguments, 4,096 bytes in all
+TILE_LANES = 256  # eight accesses for each lane of a warp, all in flight together
+MAX_BATCH_BLOCKS = 1000  # their ids are among the arguments of a launch, which take 4,096 bytes at most
 
 
 def arena_base(layout: KVLayout) -> int:
@@ -50,7 +50,7 @@ def tile_table(layout: KVLayout) -> NDArray[np.int64]:
 
 
 def _even_cuts(lanes: int) -> list[tuple[int, int]]:
-    # Whole warps' worth a tile where possible: 576 lanes become 3 x 192, not 256 + 256 + 64.
+    # Tiles are multiples of a warp's 32 lanes if possible: 576 lanes become 3 x 192, not 256 + 256 + 64.
     tiles = -(-lanes // TILE_LANES)
     step = -(-lanes // tiles)
     step = min(TILE_LANES, -(-step // 32) * 32)
@@ -83,7 +83,7 @@ def validate_block_ids(
 
 @njit(cache=True)
 def _narrow(ids: NDArray[np.integer], narrowed: NDArray[np.int32], num_blocks: int, each_once: bool) -> int:
-    """Copy ids; position of the first that is out of range or named twice, -1 if there is none."""
+    """Copy ids; returns the position of the first that is out of range or named twice, or -1."""
     seen = np.zeros((num_blocks + 63) // 64 if each_once else 1, np.uint64)
     for position, block_id in enumerate(ids):
         if not 0 <= block_id < num_blocks:

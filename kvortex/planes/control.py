@@ -55,8 +55,12 @@ class SavePlan(NamedTuple):
 
     @property
     def positions(self) -> NDArray[np.intp]:
-        """Positions in the call of the blocks that move, `intp [m]`."""
-        return np.flatnonzero(self.states == RESERVED)[: len(self.slots)]
+        """Positions in the call of the blocks that move, `intp [m]`: of the reserved blocks, the first `m`.
+
+        If there was not enough room for all, `plan_save` gave the reservations of the last ones up.
+        """
+        reserved = np.flatnonzero(self.states == RESERVED)
+        return reserved[: len(self.slots)]
 
 
 class LoadPlan(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which blocks go together, and when: a pure function of what waits, of the clock and of what is busy."""
+"""Cuts queued requests into batches. Pure: a batch follows from the queues, the clock and what is in flight."""
 
 from collections import deque
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Slice(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one gather or scatter moves: blocks that all rest as they are, or all packed; `nbytes` of the pool."""
+    """Blocks that one gather or scatter moves. All are packed or none is; they take `nbytes` of the pool."""
 
     direction: Direction
     slices: tuple[Slice, ...]
@@ -40,22 +40,21 @@ class Batch(NamedTuple):
 
 
 class Batcher:
-    """Queues of requests, a direction each, first in first out; cuts batches from their heads.
+    """Two queues of requests, one for each direction, first in first out; cuts batches from their heads.
 
-    A batch holds blocks of at most `max_requests` requests and at most `max_bytes` and `max_blocks`. A request
-    larger than that is split. Loads go before saves, as somebody waits for them, but after
-    `max_consecutive_loads` load batches a waiting save is next.
+    A batch holds blocks of at most `max_requests` requests, and at most `max_bytes` and `max_blocks`. A larger request
+    is split. Loads go before saves, because a caller waits for them; but after `max_consecutive_loads` load batches a
+    queued save is next.
 
-    A transfer is not all steady state: while the first save batch is gathered the link idles, and while the
-    last load batch is scattered too. So a save's batches start small and double, and a load's halve towards
-    the end of what waits.
+    The link idles while the first save batch of a transfer is gathered, and while the last load batch is scattered. So
+    the batches of a save start small and double, and the batches of a load halve towards the end of the queue.
 
     Args:
         max_requests: requests that one batch may serve.
         max_bytes: bytes, padding included, that one batch may move.
         max_blocks: blocks that one batch may move.
-        linger_s: how long a batch that is not full waits for more while its direction is busy.
-        max_consecutive_loads: load batches before a waiting save.
+        linger_s: how many seconds a batch that is not full waits for more requests while its direction is busy.
+        max_consecutive_loads: number of load batches that may go before a queued save.
     """
 
     def __init__(
@@ -84,23 +83,23 @@ class Batcher:
         self._queued_bytes[request.direction] += request.waiting_nbytes
 
     def remove(self, request: TransferRequest) -> None:
-        """Forget what no batch has taken of a request; it may be queued no more."""
+        """Remove the blocks of a request that no batch has taken. Nothing happens if the request is not queued."""
         queue = self._queues[request.direction]
         if request in queue:
             queue.remove(request)
             self._queued_bytes[request.direction] -= request.waiting_nbytes
 
     def restart_ramp(self, direction: Direction) -> None:
-        """The direction has come to rest: its next batch is the first of a transfer."""
+        """Nothing is in flight in the direction any more: its next batch is the first of a transfer."""
         self._last_batch_bytes[direction] = 0
 
     @property
     def waiting(self) -> list[Direction]:
-        """Directions in which something waits."""
+        """Directions in which a request is queued."""
         return [direction for direction, queue in self._queues.items() if queue]
 
     def queued_bytes(self, direction: Direction) -> int:
-        """Bytes that wait in one direction."""
+        """Bytes that are queued in one direction."""
         return self._queued_bytes[direction]
 
     def next_batch(self, now_s: float, free: set[Direction], busy: set[Direction]) -> Batch | None:
@@ -109,8 +108,8 @@ class Batcher:
         Args:
             now_s: the clock that `add` was given.
             free: directions that can take a batch now.
-            busy: directions with enough batches in flight to keep the link going; only these let a batch
-                that is not full wait for company.
+            busy: directions with enough batches in flight to keep the link busy; only in these does a batch that is
+                not full wait for more requests.
         """
         saves_first = self._consecutive_loads >= self._max_consecutive_loads
         for direction in _SAVES_FIRST if saves_first else _LOADS_FIRST:
@@ -124,7 +123,7 @@ class Batcher:
         return None
 
     def next_due_s(self, free: set[Direction]) -> float | None:
-        """When a batch that waits for company in a free direction goes anyway; None when none waits."""
+        """When the linger time of the oldest request in a free direction ends; None if none is queued there."""
         heads = [queue[0].queued_at_s for d, queue in self._queues.items() if queue and d in free]
         return min(heads) + self._linger_s if heads else None
 
@@ -160,7 +159,7 @@ class Batcher:
             fitting = min(bytes_left // block_nbytes, blocks_left, alike)
             if fitting == 0 and slices:
                 break
-            taken = max(fitting, 1)  # a block larger than the limit still goes, alone
+            taken = max(fitting, 1)  # a block that is larger than the limit goes alone
             start = request.next_block
             request.next_block = start + taken
             request.blocks_in_flight += taken

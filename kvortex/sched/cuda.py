@@ -25,11 +25,11 @@ from kvortex.sched.native import failed_call, queue_load, queue_save
 from kvortex.sched.waiter import EventWaiter
 from kvortex.types import Direction
 
-STAGING_BUFFERS = 2  # a direction: one is filled while the other is emptied
+STAGING_BUFFERS = 2  # for each direction: one is filled while the other is emptied
 SLOTS_PER_BUFFER = 8  # batches queued on the GPU for one buffer, so that the link never waits for the host
 
 _SAVES, _LOADS = 1, 1 << 32
-"""What an event of a save, and of a load, adds to the doorbell's count, which tells how many there were of each."""
+"""What an event of a save, and of a load, adds to the doorbell's count: one number that holds both counts."""
 
 _NO_EVENT: Event = 0
 
@@ -37,22 +37,22 @@ _NO_EVENT: Event = 0
 @dataclass(slots=True)
 class _StagingBuffer:
     address: int
-    emptied: Event = _NO_EVENT  # the end of the last batch that used it, if that may not be over
+    emptied: Event = _NO_EVENT  # the end of the last batch that used the buffer; none once the host has seen it
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A batch on the GPU; its slot and events are used again when it is over."""
+    """A batch on the GPU. Its slot and events are used again when it has ended."""
 
     slot: BatchSlot
-    staged: Event  # staging is filled; then a save has read the cache
+    staged: Event  # the staging buffer is filled: a save has read the cache
     done: Event
     offsets: NDArray[np.int64]
     buffer: _StagingBuffer = field(init=False)
 
 
 class _Lane:
-    """One direction: a kernel stream, copy streams, two staging buffers, slots for batches in flight."""
+    """The resources of one direction: a kernel stream, copy streams, staging buffers, slots for batches in flight."""
 
     waiter: EventWaiter
 
@@ -72,18 +72,18 @@ class _Lane:
 class CudaExecutor(TransferExecutor):
     """Keeps the link busy in both directions.
 
-    Everything of a batch is queued on the GPU at once and ordered there by events: a buffer's next batch waits
-    for its last copy (or scatter), not for the host. A gather first waits for what the caller's stream had
-    queued, a scatter too. A thread a direction sleeps on the events and rings the doorbell behind `fd`.
+    All steps of a batch are queued on the GPU at once, and events order them there: the next batch of a staging buffer
+    waits for the last copy (or scatter) of the one before, not for the host. Gather and scatter first wait for what the
+    caller's stream had queued. For each direction a thread sleeps on the events and rings the doorbell behind `fd`.
 
     Args:
-        layout: says where the blocks of the registered tensors lie.
-        pool: pinned memory that extents lie in.
-        device: where the tensors lie.
-        num_streams: that carry copies.
+        layout: where the blocks of the registered tensors are.
+        pool: the pinned memory that holds the extents.
+        device: the device of the tensors.
+        num_streams: number of streams that carry copies.
         staging_nbytes: size of one staging buffer in bytes, which is the largest batch.
-        packing: how blocks of that layout are packed; None where they are not.
-        max_pack_error: a block that loses more is reported as too lossy.
+        packing: how blocks of that layout are packed; None if they are not.
+        max_pack_error: relative error above which a packed block is reported as too lossy.
 
     Raises:
         OutOfPoolMemoryError: the device has no memory for staging; nothing stays allocated.
@@ -189,7 +189,7 @@ class CudaExecutor(TransferExecutor):
         try:
             self._queue(batch, lane, flight)
         except BaseException:
-            # Part of it may be queued: nothing may reuse the slot before the device has come to rest.
+            # Some of its steps may be queued: the slot must not be reused before they have ended.
             with contextlib.suppress(DeviceError):
                 self._synchronize(lane)
             lane.idle.append(flight)

@@ -1,4 +1,4 @@
-"""What carries out batches: the contract that the CUDA, the host and the test executors share."""
+"""The contract of the executors, which move batches: the CUDA executor, the host executor and those of tests."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -12,11 +12,12 @@ from kvortex.types import Direction
 
 
 class Completion(Protocol):
-    """Called on the loop when a batch is over.
+    """Called on the loop when a batch has ended.
 
     Args:
-        outcome: digests `uint64 [num_blocks]`, or what went wrong.
-        too_lossy: `bool [num_blocks]` of a save that packs: blocks that lose more than allowed, and are not to be used.
+        outcome: digests of the blocks, `uint64 [num_blocks]`, or the error that ended the batch.
+        too_lossy: for a save that packs, which blocks lose more than is allowed and must not be used,
+            `bool [num_blocks]`; None otherwise.
     """
 
     def __call__(
@@ -29,13 +30,13 @@ SourceRead: TypeAlias = Callable[[], None]
 
 
 class TransferExecutor(ABC):
-    """Carries out batches. All methods are called on one thread.
+    """Moves batches. All methods but `close` are called on one thread.
 
-    After `issue` a batch always ends in exactly one call of its completion, cancelled callers or not; until
-    then it may touch the cache's blocks and the pool's extents.
+    After `issue`, the completion of a batch is called exactly once, even if its callers have been cancelled. Until then
+    the executor may touch the batch's blocks of the cache and its extents in the pool.
 
-    Callbacks run in `poll`, which is called when the descriptor `fd` is readable: by an event loop that watches
-    it, or by a thread that waits for it. `fd` is open until `close`.
+    Callbacks run in `poll`. An event loop or a thread calls it when the descriptor `fd` is readable. `fd` is open until
+    `close`.
     """
 
     fd: int
@@ -46,26 +47,26 @@ class TransferExecutor(ABC):
 
     @abstractmethod
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
-        """Start a batch without blocking.
+        """Start a batch; does not block.
 
         Raises:
-            DeviceError: it could not be started; then nothing of it is under way and no callback follows.
+            DeviceError: the batch could not be started. Nothing of it is in flight, and no callback follows.
         """
 
     @abstractmethod
     def poll(self) -> None:
-        """Run the callbacks that are due, in order and without blocking. What one raises keeps no other back."""
+        """Run the callbacks that are due, in order; does not block. All run, even if one of them raises."""
 
     @abstractmethod
     def close(self) -> None:
-        """Block until what is under way has ended and release everything; idempotent. From any thread.
+        """Block until all batches in flight have ended, and release all resources. Idempotent; from any thread.
 
-        Callbacks that `poll` has not run are lost.
+        Callbacks that `poll` has not run yet are lost.
         """
 
 
 def call_all(calls: Iterator[Callable[[], object]]) -> None:
-    """In order, and each even if one before it raises."""
+    """Call all of them in order, even if one raises; then the last error is raised."""
     for call in calls:
         try:
             call()

@@ -1,4 +1,4 @@
-"""Batches on plain host memory: the CPU twins, straight between cache and extents, on one worker thread."""
+"""Moves batches between a cache in host memory and the pool, with the CPU kernels, on one worker thread."""
 
 from collections import deque
 from collections.abc import Callable
@@ -21,15 +21,15 @@ _Moved: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.bool_] | None]
 
 
 class HostExecutor(TransferExecutor):
-    """Runs one batch at a time; the twins use all cores themselves and release the GIL.
+    """Moves one batch at a time: the kernels use all cores and release the GIL.
 
     Args:
-        kernels: copy between the registered tensors and the pool.
-        pack_kernels: likewise; None where nothing is packed.
-        max_pack_error: a block that loses more is reported as too lossy.
+        kernels: copy blocks between the registered tensors and the pool.
+        pack_kernels: pack and unpack blocks on the way; None if no block is packed.
+        max_pack_error: relative error above which a packed block is reported as too lossy.
     """
 
-    _DEPTH = 2  # one running, one ready behind it: the worker does not wait for the loop
+    _DEPTH = 2  # one batch runs and one is ready, so that the worker does not wait for the loop
 
     def __init__(
         self,

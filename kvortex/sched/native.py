@@ -1,7 +1,7 @@
-"""The driver calls of a batch and the wait for its end, compiled: a batch costs Python a call or two.
+"""Compiled functions that make the driver calls of a batch and wait for its end: Python makes one or two calls a batch.
 
-A C function is called by its address, so that what is compiled can be cached. A result is an int: the driver's
-status (0 is success) in what calls the driver.
+C functions are called by their addresses, so that numba can cache the compiled code. Functions that call the driver
+return its status as an int; 0 is success.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""
 
 STOP: Final = 0
-"""No event: the end of what is watched."""
+"""Stands in the ring instead of an event: there is nothing more to watch."""
 
 _ONE_KIND: Final = 1 << 32
 

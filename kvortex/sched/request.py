@@ -1,4 +1,4 @@
-"""One caller's transfer: which blocks, which bytes of the pool, and what came of it."""
+"""The transfer of one call: its blocks, their extents in the pool, and the outcome."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,18 +17,19 @@ class TransferRequest:
 
     Args:
         direction: SAVE reads the cache, LOAD writes it.
-        block_ids: `int32 [n]`.
-        offsets: `int64 [n]`, byte offsets of the blocks' extents in the pool.
-        block_nbytes: what a block takes in the pool as it is, padding included.
-        after: CUDA event that must fire before the cache is touched; None when nothing is pending.
-        on_settled: called once, on the loop, when it is settled.
-        on_source_released: called once, on the loop, when a save has read the cache, or will not.
-        more_follows: another request of the same call comes right behind: this is not the end of a transfer.
-        packed: `bool [n]`, which blocks rest packed; None when none does.
-        packed_nbytes: what a packed block takes in the pool.
-        wants_source_released: report as soon as a save has read the cache; otherwise with its end.
+        block_ids: ids of the blocks in the paged cache, `int32 [n]`.
+        offsets: byte offsets of the blocks' extents in the pool, `int64 [n]`.
+        block_nbytes: bytes of a raw block's extent, padding included.
+        after: CUDA event that must fire before the cache is touched; None if there is nothing to wait for.
+        on_settled: called once, on the loop, when the request is settled.
+        on_source_released: called once, on the loop, when a save has read the cache or has given up.
+        more_follows: True if another request of the same call follows, so that this is not the end of a transfer.
+        packed: which blocks are packed in the pool, `bool [n]`; None for none.
+        packed_nbytes: bytes of a packed block's extent, padding included.
+        wants_source_released: True to report `source_released` as soon as a save has read the cache; otherwise it is
+            reported when the save ends.
 
-    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) tell what batches have moved. A request is
+    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) say what batches have moved. A request is
     *settled* when no batch can touch the cache or the extents any more, however the transfer ended.
     `source_released` is set, for a save, when the cache's blocks have been read and may be overwritten.
     """
@@ -52,9 +53,9 @@ class TransferRequest:
     next_block: int = 0  # first block that is in no batch yet
     blocks_in_flight: int = 0
     blocks_unread: int = field(init=False)
-    _digests: NDArray[np.uint64] | None = None  # nothing has arrived
-    _succeeded: NDArray[np.bool_] | None = None  # nothing but what has arrived at once: most often everything
-    _too_lossy: NDArray[np.bool_] | None = None  # nothing
+    _digests: NDArray[np.uint64] | None = None  # None: no block has arrived
+    _succeeded: NDArray[np.bool_] | None = None  # None: all blocks have arrived in one batch, or none has
+    _too_lossy: NDArray[np.bool_] | None = None  # None: no block is too lossy
 
     def __post_init__(self) -> None:
         self.blocks_unread = len(self.block_ids)
@@ -70,14 +71,14 @@ class TransferRequest:
 
     @property
     def waiting_nbytes(self) -> int:
-        """Bytes of the pool that those blocks take."""
+        """Bytes of the extents of those blocks."""
         if self.packed is None:
             return self.blocks_waiting * self.block_nbytes
         packed = int(np.count_nonzero(self.packed[self.next_block : self.num_blocks]))
         return packed * self.packed_nbytes + (self.blocks_waiting - packed) * self.block_nbytes
 
     def next_alike(self) -> tuple[int, bool]:
-        """How many of the next blocks rest in the same way, and whether that is packed."""
+        """How many of the next blocks are all packed or all raw, and whether they are packed."""
         if self.packed is None:
             return self.blocks_waiting, False
         waiting = self.packed[self.next_block : self.num_blocks]
@@ -85,7 +86,7 @@ class TransferRequest:
         return int(other[0]) if other.size else len(waiting), bool(waiting[0])
 
     def arrived(self, start: int, digests: NDArray[np.uint64], too_lossy: NDArray[np.bool_] | None) -> None:
-        """Note what a batch has moved: the blocks from `start`, as many as there are `digests`, which it gives away."""
+        """Note that a batch has moved the blocks from `start` on, one for each digest. `digests` may be kept."""
         if too_lossy is not None and not np.count_nonzero(too_lossy):
             too_lossy = None
         size, stop = len(self.offsets), start + len(digests)
@@ -104,7 +105,7 @@ class TransferRequest:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """Of the blocks that have arrived; the others' mean nothing."""
+        """Digests, `uint64 [n]`; those of blocks that have not arrived mean nothing."""
         return np.zeros(len(self.offsets), np.uint64) if self._digests is None else self._digests
 
     @property
@@ -129,12 +130,12 @@ class TransferRequest:
         return self.num_blocks if self.cancelled else len(self.offsets)
 
     def cancel(self) -> None:
-        """Give up the blocks that no batch has taken; nobody has tried to move them."""
+        """The caller gives up: drop the blocks that no batch has taken. They count as not tried."""
         self.cancelled = True
         self._drop_waiting()
 
     def fail(self, error: Exception) -> None:
-        """Give up the blocks that no batch has taken, as they cannot be moved."""
+        """The transfer failed: drop the blocks that no batch has taken. They cannot be moved."""
         self.errors.append(error)
         self._drop_waiting()
 
@@ -156,7 +157,7 @@ class TransferRequest:
                 self.on_source_released()
 
     def settle_if_done(self) -> None:
-        """Settle once nothing waits and nothing is under way."""
+        """Settle if no block is queued or in flight."""
         if self.blocks_unread == 0:
             self._release_source()
         if self.blocks_waiting == 0 and self.blocks_in_flight == 0 and not self.settled.is_set():

@@ -1,4 +1,4 @@
-"""The thread that sleeps on CUDA events, and what is to be called when they have fired."""
+"""A thread that sleeps on CUDA events, and the callbacks of the events that have fired."""
 
 import ctypes
 import threading
@@ -22,15 +22,15 @@ Fired: TypeAlias = Callable[[DeviceError | None], object]
 class EventWaiter:
     """Reports events in the order in which they were watched, each with the error if the device failed.
 
-    Its thread works without the GIL: beside a busy thread of Python code, every time that it needed it would cost
-    milliseconds. It sleeps on an event, looks for what else has fired, and rings once for all of it.
+    Its thread works without the GIL: waiting for a busy Python thread to release the GIL takes milliseconds. It sleeps
+    on one event, looks which of the next ones have fired too, and rings the doorbell once for all of them.
 
     Args:
-        device: that the events were recorded on.
+        device: the device that the events are recorded on.
         name: names the waiting thread.
         doorbell: is rung when events have fired; then `fired` has their callbacks.
         count_per_event: what each of them adds to the doorbell's count: 1, or another number if others ring it too.
-        capacity: events that are watched at a time, at most.
+        capacity: the largest number of events that are watched at a time.
     """
 
     def __init__(self, device: Device, name: str, doorbell: Doorbell, *, count_per_event: int, capacity: int) -> None:
@@ -69,7 +69,7 @@ class EventWaiter:
         return ended
 
     def watch(self, event: Event, callback: Fired) -> None:
-        """Have `fired` hand `callback` out once `event` has fired."""
+        """Watch an event: `fired` gives out `callback` once it has fired."""
         assert len(self._callbacks) < self._capacity
         self._callbacks.append(callback)
         self._push(event)
@@ -80,7 +80,7 @@ class EventWaiter:
         self._work_is_there()
 
     def fired(self, count: int) -> Iterator[Callable[[], object]]:
-        """What is to be called for the next `count` events, as many as the doorbell was rung for."""
+        """Callbacks to call for the next `count` events, as many as the doorbell was rung for."""
         for _ in range(count):
             status = int(self._statuses[self._next_status])
             self._next_status = (self._next_status + 1) % len(self._statuses)
@@ -88,6 +88,6 @@ class EventWaiter:
             yield partial(self._callbacks.popleft(), error)
 
     def close(self) -> None:
-        """Block until what is watched has fired, and end the thread; once. What `fired` has not handed out is lost."""
+        """Block until all watched events have fired, and end the thread; once. Callbacks not given out yet are lost."""
         self._push(STOP)
         self._thread.join()
