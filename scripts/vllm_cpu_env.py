@@ -40,7 +40,7 @@ TORCH = "torch==2.13.0"
 NUMPY = "numpy<2.5"
 # Versions without a CPU build: their own Python above the packages of another version's environment.
 PYTHON_ONLY = {"0.23.0": "0.32.0", "0.33.0": "0.32.0"}
-# Those of them that run on the other version's compiled operators. vLLM takes a version that ends in +cpu for a CPU build.
+# Those of them that run on the other version's compiled operators. vLLM takes "+cpu" in its version for a CPU build.
 WITH_OPERATORS = ("0.33.0",)
 # Shown for a failed pip: enough for a resolver's explanation.
 PIP_TAIL_LINES = 40
