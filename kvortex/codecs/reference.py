@@ -1,6 +1,7 @@
-"""What packing and unpacking mean, in plain NumPy; kernels are compared with these, bit for bit.
+"""The reference of packing and unpacking, in plain NumPy. The kernels must give the same bits.
 
-E4M3 is the OCP 8-bit float: bias 7, three bits of mantissa, largest value 448, no infinities, rounded to nearest even.
+E4M3 is the OCP 8-bit float: exponent bias 7, three bits of mantissa, largest value 448, no infinities. Values are
+rounded to nearest, ties to even.
 """
 
 from typing import Final
@@ -11,44 +12,44 @@ from numpy.typing import NDArray
 from kvortex.codecs.packing import GROUP_UNITS, LOST_STEPS, NOT_FINITE, THERE_STEPS, Format, Packing
 
 LEAST_EXPONENT: Final = 9
-"""Of a scale byte: below, the scale would leave the normal numbers."""
+"""The smallest scale byte: with a smaller one the scale would be a subnormal float32."""
 
 _F32: Final = np.dtype(np.float32)
 
 
 def to_floats(words: NDArray[np.uint64], dtype: str) -> NDArray[np.float32]:
-    """Elements of the cache's words as `float32`, exactly."""
+    """Convert words of the cache into their elements as `float32`, without rounding."""
     if dtype == "bfloat16":
         return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return words.view(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
 
 
 def from_floats(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint64]:
-    """The cache's words of elements that its dtype can represent."""
+    """Convert elements into words of the cache. The cache's `dtype` must represent all of them exactly."""
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint64)
     return values.astype(np.float16 if dtype == "float16" else np.float32).view(np.uint64)
 
 
 def scale_exponents(largest: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Scale bytes of groups, from the bits of their largest magnitudes as float32."""
+    """Return the scale byte of each group, from the float32 bits of its largest magnitude."""
     exponents = (largest.astype(np.int64) + 0x1FFFFF) >> 23
     clipped: NDArray[np.int32] = np.clip(exponents, LEAST_EXPONENT, 255).astype(np.int32)
     return clipped
 
 
 def pack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What a group's elements are multiplied with before they are rounded."""
+    """Return the factor of each group by which its elements are multiplied before rounding."""
     return ((262 - exponents.astype(np.int32)) << 23).view(np.float32)
 
 
 def unpack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What a group's codes are multiplied with; the inverse of `pack_factor`."""
+    """Return the factor of each group by which its codes are multiplied: 1 / `pack_factor`."""
     return ((exponents.astype(np.int32) - 8) << 23).view(np.float32)
 
 
 def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes of finite values, to nearest even; magnitudes above 448 become 448."""
+    """Round finite values to E4M3 codes. Magnitudes above 448 become 448."""
     bits = values.astype(_F32, copy=False).view(np.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     rounded = (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
@@ -59,14 +60,14 @@ def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def from_e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Values of codes; the two codes of NaN, which `to_e4m3` never gives, are read as 480."""
+    """Return the values of E4M3 codes. The two NaN codes, which `to_e4m3` never returns, become 480 and -480."""
     bits = codes.astype(np.uint32)
     magnitude = ((bits & np.uint32(0x7F)) << np.uint32(20)).view(np.float32) * np.float32(2.0**120)
     return (magnitude.view(np.uint32) | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bfloat16 bits, to nearest even."""
+    """Round finite values to bfloat16 and return the bits."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
@@ -74,16 +75,17 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def encode_units(
     words: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Codes of units, with the squares that the error is made of.
+    """Pack units, and sum the squares from which a block's error is computed.
 
     Args:
-        words: `uint64 [n, 2 * lanes]`, the cache's.
-        exponents: `int32 [n]`, scale bytes of the units' groups.
-        fmt: name of the packed format that the units have.
+        words: words of the cache, `uint64 [n, 2 * lanes]`.
+        exponents: scale byte of each unit's group, `int32 [n]`.
+        fmt: the packed format.
 
     Returns:
-        Packed words `uint64 [n]`; the sums of squares, `uint64 [n]`, of what rounding lost and of what there was,
-        both over the group's scale, in whole steps. They mean nothing where an element is not finite.
+        Three arrays `uint64 [n]`: the packed words; the sum of squared rounding errors of each unit, in steps of
+        1/LOST_STEPS; the sum of squared elements of each unit, in steps of 1/THERE_STEPS. Errors and elements are
+        divided by the group's scale. The sums of a unit are undefined if one of its elements is not finite.
     """
     with np.errstate(all="ignore"):
         values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
@@ -102,7 +104,16 @@ def encode_units(
 
 
 def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format) -> NDArray[np.uint64]:
-    """The cache's words `uint64 [n, 2 * lanes]` of packed words `[n]`."""
+    """Unpack units.
+
+    Args:
+        packed: packed words, `uint64 [n]`.
+        exponents: scale byte of each unit's group, `int32 [n]`; not read if the format has no scales.
+        fmt: the packed format.
+
+    Returns:
+        Words of the cache, `uint64 [n, 2 * lanes]`.
+    """
     with np.errstate(all="ignore"):
         if fmt.has_scales:
             codes = packed.view(np.uint8).reshape(len(packed), 8)
@@ -113,7 +124,7 @@ def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: 
 
 
 def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
-    """Bits of the largest magnitude of each unit, `int32 [n]`, of words `[n, 2 * lanes]`."""
+    """Return the float32 bits of each unit's largest magnitude, `int32 [n]`. `words` is `uint64 [n, 2 * lanes]`."""
     values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
     bits = values.view(np.int32) & np.int32(0x7FFFFFFF)
     largest: NDArray[np.int32] = bits.max(axis=1)
@@ -121,11 +132,18 @@ def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
 
 
 def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Packed payloads `uint8 [n, packing.block_nbytes]` and errors `float32 [n]` of raw payloads `uint8 [n, raw]`.
+    """Pack the payloads of blocks.
 
-    The error of a block is the root of what rounding lost over what there was, in squares of elements over their
-    scales: a group counts the same whether its numbers are large or small. Infinite where an element is infinite or
-    NaN, or so large that it could become infinite.
+    The error of a block is the square root of: sum of squared rounding errors, divided by the sum of squared elements.
+    Both are divided by their group's scale first, so all groups have the same weight, whether their elements are large
+    or small. The error is infinite if an element is infinite or NaN, or so large that rounding could make it infinite.
+
+    Args:
+        packing: how the blocks are packed.
+        payloads: raw payloads, `uint8 [n, layout.block_nbytes]`.
+
+    Returns:
+        Packed payloads `uint8 [n, packing.block_nbytes]`, and errors `float32 [n]`.
     """
     fmt = packing.format
     packed = np.zeros((len(payloads), packing.block_nbytes // 8), dtype=np.uint64)
@@ -149,13 +167,18 @@ def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArr
 
 
 def relative_errors(lost: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Errors `float32 [n]` of blocks, from their sums of squares in steps."""
+    """Return the errors of blocks, `float32 [n]`, from their sums of squares.
+
+    Args:
+        lost: sum of squared rounding errors of each block, `uint64 [n]`, in steps of 1/LOST_STEPS.
+        there: sum of squared elements of each block, `uint64 [n]`, in steps of 1/THERE_STEPS.
+    """
     ratio = lost.astype(np.float64) / (np.maximum(there, 1) * (LOST_STEPS / THERE_STEPS))
     return np.where(lost >= NOT_FINITE, np.inf, np.sqrt(ratio)).astype(np.float32)
 
 
 def unpack_reference(packing: Packing, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Raw payloads of packed ones, `uint8 [n, raw]`."""
+    """Unpack payloads `uint8 [n, packing.block_nbytes]` into raw ones, `uint8 [n, layout.block_nbytes]`."""
     fmt = packing.format
     raw = np.empty((len(packed), packing.code_words, 2 * fmt.lanes), dtype=np.uint64)
     for block, payload in enumerate(packed):

@@ -1,1 +1,1 @@
-"""The CUDA driver: the calls that are needed, on raw handles."""
+"""The calls of the CUDA driver that KVortex needs, on raw handles."""

@@ -1,12 +1,12 @@
-"""The CUDA driver calls that KVortex makes, on raw handles: one device, one primary context.
+"""The calls of the CUDA driver that KVortex needs, on raw handles.
 
-Handles and addresses are plain ints. The context is the device's primary one, which torch and numba share. Every
-call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
+Handles and addresses are plain ints. The context is the device's primary context, which torch and numba use too. Every
+method raises `DeviceError` if the driver reports an error. `cuda.bindings` is imported when a `Device` is made, so a
 machine without a driver can import KVortex.
 
-What every batch needs has an address in `Device.calls`, for compiled code that makes many calls at once. The few of
-these that Python makes too go to the driver through ctypes and keep the GIL: they take a microsecond each, and
-giving the GIL up in each would let every other thread cut in.
+`Device.calls` has the addresses of the driver functions that every batch needs: compiled code calls them directly.
+Python calls some of these functions too, through ctypes and without releasing the GIL: such a call takes a microsecond,
+and releasing the GIL would let other threads run in between.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKernelError
 
-NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, no error
+NOT_READY = 600  # CUDA_ERROR_NOT_READY: the answer of a query, not an error
 _UNSUPPORTED_PTX = (218, 222)  # CUDA_ERROR_INVALID_PTX, CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # in `Device.calls`
+RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # positions in `Device.calls`
 _CALLS = (
     "cuEventRecord",
     "cuStreamWaitEvent",
@@ -45,7 +45,14 @@ class HasCudaStream(Protocol):
 
 
 def stream_handle(stream: object) -> int:
-    """The raw handle of a CUDA stream given as an int, a torch, numba, cupy or `cuda.core` stream."""
+    """Return the raw handle of a CUDA stream.
+
+    Args:
+        stream: a raw handle, or a stream of torch, numba, cupy or `cuda.core`.
+
+    Raises:
+        TypeError: `stream` is none of these.
+    """
     if isinstance(stream, int):
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
@@ -59,15 +66,18 @@ def stream_handle(stream: object) -> int:
 
 
 class Device:
-    """One CUDA device through its primary context.
+    """One CUDA device, used through its primary context.
 
     Args:
         ordinal: CUDA's number of the device.
 
-    `calls` are addresses `int64 [6]` of the driver's functions.
+    Attributes:
+        ordinal: CUDA's number of the device.
+        calls: addresses of driver functions, `int64 [6]`, at the positions RECORD, WAIT, QUERY, SYNCHRONIZE, COPY
+            and LAUNCH.
 
     Raises:
-        DeviceUnavailableError: no driver, no such device, or `cuda-bindings` is missing.
+        DeviceUnavailableError: the driver, the device or the package `cuda-bindings` is missing.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -105,31 +115,37 @@ class Device:
         return values[0] if values else None
 
     def error(self, call: int, status: int) -> DeviceError:
-        """What it means that a function of `calls`, given by its position, returned `status`."""
+        """Return the error for a status that a function of `calls` returned.
+
+        Args:
+            call: position of the function in `calls`.
+            status: the `CUresult` that it returned, not 0.
+        """
         return self._error(_CALLS[call], status)
 
     def _error(self, name: str, status: Any) -> DeviceError:
-        words = str(int(status))
-        with contextlib.suppress(ValueError):  # a driver that is newer than its bindings
-            words = self._driver.CUresult(int(status)).name
-        return DeviceError(f"{name} failed: {words}")
+        meaning = str(int(status))
+        with contextlib.suppress(ValueError):  # a driver newer than its bindings may return a status that they lack
+            meaning = self._driver.CUresult(int(status)).name
+        return DeviceError(f"{name} failed: {meaning}")
 
     def make_current(self) -> None:
-        """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
+        """Bind the context to the calling thread. Every thread needs this once before its first CUDA call."""
         self._call("cuCtxSetCurrent", self._context)
 
     def enter_thread(self) -> None:
-        """`make_current` in a thread of our own, whose calls shall not break a graph that another thread captures.
+        """Call `make_current` in a thread of KVortex, and keep the thread from breaking CUDA graph captures.
 
-        While torch captures one, calls such as pinning are forbidden to all threads but those that say so (CUDA
-        driver API, cuThreadExchangeStreamCaptureMode), and spoil the capture.
+        While another thread captures a graph, calls such as pinning memory would invalidate the capture. They do not if
+        the calling thread has set its capture mode to thread-local (CUDA driver API,
+        cuThreadExchangeStreamCaptureMode).
         """
         self.make_current()
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuThreadExchangeStreamCaptureMode", mode)
 
     def close(self) -> None:
-        """Give the primary context back."""
+        """Release the primary context."""
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
     # -- what the device is ------------------------------------------------------------------------
@@ -151,7 +167,7 @@ class Device:
         return self._attribute("MULTIPROCESSOR_COUNT")
 
     def numa_node(self) -> int | None:
-        """NUMA node of the device's PCI slot, or None where the machine does not say."""
+        """NUMA node of the device's PCI slot, or None if the system does not report it."""
         domain, bus, slot = (self._attribute(f"PCI_{part}_ID") for part in ("DOMAIN", "BUS", "DEVICE"))
         path = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0/numa_node")
         with contextlib.suppress(OSError, ValueError):
@@ -162,7 +178,11 @@ class Device:
     # -- streams and events ------------------------------------------------------------------------
 
     def create_stream(self, *, high_priority: bool = True) -> Stream:
-        """A non-blocking stream. High priority: its kernels go before a model's as thread blocks come free."""
+        """Create a non-blocking stream.
+
+        Args:
+            high_priority: True to start its thread blocks before those of normal streams, such as a model's.
+        """
         least, greatest = self._stream_priorities()
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         return int(self._call("cuStreamCreateWithPriority", flags, greatest if high_priority else least))
@@ -180,7 +200,11 @@ class Device:
         self._call("cuStreamSynchronize", stream)
 
     def create_event(self, *, timing: bool = False) -> Event:
-        """An event that a waiting thread sleeps on rather than spins."""
+        """Create an event on which a waiting thread sleeps and does not spin.
+
+        Args:
+            timing: True if `elapsed_s` is to be used with the event.
+        """
         flags = self._driver.CUevent_flags
         wanted = flags.CU_EVENT_BLOCKING_SYNC | (0 if timing else flags.CU_EVENT_DISABLE_TIMING)
         return int(self._call("cuEventCreate", int(wanted)))
@@ -194,17 +218,17 @@ class Device:
             raise self._error("cuEventRecord", status)
 
     def synchronize_event(self, event: Event) -> None:
-        """Block the calling thread, without the GIL, until the event has fired."""
+        """Block the calling thread until the event has fired. The GIL is released meanwhile."""
         self._call("cuEventSynchronize", event)
 
     def elapsed_s(self, start: Event, end: Event) -> float:
-        """Seconds between two events made with `timing=True`."""
+        """Return the seconds between two events, which must have been created with `timing=True`."""
         return float(self._call("cuEventElapsedTime", start, end)) * 1e-3
 
     # -- memory ------------------------------------------------------------------------------------
 
     def copy_async(self, destination: int, source: int, nbytes: int, stream: Stream) -> None:
-        """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
+        """Copy `nbytes` between two addresses; host memory must be pinned. The addresses imply the direction."""
         status = self._copy(destination, source, nbytes, stream)
         if status:
             raise self._error("cuMemcpyAsync", status)
@@ -212,7 +236,14 @@ class Device:
     def copy_batch_async(
         self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: Stream
     ) -> None:
-        """Many copies in one driver call (`cuMemcpyBatchAsync`, CUDA 12.8 and newer)."""
+        """Make many copies with one driver call (`cuMemcpyBatchAsync`, CUDA 12.8 and newer).
+
+        Args:
+            destinations: addresses to write to.
+            sources: addresses to read from, as many as destinations.
+            sizes: bytes of each copy.
+            stream: stream in whose order the copies run.
+        """
         d = self._driver
         attributes = d.CUmemcpyAttributes()
         attributes.srcAccessOrder = d.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -223,21 +254,25 @@ class Device:
         self._call("cuMemsetD8Async", address, value, nbytes, stream)
 
     def register_host(self, address: int, nbytes: int) -> None:
-        """Pin a page-aligned host range for direct copies from every context."""
+        """Pin a page-aligned range of host memory, so that every context can copy from and to it directly."""
         self._call("cuMemHostRegister", address, nbytes, self._driver.CU_MEMHOSTREGISTER_PORTABLE)
 
     def unregister_host(self, address: int) -> None:
         self._call("cuMemHostUnregister", address)
 
     def allocate_host(self, nbytes: int) -> int:
-        """Pinned host memory, for small tables; its address serves host and device."""
+        """Allocate pinned host memory, for small tables. Its address is valid on the host and on the device."""
         return int(self._call("cuMemAllocHost", nbytes))
 
     def free_host(self, address: int) -> None:
         self._call("cuMemFreeHost", address)
 
     def create_memory_pool(self, *, release_threshold_bytes: int) -> MemoryPool:
-        """A stream-ordered pool on this device that keeps up to the threshold for reuse."""
+        """Create a stream-ordered memory pool on this device.
+
+        Args:
+            release_threshold_bytes: bytes of freed memory that the pool keeps for reuse.
+        """
         d = self._driver
         properties = d.CUmemPoolProps()
         properties.allocType = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -252,7 +287,7 @@ class Device:
         self._call("cuMemPoolDestroy", pool)
 
     def allocate_async(self, nbytes: int, pool: MemoryPool, stream: Stream) -> int:
-        """Device memory from `pool`, usable in `stream` order."""
+        """Allocate device memory from `pool`. Work that is queued in `stream` from now on may use it."""
         return int(self._call("cuMemAllocFromPoolAsync", nbytes, pool, stream))
 
     def free_async(self, address: int, stream: Stream) -> None:
@@ -261,10 +296,14 @@ class Device:
     # -- kernels -----------------------------------------------------------------------------------
 
     def load_kernel(self, ptx: str, name: str) -> Kernel:
-        """Compile PTX for this device and return one kernel of it.
+        """Compile PTX for this device and return one of its kernels.
+
+        Args:
+            ptx: the PTX text.
+            name: name of the kernel in it.
 
         Raises:
-            UnsupportedKernelError: the PTX is of a newer version than the driver knows.
+            UnsupportedKernelError: the driver is too old for the version of the PTX.
         """
         status, module = self._driver.cuModuleLoadData(ptx.encode() + b"\0")
         if status in _UNSUPPORTED_PTX:
@@ -277,7 +316,7 @@ class Device:
         return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, launch: "Launch", stream: Stream) -> None:
-        """Start a kernel; its arguments may be changed as soon as this returns."""
+        """Start a kernel. Its arguments may be changed as soon as this method returns."""
         kernel, grid, threads, arguments = launch.words.tolist()
         status = self._launch(kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, None)
         if status:
@@ -285,10 +324,14 @@ class Device:
 
 
 class KernelArguments:
-    """Kernel arguments in one place, so that a launch changes values and builds nothing.
+    """The arguments of a kernel, as the driver takes them. They are built once; a launch changes only values.
 
     Args:
-        values: eight-byte integers; or an array, which is one argument as a whole and may be changed in place.
+        values: the arguments in order. An int is passed as eight bytes. An array is passed as one argument by value,
+            such as a struct, and may be changed in place before each launch.
+
+    Attributes:
+        address: address of the array of argument pointers.
     """
 
     def __init__(self, *values: int | NDArray[np.generic]) -> None:
@@ -308,14 +351,16 @@ class KernelArguments:
 
 
 class Launch:
-    """How a one-dimensional kernel is started.
+    """The parameters of a launch of a one-dimensional kernel.
 
     Args:
-        kernel: what `Device.load_kernel` returned.
-        threads: size of a thread block.
-        arguments: what the kernel is called with.
+        kernel: handle from `Device.load_kernel`.
+        threads: threads per thread block.
+        arguments: arguments of the kernel.
 
-    `words` are these as `int64 [4]`: handle, thread blocks, threads of each, address of the arguments.
+    Attributes:
+        words: the parameters for compiled code, `int64 [4]`: kernel, number of thread blocks, threads per thread
+            block, address of the arguments.
     """
 
     def __init__(self, kernel: Kernel, threads: int, arguments: KernelArguments) -> None:
@@ -323,5 +368,5 @@ class Launch:
         self.words = np.array([kernel, 0, threads, arguments.address], dtype=np.int64)
 
     def set_grid(self, thread_blocks: int) -> None:
-        """How many thread blocks there are."""
+        """Set the number of thread blocks."""
         self.words[1] = thread_blocks
