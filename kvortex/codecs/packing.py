@@ -1,13 +1,15 @@
-"""Packed payloads: which codecs there are, and where a packed block's words come from.
+"""The codecs, and the format of packed payloads.
 
-A *unit* is 8 bytes of packed codes: 8 elements in `fp8`, 4 in `bf16`, from 16 or 32 bytes of the cache. 16 units of
-one segment that follow each other are a *group*: 128 elements in `fp8`, which is one token of one head where heads
-have 128 dimensions. A packed payload is the codes of all segments in order, then (for `fp8`) one byte a group: its
-scale, as in the shared exponents of the OCP Microscaling formats (MX v1.0): the power of two that brings the group's
-largest magnitude into (224, 448], the upper end of E4M3.
+A *unit* is 8 bytes of packed codes: 8 elements in `fp8`, 4 elements in `bf16`. It is made from 16 or 32 bytes of the
+cache. A *group* is 16 consecutive units of one segment: 128 elements in `fp8`, which is one token of one head if heads
+have 128 dimensions.
 
-Scales are powers of two because then nothing is rounded but the codes: unpacking is exact, and packing what was
-unpacked loses nothing more, however often a block goes round.
+A packed payload is the codes of all segments in order, followed in `fp8` by one scale byte per group. The scale is a
+power of two, as the shared exponents of the OCP Microscaling formats (MX v1.0): it brings the largest magnitude of the
+group into (224, 448], the upper end of the range of E4M3.
+
+With scales that are powers of two, only the codes are rounded. So unpacking is exact, and packing an unpacked block
+again loses nothing more.
 """
 
 from collections.abc import Iterable
@@ -32,14 +34,15 @@ LANE_BYTES: Final = 16
 _GROUPS_A_WORD: Final = 8
 LOST_STEPS: Final = 1024
 THERE_STEPS: Final = 16
-"""Sums of squares are counted in whole steps a unit, so that they can be added up in any order. A unit's elements are
-at most 448 over their scale, and differ by at most 16 from their codes: both fit 32 bits, a block's 64."""
+"""The sums of squares of a unit are rounded down to whole steps of 1/LOST_STEPS (squared rounding errors) and
+1/THERE_STEPS (squared elements). Integers give the same sum in any order. Divided by its scale, an element is at most
+448 and its rounding error at most 16, so a unit's sums fit 32 bits and a block's sums fit 64 bits."""
 NOT_FINITE: Final = 1 << 50
 """Added to a block's sum of squared errors for each tile with an element that is too large. It is more than any sum."""
 
 
 class Codec(IntEnum):
-    """How a payload encodes a block, as it is written in a frame. Numbers are never reused."""
+    """How a payload encodes a block. Frames contain these numbers, so a number is never reused."""
 
     RAW = 0
     BF16 = 1
@@ -69,18 +72,22 @@ CODECS: Final = (RAW, *dict.fromkeys(f.codec for f in FORMATS))
 
 @dataclass(frozen=True)
 class Packing:
-    """How blocks of one layout are packed.
+    """How the blocks of one layout are packed.
 
-    `tiles` is `int64 [num_tiles, 5]`, a row for what one warp packs: the first 16-byte lane in the arena, the block
-    stride in lanes, the first unit (also its word in the packed payload), the number of units (at most 256), and the
-    first word of its scales in the packed payload. A tile lies in one segment and starts a group; its scales fill
-    whole words, bytes of absent groups are zero.
+    A *tile* is the work of one warp: at most 256 units of one segment, starting at the first unit of a group. A row of
+    `tiles` has these columns:
+
+    0. first 16-byte lane of the tile in the arena
+    1. block stride in lanes
+    2. first unit, which is also the position of its word in the packed payload
+    3. number of units, at most 256
+    4. first word of the tile's scales in the packed payload; the scales fill whole words, padded with zero bytes
     """
 
     format: Format
-    tiles: NDArray[np.int64]
-    code_words: int
-    scale_words: int
+    tiles: NDArray[np.int64]  # [num_tiles, 5]
+    code_words: int  # 8-byte words of codes in a packed payload
+    scale_words: int  # 8-byte words of scales behind them
 
     @property
     def codec(self) -> str:
@@ -96,12 +103,12 @@ class Packing:
 class Encodings:
     """Both encodings of a layout's blocks, raw and packed: bytes of a payload and of an extent, and the codec."""
 
-    payloads: BlockSizes
-    extents: BlockSizes
-    codec: str
+    payloads: BlockSizes  # bytes of a payload
+    extents: BlockSizes  # bytes of an extent in the pool
+    codec: str  # codec of the packed encoding; "raw" if blocks are never packed
 
     def payload_nbytes(self, packed: bool) -> int:
-        """Bytes of a payload."""
+        """Bytes of a payload in one of the encodings."""
         return self.payloads.packed if packed else self.payloads.raw
 
     def codec_number(self, packed: bool) -> Codec:
@@ -110,22 +117,27 @@ class Encodings:
 
 
 def encodings_of(layout: KVLayout, packing: Packing | None) -> Encodings:
-    """Encodings of a layout's blocks."""
+    """Return the encodings of a layout's blocks. `packing` is None if they are never packed."""
     payloads = BlockSizes(layout.block_nbytes, packing.block_nbytes if packing else layout.block_nbytes)
     return Encodings(payloads, block_sizes(layout, packing), packing.codec if packing else RAW)
 
 
 def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:
-    """Sizes of a layout's blocks in the pool."""
+    """Return the bytes of an extent for a raw and for a packed block. `packing` is None if blocks are never packed."""
     raw = align_up(layout.block_nbytes, EXTENT_ALIGNMENT_BYTES)
     return BlockSizes(raw, align_up(packing.block_nbytes, EXTENT_ALIGNMENT_BYTES) if packing else raw)
 
 
 def packed_nbytes(segment_nbytes: Iterable[int], codec: str, dtype: str) -> int | None:
-    """Bytes of a packed payload of such segments; None where `codec` leaves `dtype` as it is.
+    """Return the bytes of a packed payload, or None if `codec` does not pack elements of `dtype`.
+
+    Args:
+        segment_nbytes: bytes of each segment of a block.
+        codec: name of the codec.
+        dtype: name of the cache's dtype, such as "bfloat16".
 
     Raises:
-        ConfigError: no such codec, or segments that are not whole units.
+        ConfigError: the codec does not exist, or a segment is not a whole number of units.
     """
     fmt = _format_of(codec, (dtype,))
     if fmt is None:
@@ -135,12 +147,12 @@ def packed_nbytes(segment_nbytes: Iterable[int], codec: str, dtype: str) -> int 
 
 
 def packing_for(layout: KVLayout, codec: str) -> Packing | None:
-    """How `layout` is packed by `codec`; None where it is left as it is.
+    """Return how `codec` packs the blocks of `layout`, or None if it does not pack them.
 
-    That is: for `raw`, and for caches whose elements the codec does not take, such as FP8 caches.
+    Blocks are not packed by `raw`, nor if the codec does not support the cache's dtype, as for FP8 caches.
 
     Raises:
-        ConfigError: no such codec, or segments that are not whole units.
+        ConfigError: the codec does not exist, or a segment is not a whole number of units.
     """
     fmt = _format_of(codec, layout.dtypes)
     if fmt is None:
@@ -168,7 +180,8 @@ def _units_of(segment_nbytes: int, fmt: Format) -> int:
 
 
 def _scale_words(units: int) -> int:
-    # Whole words a tile, and a tile is a whole number of words' groups but for a segment's last.
+    # A word holds the scales of 8 groups, and a full tile has 16 groups. So only the last tile of a segment can need
+    # padding, and a segment has as many scale words as its tiles together.
     return -(-units // (GROUP_UNITS * _GROUPS_A_WORD))
 
 

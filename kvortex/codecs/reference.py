@@ -1,6 +1,7 @@
 """Packing and unpacking in plain NumPy: the definition that the kernels must match bit for bit.
 
-E4M3 is the OCP 8-bit float: bias 7, three bits of mantissa, largest value 448, no infinities, rounded to nearest even.
+E4M3 is the OCP 8-bit float: exponent bias 7, three bits of mantissa, largest value 448, no infinities. Values are
+rounded to nearest, ties to even.
 """
 
 from typing import Final
@@ -17,38 +18,38 @@ _F32: Final = np.dtype(np.float32)
 
 
 def to_floats(words: NDArray[np.uint64], dtype: str) -> NDArray[np.float32]:
-    """Elements of the cache's words as `float32`, exactly."""
+    """Convert words of the cache into their elements as `float32`, without rounding."""
     if dtype == "bfloat16":
         return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return words.view(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
 
 
 def from_floats(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint64]:
-    """The cache's words of elements that its dtype can represent."""
+    """Convert elements into words of the cache. The cache's `dtype` must represent all of them exactly."""
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint64)
     return values.astype(np.float16 if dtype == "float16" else np.float32).view(np.uint64)
 
 
 def scale_exponents(largest: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Scale bytes of groups, from the bits of their largest magnitudes as float32."""
+    """Return the scale byte of each group, from the float32 bits of its largest magnitude."""
     exponents = (largest.astype(np.int64) + 0x1FFFFF) >> 23
     clipped: NDArray[np.int32] = np.clip(exponents, LEAST_EXPONENT, 255).astype(np.int32)
     return clipped
 
 
 def pack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What a group's elements are multiplied with before they are rounded."""
+    """Return the factor of each group by which its elements are multiplied before rounding."""
     return ((262 - exponents.astype(np.int32)) << 23).view(np.float32)
 
 
 def unpack_factor(exponents: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What a group's codes are multiplied with; the inverse of `pack_factor`."""
+    """Return the factor of each group by which its codes are multiplied: 1 / `pack_factor`."""
     return ((exponents.astype(np.int32) - 8) << 23).view(np.float32)
 
 
 def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes of finite values, to nearest even; magnitudes above 448 become 448."""
+    """Round finite values to E4M3 codes. Magnitudes above 448 become 448."""
     bits = values.astype(_F32, copy=False).view(np.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     rounded = (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
@@ -59,14 +60,14 @@ def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def from_e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Values of codes; the two codes of NaN, which `to_e4m3` never gives, are read as 480."""
+    """Return the values of E4M3 codes. The two NaN codes, which `to_e4m3` never returns, become 480 and -480."""
     bits = codes.astype(np.uint32)
     magnitude = ((bits & np.uint32(0x7F)) << np.uint32(20)).view(np.float32) * np.float32(2.0**120)
     return (magnitude.view(np.uint32) | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bfloat16 bits, to nearest even."""
+    """Round finite values to bfloat16 and return the bits."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
@@ -74,7 +75,7 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def encode_units(
     words: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Codes of units, with the squares that the error is made of.
+    """Pack units, and sum the squares from which a block's error is computed.
 
     Args:
         words: the units as words of the cache, `uint64 [n, 2 * lanes]`.
@@ -103,7 +104,16 @@ def encode_units(
 
 
 def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: Format) -> NDArray[np.uint64]:
-    """The cache's words `uint64 [n, 2 * lanes]` of packed words `[n]`."""
+    """Unpack units.
+
+    Args:
+        packed: packed words, `uint64 [n]`.
+        exponents: scale byte of each unit's group, `int32 [n]`; not read if the format has no scales.
+        fmt: the packed format.
+
+    Returns:
+        Words of the cache, `uint64 [n, 2 * lanes]`.
+    """
     with np.errstate(all="ignore"):
         if fmt.has_scales:
             codes = packed.view(np.uint8).reshape(len(packed), 8)
@@ -114,7 +124,7 @@ def decode_units(packed: NDArray[np.uint64], exponents: NDArray[np.int32], fmt: 
 
 
 def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
-    """Bits of the largest magnitude of each unit, `int32 [n]`, of words `[n, 2 * lanes]`."""
+    """Return the float32 bits of each unit's largest magnitude, `int32 [n]`. `words` is `uint64 [n, 2 * lanes]`."""
     values = to_floats(words.reshape(-1), fmt.dtype).reshape(len(words), fmt.elements)
     bits = values.view(np.int32) & np.int32(0x7FFFFFFF)
     largest: NDArray[np.int32] = bits.max(axis=1)
@@ -122,7 +132,7 @@ def largest_bits(words: NDArray[np.uint64], fmt: Format) -> NDArray[np.int32]:
 
 
 def pack_reference(packing: Packing, payloads: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Packed payloads `uint8 [n, packing.block_nbytes]` and errors `float32 [n]` of raw payloads `uint8 [n, raw]`.
+    """Pack the payloads of blocks.
 
     The error of a block is the square root of a ratio: the sum of the squares of the rounding errors over the sum of
     the squares of the elements. All are relative to the scales of their groups, so groups of small and of large numbers
@@ -162,7 +172,7 @@ def too_lossy(errors: NDArray[np.float32], max_error: float) -> NDArray[np.bool_
 
 
 def unpack_reference(packing: Packing, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Raw payloads of packed ones, `uint8 [n, raw]`."""
+    """Unpack payloads `uint8 [n, packing.block_nbytes]` into raw ones, `uint8 [n, layout.block_nbytes]`."""
     fmt = packing.format
     raw = np.empty((len(packed), packing.code_words, 2 * fmt.lanes), dtype=np.uint64)
     for block, payload in enumerate(packed):

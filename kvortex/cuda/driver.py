@@ -1,7 +1,7 @@
-"""The CUDA driver calls that KVortex makes, on raw handles: one device, one primary context.
+"""The calls of the CUDA driver that KVortex needs, on raw handles.
 
-Handles and addresses are plain ints. The context is the device's primary one, which torch and numba share. Every
-call checks its result and raises `DeviceError`. `cuda.bindings` is imported when a `Device` is made, not before: a
+Handles and addresses are plain ints. The context is the device's primary context, which torch and numba use too. Every
+method raises `DeviceError` if the driver reports an error. `cuda.bindings` is imported when a `Device` is made, so a
 machine without a driver can import KVortex.
 
 The functions that every batch needs have their addresses in `Device.calls`, for compiled code that makes many calls at
@@ -22,7 +22,7 @@ from kvortex.errors import DeviceError, DeviceUnavailableError, UnsupportedKerne
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY: an answer, not an error
 _UNSUPPORTED_PTX = (218, 222)  # CUDA_ERROR_INVALID_PTX, CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # in `Device.calls`
+RECORD, WAIT, QUERY, SYNCHRONIZE, COPY, LAUNCH = range(6)  # positions in `Device.calls`
 _CALLS = (
     "cuEventRecord",
     "cuStreamWaitEvent",
@@ -45,7 +45,14 @@ class HasCudaStream(Protocol):
 
 
 def stream_handle(stream: object) -> int:
-    """The raw handle of a CUDA stream given as an int, a torch, numba, cupy or `cuda.core` stream."""
+    """Return the raw handle of a CUDA stream.
+
+    Args:
+        stream: a raw handle, or a stream of torch, numba, cupy or `cuda.core`.
+
+    Raises:
+        TypeError: `stream` is none of these.
+    """
     if isinstance(stream, int):
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
@@ -59,15 +66,18 @@ def stream_handle(stream: object) -> int:
 
 
 class Device:
-    """One CUDA device through its primary context.
+    """One CUDA device, used through its primary context.
 
     Args:
         ordinal: CUDA's number of the device.
 
-    `calls` are addresses `int64 [6]` of the driver's functions.
+    Attributes:
+        ordinal: CUDA's number of the device.
+        calls: addresses of driver functions, `int64 [6]`, at the positions RECORD, WAIT, QUERY, SYNCHRONIZE, COPY
+            and LAUNCH.
 
     Raises:
-        DeviceUnavailableError: no driver, no such device, or `cuda-bindings` is missing.
+        DeviceUnavailableError: the driver, the device or the package `cuda-bindings` is missing.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -109,13 +119,13 @@ class Device:
         return self._error(_CALLS[call], status)
 
     def _error(self, name: str, status: Any) -> DeviceError:
-        words = str(int(status))
-        with contextlib.suppress(ValueError):  # a driver that is newer than its bindings
-            words = self._driver.CUresult(int(status)).name
-        return DeviceError(f"{name} failed: {words}")
+        meaning = str(int(status))
+        with contextlib.suppress(ValueError):  # a driver newer than its bindings may return a status that they lack
+            meaning = self._driver.CUresult(int(status)).name
+        return DeviceError(f"{name} failed: {meaning}")
 
     def make_current(self) -> None:
-        """Bind the context to the calling thread; needed once in every thread that makes CUDA calls."""
+        """Bind the context to the calling thread. Every thread needs this once before its first CUDA call."""
         self._call("cuCtxSetCurrent", self._context)
 
     def enter_thread(self) -> None:
@@ -194,17 +204,17 @@ class Device:
             raise self._error("cuEventRecord", status)
 
     def synchronize_event(self, event: Event) -> None:
-        """Block the calling thread, without the GIL, until the event has fired."""
+        """Block the calling thread until the event has fired. The GIL is released meanwhile."""
         self._call("cuEventSynchronize", event)
 
     def elapsed_s(self, start: Event, end: Event) -> float:
-        """Seconds between two events made with `timing=True`."""
+        """Return the seconds between two events, which must have been created with `timing=True`."""
         return float(self._call("cuEventElapsedTime", start, end)) * 1e-3
 
     # -- memory ------------------------------------------------------------------------------------
 
     def copy_async(self, destination: int, source: int, nbytes: int, stream: Stream) -> None:
-        """Copy between any two addresses, host ones pinned; the direction follows from the addresses."""
+        """Copy `nbytes` between two addresses; host memory must be pinned. The addresses imply the direction."""
         status = self._copy(destination, source, nbytes, stream)
         if status:
             raise self._error("cuMemcpyAsync", status)
@@ -212,7 +222,14 @@ class Device:
     def copy_batch_async(
         self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: Stream
     ) -> None:
-        """Many copies in one driver call (`cuMemcpyBatchAsync`, CUDA 12.8 and newer)."""
+        """Make many copies with one driver call (`cuMemcpyBatchAsync`, CUDA 12.8 and newer).
+
+        Args:
+            destinations: addresses to write to.
+            sources: addresses to read from, as many as destinations.
+            sizes: bytes of each copy.
+            stream: stream in whose order the copies run.
+        """
         d = self._driver
         attributes = d.CUmemcpyAttributes()
         attributes.srcAccessOrder = d.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -223,21 +240,25 @@ class Device:
         self._call("cuMemsetD8Async", address, value, nbytes, stream)
 
     def register_host(self, address: int, nbytes: int) -> None:
-        """Pin a page-aligned host range for direct copies from every context."""
+        """Pin a page-aligned range of host memory, so that every context can copy from and to it directly."""
         self._call("cuMemHostRegister", address, nbytes, self._driver.CU_MEMHOSTREGISTER_PORTABLE)
 
     def unregister_host(self, address: int) -> None:
         self._call("cuMemHostUnregister", address)
 
     def allocate_host(self, nbytes: int) -> int:
-        """Pinned host memory, for small tables; its address serves host and device."""
+        """Allocate pinned host memory, for small tables. Its address is valid on the host and on the device."""
         return int(self._call("cuMemAllocHost", nbytes))
 
     def free_host(self, address: int) -> None:
         self._call("cuMemFreeHost", address)
 
     def create_memory_pool(self, *, release_threshold_bytes: int) -> MemoryPool:
-        """A stream-ordered pool on this device that keeps up to the threshold for reuse."""
+        """Create a stream-ordered memory pool on this device.
+
+        Args:
+            release_threshold_bytes: bytes of freed memory that the pool keeps for reuse.
+        """
         d = self._driver
         properties = d.CUmemPoolProps()
         properties.allocType = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -252,7 +273,7 @@ class Device:
         self._call("cuMemPoolDestroy", pool)
 
     def allocate_async(self, nbytes: int, pool: MemoryPool, stream: Stream) -> int:
-        """Device memory from `pool`, usable in `stream` order."""
+        """Allocate device memory from `pool`. Work that is queued in `stream` from now on may use it."""
         return int(self._call("cuMemAllocFromPoolAsync", nbytes, pool, stream))
 
     def free_async(self, address: int, stream: Stream) -> None:
@@ -261,10 +282,14 @@ class Device:
     # -- kernels -----------------------------------------------------------------------------------
 
     def load_kernel(self, ptx: str, name: str) -> Kernel:
-        """Compile PTX for this device and return one kernel of it.
+        """Compile PTX for this device and return one of its kernels.
+
+        Args:
+            ptx: the PTX text.
+            name: name of the kernel in it.
 
         Raises:
-            UnsupportedKernelError: the PTX is of a newer version than the driver knows.
+            UnsupportedKernelError: the driver is too old for the version of the PTX.
         """
         status, module = self._driver.cuModuleLoadData(ptx.encode() + b"\0")
         if status in _UNSUPPORTED_PTX:
@@ -277,7 +302,7 @@ class Device:
         return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, launch: "Launch", stream: Stream) -> None:
-        """Start a kernel; its arguments may be changed as soon as this returns."""
+        """Start a kernel. Its arguments may be changed as soon as this method returns."""
         kernel, grid, threads, arguments = launch.words.tolist()
         status = self._launch(kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, None)
         if status:
@@ -288,7 +313,11 @@ class KernelArguments:
     """Kernel arguments in memory that is built once: a launch only changes values.
 
     Args:
-        values: eight-byte integers; or an array, which is one argument as a whole and may be changed in place.
+        values: the arguments in order. An int is passed as eight bytes. An array is passed as one argument by value,
+            such as a struct, and may be changed in place before each launch.
+
+    Attributes:
+        address: address of the array of argument pointers.
     """
 
     def __init__(self, *values: int | NDArray[np.generic]) -> None:
@@ -308,14 +337,16 @@ class KernelArguments:
 
 
 class Launch:
-    """How a one-dimensional kernel is started.
+    """The parameters of a launch of a one-dimensional kernel.
 
     Args:
-        kernel: what `Device.load_kernel` returned.
-        threads: size of a thread block.
-        arguments: what the kernel is called with.
+        kernel: handle from `Device.load_kernel`.
+        threads: threads per thread block.
+        arguments: arguments of the kernel.
 
-    `words` are these as `int64 [4]`: handle, thread blocks, threads of each, address of the arguments.
+    Attributes:
+        words: the parameters for compiled code, `int64 [4]`: kernel, number of thread blocks, threads per thread
+            block, address of the arguments.
     """
 
     def __init__(self, kernel: Kernel, threads: int, arguments: KernelArguments) -> None:

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from kvortex.index.policy import Slots
 from kvortex.runtime.jit import njit
 
-# A list is a ring that its sentinel closes: the sentinel's `hotter` is the coldest slot, its `colder` the hottest. The
-# sentinels are the last four cells, so a list is named by the index of its sentinel, counted from the end.
+# A list is a ring that is closed by a sentinel cell: the sentinel's `hotter` is the coldest slot of the list, and its
+# `colder` is the hottest. The sentinels are the last four cells. A list is named by the index of its sentinel, counted
+# from the end, so the names stay valid when the array grows.
 T1, T2, B1, B2 = -4, -3, -2, -1
 SMALL, MAIN, GHOSTS = T1, T2, B1
 NO_LIST = 0
@@ -32,8 +33,8 @@ _NUM_SENTINELS = 4
 
 CELL = np.dtype(
     [
-        ("nbytes", np.int64),  # 0 until it is known; of a sentinel: bytes of all blocks in its list
-        ("arrival", np.int64),  # number of the insert that brought the block; 0 if the slot holds none
+        ("nbytes", np.int64),  # of a slot: 0 until it is known; of a sentinel: bytes of all blocks in its list
+        ("arrival", np.int64),  # running number of the block's arrival; 0 if the slot is neither held nor parked
         ("parent_arrival", np.int64),  # the parent's `arrival` when it became the parent
         ("colder", np.int32),  # neighbours in the list: slots or the sentinel
         ("hotter", np.int32),
@@ -41,7 +42,7 @@ CELL = np.dtype(
         ("children", np.int32),  # number of held slots that have this one as their parent
         ("list", np.int8),  # T1, T2, B1, B2 or NO_LIST
         ("parked_from", np.int8),  # T1 or T2 if the slot is parked, or else NO_LIST
-        ("last_request", np.int8),  # IDLE, SAVED or LOADED
+        ("last_request", np.int8),  # _SAVED, _LOADED or _COMPLETE
         ("uses", np.int8),  # S3-FIFO's counter of a block in the main queue, 0 to 3
     ],
     align=True,
@@ -60,17 +61,22 @@ COUNTERS = np.dtype(
 Cells = NDArray[np.void]  # [capacity + 4]
 Counters = Any  # a scalar of COUNTERS, whose fields the steps change
 
-_IDLE, _SAVED, _LOADED = 0, 1, 2
+# The last request of a slot decides whether the next one is a new use or a further step of the same use.
+_COMPLETE = 0  # a save and the load or touch after it: the next request is a new use
+_SAVED = 1  # a save: a load or touch that follows belongs to the same use
+_LOADED = 2  # a load: a save that follows belongs to the same use
 
 _MAX_USES = 3  # S3-FIFO's counter has two bits
 _SMALL_SHARE = 10  # S3-FIFO's small queue is a tenth of the cache
 
 
 def new_counters() -> Counters:
+    """Make counters that are all 0."""
     return np.zeros(1, COUNTERS)[0]
 
 
 def new_cells(capacity: int) -> Cells:
+    """Make cells for `capacity` slots, of which nothing is known, and four empty lists."""
     cells = np.zeros(capacity + _NUM_SENTINELS, CELL)
     sentinels = np.arange(-_NUM_SENTINELS, 0)
     cells["colder"][capacity:] = cells["hotter"][capacity:] = sentinels
@@ -78,7 +84,7 @@ def new_cells(capacity: int) -> Cells:
 
 
 def grown(cells: Cells, capacity: int) -> Cells:
-    """A copy with `capacity` slots, which must not be fewer; slots keep their numbers."""
+    """Copy cells into an array with `capacity` slots, at least as many as before. Slots keep their numbers."""
     new = new_cells(capacity)
     new[: len(cells) - _NUM_SENTINELS] = cells[:-_NUM_SENTINELS]
     new[-_NUM_SENTINELS:] = cells[-_NUM_SENTINELS:]
@@ -115,7 +121,7 @@ def _unlink(cells: Cells, slot: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _coldest(cells: Cells, list_: int) -> Any:
-    """The coldest slot of a list, or a negative number if nothing is linked in it."""
+    """Return the coldest slot of a list, or a negative number if no slot is linked in it."""
     return np.int64(cells[list_].hotter)
 
 
@@ -136,7 +142,7 @@ def _is_parked(cells: Cells, slot: int) -> Any:
 
 @njit(cache=True, forceinline=True)
 def _assign(cells: Cells, counters: Counters, slot: int, list_: int) -> None:
-    """Count a slot and its bytes in another list, or in none; linking it is up to the caller."""
+    """Count a slot and its bytes in another list, or in none. The caller links and unlinks the slot."""
     if _is_held(cells, slot):
         counters.held -= 1
     if cells[slot].list != NO_LIST:
@@ -150,7 +156,7 @@ def _assign(cells: Cells, counters: Counters, slot: int, list_: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _forget(cells: Cells, counters: Counters, slot: int) -> None:
-    """Forget a ghost or a parked slot; nothing happens to a slot of which nothing is known."""
+    """Forget a slot that is not held: a ghost, a parked slot, or a slot of which nothing is known."""
     if _is_ghost(cells, slot):
         _unlink(cells, slot)
         _assign(cells, counters, slot, NO_LIST)
@@ -163,7 +169,7 @@ def _forget(cells: Cells, counters: Counters, slot: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _parent(cells: Cells, slot: int) -> Any:
-    """Slot of the block in front, or -1 if there is none or it has been evicted or removed since."""
+    """Return the slot of the block in front, or -1 if there is none or it was evicted or removed since."""
     parent = np.int64(cells[slot].parent)
     is_same_block = parent >= 0 and cells[parent].arrival == cells[slot].parent_arrival
     return parent if is_same_block else np.int64(-1)
@@ -171,7 +177,7 @@ def _parent(cells: Cells, slot: int) -> Any:
 
 @njit(cache=True, forceinline=True)
 def _arrive(cells: Cells, counters: Counters, slot: int) -> None:
-    """A new block is in the slot."""
+    """Note that a new block is in the slot."""
     counters.arrivals += 1
     cells[slot].arrival = counters.arrivals
     cells[slot].children = 0
@@ -182,7 +188,10 @@ def _arrive(cells: Cells, counters: Counters, slot: int) -> None:
 
 @njit(cache=True, forceinline=True)
 def _adopt(cells: Cells, parent: int, slot: int) -> Any:
-    """Make a held slot the parent of another that is younger and has none. True if this is its first child."""
+    """Make `parent` the parent of `slot`, if that is younger and has no parent. Both are held.
+
+    Return True if `slot` is the first child of `parent`.
+    """
     if cells[parent].arrival >= cells[slot].arrival or _parent(cells, slot) >= 0:
         return False
     cells[slot].parent = parent
@@ -193,20 +202,21 @@ def _adopt(cells: Cells, parent: int, slot: int) -> Any:
 
 @njit(cache=True, forceinline=True)
 def _counts_as_use(cells: Cells, slot: int, is_load: bool) -> Any:
-    """Note a request. False if it belongs to the same use as the one before: one use per request of a user."""
+    """Note a load or touch, or else a save. Return False if it belongs to the same use as the request before."""
     last = cells[slot].last_request
     if is_load:
-        cells[slot].last_request = _IDLE if last == _SAVED else _LOADED
+        cells[slot].last_request = _COMPLETE if last == _SAVED else _LOADED
         return last != _SAVED
     cells[slot].last_request = _SAVED
     return last != _LOADED
 
 
-# Both policies: sizes.
+# Sizes, for both policies.
 
 
 @njit(cache=True)
 def weigh(cells: Cells, slots: Slots, nbytes: NDArray[np.int64]) -> None:
+    """Set the bytes of blocks. `nbytes` is `[n]`, or `[1]` if all blocks have the same size."""
     for i in range(len(slots)):
         slot, size = np.int64(slots[i]), nbytes[i if len(nbytes) > 1 else 0]
         if cells[slot].list != NO_LIST:
@@ -216,8 +226,8 @@ def weigh(cells: Cells, slots: Slots, nbytes: NDArray[np.int64]) -> None:
             cells[slot].nbytes = size
 
 
-# S3-FIFO. Only slots without children are linked in the small and the main queue. A slot with children belongs to its
-# queue and counts in its bytes, and is linked when the last child is gone.
+# S3-FIFO. Only slots without children are linked in the small and the main queue. A slot with children belongs to a
+# queue and counts in its bytes, but it is not linked until its last child is gone.
 
 
 @njit(cache=True, forceinline=True)
@@ -256,9 +266,9 @@ def _s3_move_to_main(cells: Cells, counters: Counters, slot: int) -> None:
 
 @njit(cache=True)
 def s3_use(cells: Cells, counters: Counters, slots: Slots, known: int, is_load: bool) -> None:
-    """Count a use of the chain's held slots, except those that arrived after arrival `known`.
+    """Count a use of the chain's held slots, except of new ones, which arrived after arrival `known`.
 
-    The ancestors of a block in the main queue move there as well.
+    A slot that is used again moves to the main queue, together with its ancestors.
     """
     parent = np.int64(-1)
     for slot in slots:
@@ -307,7 +317,10 @@ def s3_remove(cells: Cells, counters: Counters, slots: Slots) -> None:
 
 @njit(cache=True, forceinline=True)
 def _s3_victim(cells: Cells) -> Any:
-    """The next slot to evict. Blocks of the main queue that were used again go round once more, for one use each."""
+    """Return the next slot to evict.
+
+    A block at the end of the main queue that has uses left gives up one of them and is reinserted.
+    """
     while True:
         small, main = _coldest(cells, SMALL), _coldest(cells, MAIN)
         small_is_full = cells[SMALL].nbytes * _SMALL_SHARE >= cells[SMALL].nbytes + cells[MAIN].nbytes
@@ -385,9 +398,9 @@ def _arc_adapt(cells: Cells, counters: Counters, ghost: int) -> None:
 
 @njit(cache=True)
 def arc_use(cells: Cells, counters: Counters, slots: Slots, known: int, is_load: bool) -> None:
-    """Make the chain's held slots the hottest; those that are used again move to T2, together with their ancestors.
+    """Make the chain's held slots the hottest. A slot that is used again moves to T2, together with its ancestors.
 
-    A slot that arrived after arrival `known` is not used again.
+    Slots that arrived after arrival `known` are new, so this is not a further use of them.
     """
     parent = np.int64(-1)
     for slot in slots:
@@ -437,7 +450,7 @@ def arc_remove(cells: Cells, counters: Counters, slots: Slots) -> None:
 
 @njit(cache=True, forceinline=True)
 def _arc_victim(cells: Cells, counters: Counters) -> Any:
-    """The next slot to evict: the paper's REPLACE, but a block with children goes only if both lists end in one."""
+    """Return the next slot to evict: the paper's REPLACE, but a block with children only if both lists end in one."""
     t1, t2 = _coldest(cells, T1), _coldest(cells, T2)
     if t1 < 0 or t2 < 0:
         return max(t1, t2)

@@ -1,6 +1,6 @@
-"""Doubles for tests, shipped so that whoever extends KVortex can use them.
+"""Test doubles, shipped for everybody who extends KVortex.
 
-`kvortex.testing.tier_conformance` needs pytest and is imported by itself.
+The module `kvortex.testing.tier_conformance` needs pytest, so import it separately.
 """
 
 from kvortex.testing.faults import Fault, FaultInjectingExecutor

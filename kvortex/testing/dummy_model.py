@@ -1,4 +1,4 @@
-"""A Llama of any size for vLLM's `load_format="dummy"`: nothing is downloaded, and answers depend on what was asked."""
+"""A Llama of any size for vLLM's `load_format="dummy"`. Nothing is downloaded, and the output depends on the prompt."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ def write_llama(directory: Path, **config: int) -> None:
     """Write the `config.json` of a Llama in bfloat16 into `directory`.
 
     Args:
-        directory: where the model's files are written, as vLLM reads them.
-        config: sizes by their names there: `hidden_size`, `intermediate_size`, `num_hidden_layers`, `head_dim`,
-            `num_attention_heads`, `num_key_value_heads`, `vocab_size`; and whatever else shall not be as here.
+        directory: folder of the model, which must exist; pass it to vLLM as the model.
+        config: entries of `config.json`, which take precedence over the defaults here. The sizes have no default:
+            `hidden_size`, `intermediate_size`, `num_hidden_layers`, `head_dim`, `num_attention_heads`,
+            `num_key_value_heads` and `vocab_size`.
     """
     common = {
         "architectures": ["LlamaForCausalLM"],
@@ -32,8 +33,12 @@ def write_llama(directory: Path, **config: int) -> None:
 def scale_weights(model: torch.nn.Module, factor: float = 20.0) -> None:
     """Multiply a model's matrices by `factor` and set its vectors to one, in place.
 
-    vLLM's own random weights (`load_format="dummy"`) are so small that every prompt goes on alike, and a wrong KV cache
-    changes nothing: `llm.apply_model(scale_weights)`.
+    Use it as `llm.apply_model(scale_weights)`. The random weights of vLLM's `load_format="dummy"` are so small that the
+    output is the same for every prompt, so a wrong KV cache would not show.
+
+    Args:
+        model: the model, which is changed.
+        factor: factor of each parameter with two or more dimensions.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():

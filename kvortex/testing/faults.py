@@ -1,4 +1,4 @@
-"""An executor that misbehaves on command, around one that works."""
+"""A transfer executor that injects faults into another one."""
 
 from collections.abc import Callable
 from enum import Enum, auto
@@ -14,17 +14,26 @@ from kvortex.types import Direction
 
 
 class Fault(Enum):
-    """What happens to one batch."""
+    """What goes wrong with one batch."""
 
-    REFUSE = auto()  # it cannot be started
-    FAIL = auto()  # it moves, and then ends in a device error
-    LOSSY = auto()  # a save that packs: its first block loses more than allowed
-    CORRUPT = auto()  # one bit of its first block's digest is wrong, as if the bytes were
-    HOLD = auto()  # its end is not reported before `release`
+    REFUSE = auto()  # the batch cannot be started
+    FAIL = auto()  # the batch moves its blocks, then ends with a device error
+    LOSSY = auto()  # a save that packs: the error of its first block is above the limit
+    CORRUPT = auto()  # one bit of the first block's digest is wrong, as if its bytes were wrong
+    HOLD = auto()  # the end of the batch is not reported before `release`
 
 
 class FaultInjectingExecutor(TransferExecutor):
-    """Passes batches on to `inner` and asks `fault_of(number, batch)`, counting from 0, what goes wrong."""
+    """Passes batches to another executor and injects faults.
+
+    Args:
+        inner: executor that carries out the batches.
+        fault_of: returns what goes wrong with a batch, or None. It is called with the number of the batch, counted from
+            0, and the batch.
+
+    Attributes:
+        batches: all batches so far, in order.
+    """
 
     def __init__(self, inner: TransferExecutor, fault_of: Callable[[int, Batch], Fault | None]) -> None:
         self._inner = inner
@@ -35,7 +44,7 @@ class FaultInjectingExecutor(TransferExecutor):
 
     @property
     def num_held(self) -> int:
-        """Batches whose end waits for `release`."""
+        """Number of batches whose end waits for `release`."""
         return len(self._held)
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""An asyncio event loop whose clock is a number: what takes hours runs in milliseconds, and the same way each time."""
+"""An asyncio event loop with a virtual clock: hours pass in milliseconds, and every run is the same."""
 
 import asyncio
 import heapq
@@ -11,18 +11,18 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_CLOCK_STARTS_S = 1000.0  # not 0: code that takes a time for a truth value should be seen
+_CLOCK_STARTS_S = 1000.0  # not 0, so that tests find code that uses a time as a truth value
 
 
 class NothingLeftToDoError(RuntimeError):
-    """Nothing is ready and no timer runs: whoever waits, waits for ever."""
+    """No callback is ready and no timer is set, so the tasks that wait would wait forever."""
 
 
 class VirtualClockLoop(asyncio.BaseEventLoop):
-    """Runs callbacks like any other loop, but never sleeps: when nothing is ready, its time is the next timer's.
+    """An event loop that never sleeps: when no callback is ready, its clock jumps to the next timer.
 
-    Nothing here depends on a real clock, a thread or the system, so a run is repeated exactly if what runs on the loop
-    draws its chances from seeded generators and does not depend on the order of sets. There are no sockets, no
+    The loop does not depend on a real clock, on threads or on the system. So a run can be repeated exactly if the code
+    on the loop uses seeded random generators and does not depend on the order of sets. There are no sockets, no
     subprocesses and no other threads: `run_in_executor`, and so `asyncio.to_thread`, calls the function on the loop.
 
         loop = VirtualClockLoop(shuffle=random.Random(seed))
@@ -30,12 +30,12 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
             runner.run(main())
 
     Args:
-        shuffle: the order in which callbacks run that are ready at the same time. First in first out without it, as
-            asyncio promises; with it, orders that a real loop has only if timers and threads come in another order.
-        after_pass: called whenever all callbacks that were ready have run. What it raises ends the run.
+        shuffle: generator that shuffles the callbacks that are ready at the same time. A real loop has such orders only
+            if timers and threads happen to come in another order. None: first in, first out, as asyncio guarantees.
+        after_pass: called each time when all ready callbacks have run. An exception that it raises ends the run.
 
     Raises:
-        NothingLeftToDoError: out of `run_until_complete`, when everybody waits for somebody else.
+        NothingLeftToDoError: raised from `run_until_complete` when all tasks wait for each other.
     """
 
     _ready: deque[asyncio.Handle]
@@ -57,7 +57,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         return future
 
     def add_reader(self, fd: Any, callback: Callable[[*Ts], Any], *args: *Ts) -> None:
-        """Nothing ever becomes readable."""
+        """Do nothing: no file descriptor ever becomes readable."""
 
     def remove_reader(self, fd: Any) -> bool:
         return True
@@ -66,7 +66,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         self._forget_cancelled()
         if not self._ready and not self._stopping:
             if not self._scheduled:
-                raise NothingLeftToDoError("nothing is ready and no timer runs: everybody waits for somebody else")
+                raise NothingLeftToDoError("no callback is ready and no timer is set: all tasks wait for each other")
             self._now_s = max(self._now_s, self._scheduled[0].when())
         while self._scheduled and self._scheduled[0].when() <= self._now_s:
             self._ready.append(heapq.heappop(self._scheduled))
@@ -85,10 +85,10 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
             heapq.heappop(self._scheduled)
 
     def _process_events(self, event_list: Any) -> None:
-        """There is nothing that could bring events."""
+        """Do nothing: there are no event sources."""
 
     def _write_to_self(self) -> None:
-        """There is no selector to wake."""
+        """Do nothing: there is no selector to wake."""
 
 
 def _call_into(future: "asyncio.Future[Any]", func: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -96,5 +96,5 @@ def _call_into(future: "asyncio.Future[Any]", func: Callable[..., Any], args: tu
         return
     try:
         future.set_result(func(*args))
-    except Exception as error:  # noqa: BLE001 - it is the awaiting task's
+    except Exception as error:  # noqa: BLE001 - raised in the task that awaits the future
         future.set_exception(error)

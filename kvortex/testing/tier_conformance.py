@@ -1,11 +1,11 @@
-"""What every tier must do, as tests: subclass `TierConformance` once a tier. Needs pytest and pytest-asyncio.
+"""The conformance suite of tiers: subclass `TierConformance` once for each tier. Needs pytest and pytest-asyncio.
 
     class TestMyTier(TierConformance):
         def make_tier(self, root, namespace, capacity_bytes): ...
         def raw_keys(self, tier): ...
         ...
 
-The raw accessors go around the code under test: they look at, and damage, what the tier has stored.
+The raw accessors (`raw_keys`, `raw_read`, `raw_write`) bypass the tier: they inspect and damage its stored bytes.
 """
 
 import asyncio
@@ -32,75 +32,81 @@ OTHER_NAMESPACE = bytes(range(1, 33))
 NBYTES = 3 * 4096
 ROOMY_BYTES = 1 << 30
 
-# Whole pages, a page and a bit, less than a page, a byte, and words that end within a page.
+# Bytes of payloads: whole pages, just above and below a page, less than two words, and a part of a page at the end.
 SIZES = (NBYTES, 4096, 4097, 4095, 1, 7, 8, 5000, 65536 + 128)
 
 
 def key_of(number: int) -> bytes:
-    """The key of test block `number`; keys of small numbers share no prefix."""
+    """Return the key of test block `number`. Keys of small numbers have no common prefix."""
     return random.Random(number).randbytes(32)
 
 
 def payload_of(key: bytes, nbytes: int = NBYTES) -> bytes:
-    """The only right payload of a key: an oracle that needs no memory."""
+    """Return the only correct payload of a key, so a test needs to remember no payloads."""
     return random.Random(key).randbytes(nbytes)
 
 
 def digest_of(payload: bytes) -> int:
-    """The payload's digest by the reference."""
+    """Return the digest of a payload, by the reference implementation."""
     return digest_reference(payload + bytes(-len(payload) % 8))
 
 
 def write_request(
     number: int, nbytes: int = NBYTES, on_settled: Callable[[WriteOutcome], None] | None = None
 ) -> WriteRequest:
-    """Test block `number`, with a raw size and codec that can be told from the defaults."""
+    """Return a write of test block `number`, with a raw size and a codec that differ from the defaults."""
     payload = payload_of(key_of(number), nbytes)
     return WriteRequest(key_of(number), payload, digest_of(payload), 2 * nbytes, Codec.FP8, on_settled)
 
 
 def read_request(number: int, nbytes: int = NBYTES) -> ReadRequest:
-    """A read into poisoned memory of its own."""
+    """Return a read of test block `number` into its own buffer, which is filled with 0xAA."""
     return ReadRequest(key_of(number), np.full(nbytes, 0xAA, dtype=np.uint8))
 
 
 def is_right(request: ReadRequest, outcome: ReadOutcome) -> bool:
-    """Whether a hit brought exactly the bytes that belong to the key."""
+    """Return True if the read was a hit and the buffer has exactly the payload of the key."""
     payload = as_bytes(request.buffer)[: outcome.payload_bytes].tobytes()
     return outcome.reason is None and payload == payload_of(request.key, outcome.payload_bytes)
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait for what has no event; `TimeoutError` after `timeout_s`."""
+    """Wait until a condition holds for which there is no event. `TimeoutError` after `timeout_s`."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - a test double for any tier has no event to wait for
             await asyncio.sleep(0.001)
 
 
 class TierConformance(ABC):
-    """The suite. A tier that keeps the contract passes all of it."""
+    """The suite. A tier that follows the contract passes all tests."""
 
     keeps_blocks_after_closing: ClassVar[bool] = False
-    """True for a tier whose next object over the same root finds what the last one kept."""
+    """True if a new tier object over the same root finds the blocks of the closed one."""
 
     @abstractmethod
     def make_tier(self, root: Path, namespace: bytes, capacity_bytes: int) -> Tier:
-        """A tier, not opened, over an empty or an earlier `root`."""
+        """Make a tier that is not opened yet.
+
+        Args:
+            root: folder of the tier: empty, or used by a closed tier before.
+            namespace: the tier's namespace, 32 bytes.
+            capacity_bytes: bytes that the tier may store.
+        """
 
     @abstractmethod
     def raw_keys(self, tier: Tier) -> set[bytes]:
-        """Keys of all blocks that are really there."""
+        """Return the keys of all blocks that are in the tier's storage."""
 
     @abstractmethod
     def raw_read(self, tier: Tier, key: bytes) -> bytes:
-        """The stored bytes of a block."""
+        """Return the stored bytes of a block."""
 
     @abstractmethod
     def raw_write(self, tier: Tier, key: bytes, data: bytes) -> None:
-        """Put these in their place."""
+        """Replace the stored bytes of a block."""
 
     def tier(self, root: Path, *, namespace: bytes = NAMESPACE, capacity_bytes: int = ROOMY_BYTES) -> Tier:
-        """A tier with room for everything."""
+        """Make a tier that is not opened yet, by default with room for all test blocks."""
         return self.make_tier(root, namespace, capacity_bytes)
 
     # -- bytes -----------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ class TierConformance(ABC):
             await self.expect_corrupt(tier, 0)
 
     async def expect_corrupt(self, tier: Tier, number: int, room: int = NBYTES) -> None:
-        """Reading test block `number` is a counted miss, and it is gone afterwards."""
+        """Check that a read of test block `number` is a miss and is counted, and that the block is gone afterwards."""
         before = tier.stats()
         (outcome,) = await tier.read([read_request(number, room)])
         assert (outcome.reason, outcome.cause) == (MissReason.CORRUPT, Cause.CORRUPT)
@@ -500,7 +506,7 @@ class TierConformance(ABC):
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Memory that starts on a page, as the pinned pool does."""
+    """Return memory of `nbytes` that starts at a page boundary, as the pinned pool does."""
     memory = np.empty(nbytes + 4096, dtype=np.uint8)
     start = -memory.ctypes.data % 4096
     return memory[start : start + nbytes]

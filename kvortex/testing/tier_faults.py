@@ -1,4 +1,4 @@
-"""A tier that misbehaves on command, around one that works."""
+"""A tier that injects faults into another one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -25,19 +25,25 @@ Outcome = TypeVar("Outcome")
 
 
 class TierFault(Enum):
-    """What happens to one block of a read or write."""
+    """What goes wrong with one block of a read or write."""
 
-    SLOW = auto()  # it moves, but not before `delay_s`
-    HANG = auto()  # it does not move before `release`; past a deadline the tier keeps the buffer, as the contract says
-    FAIL = auto()  # a device error
-    SHORT = auto()  # only the first half moves, and the outcome says so; a write keeps a half that no digest fits
-    LIE = auto()  # a hit with one wrong bit; a write that says STORED and keeps nothing
+    SLOW = auto()  # the block moves after `delay_s`
+    HANG = auto()  # the block moves after `release`; after a deadline the tier keeps the buffer, as the contract says
+    FAIL = auto()  # the block does not move; the cause is IO_ERROR
+    SHORT = auto()  # a read returns the first half only, and says so; a write stores it under the digest of the whole
+    LIE = auto()  # a read is a hit with one wrong bit; a write returns STORED and stores nothing
     FULL = auto()  # a write finds no space; a read is not affected
 
 
 class FaultInjectingTier(Tier):
-    """Passes everything on to `inner` and asks `fault_of(direction, number, key)`, counting from 0 in each direction,
-    what goes wrong with a block. Lookups, scans and deletions always work."""
+    """Passes all calls to another tier and injects faults into reads and writes.
+
+    Args:
+        inner: tier that stores the blocks.
+        fault_of: returns what goes wrong with a block, or None. It is called with the direction (LOAD for a read), the
+            number of the block, counted from 0 in each direction, and its key.
+        delay_s: seconds by which SLOW delays a block.
+    """
 
     def __init__(
         self,
@@ -57,11 +63,11 @@ class FaultInjectingTier(Tier):
 
     @property
     def num_held(self) -> int:
-        """Blocks that hang or are slow now."""
+        """Number of blocks whose read or write has not ended."""
         return len(self._tasks)
 
     def release(self) -> None:
-        """Let everything that hangs go on; later faults hang again."""
+        """Let all blocks that hang go on. Blocks with a later HANG hang again."""
         self._released.set()
         self._released = asyncio.Event()
 
@@ -88,7 +94,7 @@ class FaultInjectingTier(Tier):
 
     async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
         if not requests:
-            return await self._inner.read(requests)  # which knows whether it is open
+            return await self._inner.read(requests)  # raises if the tier is not open
         check_reads(requests)
         tasks = [self._start(self._read(request, self._fault(Direction.LOAD, request.key))) for request in requests]
         late = ReadOutcome(MissReason.DEADLINE, cause=Cause.DEADLINE, settled=False)
@@ -127,7 +133,7 @@ class FaultInjectingTier(Tier):
         return self._fault_of(direction, number, key)
 
     def _start(self, block: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
-        # A task of its own: it goes on when the caller has gone, as a thread would.
+        # A task of its own goes on if the caller is cancelled, as the thread of a real tier does.
         task = asyncio.create_task(block)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

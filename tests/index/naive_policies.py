@@ -1,11 +1,11 @@
-"""The eviction policies once more, in lists and dicts and as slow as they like: what the compiled ones must equal."""
+"""Naive models of the eviction policies, in lists and dicts. The compiled policies must give the same results."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 
 
 class NaiveLRU:
-    """Slots by last use, coldest first."""
+    """LRU: slots by last use, coldest first."""
 
     def __init__(self) -> None:
         self.order: list[int] = []
@@ -34,7 +34,10 @@ class NaiveLRU:
 
 
 class NaiveTwoQueues:
-    """What S3-FIFO and ARC share: who is held in which queue, who was in front of whom, and what counts as a use."""
+    """What S3-FIFO and ARC have in common: the queue of each held slot, parents, and what counts as a use.
+
+    Queue 0 is S3-FIFO's small queue and ARC's T1; queue 1 is the main queue and T2. `ghosts` are the ghosts of each.
+    """
 
     def __init__(self) -> None:
         self.queue: dict[int, int] = {}  # held slots -> 0 or 1

@@ -1,4 +1,4 @@
-"""Eviction orders over slots, each against its naive model; what all have in common; what each is for."""
+"""The eviction policies: each against its naive model, what all have in common, and what is special in each."""
 
 import numpy as np
 import pytest
@@ -260,13 +260,13 @@ def test_s3_fifo_passes_over_a_block_once_for_each_of_three_uses() -> None:
 
 
 def test_arc_moves_its_line_towards_what_is_missed() -> None:
-    """Blocks that come back from the first ghosts make the first queue larger, and the second gives way."""
+    """Hits in B1 make the target of T1 larger, so T2 loses a block."""
     policy = make("arc")
     for slot in (0, 1, 2, 3):
         store(policy, slot)
         store(policy, slot)
     store(policy, 4, 5)
-    assert pop(policy, 2) == [5, 4], "the line begins at nought"
+    assert pop(policy, 2) == [5, 4], "the target of T1 begins at 0"
     store(policy, 4, 5, evicted=True)
     store(policy, 6)
-    assert pop(policy, 1) == [0], "one byte may now stay in the first queue"
+    assert pop(policy, 1) == [0], "one byte may now stay in T1"
