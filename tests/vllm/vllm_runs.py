@@ -22,8 +22,8 @@ AT_A_TIME = 2
 LONGEST_FIRST = tuple(
     f"test_{name}.py"
     for name in (
-        *("progress", "examples", "tensor_parallel", "benchmark", "mismatch", "adapters", "chat", "multi", "uneven"),
-        *("disk", "shared_pool", "placement", "not_reused", "parts"),
+        *("examples", "progress", "benchmark", "mismatch", "uneven", "shared_pool", "chat", "multi", "tensor_parallel"),
+        *("disk", "placement", "not_reused", "adapters"),
     )
 )
 """So that no long file is left when all others have ended."""
