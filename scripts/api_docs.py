@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvortex.config.sections import Section
+from kvortex.engine.core import EngineCore
 
 PUBLIC = {
     "kvortex": "what most programs need",
@@ -67,7 +68,7 @@ def public_names(module: Any) -> list[str]:
 
 def object_text(name: str, value: Any) -> Iterator[str]:
     if inspect.isclass(value):
-        bases = [base.__name__ for base in value.__bases__ if base not in (object, Section)]
+        bases = [base.__name__ for base in value.__bases__ if base not in (object, Section, EngineCore)]
         yield f"\n### `{name}`" + (f" ({', '.join(bases)})" if bases else "") + "\n"
         yield from doc_of(value)
         yield from members_text(value)
@@ -85,17 +86,22 @@ def members_text(kind: type) -> Iterator[str]:
         yield "\nMembers: " + ", ".join(f"`{member.name}`" for member in kind) + "\n"
     elif dataclasses.is_dataclass(kind):
         yield "\nFields: " + ", ".join(f"`{field}`" for field in fields_of(kind)) + "\n"
-    for name, member in vars(kind).items():
-        if name.startswith("_"):
-            continue
+    for name, member in public_members(kind).items():
         function = getattr(member, "__func__", member)
         if isinstance(member, property):
             yield f"\n- `{name}`{described(member)}"
         elif inspect.isfunction(function):
             prefix = "async " if inspect.iscoroutinefunction(function) else ""
             yield f"\n- `{prefix}{name}{signature_of(function)}`{described(function)}"
-    if any(not name.startswith("_") and callable(getattr(kind, name, None)) for name in vars(kind)):
+    if any(callable(getattr(kind, name, None)) for name in public_members(kind)):
         yield "\n"
+
+
+def public_members(kind: type) -> dict[str, Any]:
+    """By name: the members of a class, and those of the bases that have no entry of their own."""
+    inherited = [base for base in kind.__mro__[1:] if base is EngineCore]
+    members = {name: member for owner in (kind, *inherited) for name, member in vars(owner).items()}
+    return {name: member for name, member in members.items() if not name.startswith("_")}
 
 
 def fields_of(kind: type) -> Iterator[str]:

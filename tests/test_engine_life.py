@@ -128,7 +128,7 @@ def refuse_the_backing_tier(patch: pytest.MonkeyPatch) -> None:
         return MemoryTier(1 << 20, namespace=namespace.digest)
 
     patch.setattr(EngineParts, "make_tier", memory_tier)
-    patch.setattr("kvortex.engine.engine.BackingTier", refuse)
+    patch.setattr("kvortex.engine.core.BackingTier", refuse)
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

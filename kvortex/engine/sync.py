@@ -11,21 +11,19 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from functools import partial
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvortex.engine.arguments import BlockHashes, BlockIds
+from kvortex.engine.core import EngineCore
 from kvortex.errors import EngineStateError
 from kvortex.layout import KVLayout
 from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.stats import StatsSnapshot
 from kvortex.types import LoadResult, SaveResult
-
-if TYPE_CHECKING:
-    from kvortex.engine.engine import KVortexEngine
 
 T = TypeVar("T")
 
@@ -52,9 +50,7 @@ class SyncEngine:
     All methods raise `EngineStateError` on the loop's own thread, which they would block for ever.
     """
 
-    def __init__(
-        self, engine: "KVortexEngine", loop: asyncio.AbstractEventLoop, thread: LoopThread | None = None
-    ) -> None:
+    def __init__(self, engine: EngineCore, loop: asyncio.AbstractEventLoop, thread: LoopThread | None = None) -> None:
         self._engine = engine
         self._loop = loop
         self._thread = thread
