@@ -116,6 +116,12 @@ class Speculation:
     def use_eagle(self) -> bool:
         return self.method in ("eagle", "eagle3", "mtp")
 
+    def needs_eagle_block_drop(self) -> bool:
+        return self.use_eagle()
+
+    def use_eagle_block_drop(self) -> bool:
+        return self.use_eagle()
+
     def uses_draft_model(self) -> bool:
         return self.method == "draft_model"
 
