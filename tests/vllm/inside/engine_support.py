@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,9 @@ def ours(connector: Any) -> Any:
     return next(c for c in getattr(connector, "_connectors", [connector]) if type(c).__name__ == "KVortexConnector")
 
 
+SETTLE_S = 30.0  # a save that has not ended by then never ends
+
+
 class Engine:
     """An LLM and its connector's halves."""
 
@@ -127,8 +131,11 @@ class Engine:
         return self.scheduler_half.stats.snapshot().misses[reason]
 
     def settle(self) -> None:
-        """Let the last outcomes come in: vLLM stops stepping when the answers are out."""
+        """Let the last outcomes come in: vLLM stops stepping when the answers are out, and a busy machine is slow."""
+        until_s = time.monotonic() + SETTLE_S
         self.generate([prompt(3, seed=999)], max_tokens=2)
+        while len(getattr(self.scheduler_half, "_jobs", ())) and time.monotonic() < until_s:
+            self.generate([prompt(3, seed=999)], max_tokens=2)
 
 
 def settle_disk(engine: Engine) -> None:
