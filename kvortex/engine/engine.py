@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVortexEngine:
-    """Saves, checks and loads paged KV blocks. Made with `create`, bound to the event loop it was made on.
+    """Saves, checks and loads paged KV blocks. `create` makes one; it belongs to the event loop that made it.
 
         async with KVortexEngine.create(KVortexConfig(pool="16GiB")) as engine:
             engine.register_kv_caches({"layers.0": kv0, "layers.1": kv1}, block_size=16)
@@ -44,11 +44,11 @@ class KVortexEngine:
             await engine.save_blocks(hashes, block_ids)
             loaded = await engine.load_blocks(hashes, block_ids)
 
-    A block is right or missed: its digest is computed as it leaves the cache and compared as it comes back.
-    Cancelling `save_blocks` or `load_blocks` returns only when no transfer touches the named blocks any more.
+    A block is right or a miss: its digest is computed when it leaves the cache and compared when it comes back.
+    A cancelled `save_blocks` or `load_blocks` returns only when no transfer touches its blocks any more.
 
-    Hashes and block ids are copied when a method is called, also when what it returns is awaited later: lists and
-    arrays may be used for something else at once. Calls that are awaited raise `EngineStateError` on another loop.
+    A method copies hashes and block ids when it is called, even if its result is awaited later. The caller may reuse
+    its lists and arrays at once. Coroutines raise `EngineStateError` when they are awaited on another loop.
     """
 
     def __init__(self, config: KVortexConfig, parts: EngineParts | None = None) -> None:
@@ -75,17 +75,17 @@ class KVortexEngine:
         """`engine = await KVortexEngine.create(config)`, or `async with` it to have it shut down at the end.
 
         Args:
-            config: the settings; the defaults if there are none.
-            parts: makes the tier and what carries out transfers; by default what the settings and the device say.
+            config: the settings; None for the defaults.
+            parts: makes the lower tier and the transfer executor; by default they follow the settings and the device.
         """
         return EngineCreation(config or KVortexConfig(), parts)
 
     @classmethod
     def create_sync(cls, config: KVortexConfig | None = None, parts: EngineParts | None = None) -> SyncEngine:
-        """An engine on a loop and thread of its own, behind its blocking face, for callers without a loop.
+        """An engine on a loop and thread of its own, with a blocking API, for callers without an event loop.
 
         Args:
-            config, parts: as `create` takes them.
+            config, parts: see `create`.
         """
         thread = LoopThread()
 
@@ -108,21 +108,22 @@ class KVortexEngine:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout:
-        """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
+        """Register the paged cache: derive its layout, allocate memory, write a test pattern and read it back.
 
         Args:
             kv_caches: layer name -> tensor, CUDA or CPU, all on one device; they must outlive the engine.
-            block_size: tokens a block.
-            num_blocks: blocks of the cache; needed where the shape does not tell.
-            block_dim: the dimension that counts blocks; likewise, one for all or by name.
+            block_size: tokens per block.
+            num_blocks: number of blocks in the cache; needed if the shape is ambiguous.
+            block_dim: index of the tensor dimension that counts blocks, one for all layers or per layer name; needed
+                if the shape is ambiguous.
 
         Raises:
-            EngineStateError: registered before, shut down, or not on the engine's loop.
-            LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` when what was
-                written did not come back.
-            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging is refused.
+            EngineStateError: caches are already registered, the engine is shut down, or this is not its loop.
+            LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` if the test pattern
+                did not come back unchanged.
+            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging cannot be allocated.
 
-            After any error everything is given back, and the engine is as before.
+            After any error all memory is released, and the engine is in the same state as before the call.
         """
         self._check_running()
         self._check_loop()
@@ -199,18 +200,18 @@ class KVortexEngine:
     def save_blocks(
         self, hashes: BlockHashes, block_ids: BlockIds, *, stream: object = None
     ) -> Coroutine[Any, Any, SaveResult]:
-        """Copy blocks out of the paged cache; those stored can be loaded when this returns. To be awaited.
+        """Copy blocks out of the paged cache. Await it; then the stored blocks can be loaded.
 
         Args:
-            hashes: block hashes, a chain from its root or any part of one, in order.
-            block_ids: where each block lies; in range, each once.
-            stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); torch's
-                current stream by default. Blocks must not be overwritten before this returns.
+            hashes: `[n]` block hashes of 32 bytes: a whole chain or any part of one, in order.
+            block_ids: `[n]` block id of each block; in range, without duplicates.
+            stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); by default
+                torch's current stream. The caller must not overwrite the blocks before this returns.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a load is
-                writing one of the blocks.
-            EngineStateError: nothing registered, shut down, or not on the engine's loop.
+            InvalidHashError, InvalidBlockIdError: before any transfer starts; the latter also if a load is writing
+                one of the blocks.
+            EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
@@ -227,7 +228,7 @@ class KVortexEngine:
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
-                outcomes = await self._save_as_is(control, call, keys, ids, outcomes)
+                outcomes = await self._save_again_raw(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
         if control.index.removed_blocks != removed_before:
@@ -238,7 +239,7 @@ class KVortexEngine:
             self._tiering.saved(keys[stored], new[stored])
         return SaveResult(outcomes)
 
-    async def _save_as_is(
+    async def _save_again_raw(
         self,
         control: ControlPlane,
         call: TransferCall[SaveOutcome],
@@ -246,14 +247,16 @@ class KVortexEngine:
         ids: NDArray[np.int32],
         outcomes: tuple[SaveOutcome, ...],
     ) -> tuple[SaveOutcome, ...]:
-        """Keep unpacked what packing would change too much; the outcomes, then."""
+        """Save again, raw, the blocks that packing would change too much; returns the outcomes of all blocks."""
         lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
         plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True, chain=keys)
         await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
-        again = (await call.outcomes())[len(outcomes) :]
-        self.stats.record_kept_as_is(again.count(SaveOutcome.STORED))
-        seconds = iter(again)
-        return tuple(next(seconds) if outcome is SaveOutcome.TOO_LOSSY else outcome for outcome in outcomes)
+        raw_outcomes = await call.outcomes(first_part=call.num_parts - 1)
+        self.stats.record_kept_as_is(raw_outcomes.count(SaveOutcome.STORED))
+        merged = list(outcomes)
+        for position, raw_outcome in zip(np.flatnonzero(lossy).tolist(), raw_outcomes, strict=True):
+            merged[position] = raw_outcome
+        return tuple(merged)
 
     def load_blocks(
         self,
@@ -263,23 +266,24 @@ class KVortexEngine:
         stream: object = None,
         deadline_s: float | EllipsisType | None = ...,
     ) -> Coroutine[Any, Any, LoadResult]:
-        """Copy cached blocks into the paged cache; whatever is not loaded says why. To be awaited.
+        """Copy cached blocks into the paged cache; every miss has a reason. Await it.
 
-        Blocks that only the lower tier has are brought into the pool first, in order, while those before them move on.
+        Blocks that only the lower tier has are first fetched into the pool, in order. Blocks before them are loaded
+        meanwhile.
 
         Args:
-            hashes: block hashes, in order.
-            block_ids: where each block goes; in range, each once.
-            stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
+            hashes: `[n]` block hashes of 32 bytes, in order.
+            block_ids: `[n]` block id that each block is written to; in range, without duplicates.
+            stream: CUDA stream whose queued work may still use those blocks; by default torch's current stream.
                 Work queued on any stream after this returns sees the loaded bytes.
-            deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
-                load. 0 does not wait, None waits as long as it takes; left out, it is `tier.load_deadline_s` of the
-                configuration.
+            deadline_s: seconds to wait for the lower tier. A block that comes later is a miss now, and in the pool
+                for the next load. 0 does not wait; None waits without limit; the default is
+                `tier.load_deadline_s` of the configuration.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a save is
-                reading, or another load writing, one of the blocks.
-            EngineStateError: nothing registered, shut down, or not on the engine's loop.
+            InvalidHashError, InvalidBlockIdError: before any transfer starts; the latter also if a save is reading
+                one of the blocks, or another load is writing it.
+            EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
@@ -321,12 +325,12 @@ class KVortexEngine:
         return outcomes
 
     def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
-        """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.
+        """Fetch blocks that only the lower tier has into the pool. Await it; it returns when all fetches have ended.
 
-        To be awaited. Cancelling gives up what has not been started.
+        Cancelling it drops the fetches that have not started.
 
         Returns:
-            Number of blocks of `hashes` that could be loaded now before the first that could not.
+            Length of the prefix of `hashes` that could be loaded now, in blocks.
         """
         self._planes()
         return self._prefetch(pack_keys(hashes))
@@ -344,7 +348,7 @@ class KVortexEngine:
         return control.index.prefix_length(keys)
 
     def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
-        """`bool [n]`: what could be loaded, out of the pool or the lower tier. From any thread, no await."""
+        """`bool [n]`: blocks that could be loaded from the pool or the lower tier. From any thread; does not wait."""
         return self._found(pack_keys(hashes))
 
     def _found(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -356,7 +360,7 @@ class KVortexEngine:
         return mask
 
     def match_prefix(self, hashes: BlockHashes) -> int:
-        """Number of blocks that could be loaded before the first that could not. From any thread."""
+        """Length of the prefix that could be loaded, in blocks. From any thread."""
         found = self._found(pack_keys(hashes))
         missing = np.flatnonzero(~found)
         known = int(missing[0]) if missing.size else len(found)
@@ -364,7 +368,7 @@ class KVortexEngine:
         return known
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
-        """Why a block could not be loaded now; None when it could. From any thread."""
+        """Why a block could not be loaded now; None if it could. From any thread."""
         control, _ = self._planes()
         if control.index.prefix_length([block_hash]):
             return None
@@ -400,7 +404,7 @@ class KVortexEngine:
         control.clear()
 
     async def flush(self) -> None:
-        """Wait until every block that waits for the lower tier is written, or given up."""
+        """Wait until every block queued for the lower tier is written or dropped."""
         self._check_loop()
         self._planes()
         if self._tiering is not None:
@@ -433,22 +437,22 @@ class KVortexEngine:
 
     @property
     def sync(self) -> SyncEngine:
-        """The blocking face, for other threads than the loop's."""
+        """The blocking API of this engine, for threads other than the loop's."""
         return SyncEngine(self, self._loop)
 
     @property
     def is_shut_down(self) -> bool:
-        """Everything has been given back."""
+        """True when all memory has been released."""
         return self._released
 
     async def shutdown(self) -> None:
-        """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel.
+        """Finish transfers in flight, refuse new ones, release all memory; idempotent, safe to cancel.
 
-        On another loop once the engine's own is closed: whatever that loop left behind is given up.
+        If the engine's own loop is closed, call it on another loop: calls left on the closed loop are lost.
 
         Raises:
-            EngineStateError: on another loop, while the engine's own can still be used.
-            Whatever the lower tier raises when it is closed; everything else is released all the same.
+            EngineStateError: this is another loop, and the engine's own loop is not closed.
+            Any error that the lower tier raises when it is closed; everything else is released all the same.
         """
         if self._released:
             return
@@ -502,7 +506,7 @@ def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest
 
 
 class EngineCreation:
-    """An engine that is about to be made: await it, or enter it with `async with` to have it shut down at the end."""
+    """Makes an engine: await it, or use `async with`, which also shuts the engine down at the end."""
 
     def __init__(self, config: KVortexConfig, parts: EngineParts | None) -> None:
         self._config = config
