@@ -1,6 +1,6 @@
-"""Gather and scatter of paged blocks with a digest on the way, packed or as they are.
+"""Gather and scatter of paged blocks, packed or raw; a digest is computed on the way.
 
-CUDA kernels, their CPU twins, NumPy references.
+CUDA kernels, CPU kernels with the same results, NumPy references.
 """
 
 from kvortex.kernels.device import DeviceKernels

@@ -1,4 +1,4 @@
-"""Who may touch which blocks of the paged cache: a block that is read or written is in somebody's hands."""
+"""Claims on blocks of the paged cache, so that no transfer writes a block that another reads or writes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _WRITTEN = -1
 
 
 class BlockClaims:
-    """Gives each block to any number of saves, which read it, or to one load, which writes it.
+    """Lets any number of saves read a block, or one load write it.
 
     Args:
         num_blocks: size of the paged cache in blocks.
@@ -21,16 +21,16 @@ class BlockClaims:
 
     def __init__(self, num_blocks: int) -> None:
         self._holders = np.zeros(num_blocks, np.int32)  # readers of each block, or _WRITTEN
-        nothing = np.empty(0, np.int32)  # compiled, or read from numba's cache, before somebody waits for it
+        nothing = np.empty(0, np.int32)  # compile it, or read it from numba's cache, before the first call
         for direction in Direction:
             self.claim(direction, nothing)
             self.release(direction, nothing)
 
     def claim(self, direction: Direction, block_ids: NDArray[np.int32]) -> None:
-        """Take blocks `int32 [n]`, each once, all or none.
+        """Claim blocks `int32 [n]` without duplicates; all of them or none.
 
         Raises:
-            InvalidBlockIdError: a load has one of them; for a load, also when a save has.
+            InvalidBlockIdError: a load has claimed one of them, or `direction` is LOAD and a save has.
         """
         loads = direction is Direction.LOAD
         position = _claim(self._holders, block_ids, loads)
@@ -43,7 +43,7 @@ class BlockClaims:
         raise InvalidBlockIdError(f"block id {block_id} is being read by a save: wait until that save is over")
 
     def release(self, direction: Direction, block_ids: NDArray[np.int32]) -> None:
-        """Give blocks back, as they were claimed."""
+        """Release claimed blocks; with the same arguments as `claim`."""
         _release(self._holders, block_ids, direction is Direction.LOAD)
 
 

@@ -1,7 +1,7 @@
-"""Packing and unpacking of one unit as LLVM IR: the same instructions for the CPU twins and the CUDA kernels.
+"""Packing and unpacking of one unit as LLVM IR: the same instructions for the CPU and the CUDA kernels.
 
-Written as IR because numba knows neither bfloat16 nor FP8, and because a GPU has instructions for what takes a dozen
-elsewhere. `codecs/reference.py` says in NumPy what each of these computes; they agree bit for bit.
+This is IR because numba knows neither bfloat16 nor FP8, and because a GPU has single instructions where a CPU needs
+a dozen. `codecs/reference.py` computes the same results in NumPy, bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ class Emitter:
     """Emits the arithmetic of one format.
 
     Args:
-        fmt: name of the packed format that the units have.
+        fmt: packed format of the units.
         fp8_hardware: the target converts E4M3 itself (compute capability 8.9 and newer).
-        pairs_hardware: it compares pairs of 16-bit integers (compute capability 9.0 and newer).
-        cuda: the target is a GPU: it converts half precision itself.
+        pairs_hardware: the target compares pairs of 16-bit integers (compute capability 9.0 and newer).
+        cuda: the target is a GPU, which converts half precision itself.
     """
 
     fmt: Format
@@ -74,7 +74,7 @@ class Emitter:
         return b.bitcast(b.or_(b.bitcast(value, I32), sign), F32)
 
     def words(self, b: Any, values: Sequence[Any]) -> list[Any]:
-        """The cache's words of elements that its dtype can represent."""
+        """The cache's words for elements that its dtype can represent."""
         if self.fmt.dtype == "float32":
             halves = [b.bitcast(value, I32) for value in values]
         else:
@@ -126,7 +126,7 @@ class Emitter:
     # -- codes -------------------------------------------------------------------------------------
 
     def encode(self, b: Any, words: Sequence[Any], exponent: Any) -> tuple[Any, Any, Any]:
-        """A unit's packed word, and the sums of squares of what was lost and of what there was, in whole steps."""
+        """A unit's packed word, and the sums of squares of the rounding errors and of the values, in whole steps."""
         values = self.floats(b, words)
         factor = b.bitcast(b.shl(b.sub(_i32(262), exponent), _i32(23)), F32)
         scaled = [b.fmul(value, factor) for value in values]
@@ -142,7 +142,7 @@ class Emitter:
         return b.zext(b.fptoui(b.fmul(value, _f32(float(steps))), I32), I64)
 
     def decode(self, b: Any, word: Any, scales: Any, shift: Any) -> list[Any]:
-        """The cache's words of a packed word; `scales` holds the group's scale byte at bit `shift`."""
+        """The cache's words for a packed word; `scales` holds the group's scale byte at bit `shift`."""
         if not self.fmt.has_scales:
             halves = b.trunc(word, I32), b.trunc(b.lshr(word, ir.Constant(I64, 32)), I32)
             return self.words(b, [value for half in halves for value in self._bf16_pair(b, half)])

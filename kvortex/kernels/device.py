@@ -47,7 +47,7 @@ _STAGING, _NUM_BLOCKS, _SCRATCH, _RESULTS = map(list(_ARGUMENTS).index, ("stagin
 
 
 def staging_block_nbytes(layout: KVLayout, packing: Packing | None = None) -> int:
-    """A block's distance from the next in staging: its payload, rounded up as an extent is."""
+    """Bytes from one block to the next in staging: the payload, rounded up like an extent."""
     return block_sizes(layout, packing).packed
 
 
@@ -57,11 +57,11 @@ def device_table(layout: KVLayout, packing: Packing | None = None) -> NDArray[np
 
 
 class BatchSlot:
-    """Memory of one batch in flight: results in pinned host memory, scratch on the device.
+    """Memory of one batch in flight: results in pinned memory, scratch on the device.
 
     Args:
-        device: that holds the scratch memory.
-        max_blocks: blocks of the largest batch.
+        device: device of the scratch memory.
+        max_blocks: maximum number of blocks in a batch.
         scratch: device address of `8 * scratch_words(max_blocks)` bytes, set to zero on `stream`.
     """
 
@@ -80,13 +80,13 @@ class BatchSlot:
 
 
 class DeviceKernels:
-    """Launcher of gather and scatter for one layout on a CUDA device: blocks as they are, or packed on the way.
+    """Launcher of gather and scatter for one layout on a CUDA device, for raw or for packed blocks.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
-        device: where they lie.
+        layout: layout of the cache; its tensors must outlive this object.
+        device: device of the cache.
         tiles: device address of `device_table(layout, packing)`.
-        packing: how blocks of that layout are packed; None leaves them as they are.
+        packing: packing of the layout's blocks; None for raw blocks.
     """
 
     def __init__(self, layout: KVLayout, device: Device, tiles: int, packing: Packing | None = None) -> None:
@@ -112,9 +112,9 @@ class DeviceKernels:
         )
 
     def gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
-        """Start copying blocks to `staging` (device address, 16-byte aligned), one after the other.
+        """Start copying blocks to contiguous places in `staging` (device address, 16-byte aligned).
 
-        When the work is done, `digests(slot, n)` has their digests, and `errors(slot, n)` what packing lost.
+        When the work is done, `digests(slot, n)` returns their digests and `errors(slot, n)` their packing errors.
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
@@ -123,9 +123,9 @@ class DeviceKernels:
         self._start(self.prepare_gather(block_ids, staging, slot), len(block_ids), stream)
 
     def scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot, *, stream: Stream) -> None:
-        """Start copying blocks out of `staging`; the digests are of what was read, to be compared.
+        """Start copying blocks out of `staging`; `digests` are those of the bytes read, for the caller to compare.
 
-        Raises as `gather`, and `InvalidBlockIdError` for an id named twice.
+        Raises the errors of `gather`, and `InvalidBlockIdError` for a duplicate id.
         """
         self._start(self.prepare_scatter(block_ids, staging, slot), len(block_ids), stream)
 
@@ -134,12 +134,12 @@ class DeviceKernels:
             self._device.launch(launch, stream)
 
     def prepare_gather(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
-        """What `gather` starts, for the caller to start before anything else is prepared; raises as it does."""
+        """The launch of `gather`; start it before another is prepared. Raises the errors of `gather`."""
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         return self._filled_in(self._gather, ids, staging, slot)
 
     def prepare_scatter(self, block_ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
-        """What `scatter` starts, as `prepare_gather`."""
+        """The launch of `scatter`, see `prepare_gather`."""
         return self._filled_in(self._scatter, validate_block_ids(block_ids, self._num_blocks), staging, slot)
 
     def _filled_in(self, launch: Launch, ids: NDArray[np.int32], staging: int, slot: BatchSlot) -> Launch:
@@ -161,7 +161,7 @@ class DeviceKernels:
         return result
 
     def errors(self, slot: BatchSlot, count: int) -> NDArray[np.float32] | None:
-        """Relative errors `float32 [count]` of the slot's finished gather; None where blocks are left as they are."""
+        """Relative errors `float32 [count]` of the slot's finished gather; None for raw blocks."""
         results = slot.results[:count]
         return relative_errors(results[:, 1], results[:, 2]) if self._measures_errors else None
 
@@ -198,12 +198,12 @@ class SimulatedKernels:
         self._length_term = np.uint64(payload_nbytes // 8 * LENGTH & MASK)
 
     def gather(self, block_ids: NDArray[np.int32], staging: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        """Copy blocks to `staging`, a padded block after the other; returns digests. Raises as `DeviceKernels`."""
+        """Copy blocks to `staging`, padded and contiguous; returns digests. Raises the errors of `DeviceKernels`."""
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         return self._run(pack.pack_kernel(self._packing.format, (0, 0)) if self._packing else GATHER, ids, staging)
 
     def scatter(self, block_ids: NDArray[np.int32], staging: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        """Copy blocks out of `staging`; returns the digests of what was read. Raises as `DeviceKernels`."""
+        """Copy blocks out of `staging`; returns digests of the bytes read. Raises the errors of `DeviceKernels`."""
         ids = validate_block_ids(block_ids, self._num_blocks)
         return self._run(pack.unpack_kernel(self._packing.format, (0, 0)) if self._packing else SCATTER, ids, staging)
 

@@ -1,4 +1,4 @@
-"""Gather and scatter between a paged cache in host memory and extents: the CPU twins of the CUDA kernels."""
+"""Gather and scatter between a paged cache in host memory and extents: the CPU versions of the CUDA kernels."""
 
 import threading
 from typing import Any
@@ -30,7 +30,7 @@ def mix(word: Any, position: Any) -> Any:
 
 @njit(inline="always")
 def copy_words(source: Any, start: Any, target: Any, into: Any, position: Any, length: Any) -> Any:
-    """Copy `length` words, the first of which is at `position` of its payload; returns their part of the digest."""
+    """Copy `length` words and return their part of the digest; `position` is the first word's place in the payload."""
     total = np.uint64(0)
     for i in range(length):
         word = source[start + i]
@@ -58,11 +58,11 @@ def _scatter(arena: Any, segments: Any, ids: Any, pool: Any, starts: Any, partia
 
 
 class HostKernels:
-    """Launcher of the twins for one layout in host memory.
+    """Launcher of the CPU kernels for one layout in host memory.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
-        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+        layout: layout of the cache; its tensors must outlive this object.
+        pool: `uint8 [capacity_bytes]`, the memory that holds the extents; 8-byte aligned.
     """
 
     def __init__(self, layout: KVLayout, pool: NDArray[np.uint8]) -> None:
@@ -78,15 +78,15 @@ class HostKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: an offset not aligned or a block that would not fit behind it.
+            ValueError: an offset is not aligned, or a block does not fit into the pool there.
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         return self._run(_gather, ids, offsets)
 
     def scatter(self, block_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Copy blocks out of the pool; returns the digests of what was read, to be compared.
+        """Copy blocks out of the pool; returns digests `uint64 [n]` of the bytes read, for the caller to compare.
 
-        Raises as `gather`, and `InvalidBlockIdError` for an id named twice.
+        Raises the errors of `gather`, and `InvalidBlockIdError` for a duplicate id.
         """
         return self._run(_scatter, validate_block_ids(block_ids, self._num_blocks), offsets)
 
@@ -101,10 +101,10 @@ class HostKernels:
 
 
 def word_starts(count: int, offsets: NDArray[np.int64], block_words: int, pool_words: int) -> NDArray[np.int64]:
-    """Byte offsets of `count` blocks as word offsets, once it is sure that the blocks fit the pool behind them.
+    """Check the byte offsets of `count` blocks and return them as word offsets.
 
     Raises:
-        ValueError: not so many offsets, one not aligned, or a block that does not fit.
+        ValueError: the number of offsets is wrong, one is not aligned, or a block does not fit into the pool.
     """
     if offsets.shape != (count,):
         raise ValueError(f"{count} blocks need {count} offsets, got shape {offsets.shape}")

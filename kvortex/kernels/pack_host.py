@@ -1,4 +1,4 @@
-"""Packing gather and unpacking scatter on host memory: the CPU twins of the CUDA kernels."""
+"""Packing gather and unpacking scatter in host memory: the CPU versions of the CUDA kernels."""
 
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ _exponent, _scale_byte = _conversions[0].exponent, _conversions[0].scale_byte
 _ONE, _NONE, _NOT_FINITE = np.uint64(1), np.uint64(0), np.uint64(NOT_FINITE)
 _LAST_OF_WORD: Final = 7
 
-# A format is a number below, its place in FORMATS: what is compiled closes over nothing and is kept on disk.
+# Below, a format is its index in FORMATS: compiled code without closures can be cached on disk.
 
 
 @njit(inline="always")
@@ -151,12 +151,12 @@ def _unpack(
 
 
 class HostPackKernels:
-    """Launcher of the packing twins for one layout in host memory.
+    """Launcher of the packing CPU kernels for one layout in host memory.
 
     Args:
-        layout: where blocks lie; its tensors stay alive as long as this object.
-        packing: how blocks of that layout are packed.
-        pool: `uint8`, the memory that extents lie in; 8-byte aligned.
+        layout: layout of the cache; its tensors must outlive this object.
+        packing: packing of the layout's blocks.
+        pool: `uint8 [capacity_bytes]`, the memory that holds the extents; 8-byte aligned.
     """
 
     def __init__(self, layout: KVLayout, packing: Packing, pool: NDArray[np.uint8]) -> None:
@@ -181,7 +181,7 @@ class HostPackKernels:
 
         Raises:
             InvalidBlockIdError: an id out of range (a block may be read twice).
-            ValueError: an offset not aligned or a block that would not fit behind it.
+            ValueError: an offset is not aligned, or a block does not fit into the pool there.
         """
         ids = validate_block_ids(block_ids, self._num_blocks, allow_duplicates=True)
         starts = word_starts(ids.size, offsets, self._words, self._pool.size)
@@ -194,9 +194,9 @@ class HostPackKernels:
         return digests + self._length_term, relative_errors(lost, there)
 
     def scatter(self, block_ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Unpack blocks out of the pool; returns the digests of what was read, to be compared.
+        """Unpack blocks out of the pool; returns digests `uint64 [n]` of the bytes read, for the caller to compare.
 
-        Raises as `gather`, and `InvalidBlockIdError` for an id named twice.
+        Raises the errors of `gather`, and `InvalidBlockIdError` for a duplicate id.
         """
         ids = validate_block_ids(block_ids, self._num_blocks)
         starts = word_starts(ids.size, offsets, self._words, self._pool.size)

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: numba-cuda takes seconds for what a later process reads in a millisecond."""
+"""A cache of compiled kernels on disk: compiling takes seconds, reading the cache a millisecond."""
 
 import contextlib
 import hashlib
@@ -28,27 +28,27 @@ def load_cached(
     load_kernel: Callable[[str, str], Loaded],
     directory: Path | None = None,
 ) -> Loaded:
-    """The loaded kernel: out of the cache if the same code was compiled before and this driver takes it.
+    """Load a kernel: from the cache if the same code was compiled before and this driver accepts it.
 
-    A file that is damaged, that cannot be read or written, or that was compiled for a newer driver costs a compilation
-    and nothing else. What the driver does not take is not kept.
+    If a file is damaged, cannot be read or written, or was compiled for a newer driver, the kernel is compiled again.
+    A kernel that the driver rejects is not cached.
 
     Args:
-        key: tells this kernel from others of the same sources, the version of NVVM that compiles it included.
-        compile_kernel: gives PTX and the name of its entry point.
-        load_kernel: loads these.
-        directory: where compiled kernels are kept; by default `kvortex/kernels` in the user's cache directory
+        key: distinguishes this kernel from others of the same sources; includes the version of NVVM that compiles it.
+        compile_kernel: returns PTX and the name of its entry point.
+        load_kernel: loads PTX by the name of its entry point.
+        directory: cache directory; by default `kvortex/kernels` in the user's cache directory
             (`XDG_CACHE_HOME`), or a private temporary one where that cannot be written.
 
     Raises:
-        UnsupportedKernelError: the driver does not take what is compiled here and now either.
+        UnsupportedKernelError: the driver rejects the newly compiled kernel too.
     """
     name = f"{hashlib.sha256(repr((key, _fingerprint())).encode()).hexdigest()}.ptx"
     paths = [folder / name for folder in ([directory] if directory is not None else _directories())]
     for path in paths:
         try:
             return load_kernel(*_read(path))
-        except (OSError, ValueError):  # not there, or not whole
+        except (OSError, ValueError):  # missing or damaged
             continue
         except UnsupportedKernelError as error:
             logger.info("%s is compiled again: %s", path, error)
@@ -89,7 +89,7 @@ def _is_writable(directory: Path) -> bool:
 
 @cache
 def _fingerprint() -> str:
-    """Of everything that a kernel is made from: our sources, the compiler, the interpreter."""
+    """Identifies everything that a kernel depends on: our sources, the compiler, the interpreter."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for source in sorted([*package.glob("kernels/*.py"), *package.glob("codecs/*.py")]):

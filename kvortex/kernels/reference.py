@@ -1,4 +1,4 @@
-"""What gather and scatter mean, in plain NumPy over the layout itself; kernels are compared with these."""
+"""Gather and scatter in plain NumPy, directly on the layout; tests compare the kernels with these."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What kernels need to know of a layout, as small integer tables; and the checks before a launch."""
+"""Small integer tables that describe a layout to the kernels, and the checks before a launch."""
 
 import ctypes
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from kvortex.layout import KVLayout
 from kvortex.runtime.jit import njit
 
 LANE_BYTES = 16  # one access of one thread
-TILE_LANES = 256  # a warp's share: eight accesses a lane, all in flight together
-MAX_BATCH_BLOCKS = 1000  # of one launch: their ids are among its arguments, 4,096 bytes in all
+TILE_LANES = 256  # of one warp: eight accesses per lane, all in flight together
+MAX_BATCH_BLOCKS = 1000  # per launch: block ids are launch arguments, which are limited to 4,096 bytes
 
 
 def arena_base(layout: KVLayout) -> int:
-    """Lowest address of the layout: segments are offsets from it, so that one pointer reaches all tensors."""
+    """Lowest address of the layout. Segments are offsets from it, so that one pointer reaches all tensors."""
     return min(segment.address for segment in layout.segments)
 
 
@@ -50,7 +50,7 @@ def tile_table(layout: KVLayout) -> NDArray[np.int64]:
 
 
 def _even_cuts(lanes: int) -> list[tuple[int, int]]:
-    # Whole warps' worth a tile where possible: 576 lanes become 3 x 192, not 256 + 256 + 64.
+    # Multiples of 32 lanes where possible: 576 lanes become 3 x 192, not 256 + 256 + 64.
     tiles = -(-lanes // TILE_LANES)
     step = -(-lanes // tiles)
     step = min(TILE_LANES, -(-step // 32) * 32)
@@ -60,10 +60,10 @@ def _even_cuts(lanes: int) -> list[tuple[int, int]]:
 def validate_block_ids(
     block_ids: Sequence[int] | NDArray[np.integer], num_blocks: int, *, allow_duplicates: bool = False
 ) -> NDArray[np.int32]:
-    """Block ids as `int32 [n]`, in range and, unless allowed otherwise, each once.
+    """Block ids as `int32 [n]`, checked: in range and, unless `allow_duplicates`, without duplicates.
 
     Raises:
-        InvalidBlockIdError: an id outside `[0, num_blocks)` or named twice.
+        InvalidBlockIdError: an id is outside `[0, num_blocks)` or occurs twice.
     """
     ids = np.asarray(block_ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
@@ -83,7 +83,7 @@ def validate_block_ids(
 
 @njit(cache=True)
 def _narrow(ids: NDArray[np.integer], narrowed: NDArray[np.int32], num_blocks: int, each_once: bool) -> int:
-    """Copy ids; position of the first that is out of range or named twice, -1 if there is none."""
+    """Copy ids; returns the position of the first that is out of range or a duplicate, or -1."""
     seen = np.zeros((num_blocks + 63) // 64 if each_once else 1, np.uint64)
     for position, block_id in enumerate(ids):
         if not 0 <= block_id < num_blocks:

@@ -1,4 +1,4 @@
-"""What every kernel shares: warps that move one tile after another, and sums a block that are added up on the way."""
+"""The common part of all kernels: warps move one tile after another and add up sums for each block."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ from kvortex.codecs.packing import NOT_FINITE
 from kvortex.kernels._cuda import DEVICE_OPS, cuda, int32, int32_constant, word_constant
 
 WARP_TILES = 4
-"""Neighbouring tiles that a warp moves: their sums stay in registers, and its work is over in microseconds."""
+"""Number of neighbouring tiles that a warp moves: sums stay in registers, and a warp ends within microseconds."""
 
 
 class TileSums(NamedTuple):
-    """What one lane found as its warp moved a tile; all but the digest are of use where blocks are packed."""
+    """Sums of one lane over a tile; only packing uses more than the digest."""
 
     digest: Any  # its part of the digest's sum
     lost: Any  # sum of the squares of what packing changed, in the codec's steps
@@ -20,34 +20,34 @@ class TileSums(NamedTuple):
 
 
 def scratch_words(max_blocks: int) -> int:
-    """Words of scratch memory for batches of up to `max_blocks`: a count of thread blocks, three sums a block."""
+    """Words of scratch memory for batches of up to `max_blocks`: a count of thread blocks, and three sums per block."""
     return 3 * max_blocks + 1
 
 
 def grid_size(num_blocks: int, num_tiles: int, threads: int) -> int:
-    """Thread blocks that move all tiles of a batch."""
+    """Number of thread blocks needed to move all tiles of a batch."""
     return -(-num_blocks * num_tiles // (threads // 32 * WARP_TILES))
 
 
 def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | None = None) -> Callable[..., None]:
     """The body of a kernel that moves all tiles of all blocks in one launch.
 
-    Each warp moves a few neighbouring tiles and is done: the hardware hands out thread blocks in order, so what is on
-    its way at one moment lies close together, and a model's kernels get their multiprocessors back within microseconds.
-    Sums stay in registers until a warp comes to another block; then one lane adds them to that block's, without
-    waiting. The thread block that ends last reports the sums of all blocks to host memory and clears the scratch words,
-    so that nothing has to be set or fetched by further operations on the stream.
+    Each warp moves a few neighbouring tiles and ends. The hardware starts thread blocks in order, so concurrent
+    accesses are close together in memory, and a model's kernels get their multiprocessors back within microseconds. Sums stay in
+    registers until a warp comes to another block; then one lane adds them to the block's sums, without waiting. The
+    thread block that ends last writes the sums of all blocks to host memory and clears the scratch words, so that the
+    stream needs no further operations for that.
 
     Arguments of the kernel: arena and staging, as 16-byte lanes or words as `move_tile` takes them; the tile table and
-    its length; block ids, which are part of the arguments themselves, and their number; a block's distance in staging;
-    scratch, `scratch_words` of the blocks, zero; results in host memory, three words a block: digest, and for packing
-    what was lost and what there was.
+    its length; block ids, which are passed by value, and their number; distance from one block to the next in staging;
+    scratch, `scratch_words` words of zero; results in host memory, three words per block: the digest, and for packing
+    the sums of squares of the rounding errors and of the values.
 
     Args:
-        name: names the kernel in profiles.
+        name: name of the kernel in profiles.
         move_tile: `(arena, staging, tiles, row, block id, start in staging, lane)` -> the lane's `TileSums`.
         columns: number of columns of the tile table.
-        largest_bits: bit pattern of the largest magnitude that may be packed; None where nothing is.
+        largest_bits: bit pattern of the largest magnitude that may be packed; None for raw blocks.
     """
     ops = DEVICE_OPS
     fetch_add, warp_sum, warp_largest, as_int64 = ops.fetch_add, ops.warp_sum, ops.warp_largest, ops.int64

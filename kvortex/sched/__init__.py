@@ -1,4 +1,4 @@
-"""Transfers: requests become batches (pure), batches become kernels and copies (executors), on one loop."""
+"""Transfers: the batcher makes batches of requests, an executor makes kernels and copies of batches."""
 
 from kvortex.sched.batcher import Batch, Batcher, Slice
 from kvortex.sched.cuda import CudaExecutor

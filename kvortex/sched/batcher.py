@@ -1,4 +1,4 @@
-"""Which blocks go together, and when: a pure function of what waits, of the clock and of what is busy."""
+"""Decides which blocks form a batch, and when: a pure function of the queues, the clock and the busy directions."""
 
 from collections import deque
 from typing import NamedTuple
@@ -11,7 +11,7 @@ _LOADS_FIRST = (Direction.LOAD, Direction.SAVE)
 _SAVES_FIRST = (Direction.SAVE, Direction.LOAD)
 
 MIN_BATCH_BYTES = 16 << 20
-"""Ramps start and end here: 0.3 ms of the link, more than it takes to prepare the next batch."""
+"""Size at which ramps start and end: 0.3 ms of the link, longer than preparing the next batch takes."""
 
 
 class Slice(NamedTuple):
@@ -27,7 +27,7 @@ class Slice(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one gather or scatter moves: blocks that all rest as they are, or all packed; `nbytes` of the pool."""
+    """The blocks that one gather or scatter moves: all raw, or all packed. They take `nbytes` of the pool."""
 
     direction: Direction
     slices: tuple[Slice, ...]
@@ -40,22 +40,21 @@ class Batch(NamedTuple):
 
 
 class Batcher:
-    """Queues of requests, a direction each, first in first out; cuts batches from their heads.
+    """One first-in-first-out queue of requests per direction; batches are cut from their heads.
 
-    A batch holds blocks of at most `max_requests` requests and at most `max_bytes` and `max_blocks`. A request
-    larger than that is split. Loads go before saves, as somebody waits for them, but after
-    `max_consecutive_loads` load batches a waiting save is next.
+    A batch holds blocks of at most `max_requests` requests and at most `max_bytes` and `max_blocks`. A larger
+    request is split. Loads go before saves, because a request waits for them. After `max_consecutive_loads` load
+    batches a waiting save is next.
 
-    A transfer is not all steady state: while the first save batch is gathered the link idles, and while the
-    last load batch is scattered too. So a save's batches start small and double, and a load's halve towards
-    the end of what waits.
+    The link is idle while the first save batch is gathered and while the last load batch is scattered. Therefore
+    the batches of a save start small and double, and the batches of a load halve towards the end of the queue.
 
     Args:
-        max_requests: requests that one batch may serve.
-        max_bytes: bytes, padding included, that one batch may move.
-        max_blocks: blocks that one batch may move.
-        linger_s: how long a batch that is not full waits for more while its direction is busy.
-        max_consecutive_loads: load batches before a waiting save.
+        max_requests: maximum number of requests in one batch.
+        max_bytes: maximum bytes in one batch, padding included.
+        max_blocks: maximum number of blocks in one batch.
+        linger_s: seconds that a batch that is not full waits for more requests while its direction is busy.
+        max_consecutive_loads: number of load batches that may go before a waiting save.
     """
 
     def __init__(
@@ -84,33 +83,33 @@ class Batcher:
         self._queued_bytes[request.direction] += request.waiting_nbytes
 
     def remove(self, request: TransferRequest) -> None:
-        """Forget what no batch has taken of a request; it may be queued no more."""
+        """Remove the rest of a request from its queue, if it is still there."""
         queue = self._queues[request.direction]
         if request in queue:
             queue.remove(request)
             self._queued_bytes[request.direction] -= request.waiting_nbytes
 
     def restart_ramp(self, direction: Direction) -> None:
-        """The direction has come to rest: its next batch is the first of a transfer."""
+        """Start a new ramp: nothing is in flight in this direction, so its next batch is the first of a transfer."""
         self._last_batch_bytes[direction] = 0
 
     @property
     def waiting(self) -> list[Direction]:
-        """Directions in which something waits."""
+        """Directions with queued requests."""
         return [direction for direction, queue in self._queues.items() if queue]
 
     def queued_bytes(self, direction: Direction) -> int:
-        """Bytes that wait in one direction."""
+        """Bytes queued in one direction."""
         return self._queued_bytes[direction]
 
     def next_batch(self, now_s: float, free: set[Direction], busy: set[Direction]) -> Batch | None:
         """The next batch to issue, or None.
 
         Args:
-            now_s: the clock that `add` was given.
+            now_s: current time in seconds, on the same clock as for `add`.
             free: directions that can take a batch now.
-            busy: directions with enough batches in flight to keep the link going; only these let a batch
-                that is not full wait for company.
+            busy: directions with enough batches in flight to keep the link busy; only in these may a batch that is
+                not full wait for more requests.
         """
         saves_first = self._consecutive_loads >= self._max_consecutive_loads
         for direction in _SAVES_FIRST if saves_first else _LOADS_FIRST:
@@ -124,7 +123,7 @@ class Batcher:
         return None
 
     def next_due_s(self, free: set[Direction]) -> float | None:
-        """When a batch that waits for company in a free direction goes anyway; None when none waits."""
+        """Time in seconds at which a waiting batch in a free direction goes even if not full; None if none waits."""
         heads = [queue[0].queued_at_s for d, queue in self._queues.items() if queue and d in free]
         return min(heads) + self._linger_s if heads else None
 

@@ -1,4 +1,4 @@
-"""Batches on a GPU: gather -> staging -> copy for saves, copy -> staging -> scatter for loads."""
+"""Executes batches on a GPU: gather -> staging -> copy for saves, copy -> staging -> scatter for loads."""
 
 import contextlib
 import itertools
@@ -25,11 +25,11 @@ from kvortex.sched.native import failed_call, queue_load, queue_save
 from kvortex.sched.waiter import EventWaiter
 from kvortex.types import Direction
 
-STAGING_BUFFERS = 2  # a direction: one is filled while the other is emptied
+STAGING_BUFFERS = 2  # per direction: one is filled while the other is emptied
 SLOTS_PER_BUFFER = 8  # batches queued on the GPU for one buffer, so that the link never waits for the host
 
 _SAVES, _LOADS = 1, 1 << 32
-"""What an event of a save, and of a load, adds to the doorbell's count, which tells how many there were of each."""
+"""What an event of a save, and of a load, adds to the doorbell's count. The sum holds both numbers of events."""
 
 _NO_EVENT: Event = 0
 
@@ -37,15 +37,15 @@ _NO_EVENT: Event = 0
 @dataclass(slots=True)
 class _StagingBuffer:
     address: int
-    emptied: Event = _NO_EVENT  # the end of the last batch that used it, if that may not be over
+    emptied: Event = _NO_EVENT  # end of the last batch that used it; `_NO_EVENT` if that batch is over
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A batch on the GPU; its slot and events are used again when it is over."""
+    """A batch in flight on the GPU; later batches reuse its slot and events."""
 
     slot: BatchSlot
-    staged: Event  # staging is filled; then a save has read the cache
+    staged: Event  # recorded when staging is filled: a save has then read the cache
     done: Event
     offsets: NDArray[np.int64]
     buffer: _StagingBuffer = field(init=False)
@@ -72,21 +72,21 @@ class _Lane:
 class CudaExecutor(TransferExecutor):
     """Keeps the link busy in both directions.
 
-    Everything of a batch is queued on the GPU at once and ordered there by events: a buffer's next batch waits
-    for its last copy (or scatter), not for the host. A gather first waits for what the caller's stream had
-    queued, a scatter too. A thread a direction sleeps on the events and rings the doorbell behind `fd`.
+    All work of a batch is queued on the GPU at once; events order it there. The next batch of a staging buffer waits
+    for the buffer's last copy (or scatter), not for the host. Gather and scatter first wait for the work queued on
+    the caller's stream. One thread per direction waits for the events and rings the doorbell with descriptor `fd`.
 
     Args:
-        layout: says where the blocks of the registered tensors lie.
-        pool: pinned memory that extents lie in.
-        device: where the tensors lie.
-        num_streams: that carry copies.
+        layout: layout of the registered tensors.
+        pool: pinned memory that holds the extents.
+        device: device of the tensors.
+        num_streams: number of CUDA streams for copies.
         staging_nbytes: size of one staging buffer in bytes, which is the largest batch.
-        packing: how blocks of that layout are packed; None where they are not.
-        max_pack_error: a block that loses more is reported as too lossy.
+        packing: packing of the layout's blocks; None if all blocks are raw.
+        max_pack_error: relative error above which a packed block is reported as too lossy.
 
     Raises:
-        OutOfPoolMemoryError: the device has no memory for staging; nothing stays allocated.
+        OutOfPoolMemoryError: the device has no memory for staging buffers; nothing stays allocated.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class CudaExecutor(TransferExecutor):
         try:
             self._queue(batch, lane, flight)
         except BaseException:
-            # Part of it may be queued: nothing may reuse the slot before the device has come to rest.
+            # Part of the batch may be queued: the slot must not be reused before the streams are idle.
             with contextlib.suppress(DeviceError):
                 self._synchronize(lane)
             lane.idle.append(flight)
@@ -250,7 +250,7 @@ class CudaExecutor(TransferExecutor):
             on_done(digests, None if errors is None else too_lossy(errors, self._max_pack_error))
 
     def _synchronize(self, *lanes: _Lane) -> None:
-        """Wait for the streams of these lanes, or of all."""
+        """Wait until the streams of these lanes (by default all lanes) are idle."""
         for lane in lanes or self._lanes.values():
             for stream in (lane.kernel_stream, *lane.copy_streams):
                 self._device.synchronize_stream(stream)

@@ -1,4 +1,4 @@
-"""What wakes an event loop, or any thread that can wait for a file descriptor."""
+"""Wakes an event loop, or a thread that waits for a file descriptor."""
 
 import ctypes
 import os
@@ -6,10 +6,10 @@ import sys
 
 
 class Doorbell:
-    """A count that threads add to, behind a descriptor that is readable while it is not zero: an `eventfd`.
+    """A counter to which threads add: an `eventfd`, readable while the count is not zero.
 
-    Neither call gives the GIL up: it does not block, and beside a busy thread of Python code the GIL takes
-    milliseconds to come back.
+    `ring` and `take` do not block, so they keep the GIL: if another thread runs Python code, getting the GIL back
+    takes milliseconds.
     """
 
     def __init__(self) -> None:
@@ -21,14 +21,14 @@ class Doorbell:
         self._taken_address = ctypes.addressof(self._taken)
 
     def ring(self, count: int = 1) -> None:
-        """Add to the count; from any thread. What the caller wrote before is seen by whoever takes it."""
+        """Add to the count; from any thread. The thread that takes the count sees all earlier writes of the caller."""
         if self._write(self.fd, count.to_bytes(8, sys.byteorder), 8) != 8:
             raise OSError(f"descriptor {self.fd} takes no count of {count}")
 
     def take(self) -> int:
-        """The count since the last call, 0 if nobody rang; on one thread."""
+        """The count since the last call, 0 if none; always call it on the same thread."""
         return self._taken.value if self._read(self.fd, self._taken_address, 8) == 8 else 0
 
     def close(self) -> None:
-        """Give the descriptor back; once, when nobody rings any more."""
+        """Close the descriptor; call it once, after the last `ring`."""
         os.close(self.fd)

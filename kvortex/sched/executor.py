@@ -1,4 +1,4 @@
-"""What carries out batches: the contract that the CUDA, the host and the test executors share."""
+"""The interface of executors, which carry out batches: on a GPU, on the host and in tests."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ class Completion(Protocol):
     """Called on the loop when a batch is over.
 
     Args:
-        outcome: digests `uint64 [num_blocks]`, or what went wrong.
-        too_lossy: `bool [num_blocks]` of a save that packs: blocks that lose more than allowed, and are not to be used.
+        outcome: digests `uint64 [num_blocks]`, or the error.
+        too_lossy: for a save that packs, `bool [num_blocks]`: blocks that lose more than allowed, not to be used.
     """
 
     def __call__(
@@ -25,47 +25,47 @@ class Completion(Protocol):
 
 
 SourceRead: TypeAlias = Callable[[], None]
-"""Called on the loop, if a request of the batch asked for it, when a save has read the cache's blocks."""
+"""Called on the loop when a save has read the cache's blocks, if a request of the batch asks for it."""
 
 
 class TransferExecutor(ABC):
     """Carries out batches. All methods are called on one thread.
 
-    After `issue` a batch always ends in exactly one call of its completion, cancelled callers or not; until
-    then it may touch the cache's blocks and the pool's extents.
+    After `issue` the completion is called exactly once, even if callers were cancelled. Until then the batch may
+    touch the cache's blocks and the pool's extents.
 
-    Callbacks run in `poll`, which is called when the descriptor `fd` is readable: by an event loop that watches
-    it, or by a thread that waits for it. `fd` is open until `close`.
+    Callbacks run in `poll`. An event loop, or a thread, calls it when the file descriptor `fd` is readable. `fd` is
+    open until `close`.
     """
 
     fd: int
 
     @abstractmethod
     def free_slots(self, direction: Direction) -> int:
-        """Batches that `issue` can take now in this direction."""
+        """Number of batches that `issue` can take now in this direction."""
 
     @abstractmethod
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
         """Start a batch without blocking.
 
         Raises:
-            DeviceError: it could not be started; then nothing of it is under way and no callback follows.
+            DeviceError: the batch could not be started; nothing of it is in flight and no callback follows.
         """
 
     @abstractmethod
     def poll(self) -> None:
-        """Run the callbacks that are due, in order and without blocking. What one raises keeps no other back."""
+        """Run the callbacks that are due, in order, without blocking. All run, even if one raises."""
 
     @abstractmethod
     def close(self) -> None:
-        """Block until what is under way has ended and release everything; idempotent. From any thread.
+        """Block until batches in flight have ended, then release everything; idempotent. From any thread.
 
-        Callbacks that `poll` has not run are lost.
+        Callbacks that `poll` has not run yet are lost.
         """
 
 
 def call_all(calls: Iterator[Callable[[], object]]) -> None:
-    """In order, and each even if one before it raises."""
+    """Make all calls in order, even if one raises; the error is raised at the end."""
     for call in calls:
         try:
             call()

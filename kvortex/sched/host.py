@@ -1,4 +1,4 @@
-"""Batches on plain host memory: the CPU twins, straight between cache and extents, on one worker thread."""
+"""Executes batches on a cache in host memory: the CPU kernels copy directly, on one worker thread."""
 
 from collections import deque
 from collections.abc import Callable
@@ -21,12 +21,12 @@ _Moved: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.bool_] | None]
 
 
 class HostExecutor(TransferExecutor):
-    """Runs one batch at a time; the twins use all cores themselves and release the GIL.
+    """Runs one batch at a time; the CPU kernels use all cores and release the GIL.
 
     Args:
-        kernels: copy between the registered tensors and the pool.
-        pack_kernels: likewise; None where nothing is packed.
-        max_pack_error: a block that loses more is reported as too lossy.
+        kernels: copy raw blocks between the registered tensors and the pool.
+        pack_kernels: pack and unpack blocks on the way; None if all blocks are raw.
+        max_pack_error: relative error above which a packed block is reported as too lossy.
     """
 
     _DEPTH = 2  # one running, one ready behind it: the worker does not wait for the loop

@@ -1,7 +1,7 @@
-"""The driver calls of a batch and the wait for its end, compiled: a batch costs Python a call or two.
+"""Compiled code for the driver calls of a batch and for the wait for its end: Python makes one or two calls per batch.
 
-A C function is called by its address, so that what is compiled can be cached. A result is an int: the driver's
-status (0 is success) in what calls the driver.
+C functions are called by their addresses, so that the compiled code can be cached. Functions that call the driver
+return its status as an int; 0 is success.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ SEM_WAIT, SEM_TRYWAIT, WRITE = range(3)
 """Positions in `libc_calls()`."""
 
 STOP: Final = 0
-"""No event: the end of what is watched."""
+"""Not an event: tells the waiting thread to stop."""
 
 _ONE_KIND: Final = 1 << 32
 
@@ -62,17 +62,17 @@ def report_events(
     doorbell_fd: int,
     count_per_event: int,
 ) -> bool:
-    """Sleep on events in turn until `STOP` comes; returns False if the doorbell could not be rung.
+    """Wait for events in order until `STOP` comes; returns False if the doorbell could not be rung.
 
     Args:
         driver: addresses of the driver's functions.
         libc: addresses of the C library's functions.
         events: `[capacity]`, a ring of handles, filled in order.
         statuses: `[capacity]`; the result of waiting for an event is stored at the event's position.
-        addition: `[1]`, scratch: what is added to the doorbell's count.
+        addition: `[1]`, scratch for the number added to the doorbell's count.
         semaphore: address of a semaphore that counts the handles stored in `events`.
         doorbell_fd: descriptor of a `Doorbell`, which is rung once for all events that have fired.
-        count_per_event: what each of them adds to the doorbell's count.
+        count_per_event: what each event adds to the doorbell's count.
     """
     place, is_counted = 0, False  # whether the semaphore has been decremented for the event at `place`
     while True:
@@ -177,7 +177,7 @@ def queue_load(
 
 
 def failed_call(failure: int) -> tuple[int, int]:
-    """Which of the driver's functions failed, by its position, and with which status."""
+    """Position of the driver's function that failed, and its status."""
     return divmod(failure, _ONE_KIND)
 
 
@@ -203,7 +203,7 @@ def _launch(driver: NDArray[np.int64], stream: int, after: NDArray[np.int64], la
 
 @njit(cache=True)
 def run_length(offsets: NDArray[np.int64], first: int, block_nbytes: int, piece_nbytes: int) -> int:
-    """How many extents from `first` on follow each other in one piece of the pool: they are copied at once."""
+    """Number of extents from `first` on that are contiguous in one piece of the pool; one copy moves them."""
     end = first + 1
     while end < offsets.size and offsets[end] - offsets[end - 1] == block_nbytes and offsets[end] % piece_nbytes:
         end += 1

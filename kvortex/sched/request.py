@@ -1,4 +1,4 @@
-"""One caller's transfer: which blocks, which bytes of the pool, and what came of it."""
+"""A transfer of one caller: its blocks, their extents in the pool, and its result."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,18 +17,18 @@ class TransferRequest:
 
     Args:
         direction: SAVE reads the cache, LOAD writes it.
-        block_ids: `int32 [n]`.
+        block_ids: `int32 [n]`, the blocks of the cache.
         offsets: `int64 [n]`, byte offsets of the blocks' extents in the pool.
-        block_nbytes: what a block takes in the pool as it is, padding included.
+        block_nbytes: bytes of a raw block in the pool, padding included.
         after: CUDA event that must fire before the cache is touched; None when nothing is pending.
-        on_settled: called once, on the loop, when it is settled.
-        on_source_released: called once, on the loop, when a save has read the cache, or will not.
-        more_follows: another request of the same call comes right behind: this is not the end of a transfer.
-        packed: `bool [n]`, which blocks rest packed; None when none does.
-        packed_nbytes: what a packed block takes in the pool.
-        wants_source_released: report as soon as a save has read the cache; otherwise with its end.
+        on_settled: called once, on the loop, when the request is settled.
+        on_source_released: called once, on the loop, when a save no longer needs the cache's blocks.
+        more_follows: whether another request of the same call follows directly.
+        packed: `bool [n]`, blocks that are packed in the pool; None if all are raw.
+        packed_nbytes: bytes of a packed block in the pool.
+        wants_source_released: report as soon as a save has read the cache; if False, when it has ended.
 
-    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) tell what batches have moved. A request is
+    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) tell which blocks have been moved. A request is
     *settled* when no batch can touch the cache or the extents any more, however the transfer ended.
     `source_released` is set, for a save, when the cache's blocks have been read and may be overwritten.
     """
@@ -52,9 +52,9 @@ class TransferRequest:
     next_block: int = 0  # first block that is in no batch yet
     blocks_in_flight: int = 0
     blocks_unread: int = field(init=False)
-    _digests: NDArray[np.uint64] | None = None  # nothing has arrived
-    _succeeded: NDArray[np.bool_] | None = None  # nothing but what has arrived at once: most often everything
-    _too_lossy: NDArray[np.bool_] | None = None  # nothing
+    _digests: NDArray[np.uint64] | None = None  # None: nothing has arrived
+    _succeeded: NDArray[np.bool_] | None = None  # None: all blocks arrived in one batch, or none has
+    _too_lossy: NDArray[np.bool_] | None = None  # None: no block
 
     def __post_init__(self) -> None:
         self.blocks_unread = len(self.block_ids)
@@ -70,14 +70,14 @@ class TransferRequest:
 
     @property
     def waiting_nbytes(self) -> int:
-        """Bytes of the pool that those blocks take."""
+        """Bytes that the waiting blocks take in the pool."""
         if self.packed is None:
             return self.blocks_waiting * self.block_nbytes
         packed = int(np.count_nonzero(self.packed[self.next_block : self.num_blocks]))
         return packed * self.packed_nbytes + (self.blocks_waiting - packed) * self.block_nbytes
 
     def next_alike(self) -> tuple[int, bool]:
-        """How many of the next blocks rest in the same way, and whether that is packed."""
+        """Number of next blocks that are all packed or all raw, and whether they are packed."""
         if self.packed is None:
             return self.blocks_waiting, False
         waiting = self.packed[self.next_block : self.num_blocks]
@@ -85,7 +85,7 @@ class TransferRequest:
         return int(other[0]) if other.size else len(waiting), bool(waiting[0])
 
     def arrived(self, start: int, digests: NDArray[np.uint64], too_lossy: NDArray[np.bool_] | None) -> None:
-        """Note what a batch has moved: the blocks from `start`, as many as there are `digests`, which it gives away."""
+        """Record the blocks `[start, start + len(digests))` that a batch has moved; the request keeps `digests`."""
         if too_lossy is not None and not np.count_nonzero(too_lossy):
             too_lossy = None
         size, stop = len(self.offsets), start + len(digests)
@@ -104,7 +104,7 @@ class TransferRequest:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """Of the blocks that have arrived; the others' mean nothing."""
+        """`uint64 [n]` digests, valid only for blocks that have arrived."""
         return np.zeros(len(self.offsets), np.uint64) if self._digests is None else self._digests
 
     @property
@@ -120,21 +120,21 @@ class TransferRequest:
 
     @property
     def too_lossy(self) -> NDArray[np.bool_]:
-        """Blocks of a save that have arrived, but lose too much by being packed."""
+        """Blocks of a save that have arrived, but that packing changed too much."""
         return np.zeros(len(self.offsets), np.bool_) if self._too_lossy is None else self._too_lossy
 
     @property
     def num_tried(self) -> int:
-        """How many blocks, from the first, were not given up by `cancel`."""
+        """Number of blocks, from the first, that `cancel` did not drop."""
         return self.num_blocks if self.cancelled else len(self.offsets)
 
     def cancel(self) -> None:
-        """Give up the blocks that no batch has taken; nobody has tried to move them."""
+        """Drop the blocks that no batch has taken; no transfer of them was tried."""
         self.cancelled = True
         self._drop_waiting()
 
     def fail(self, error: Exception) -> None:
-        """Give up the blocks that no batch has taken, as they cannot be moved."""
+        """Drop the blocks that no batch has taken, because they cannot be moved."""
         self.errors.append(error)
         self._drop_waiting()
 
@@ -144,7 +144,7 @@ class TransferRequest:
         self.settle_if_done()
 
     def source_read(self, num_blocks: int) -> None:
-        """Note that blocks of the cache have been read."""
+        """Record that a save has read `num_blocks` blocks of the cache."""
         self.blocks_unread -= num_blocks
         if self.blocks_unread == 0:
             self._release_source()
@@ -156,7 +156,7 @@ class TransferRequest:
                 self.on_source_released()
 
     def settle_if_done(self) -> None:
-        """Settle once nothing waits and nothing is under way."""
+        """Settle if no block is waiting or in flight."""
         if self.blocks_unread == 0:
             self._release_source()
         if self.blocks_waiting == 0 and self.blocks_in_flight == 0 and not self.settled.is_set():

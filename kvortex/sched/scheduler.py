@@ -1,4 +1,4 @@
-"""The pump between callers and the executor: runs on the event loop, keeps no task, blocks nobody."""
+"""Passes requests from callers to the executor, on the event loop, without a task of its own and without blocking."""
 
 import asyncio
 import contextlib
@@ -19,20 +19,19 @@ from kvortex.types import Direction
 logger = logging.getLogger(__name__)
 
 KEEPS_LINK_BUSY = 2
-"""Batches in flight in a direction that hide what preparing the next one costs: one moves, one is ready."""
+"""Batches in flight per direction that keep the link busy: one moves while the next is prepared."""
 
 
 class TransferScheduler:
-    """Takes requests, lets the batcher cut batches, and gives them to the executor as slots come free.
+    """Takes requests, lets the batcher cut batches, and issues them to the executor when it has free slots.
 
-    A request goes at once while little is under way in its direction; otherwise it waits for company, up to
-    the batcher's linger time. Cancelling `wait` drops the blocks that no
-    batch has taken and then waits for those that are under way, so that the caller may reuse the cache's
-    blocks, and free the extents, as soon as it has control again.
+    A request is issued at once if few batches are in flight in its direction. Otherwise it waits for further
+    requests, up to the batcher's linger time. Cancelling `wait` drops the blocks that no batch has taken, then waits
+    for the blocks in flight. When `wait` returns, the caller may reuse the cache's blocks and free the extents.
 
     Args:
-        batcher: decides.
-        executor: carries out; closed by `aclose`.
+        batcher: decides which blocks form the next batch.
+        executor: carries out batches; `aclose` closes it.
     """
 
     def __init__(self, batcher: Batcher, executor: TransferExecutor) -> None:
@@ -48,11 +47,11 @@ class TransferScheduler:
 
     @property
     def num_requests(self) -> int:
-        """Requests that are queued or under way."""
+        """Number of requests that are queued or in flight."""
         return len(self._unsettled)
 
     def submit(self, request: TransferRequest) -> None:
-        """Queue a request; its `settled` event tells the end.
+        """Queue a request; its `settled` event is set when it has ended.
 
         Raises:
             EngineStateError: the scheduler is closing.
@@ -64,10 +63,10 @@ class TransferScheduler:
             return
         self._unsettled.add(request)
         self._batcher.add(request, self._loop.time())
-        self._pump()  # at once: many callers may come before the loop's next turn, and the link would idle
+        self._pump()  # at once: until the loop's next iteration the link could be idle
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
-        """Wait until submitted requests have settled; cancellation as the class says."""
+        """Wait until submitted requests have settled; for cancellation see the class."""
         try:
             for request in requests:
                 await request.settled.wait()
@@ -76,16 +75,16 @@ class TransferScheduler:
             raise
 
     async def cancel_and_wait(self, requests: Sequence[TransferRequest]) -> None:
-        """Cancel requests and return when all have settled, cancelled or not meanwhile."""
+        """Cancel requests and return when all have settled, even if this call is cancelled too."""
         for request in requests:
             self.cancel(request)
-        # A second cancellation must not free memory under a transfer either; transfers end within milliseconds.
+        # A second cancellation must not free memory that a transfer still uses; transfers end within milliseconds.
         while unsettled := [request for request in requests if not request.settled.is_set()]:
             with contextlib.suppress(asyncio.CancelledError):
                 await unsettled[0].settled.wait()
 
     def cancel(self, request: TransferRequest) -> None:
-        """Drop what no batch has taken of a request; what is under way ends by itself."""
+        """Drop the blocks of a request that no batch has taken; blocks in flight end as usual."""
         self._batcher.remove(request)
         request.cancel()
         self._forget_settled(request)
@@ -96,9 +95,9 @@ class TransferScheduler:
             await request.settled.wait()
 
     async def aclose(self) -> None:
-        """Take no more, finish what is there, close the executor; idempotent.
+        """Refuse new requests, finish the present ones, close the executor; idempotent.
 
-        On another loop, once its own is closed: requests that were left behind there never settle.
+        If its own loop is closed, call it on another loop: requests left on the closed loop never settle.
         """
         self._closing = True
         if not self._loop.is_closed():
@@ -107,7 +106,7 @@ class TransferScheduler:
         await run_blocking(self._executor.close)
 
     def close(self) -> None:
-        """`aclose` for a scheduler that nobody has used; blocks until the executor is closed."""
+        """`aclose` for a scheduler without requests; blocks until the executor is closed."""
         self._closing = True
         self._leave_loop()
         self._executor.close()
@@ -126,7 +125,7 @@ class TransferScheduler:
             busy = {d for d in free if self._in_flight[d] >= KEEPS_LINK_BUSY}
             batch = self._batcher.next_batch(self._loop.time(), free, busy)
             if batch is None:
-                # Only a batch that could go now but waits for company needs the clock; the end of another pumps too.
+                # A timer is needed only for a batch that could go now but waits for more requests.
                 due_s = self._batcher.next_due_s(free)
                 if due_s is not None:
                     self._linger_handle = self._loop.call_at(due_s, self._pump)
@@ -153,7 +152,7 @@ class TransferScheduler:
         self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None = None, /
     ) -> None:
         self._end(batch, outcome, too_lossy)
-        self._pump()  # in this turn of the loop: the next one costs a look at its files
+        self._pump()  # in this iteration of the loop: the next one would first poll its file descriptors
 
     def _end(self, batch: Batch, outcome: NDArray[np.uint64] | Exception, too_lossy: NDArray[np.bool_] | None) -> None:
         self._in_flight[batch.direction] -= 1

@@ -1,4 +1,4 @@
-"""The thread that sleeps on CUDA events, and what is to be called when they have fired."""
+"""A thread that waits for CUDA events, and the callbacks of events that have fired."""
 
 import ctypes
 import threading
@@ -22,15 +22,15 @@ Fired: TypeAlias = Callable[[DeviceError | None], object]
 class EventWaiter:
     """Reports events in the order in which they were watched, each with the error if the device failed.
 
-    Its thread works without the GIL: beside a busy thread of Python code, every time that it needed it would cost
-    milliseconds. It sleeps on an event, looks for what else has fired, and rings once for all of it.
+    Its thread works without the GIL: if another thread runs Python code, getting the GIL takes milliseconds. It waits
+    for an event, checks which others have fired, and rings the doorbell once for all of them.
 
     Args:
-        device: that the events were recorded on.
-        name: names the waiting thread.
-        doorbell: is rung when events have fired; then `fired` has their callbacks.
-        count_per_event: what each of them adds to the doorbell's count: 1, or another number if others ring it too.
-        capacity: events that are watched at a time, at most.
+        device: device of the events.
+        name: name of the waiting thread.
+        doorbell: rung when events have fired; `fired` then returns their callbacks.
+        count_per_event: what each event adds to the doorbell's count; different for waiters that share a doorbell.
+        capacity: maximum number of events watched at a time.
     """
 
     def __init__(self, device: Device, name: str, doorbell: Doorbell, *, count_per_event: int, capacity: int) -> None:
@@ -45,14 +45,14 @@ class EventWaiter:
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
         libc.sem_init(self._semaphore, 0, 1)
         self._work_is_there = partial(libc.sem_post, self._semaphore)
-        self._report(doorbell.fd, count_per_event)  # stops at once: compiled here, where an error is seen
+        self._report(doorbell.fd, count_per_event)  # returns at once: compiled here, so that the caller sees an error
         self._thread = threading.Thread(target=self._run, args=(doorbell.fd, count_per_event), name=name, daemon=True)
         self._thread.start()
 
     def _run(self, doorbell_fd: int, count_per_event: int) -> None:
         self._device.enter_thread()
         if not self._report(doorbell_fd, count_per_event):
-            raise OSError(f"descriptor {doorbell_fd} takes no count: events are reported no more")
+            raise OSError(f"descriptor {doorbell_fd} takes no count: no further events are reported")
 
     def _report(self, doorbell_fd: int, count_per_event: int) -> bool:
         addition, semaphore = np.zeros(1, dtype=np.int64), ctypes.addressof(self._semaphore)
@@ -69,7 +69,7 @@ class EventWaiter:
         return ended
 
     def watch(self, event: Event, callback: Fired) -> None:
-        """Have `fired` hand `callback` out once `event` has fired."""
+        """Watch `event`; when it has fired, `fired` returns `callback`."""
         assert len(self._callbacks) < self._capacity
         self._callbacks.append(callback)
         self._push(event)
@@ -80,7 +80,7 @@ class EventWaiter:
         self._work_is_there()
 
     def fired(self, count: int) -> Iterator[Callable[[], object]]:
-        """What is to be called for the next `count` events, as many as the doorbell was rung for."""
+        """Callbacks of the next `count` events, which is the count taken from the doorbell."""
         for _ in range(count):
             status = int(self._statuses[self._next_status])
             self._next_status = (self._next_status + 1) % len(self._statuses)
@@ -88,6 +88,6 @@ class EventWaiter:
             yield partial(self._callbacks.popleft(), error)
 
     def close(self) -> None:
-        """Block until what is watched has fired, and end the thread; once. What `fired` has not handed out is lost."""
+        """Block until all watched events have fired, then end the thread; call it once. Pending callbacks are lost."""
         self._push(STOP)
         self._thread.join()
