@@ -3,4 +3,4 @@
 from kvortex.config import KIB
 
 REPLAY_BLOCK_BYTES = 4 * KIB
-"""Size of a block in the cache of a replay: small, so that a trace of long prompts fits into any machine."""
+"""Size of a block in the cache of a replay: small, so that a trace of long prompts fits on any machine."""

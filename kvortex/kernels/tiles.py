@@ -33,10 +33,10 @@ def tile_kernel(name: str, move_tile: Any, columns: int, largest_bits: int | Non
     """The body of a kernel that moves all tiles of all blocks in one launch.
 
     Each warp moves a few neighbouring tiles and ends. The hardware starts thread blocks in order, so concurrent
-    accesses are close together in memory, and a model's kernels get their multiprocessors back within microseconds. Sums stay in
-    registers until a warp comes to another block; then one lane adds them to the block's sums, without waiting. The
-    thread block that ends last writes the sums of all blocks to host memory and clears the scratch words, so that the
-    stream needs no further operations for that.
+    accesses are close together in memory, and a model's kernels get their multiprocessors back within microseconds.
+    Sums stay in registers until a warp comes to another block; then one lane adds them to the block's sums, without
+    waiting. The thread block that ends last writes the sums of all blocks to host memory and clears the scratch words,
+    so that the stream needs no further operations for that.
 
     Arguments of the kernel: arena and staging, as 16-byte lanes or words as `move_tile` takes them; the tile table and
     its length; block ids, which are passed by value, and their number; distance from one block to the next in staging;
