@@ -94,7 +94,7 @@ def changed_fields(settings: Any) -> dict[str, Any]:
 
 
 def from_text(name: str, text: str, hint: Any) -> Any:
-    """Convert the text of an environment variable to a field's value; text that cannot be converted is returned unchanged.
+    """Convert the text of an environment variable to a field's value; other text is returned unchanged.
 
     Raises:
         ConfigError: the text of a bool field is neither true nor false.
