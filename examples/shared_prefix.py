@@ -1,4 +1,4 @@
-"""Several requests with one system prompt: the shared blocks are stored once and hit by everybody."""
+"""Several requests with one system prompt: the shared blocks are stored once, and all requests hit them."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The blocking face: an engine on a thread of its own, used from two others."""
+"""The blocking API: an engine on a thread of its own, used from two other threads."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A conversation in vLLM with KVortex: each turn's prompt begins with all that was said, answers included.
+"""A conversation in vLLM with KVortex: each turn's prompt begins with the whole conversation so far, answers included.
 
     python examples/vllm_multi_turn.py MODEL [TURNS]
 

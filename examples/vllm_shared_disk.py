@@ -1,4 +1,4 @@
-"""Two vLLM servers' engines over one directory: what the first computed, the second finds on disk.
+"""Two vLLM servers' engines over one directory: the second finds on disk what the first computed.
 
     PYTHONHASHSEED=0 python examples/vllm_shared_disk.py MODEL DIRECTORY
 

@@ -1,4 +1,4 @@
-"""KVortex keeps the KV blocks of an LLM server in host memory and below, and brings them back fast and right."""
+"""KVortex stores the KV blocks of an LLM server in host memory and on disk, and loads them back fast and unchanged."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ __all__ = [
     "hash_blocks",
 ]
 
-# Loaded when asked for: the engine brings numba and torch, and whoever wants a hash or an error should not wait.
+# Loaded on first use: the engine imports numba and torch, which a program that only needs a hash should not wait for.
 _HOME = {
     "BlockHash": "types",
     "EngineCreation": "engine",

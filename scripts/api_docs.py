@@ -1,4 +1,4 @@
-"""Write docs/api.md: all that is public, from `__all__` and docstrings; `--check` fails where the file differs."""
+"""Write docs/api.md: all public names, from `__all__` and docstrings; `--check` fails if the file differs."""
 
 import argparse
 import ast

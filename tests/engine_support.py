@@ -1,4 +1,4 @@
-"""What the engine's tests share: a small cache, its content, engines with faults."""
+"""Helpers of the engine's tests: a small cache, its content, engines with injected faults."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager

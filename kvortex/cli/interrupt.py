@@ -1,7 +1,7 @@
-"""Ctrl-C ends a command where it stands: importing, compiling or in the middle of a transfer.
+"""Ctrl-C ends a command at once: while it imports, compiles or transfers.
 
-Nothing has to be tidied up: memory goes with the process, and what a disk tier holds is whole after a kill. To wait for
-an orderly end would mean to wait for a compiler that does not listen.
+No cleanup is needed: memory is freed with the process, and blocks of a disk tier are intact after a kill. An orderly
+end would have to wait for the compiler, which cannot be interrupted.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 @contextlib.contextmanager
 def ends_on_interrupt() -> Iterator[None]:
-    """Meanwhile an interrupt ends the process with one line, by the signal itself, so that a shell's loop ends too."""
+    """Let an interrupt end the process with one line, by the signal itself, so that a shell's loop ends too."""
     if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
         yield
         return
@@ -28,7 +28,7 @@ def ends_on_interrupt() -> Iterator[None]:
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # standard error is closed
         os.write(2, (_SHOW_CURSOR + b"\r\n" if os.isatty(2) else b"") + b"kvortex: interrupted\n")
     signal.signal(signum, signal.SIG_DFL)
     signal.raise_signal(signum)

@@ -1,4 +1,4 @@
-"""Part two of the demo: a real request trace through an engine, every loaded byte checked."""
+"""Part two of the demo: replays a real request trace through an engine and checks every loaded byte."""
 
 import argparse
 import asyncio
@@ -28,7 +28,7 @@ LAYERS, HEADS, HEAD_DIM = 2, 1, 16  # `REPLAY_BLOCK_BYTES` a block in float32
 
 @dataclass
 class Replay:
-    """One engine, one paged cache, and what was seen."""
+    """One engine, one paged cache, and the results of a replay."""
 
     engine: KVortexEngine
     paged: dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ class Replay:
     ttft_s: list[float] = field(default_factory=list)
 
     async def serve(self, token_ids: NDArray[np.uint32], first_block: int) -> None:
-        """What a server does with a prompt: load the known prefix, compute the rest, save everything."""
+        """Process a prompt as a server does: load the known prefix, compute the rest, save everything."""
         hashes = hash_blocks(token_ids, BLOCK_SIZE)
         block_ids = np.arange(first_block, first_block + len(hashes))
         started_s = time.perf_counter()
@@ -75,7 +75,7 @@ class Replay:
 
 
 def _contents(hashes: Sequence[BlockHash]) -> Iterator[NDArray[np.float32]]:
-    """Each layer's content of blocks, `float32 [2, n, 16, H, D]`: any bits, but a function of the hash."""
+    """Content of blocks per layer, `float32 [2, n, 16, H, D]`: arbitrary bits, computed from the hash."""
     seeds = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), 4)
     words = 2 * BLOCK_SIZE * HEADS * HEAD_DIM // 2
     for layer in range(LAYERS):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar; what it gives is called for every step."""
+    """Show a progress bar; call the yielded function once per step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total)
@@ -24,7 +24,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def print_transformer(outcomes: Sequence["Outcome"], device: str) -> None:
-    """What became of each prompt's KV."""
+    """Print the result for each prompt."""
     table = Table(title=f"A transformer's KV out of its cache and back ({device})")
     for heading in ("prompt tokens", "blocks", "logits while decoding"):
         table.add_column(heading, justify="right")
@@ -43,7 +43,7 @@ def print_replay(figures: dict[str, Any]) -> None:
 
 
 def print_note(text: str) -> None:
-    """A line for whoever reads, not for a program."""
+    """Print a line for human readers, on standard error."""
     Console(stderr=True).print(text, highlight=False)
 
 

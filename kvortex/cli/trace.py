@@ -1,4 +1,4 @@
-"""Request traces: JSON lines in which numbers stand for the content of a prompt, so many tokens each."""
+"""Request traces: JSON lines in which each hash id stands for a fixed number of a prompt's tokens."""
 
 import json
 import lzma

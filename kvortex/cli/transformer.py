@@ -1,4 +1,4 @@
-"""Part one of the demo: a real transformer's KV leaves its cache, is wiped, comes back, and decoding goes on."""
+"""Part one of the demo: saves a real transformer's KV, wipes its cache, loads the KV back and continues decoding."""
 
 import asyncio
 import inspect
@@ -18,7 +18,7 @@ DECODE_STEPS = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one prompt."""
+    """The result for one prompt."""
 
     prompt_tokens: int
     blocks: int
@@ -26,7 +26,7 @@ class Outcome:
 
 
 def run() -> tuple[list[Outcome], str]:
-    """What became of each prompt, and on which device.
+    """Run the demo; returns the result for each prompt, and the device.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -110,7 +110,7 @@ def _from_pages(model: Any, paged: dict[str, torch.Tensor], block_ids: Sequence[
 
 
 def cache_argument(model: Any) -> str:
-    """What the model calls its KV cache: transformers renamed it in 5.24."""
+    """The model's argument name for its KV cache: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 

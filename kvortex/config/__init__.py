@@ -1,4 +1,4 @@
-"""Every setting, and how a value becomes one."""
+"""All settings, and the conversion and checks of their values."""
 
 from kvortex.config.config import KVortexConfig
 from kvortex.config.fields import GIB, KIB, MIB, format_bytes, parse_bytes

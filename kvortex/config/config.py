@@ -1,4 +1,4 @@
-"""Every setting, in one small frozen tree; the only module that reads the environment or a file."""
+"""All settings, as one small frozen tree; the only module that reads settings from the environment or a file."""
 
 import dataclasses
 import logging
@@ -35,20 +35,20 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False, repr=False)
 class KVortexConfig:
-    """Settings of an engine, in sections; checked when made. Sizes in bytes or as text, "16GiB"; times in seconds.
+    """Settings of an engine, in sections; checked when made. Sizes are bytes or text ("16GiB"), times seconds.
 
         KVortexConfig(pool="16GiB", codec="fp8", disk={"path": "/var/cache/kvortex", "fsync": True})
 
     Args:
-        pool: memory of the host; a plain size is its `bytes`.
-        eviction: which blocks leave a full pool; a plain name is its `policy`.
+        pool: the pool in host memory; a plain size sets `bytes`.
+        eviction: which blocks are evicted from a full pool; a plain name sets `policy`.
         transfer: how blocks move between the paged cache and the pool.
-        codec: how blocks are encoded; a plain name is its `name`.
-        tier: what goes to a lower tier, and how long anybody waits for it.
-        disk: the disk below the pool; a plain path is its `path`. It needs a model's name in `identity`.
+        codec: how blocks are encoded; a plain name sets `name`.
+        tier: what is written to a lower tier, and how long calls wait for it.
+        disk: the disk below the pool; a plain path sets `path`. It needs the model's name in `identity`.
         identity: model, weights revision and ranks.
-        renamed: settings under the names that they had before there were sections, such as `cpu_pool_bytes`; they
-            go before the others, with a `FutureWarning`.
+        renamed: settings under their old names, such as `cpu_pool_bytes`; they override the others, with a
+            `FutureWarning`.
 
     Raises:
         ConfigError: an unknown name, or a value of the wrong type or out of range.
@@ -98,7 +98,7 @@ class KVortexConfig:
         return f"KVortexConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed: what a section's mapping, or its plain value, does not name is kept.
+        """A copy with some settings changed. Settings that a section's mapping or plain value does not name are kept.
 
             config.replace(pool={"bytes": "8GiB"}, codec="fp8")
 
@@ -119,7 +119,7 @@ class KVortexConfig:
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
-        """Settings by section, as from JSON or TOML.
+        """Make settings from a mapping by section, such as parsed JSON or TOML.
 
         Raises:
             ConfigError: an unknown name, a setting given twice, or a value of the wrong type or out of range.
@@ -132,10 +132,10 @@ class KVortexConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Settings from a TOML file, each section a table of it or a plain value.
+        """Read settings from a TOML file; each section is a table or a plain value.
 
         Raises:
-            ConfigError: it cannot be read, or as `from_mapping`; the message names the file.
+            ConfigError: the file cannot be read, or an error of `from_mapping`; the message names the file.
         """
         place = Path(os.path.expanduser(path))
         try:
@@ -149,13 +149,13 @@ class KVortexConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """Settings from variables such as `KVORTEX_POOL=16GiB` or `KVORTEX_TIER_TIMEOUT_S=5`: section, then name.
+        """Read settings from variables such as `KVORTEX_POOL=16GiB` or `KVORTEX_TIER_TIMEOUT_S=5`: section, then name.
 
-        `KVORTEX_CONFIG` names a TOML file whose settings the variables go before. Another variable that begins with
-        `KVORTEX_` is an error where its name is nearly that of a setting, and a warning otherwise.
+        `KVORTEX_CONFIG` names a TOML file; variables override its settings. An unknown variable that begins with
+        `KVORTEX_` is an error if its name is close to a setting's name, and a warning otherwise.
 
         Raises:
-            ConfigError: as `from_file`.
+            ConfigError: see `from_file`.
         """
         given = {
             name.removeprefix(ENV_PREFIX): text
@@ -177,7 +177,7 @@ def _short(values: dict[str, Any], kind: type[Section]) -> Any:
 
 
 def _require_settings(names: Iterable[object]) -> None:
-    """Raise `ConfigError` for a name that is neither a section nor an old name; the message has what was meant."""
+    """Raise `ConfigError` for a name that is neither a section nor an old name; the message has a suggestion."""
     for name in names:
         if name in SECTIONS or name in RENAMED:
             continue
@@ -194,7 +194,7 @@ def _require_once(value: Any, kind: type[Section], name: str, old: str) -> None:
 
 
 def _meant() -> dict[str, str]:
-    """What a user may write for a setting -> its name."""
+    """Names that a user may write for a setting -> the setting's name."""
     own = {name: name for name in SECTIONS}
     bare = {name: f"{section}.{name}" for section, kind in SECTIONS.items() for name in hints_of(kind)}
     whole = {f"{section}_{name}": f"{section}.{name}" for section, kind in SECTIONS.items() for name in hints_of(kind)}

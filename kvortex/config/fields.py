@@ -1,4 +1,4 @@
-"""What all settings have in common: sizes as text, values of their field's type, names that are nearly right."""
+"""Common to all settings: sizes as text, conversion to the field's type, suggestions for misspelled names."""
 
 import difflib
 import math
@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from kvortex.errors import ConfigError
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
-LEAST_BYTES = 4096  # a page; what is below was meant in another unit
+LEAST_BYTES = 4096  # a page; a smaller size was probably meant in another unit
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -55,7 +55,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_size(name: str, nbytes: int, example: str) -> None:
-    """Raises `ConfigError` for a size that can only have been meant in another unit; the message has an example."""
+    """Raises `ConfigError` for a size below a page, probably meant in another unit; the message has an example."""
     require(nbytes >= 1, f"{name} must be at least 1, not {nbytes}")
     require(
         nbytes >= LEAST_BYTES,
@@ -64,19 +64,19 @@ def require_size(name: str, nbytes: int, example: str) -> None:
 
 
 def conform(settings: Any, *, prefix: str = "", paths: Iterable[str] = ()) -> None:
-    """Bring the fields of a frozen dataclass to their types; called first of all in `__post_init__`.
+    """Convert the fields of a frozen dataclass to their types; called first in `__post_init__`.
 
-    Whole numbers of any type become `int`, other numbers `float`, sizes (`...bytes`) may be text, paths any
-    `os.PathLike`, with a `~` in front; a mapping becomes the section that the field holds, and so does a plain value if
-    the section says for which of its fields. Where a time may be None, for ever, infinity is None.
+    Whole numbers of any type become `int`, other numbers `float`. Sizes (`...bytes`) may be text. Paths may be any
+    `os.PathLike` and begin with `~`. A mapping becomes a section; so does a plain value, if the section names the field
+    for it. If a time may be None (no limit), infinity becomes None.
 
     Args:
         settings: the object.
-        prefix: stands before the field's name in messages.
-        paths: its fields that are paths.
+        prefix: text before the field's name in messages.
+        paths: names of the fields that are paths.
 
     Raises:
-        ConfigError: a value that cannot be meant; the message names the field.
+        ConfigError: a value of the wrong type; the message names the field.
     """
     for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
@@ -87,17 +87,17 @@ def conform(settings: Any, *, prefix: str = "", paths: Iterable[str] = ()) -> No
 
 
 def changed_fields(settings: Any) -> dict[str, Any]:
-    """What differs from the defaults, by name."""
+    """The fields that differ from their defaults, by name."""
     default = type(settings)()
     values = {name: getattr(settings, name) for name in hints_of(type(settings))}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def from_text(name: str, text: str, hint: Any) -> Any:
-    """The value of a field, given as text as in the environment; what is no text for its type stays text.
+    """Convert the text of an environment variable to a field's value; other text is returned unchanged.
 
     Raises:
-        ConfigError: not a value of a field that is true or false.
+        ConfigError: the text of a bool field is neither true nor false.
     """
     kind, is_optional = _without_none(hint)
     stripped = text.strip()
@@ -120,17 +120,17 @@ def is_size(name: str) -> bool:
 
 
 def known_names(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Values by name, as from JSON or TOML, if these are the names of a dataclass's fields.
+    """Return the values unchanged, after checking that their names are fields of a dataclass.
 
     Raises:
-        ConfigError: an unknown name; the message has the one that is nearest.
+        ConfigError: an unknown name; the message suggests the nearest one.
     """
     require_known(values, hints_of(kind), kind.__name__)
     return values
 
 
 def require_known(names: Iterable[object], known: Collection[str], owner: str, what: str = "setting") -> None:
-    """Raises `ConfigError` for a name that is not known; the message has the one that is nearest."""
+    """Raises `ConfigError` for an unknown name; the message suggests the nearest one."""
     for name in names:
         if name not in known:
             guess = nearest(str(name), known)
@@ -139,7 +139,7 @@ def require_known(names: Iterable[object], known: Collection[str], owner: str, w
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is so near that it must have been meant; None if there is none."""
+    """The known name that is so close that it was probably meant; None if there is none."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return found[0] if found else None
 

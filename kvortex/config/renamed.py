@@ -1,4 +1,4 @@
-"""Names that settings had before they became a tree; read for one release, with a warning."""
+"""Old names of settings, from before there were sections; accepted for one release, with a warning."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a setting lies in the tree."""
+    """The place of a setting: its section and name."""
 
     section: str
     name: str
@@ -49,5 +49,5 @@ RENAMED: Final[Mapping[str, Place]] = MappingProxyType(
 
 
 def warn_of_old_name(old: str, new: str) -> None:
-    """Warn that a setting was given, or read, under a name that the next release does not know."""
+    """Warn that a setting was given or read under an old name, which the next release does not know."""
     warnings.warn(f"the setting {old} is now {new}; the old name will go in 0.3", FutureWarning, stacklevel=3)

@@ -17,13 +17,13 @@ UNNAMED_MODEL = "unnamed"
 
 
 class Section:
-    """What all sections have in common: values are brought to their types, and messages name `section.field`."""
+    """Base of all sections: converts values to their types; messages name `section.field`."""
 
     __slots__ = ()
 
     section: ClassVar[str]
     plain: ClassVar[str] = ""
-    """The field that a plain value in the section's place sets: `pool="16GiB"` is `pool={"bytes": "16GiB"}`."""
+    """The field that a plain value sets: `pool="16GiB"` means `pool={"bytes": "16GiB"}`."""
     paths: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PoolConfig(Section):
-    """The pool in host memory. A plain size in its place is `bytes`.
+    """The pool in host memory. A plain size sets `bytes`.
 
     Args:
         bytes: pinned host memory for cached blocks, taken exactly (rounded up to whole pages).
         pin_piece_bytes: the pool is pinned in the background in pieces of this size; no extent crosses one.
-        numa_aware: place the pool on the GPU's NUMA node; without effect where there is one node.
+        numa_aware: place the pool on the GPU's NUMA node; no effect on a machine with one node.
     """
 
     section: ClassVar[str] = "pool"
@@ -82,16 +82,16 @@ class PoolConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EvictionConfig(Section):
-    """Which blocks leave a full pool, and when. A plain name in its place is `policy`.
+    """Which blocks are evicted, and when. A plain name sets `policy`.
 
     Args:
-        policy: "lru", or "s3fifo" or "arc": these resist scans and remember what they evicted, as far as
-            `ghost_entries` goes (at least as many as the pool has blocks, then). See docs/eviction.md.
-        watermark: share of the pool above which eviction begins; what is above takes in bursts, and blocks that wait
-            for a lower tier.
+        policy: "lru", "s3fifo" or "arc". The last two resist scans and remember evicted blocks: `ghost_entries` of
+            them, or as many as the pool has blocks if that is more. See docs/eviction.md.
+        watermark: share of the pool above which eviction begins. The space above it absorbs bursts and holds blocks
+            that wait for a lower tier.
         ratio: share of the watermark that one eviction cycle frees, a little at a time. A busy pool is filled to
             between `watermark * (1 - ratio)` and `watermark`.
-        ghost_entries: number of evicted or dropped blocks whose reason is remembered.
+        ghost_entries: number of evicted or dropped blocks whose miss reason is remembered.
     """
 
     section: ClassVar[str] = "eviction"
@@ -115,14 +115,14 @@ class TransferConfig(Section):
     """How blocks move between the paged cache and the pool.
 
     Args:
-        streams: CUDA streams that carry copies. 1: shared by both directions; otherwise saves get a half, rounded
-            down, and loads the rest. Kernels run on two further streams.
-        max_batch_requests: requests that one batch may serve.
-        max_batch_bytes: bytes that one batch may move; also the size of a staging buffer (four on the GPU).
-        linger_s: how long a batch that is not full waits for more while its direction is busy.
-        max_consecutive_loads: load batches that may go before a waiting save batch where both share a resource.
-        max_outstanding_requests: saves and loads in progress; further callers wait.
-        self_test: write and read back a pattern on registration, through the path that transfers take.
+        streams: number of CUDA streams for copies. Both directions share a single one; otherwise saves get half of
+            them, rounded down, and loads the rest. Kernels run on two further streams.
+        max_batch_requests: maximum number of requests in one batch.
+        max_batch_bytes: maximum bytes in one batch; also the size of a staging buffer (four on the GPU).
+        linger_s: seconds that a batch that is not full waits for more requests while its direction is busy.
+        max_consecutive_loads: load batches that may go before a waiting save batch if both share a resource.
+        max_outstanding_requests: maximum number of saves and loads in progress; further callers wait.
+        self_test: on registration, write a pattern and read it back, on the same path as transfers.
     """
 
     section: ClassVar[str] = "transfer"
@@ -143,12 +143,12 @@ class TransferConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CodecConfig(Section):
-    """How blocks are encoded in the pool and below. A plain name in its place is `name`.
+    """How blocks are encoded in the pool and the lower tier. A plain name sets `name`.
 
     Args:
         name: "raw", "fp8" (half the bytes of 16-bit caches) or "bf16" (half of float32 caches); a cache that a codec
-            does not take is stored raw.
-        max_error: a block that packing would change by more than this share of its root mean square is stored raw.
+            does not support is stored raw.
+        max_error: largest error of packing, as a share of a block's root mean square; above it a block is stored raw.
     """
 
     section: ClassVar[str] = "codec"
@@ -165,18 +165,18 @@ class CodecConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TierConfig(Section):
-    """What goes to the lower tier and how long anybody waits for it, whatever the tier is.
+    """What is written to the lower tier, and how long calls wait for it; for any kind of tier.
 
     Args:
-        inclusion: "inclusive" writes blocks to the lower tier behind their save, "exclusive" when they are evicted
-            and takes them away from there when they come back.
-        admission: "always", or "second_touch" for blocks that are asked for again: spares the device.
-        queue_blocks: blocks that may wait to be written.
-        shed: which block is not written when the queue is full, "newest" or "oldest".
-        fetch_blocks: blocks that may be on their way from the lower tier.
-        timeout_s: after this a read or write of the lower tier counts as failed.
-        load_deadline_s: how long a load waits for what comes from the lower tier; the rest is a miss, and there for
-            the next load. 0 does not wait; None, the default, waits as long as it takes.
+        inclusion: "inclusive" writes blocks to the lower tier after they are saved; "exclusive" writes them when they
+            are evicted, and deletes them from the tier when they come back.
+        admission: "always", or "second_touch", which writes only blocks that are requested again and spares the device.
+        queue_blocks: maximum number of blocks that wait to be written.
+        shed: the block that is dropped when the queue is full, "newest" or "oldest".
+        fetch_blocks: maximum number of blocks being fetched from the lower tier.
+        timeout_s: seconds after which a read or write of the lower tier counts as failed.
+        load_deadline_s: seconds that a load waits for the lower tier. Later blocks are misses, and in the pool for the
+            next load. 0 does not wait; None, the default, waits without limit.
     """
 
     section: ClassVar[str] = "tier"
@@ -201,7 +201,7 @@ class TierConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class DiskTierConfig(Section):
-    """The disk below the pool; there is none while `path` is empty. A plain path in its place is `path`.
+    """The disk below the pool; an empty `path` means no disk. A plain path sets `path`.
 
     Args:
         path: directory of the tier; `~` is the user's home. If it does not exist it is created with mode 0700. Any
@@ -247,13 +247,13 @@ class DiskTierConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ModelIdentity(Section):
-    """What else must agree for stored bytes to be reusable; it becomes part of the namespace.
+    """Identity of the model; stored bytes are reusable only if it agrees. It is part of the namespace.
 
     Args:
-        model: its name; needed as soon as a lower tier keeps blocks beyond the process.
-        weights_revision: what tells its weights from others of that name, such as a commit.
-        fingerprint: digest of whatever else changes the bytes: configuration, quantisation, position encoding.
-        tp_rank, tp_size, pp_rank, pp_size: which shard of the model computed them.
+        model: name of the model; required if a lower tier keeps blocks after the process ends.
+        weights_revision: revision of the weights, such as a commit.
+        fingerprint: digest of everything else that changes the bytes: configuration, quantisation, position encoding.
+        tp_rank, tp_size, pp_rank, pp_size: shard of the model that computes the blocks.
     """
 
     section: ClassVar[str] = "identity"

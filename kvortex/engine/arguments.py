@@ -1,4 +1,4 @@
-"""What callers name blocks with, checked and copied before a call begins: they may reuse what they passed."""
+"""Block hashes and block ids of a call: checked and copied before it starts, so that callers may reuse theirs."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
@@ -13,20 +13,20 @@ from kvortex.kernels import validate_block_ids
 from kvortex.types import BlockHash
 
 BlockHashes: TypeAlias = Iterable[BlockHash] | NDArray[np.generic]
-"""Block hashes in order: bytes of 32 each, or an array with 32 bytes a row."""
+"""Block hashes in order: 32 bytes each, or an array with 32 bytes per row."""
 
 BlockIds: TypeAlias = Iterable[int] | NDArray[np.integer] | torch.Tensor
-"""Block ids in order: integers, an array or a tensor of them, `[n]`. A tensor on a GPU is waited for."""
+"""Block ids in order: an iterable, an array or a tensor of `[n]` integers. A GPU tensor is waited for."""
 
 
 def named_blocks(
     hashes: BlockHashes, block_ids: BlockIds, num_blocks: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Keys `uint64 [n, 4]` and block ids `int32 [n]` of one call, copies both.
+    """Keys `uint64 [n, 4]` and block ids `int32 [n]` of one call; both are copies.
 
     Raises:
-        InvalidHashError: a hash is not 32 bytes, or there are not as many as block ids.
-        InvalidBlockIdError: no integers, one outside `[0, num_blocks)`, or one named twice.
+        InvalidHashError: a hash is not 32 bytes, or the numbers of hashes and block ids differ.
+        InvalidBlockIdError: an id is no integer, is outside `[0, num_blocks)`, or occurs twice.
     """
     keys, ids = pack_keys(hashes), copied_block_ids(block_ids, num_blocks)
     if len(keys) != len(ids):
@@ -38,7 +38,7 @@ def copied_block_ids(block_ids: BlockIds, num_blocks: int) -> NDArray[np.int32]:
     """Block ids as `int32 [n]`, a copy.
 
     Raises:
-        InvalidBlockIdError: no integers, one outside `[0, num_blocks)`, or one named twice.
+        InvalidBlockIdError: an id is no integer, is outside `[0, num_blocks)`, or occurs twice.
     """
     if isinstance(block_ids, torch.Tensor):
         if block_ids.is_floating_point() or block_ids.is_complex():

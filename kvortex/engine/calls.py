@@ -22,9 +22,9 @@ FIRST_PART_BLOCKS = 64
 PART_GROWTH = 8
 MAX_PART_BYTES = 1 << 30
 MAX_PART_BLOCKS = 4096
-"""A long call is planned in parts. The link waits for the plan of the first; to plan one that is `PART_GROWTH` times as
-long takes less time than to move it. What a part stores becomes visible together, and the loop does nothing else while
-it is planned: hence the bounds."""
+"""A long call is planned in parts. The link is idle until the first part is planned, so that part is small.
+Planning a part that is `PART_GROWTH` times as long takes less time than moving it. Parts are bounded, because all
+blocks of a part become visible together and because planning blocks the loop."""
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class CallQueue:
         self._is_empty.set()
 
     async def acquire(self) -> None:
-        """Wait for a place, to be given back with `release`."""
+        """Wait for a place; give it back with `release`."""
         self._count += 1
         self._is_empty.clear()
         try:
@@ -53,7 +53,7 @@ class CallQueue:
             raise
 
     def release(self) -> None:
-        """Give a place back, which is the next one's then."""
+        """Give a place back; the next waiting call gets it."""
         self._places.release()
         self._forget_one()
 
@@ -68,15 +68,15 @@ class CallQueue:
 
 
 class TransferCall(Generic[T]):
-    """The transfers that one `save_blocks` or `load_blocks` is made of; what it has started ends with its block.
+    """The transfers of one `save_blocks` or `load_blocks`; when its `async with` block ends, none is in flight.
 
     Args:
-        queue: where it waits for a place.
-        data: carries it out.
-        stats: count what it moved.
+        queue: the queue in which the call waits for a place.
+        data: carries out the transfers.
+        stats: counters of moved blocks and bytes.
         stream: CUDA stream whose queued work the transfers wait for, see `DataPlane.record_event`.
-        direction: all its transfers go this way.
-        block_ids: all that they touch in the cache, `int32 [n]`; nobody else's while the call lasts.
+        direction: direction of all its transfers.
+        block_ids: `int32 [n]`, all blocks of the cache that the transfers use; no other call may use them meanwhile.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class TransferCall(Generic[T]):
         return len(self._requests)
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
-        """What to plan at a time, so that the first blocks move while the last are looked up."""
+        """Ranges of blocks to plan one after another, so that the first blocks move while the last are looked up."""
         block_nbytes = self._data.sizes.packed
         start, step = 0, max(FIRST_PART_BYTES // block_nbytes, FIRST_PART_BLOCKS)
         longest = max(min(MAX_PART_BYTES // block_nbytes, MAX_PART_BLOCKS), step)
@@ -132,9 +132,9 @@ class TransferCall(Generic[T]):
             step = min(PART_GROWTH * step, longest)
 
     async def start(self, plan: TransferPlan, finish: Callable[[TransferRequest], Sequence[T]], *, more: bool) -> None:
-        """Begin a part; `finish` turns what came of it into outcomes, once, whatever happens.
+        """Start a part; `finish` turns its settled request into outcomes and is called exactly once.
 
-        `more` says that another part follows: the loop then has its turn first, for what has ended meanwhile.
+        `more` says that another part follows: then the loop first runs the callbacks of transfers that have ended.
         """
         number = len(self._outcomes)
         self._outcomes.append(())
@@ -147,13 +147,13 @@ class TransferCall(Generic[T]):
         if more:
             await asyncio.sleep(0)
 
-    async def outcomes(self) -> tuple[T, ...]:
-        """Those of all parts, in order, once everything has settled."""
+    async def outcomes(self, *, first_part: int = 0) -> tuple[T, ...]:
+        """Wait until all parts have settled; returns the outcomes of the parts from `first_part` on, in order."""
         await self._data.wait(self._requests)
-        return tuple(itertools.chain.from_iterable(self._outcomes))
+        return tuple(itertools.chain.from_iterable(self._outcomes[first_part:]))
 
     def _record(self) -> None:
-        """Count what was moved, when everything has settled; what was given up before is neither moved nor failed."""
+        """Count the moved and failed blocks after all parts have settled; cancelled blocks are neither."""
         wanted = moved = lossy = 0
         for request in self._requests:
             wanted += request.num_tried

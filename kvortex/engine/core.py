@@ -69,21 +69,22 @@ class EngineCore:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout:
-        """Name the paged cache: its layout is derived, memory is taken, and a pattern is sent there and back.
+        """Register the paged cache: derive its layout, allocate memory, write a test pattern and read it back.
 
         Args:
             kv_caches: layer name -> tensor, CUDA or CPU, all on one device; they must outlive the engine.
-            block_size: tokens a block.
-            num_blocks: blocks of the cache; needed where the shape does not tell.
-            block_dim: the dimension that counts blocks; likewise, one for all or by name.
+            block_size: tokens per block.
+            num_blocks: number of blocks in the cache; needed if the shape is ambiguous.
+            block_dim: index of the tensor dimension that counts blocks, one for all layers or per layer name; needed
+                if the shape is ambiguous.
 
         Raises:
-            EngineStateError: registered before, shut down, or not on the engine's loop.
-            LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` when what was
-                written did not come back.
-            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging is refused.
+            EngineStateError: caches are already registered, the engine is shut down, or this is not its loop.
+            LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` if the test pattern
+                did not come back unchanged.
+            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging cannot be allocated.
 
-            After any error everything is given back, and the engine is as before.
+            After any error all memory is released, and the engine is in the same state as before the call.
         """
         self._check_running()
         self._check_loop()
@@ -160,18 +161,18 @@ class EngineCore:
     def save_blocks(
         self, hashes: BlockHashes, block_ids: BlockIds, *, stream: object = None
     ) -> Coroutine[Any, Any, SaveResult]:
-        """Copy blocks out of the paged cache; those stored can be loaded when this returns. To be awaited.
+        """Copy blocks out of the paged cache. Await it; then the stored blocks can be loaded.
 
         Args:
-            hashes: block hashes, a chain from its root or any part of one, in order.
-            block_ids: where each block lies; in range, each once.
-            stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); torch's
-                current stream by default. Blocks must not be overwritten before this returns.
+            hashes: `[n]` block hashes of 32 bytes: a whole chain or any part of one, in order.
+            block_ids: `[n]` block id of each block; in range, without duplicates.
+            stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); by default
+                torch's current stream. The caller must not overwrite the blocks before this returns.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a load is
-                writing one of the blocks.
-            EngineStateError: nothing registered, shut down, or not on the engine's loop.
+            InvalidHashError, InvalidBlockIdError: before any transfer starts; the latter also if a load is writing
+                one of the blocks.
+            EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
@@ -188,7 +189,7 @@ class EngineCore:
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
             if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
-                outcomes = await self._save_lossy_raw(control, call, keys, ids, outcomes)
+                outcomes = await self._save_again_raw(control, call, keys, ids, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
         if control.index.removed_blocks != removed_before:
@@ -199,7 +200,7 @@ class EngineCore:
             self._tiering.saved(keys[stored], new[stored])
         return SaveResult(outcomes)
 
-    async def _save_lossy_raw(
+    async def _save_again_raw(
         self,
         control: ControlPlane,
         call: TransferCall[SaveOutcome],
@@ -207,16 +208,16 @@ class EngineCore:
         ids: NDArray[np.int32],
         outcomes: tuple[SaveOutcome, ...],
     ) -> tuple[SaveOutcome, ...]:
-        """Save the blocks raw that packing would change too much. Returns the outcomes of all blocks, in order."""
-        lossy = np.flatnonzero([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
+        """Save again, raw, the blocks that packing would change too much; returns the outcomes of all blocks."""
+        lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
         plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True, chain=keys)
         await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
-        raw_outcomes = (await call.outcomes())[len(outcomes) :]  # behind those that the call had before
+        raw_outcomes = await call.outcomes(first_part=call.num_parts - 1)
         self.stats.record_kept_as_is(raw_outcomes.count(SaveOutcome.STORED))
-        final = list(outcomes)
-        for position, outcome in zip(lossy.tolist(), raw_outcomes, strict=True):
-            final[position] = outcome
-        return tuple(final)
+        merged = list(outcomes)
+        for position, raw_outcome in zip(np.flatnonzero(lossy).tolist(), raw_outcomes, strict=True):
+            merged[position] = raw_outcome
+        return tuple(merged)
 
     def load_blocks(
         self,
@@ -226,23 +227,24 @@ class EngineCore:
         stream: object = None,
         deadline_s: float | EllipsisType | None = ...,
     ) -> Coroutine[Any, Any, LoadResult]:
-        """Copy cached blocks into the paged cache; whatever is not loaded says why. To be awaited.
+        """Copy cached blocks into the paged cache; every miss has a reason. Await it.
 
-        Blocks that only the lower tier has are brought into the pool first, in order, while those before them move on.
+        Blocks that only the lower tier has are first fetched into the pool, in order. Blocks before them are loaded
+        meanwhile.
 
         Args:
-            hashes: block hashes, in order.
-            block_ids: where each block goes; in range, each once.
-            stream: CUDA stream whose queued work may still use those blocks; torch's current one by default.
+            hashes: `[n]` block hashes of 32 bytes, in order.
+            block_ids: `[n]` block id that each block is written to; in range, without duplicates.
+            stream: CUDA stream whose queued work may still use those blocks; by default torch's current stream.
                 Work queued on any stream after this returns sees the loaded bytes.
-            deadline_s: how long to wait for the lower tier; what comes later is a miss now and there for the next
-                load. 0 does not wait, None waits as long as it takes; left out, it is `tier.load_deadline_s` of the
-                configuration.
+            deadline_s: seconds to wait for the lower tier. A block that comes later is a miss now, and in the pool
+                for the next load. 0 does not wait; None waits without limit; the default is
+                `tier.load_deadline_s` of the configuration.
 
         Raises:
-            InvalidHashError, InvalidBlockIdError: before anything is started; the latter also when a save is
-                reading, or another load writing, one of the blocks.
-            EngineStateError: nothing registered, shut down, or not on the engine's loop.
+            InvalidHashError, InvalidBlockIdError: before any transfer starts; the latter also if a save is reading
+                one of the blocks, or another load is writing it.
+            EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
         keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
@@ -284,12 +286,12 @@ class EngineCore:
         return outcomes
 
     def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
-        """Bring blocks that only the lower tier has into the pool; returns when they are there, or will not be.
+        """Fetch blocks that only the lower tier has into the pool. Await it; it returns when all fetches have ended.
 
-        To be awaited. Cancelling gives up what has not been started.
+        Cancelling it drops the fetches that have not started.
 
         Returns:
-            Number of blocks of `hashes` that could be loaded now before the first that could not.
+            Length of the prefix of `hashes` that could be loaded now, in blocks.
         """
         self._planes()
         return self._prefetch(pack_keys(hashes))
@@ -307,7 +309,7 @@ class EngineCore:
         return control.index.prefix_length(keys)
 
     def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
-        """`bool [n]`: what could be loaded, out of the pool or the lower tier. From any thread, no await."""
+        """`bool [n]`: blocks that could be loaded from the pool or the lower tier. From any thread; does not wait."""
         return self._found(pack_keys(hashes))
 
     def _found(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -319,7 +321,7 @@ class EngineCore:
         return mask
 
     def match_prefix(self, hashes: BlockHashes) -> int:
-        """Number of blocks that could be loaded before the first that could not. From any thread."""
+        """Length of the prefix that could be loaded, in blocks. From any thread."""
         found = self._found(pack_keys(hashes))
         missing = np.flatnonzero(~found)
         known = int(missing[0]) if missing.size else len(found)
@@ -327,7 +329,7 @@ class EngineCore:
         return known
 
     def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
-        """Why a block could not be loaded now; None when it could. From any thread."""
+        """Why a block could not be loaded now; None if it could. From any thread."""
         control, _ = self._planes()
         if control.index.prefix_length([block_hash]):
             return None
@@ -363,7 +365,7 @@ class EngineCore:
         control.clear()
 
     async def flush(self) -> None:
-        """Wait until every block that waits for the lower tier is written, or given up."""
+        """Wait until every block queued for the lower tier is written or dropped."""
         self._check_loop()
         self._planes()
         if self._tiering is not None:
@@ -396,17 +398,17 @@ class EngineCore:
 
     @property
     def is_shut_down(self) -> bool:
-        """Everything has been given back."""
+        """True when all memory has been released."""
         return self._released
 
     async def shutdown(self) -> None:
-        """Finish transfers under way, refuse new ones, release all memory; idempotent, safe to cancel.
+        """Finish transfers in flight, refuse new ones, release all memory; idempotent, safe to cancel.
 
-        On another loop once the engine's own is closed: whatever that loop left behind is given up.
+        If the engine's own loop is closed, call it on another loop: calls left on the closed loop are lost.
 
         Raises:
-            EngineStateError: on another loop, while the engine's own can still be used.
-            Whatever the lower tier raises when it is closed; everything else is released all the same.
+            EngineStateError: this is another loop, and the engine's own loop is not closed.
+            Any error that the lower tier raises when it is closed; everything else is released all the same.
         """
         if self._released:
             return

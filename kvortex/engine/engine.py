@@ -12,7 +12,7 @@ from kvortex.runtime.loop_thread import LoopThread
 
 
 class KVortexEngine(EngineCore):
-    """Saves, checks and loads paged KV blocks. Made with `create`, bound to the event loop it was made on.
+    """Saves, checks and loads paged KV blocks. `create` makes one; it belongs to the event loop that made it.
 
         async with KVortexEngine.create(KVortexConfig(pool="16GiB")) as engine:
             engine.register_kv_caches({"layers.0": kv0, "layers.1": kv1}, block_size=16)
@@ -20,11 +20,11 @@ class KVortexEngine(EngineCore):
             await engine.save_blocks(hashes, block_ids)
             loaded = await engine.load_blocks(hashes, block_ids)
 
-    A block is right or missed: its digest is computed as it leaves the cache and compared as it comes back.
-    Cancelling `save_blocks` or `load_blocks` returns only when no transfer touches the named blocks any more.
+    A block is right or a miss: its digest is computed when it leaves the cache and compared when it comes back.
+    A cancelled `save_blocks` or `load_blocks` returns only when no transfer touches its blocks any more.
 
-    Hashes and block ids are copied when a method is called, also when what it returns is awaited later: lists and
-    arrays may be used for something else at once. Calls that are awaited raise `EngineStateError` on another loop.
+    A method copies hashes and block ids when it is called, even if its result is awaited later. The caller may reuse
+    its lists and arrays at once. Coroutines raise `EngineStateError` when they are awaited on another loop.
     """
 
     @classmethod
@@ -32,17 +32,17 @@ class KVortexEngine(EngineCore):
         """`engine = await KVortexEngine.create(config)`, or `async with` it to have it shut down at the end.
 
         Args:
-            config: the settings; the defaults if there are none.
-            parts: makes the tier and what carries out transfers; by default what the settings and the device say.
+            config: the settings; None for the defaults.
+            parts: makes the lower tier and the transfer executor; by default they follow the settings and the device.
         """
         return EngineCreation(config or KVortexConfig(), parts)
 
     @classmethod
     def create_sync(cls, config: KVortexConfig | None = None, parts: EngineParts | None = None) -> SyncEngine:
-        """An engine on a loop and thread of its own, behind its blocking face, for callers without a loop.
+        """An engine on a loop and thread of its own, with a blocking API, for callers without an event loop.
 
         Args:
-            config, parts: as `create` takes them.
+            config, parts: see `create`.
         """
         thread = LoopThread()
 
@@ -57,12 +57,12 @@ class KVortexEngine(EngineCore):
 
     @property
     def sync(self) -> SyncEngine:
-        """The blocking face, for other threads than the loop's."""
+        """The blocking API of this engine, for threads other than the loop's."""
         return SyncEngine(self, self._loop)
 
 
 class EngineCreation:
-    """An engine that is about to be made: await it, or enter it with `async with` to have it shut down at the end."""
+    """Makes an engine: await it, or use `async with`, which also shuts the engine down at the end."""
 
     def __init__(self, config: KVortexConfig, parts: EngineParts | None) -> None:
         self._config = config

@@ -1,4 +1,4 @@
-"""The parts of an engine that a program may bring itself."""
+"""The parts of an engine that a program may replace."""
 
 from kvortex.config import KVortexConfig
 from kvortex.hashing import Namespace
@@ -8,7 +8,7 @@ from kvortex.tiers import Tier
 
 
 class EngineParts:
-    """Makes what an engine consists of. Subclass it to bring a tier of your own, or to put a double in a test.
+    """Makes the replaceable parts of an engine. Subclass it to use your own tier, or a test double.
 
     class WithMyTier(EngineParts):
         def make_tier(self, config, namespace):
@@ -18,11 +18,11 @@ class EngineParts:
     """
 
     def make_tier(self, config: KVortexConfig, namespace: Namespace) -> Tier | None:
-        """The lower tier, not opened; None where there is none. By default it is the one that the settings name.
+        """The lower tier, not opened yet, or None. By default the tier that the settings name.
 
         Args:
             config: the engine's settings.
-            namespace: what the blocks of this engine belong to.
+            namespace: the namespace of this engine's blocks.
 
         Raises:
             ConfigError: the settings name a tier that cannot be made.
@@ -30,9 +30,9 @@ class EngineParts:
         return tier_of(config, namespace)
 
     def wrap_executor(self, executor: TransferExecutor) -> TransferExecutor:
-        """What carries out the transfers: the executor of the cache's device, or another around it.
+        """The executor of the transfers: `executor` itself, or a wrapper around it.
 
         Args:
-            executor: of the device that the cache lies on.
+            executor: the executor for the cache's device.
         """
         return executor

@@ -1,4 +1,4 @@
-"""The blocking face of an engine, for callers without an event loop, from any thread."""
+"""The blocking API of an engine, for callers without an event loop, from any thread."""
 
 import asyncio
 import atexit
@@ -28,7 +28,7 @@ from kvortex.types import LoadResult, SaveResult
 T = TypeVar("T")
 
 LOOK_AT_LOOP_S: Final = 1.0
-"""How often somebody who waits for a call looks whether the loop that runs it is still there."""
+"""Interval in seconds at which a waiting caller checks that the engine's loop still runs."""
 
 
 def _shut_down(face: "weakref.ref[SyncEngine]") -> None:
@@ -46,8 +46,8 @@ class SyncEngine:
             engine.register_kv_caches(kv_caches, block_size=16)
             engine.save_blocks(hashes, block_ids)
 
-    A `timeout_s` that passes cancels the call, waits for what the device has begun, and raises `TimeoutError`.
-    All methods raise `EngineStateError` on the loop's own thread, which they would block for ever.
+    When `timeout_s` has passed, the call is cancelled, transfers in flight end, and `TimeoutError` is raised.
+    All methods raise `EngineStateError` on the loop's own thread, because they would block it for ever.
     """
 
     def __init__(self, engine: EngineCore, loop: asyncio.AbstractEventLoop, thread: LoopThread | None = None) -> None:
@@ -132,7 +132,7 @@ class SyncEngine:
         self._wait(self._engine.drain(), timeout_s)
 
     def shutdown(self) -> None:
-        """As `KVortexEngine.shutdown`; ends the thread that `create_sync` made. From any number of threads at once."""
+        """As `KVortexEngine.shutdown`; also ends the thread of `create_sync`. Several threads may call it at once."""
         if sys.is_finalizing():
             return  # the thread of the loop has been stopped for good, and all memory is about to go
         self._refuse_to_block_a_loop(self._loop if not self._loop.is_closed() else running_loop())
@@ -171,7 +171,7 @@ class SyncEngine:
         return self._result(asyncio.run_coroutine_threadsafe(limited, self._loop))
 
     def _result(self, future: Future[T]) -> T:
-        """What a call has come to; a loop that is not ours may end before it does."""
+        """The result of a call. A loop of the caller's may be closed before the call ends."""
         try:
             while True:
                 with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""The CUDA kernels that gather blocks as they are, and scatter them."""
+"""The CUDA kernels that gather and scatter raw blocks."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -13,8 +13,8 @@ COLUMNS: Final = 4
 def copy_kernel(to_staging: bool) -> Callable[..., None]:
     """The kernel body: gather (`to_staging`) or scatter.
 
-    A warp moves a tile of up to 256 16-byte lanes with eight accesses a thread, all loads before the first store so
-    that they are in flight together. Sizes are in 16-byte lanes.
+    A warp moves a tile of up to 256 16-byte lanes with eight accesses per thread. All loads come before the first
+    store, so that they are in flight together. Sizes are in 16-byte lanes.
     """
     ops = DEVICE_OPS
     load, store, key, mix = ops.load, ops.store, ops.key, ops.mix

@@ -1,9 +1,9 @@
 """The one module that imports `numba.cuda`: device operations, compilation, and the simulator's stand-ins.
 
 Kernels are written once, over the operations of `DEVICE_OPS`. On a GPU these are 16-byte loads and stores and
-64-bit atomics on raw pointers, and a kernel becomes PTX that the driver launches with raw addresses: a launch
-through numba's dispatcher costs 65 us of Python with five arrays, this one a few. Under
-`NUMBA_ENABLE_CUDASIM=1`, which knows neither pointers nor warps, they are plain functions on arrays.
+64-bit atomics on raw pointers. A kernel is compiled to PTX, which the driver launches with raw addresses: that takes
+a few microseconds, while a launch through numba's dispatcher takes 65 us of Python with five arrays. Under
+`NUMBA_ENABLE_CUDASIM=1`, which has neither pointers nor warps, the operations are plain functions on arrays.
 """
 
 import threading
@@ -24,23 +24,23 @@ from kvortex.kernels.digest import FIRST, MASK, POSITION, SECOND, mix
 
 SIMULATED: Final = bool(numba_config.ENABLE_CUDASIM)
 WARP: Final = 32
-_TABLE: Final = "KVORTEX_TABLE"  # stands for the name of the parameter that is a table
+_TABLE: Final = "KVORTEX_TABLE"  # placeholder for the name of the table parameter
 FIRST_WITH_FP8: Final = (8, 9)
 FIRST_WITH_PAIRS: Final = (9, 0)
 
 
 @dataclass(frozen=True)
 class DeviceOps:
-    """What the kernels are built from.
+    """The device operations that kernels are written with.
 
     `load(words, lane)` gives the two words of a 16-byte lane, `store(words, lane, low, high)` writes them;
-    `load_word` and `store_word` move one word. `key(position)` and `mix(word, key)` are the digest's arithmetic, keys
-    of later words follow by adding `key_step` a word. `fetch_add(words, index, value)` is the 64-bit atomic.
+    `load_word` and `store_word` move one word. `key(position)` and `mix(word, key)` are the digest's arithmetic;
+    the key of the next word is `key_step` more. `fetch_add(words, index, value)` is the 64-bit atomic.
 
-    Over a warp, all of whose lanes take part: `warp_sum(lane, word)`, `warp_largest(lane, int32)`, `group_largest` over
-    16 lanes, `other_half(lane, word)` of the lane 16 away.
+    Operations over a warp, in which all lanes must take part: `warp_sum(lane, word)`, `warp_largest(lane, int32)`,
+    `group_largest` over 16 lanes, `other_half(lane, word)` of the lane 16 away.
 
-    `table_entry(table, index)` is an int32 of a table that is part of the kernel's arguments.
+    `table_entry(table, index)` is an int32 of a table that the kernel gets by value.
     """
 
     load: Any
@@ -63,12 +63,12 @@ class DeviceOps:
 
 
 def word_constant(value: int) -> Any:
-    """A word that kernels may close over."""
+    """A 64-bit word that kernels may use as a constant."""
     return value if SIMULATED else np.uint64(value)
 
 
 def int32_constant(value: int) -> Any:
-    """A 32-bit integer that kernels may close over."""
+    """A 32-bit integer that kernels may use as a constant."""
     return value if SIMULATED else np.int32(value)
 
 
@@ -78,7 +78,7 @@ def _simulated_ops() -> DeviceOps:
     values: list[Any] = [None] * WARP
 
     def exchange(lane: int, value: Any) -> list[Any]:
-        # A block is one warp here, and each of its threads is a real one.
+        # Here a thread block is one warp, and each of its threads is an operating-system thread.
         values[lane] = value
         barrier.wait(60)
         seen = list(values)
@@ -183,7 +183,7 @@ def _device_ops() -> DeviceOps:
     @intrinsic
     def table_entry(typing_context: Any, table: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            # An entry's own parameters have addresses (PTX ISA, ld.param); `compile_ptx` puts the name in.
+            # Parameters of an entry point have addresses (PTX ISA, ld.param); `compile_ptx` inserts the name.
             offset = builder.shl(arguments[1], ir.Constant(ir.IntType(64), 2))
             text = f"{{ .reg .u64 at; mov.b64 at, {_TABLE}; add.u64 at, at, $1; ld.param.s32 $0, [at]; }}"
             kind = ir.FunctionType(ir.IntType(32), [offset.type])
@@ -257,7 +257,7 @@ DEVICE_OPS: Final = _simulated_ops() if SIMULATED else _device_ops()
 
 
 def pack_ops(fmt: Format, compute_capability: tuple[int, int]) -> Conversions:
-    """Conversions of one format on devices of one compute capability; the simulator has none."""
+    """Conversions of one format for one compute capability; the simulator ignores the latter."""
     if SIMULATED:
         return _simulated_conversions(fmt)
     from numba.cuda.extending import intrinsic
@@ -307,7 +307,7 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 class ArgumentKind(Enum):
-    """What a kernel's argument is."""
+    """Type of a kernel's argument."""
 
     WORDS = "uint64*"
     INTEGERS = "int64*"
@@ -337,10 +337,10 @@ def compile_ptx(
 
     Args:
         function: the kernel's body.
-        arguments: what each of the kernel's arguments is; one is a table.
+        arguments: types of the kernel's arguments; one is a table.
         compute_capability: (major, minor) of the device.
-        threads: largest thread block; it limits the registers of a thread.
-        table_entries: length of the table among the arguments, which the launch copies: 4,096 bytes in all.
+        threads: maximum threads per thread block; it limits the registers per thread.
+        table_entries: length of the table; the launch copies all arguments, at most 4,096 bytes.
     """
     ptx, _ = cuda.compile(
         function,
@@ -357,12 +357,12 @@ def compile_ptx(
     text = text.replace(f".param .u64 {table}", f".param .align 8 .b8 {table}[{4 * table_entries}]")
     text = text.replace(_TABLE, table)
     body = text.index("{", text.index(entry))
-    # With one thread block a multiprocessor required, and no more, ptxas gives it the registers that it wants.
+    # If only one thread block per multiprocessor is required, ptxas assigns as many registers as it wants.
     return f"{text[:body]}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{text[body:]}", name
 
 
 def nvvm_version() -> tuple[object, ...]:
-    """What tells the NVVM that compiles here from others: versions of its IR, name and size of its library.
+    """Identifies the NVVM in use: versions of its IR, name and size of its library.
 
     Its own version number has been the same for years.
     """
@@ -371,7 +371,7 @@ def nvvm_version() -> tuple[object, ...]:
 
     try:
         path = load_nvidia_dynamic_lib("nvvm").abs_path
-    except DynamicLibNotFoundError:  # then nothing is compiled, and numba-cuda says so
+    except DynamicLibNotFoundError:  # then numba-cuda cannot compile and raises an error itself
         return ()
     library = Path(path or "").resolve()
     return (*NVVM().get_ir_version(), library.name, library.stat().st_size if path else 0)

@@ -5,10 +5,10 @@ With the payload as `n` little-endian 64-bit words `w[i]`, all arithmetic modulo
     digest = n * LENGTH + sum(mix(w[i] ^ ((i + 1) * POSITION)) for i in range(n))
 
 `mix` is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)
-with its first shift at 32. It is a bijection, so a change of a single word always changes the digest; the
-position enters before mixing, so words and segments that trade places do too; the length term tells a payload
-from its own beginning. A sum has no order: threads add up whatever words they hold. It is a checksum against
-accidents, not against an adversary.
+with its first shift at 32. It is a bijection, so a change of a single word always changes the digest. The position
+enters before mixing, so swapped words or segments change the digest too. The length term distinguishes a payload
+from its own beginning. A sum does not depend on the order: each thread adds the words that it holds. The digest
+detects accidents, not attacks.
 
 The term of a word is written once for each machine: `mix` for Python's integers, `digest_reference` for NumPy arrays,
 `host.mix` for compiled code on the CPU, `cuda_ops.py` for the GPU.

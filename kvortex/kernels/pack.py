@@ -12,20 +12,21 @@ COLUMNS: Final = 5
 
 
 class Packed(NamedTuple):
-    """What packing some units gives: the lane's part of it, or a group's."""
+    """Result of packing some units: a lane's part of it, or a group's."""
 
     digest: Any
     lost: Any  # sum of the squares of what rounding changed, in the codec's steps
     there: Any  # sum of the squares of the values, likewise
-    scale: Any  # bytes of the groups' scales, each in its place of a word
+    scale: Any  # scale bytes of the groups, each at its place in a word
     largest: Any  # bit pattern of the largest magnitude
 
 
 def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..., None]:
     """The body of the packing gather.
 
-    A warp packs a tile of up to 256 units, four a lane at a time: the largest magnitude of each group of 16 by
-    shuffles, the scale from it, codes, what rounding lost. The arena is counted in 16-byte lanes, staging in words.
+    A warp packs a tile of up to 256 units, four per lane at a time. Shuffles find the largest magnitude of each group
+    of 16; from it follow the scale, the codes and the rounding error. The arena is counted in
+    16-byte lanes, staging in words.
     """
     base, ops = DEVICE_OPS, pack_ops(fmt, compute_capability)
     key, mix, load_unit = base.key, base.mix, _unit_loader(fmt, base.load)
@@ -91,7 +92,7 @@ def pack_kernel(fmt: Format, compute_capability: tuple[int, int]) -> Callable[..
 
     @device_function
     def pack_unit(unit: Any, place: Any, count: Any, shift: Any, lane: Any, staging: Any, into: Any, first: Any) -> Any:
-        # A lane behind the end has loaded the last unit again: its group may be real, its own unit is not.
+        # A lane past the end has loaded the last unit again: its group may count, its own unit does not.
         magnitude = largest(unit)
         exponent = exponent_of(group_largest(lane, magnitude))
         word, lost, there = encode(unit, exponent)

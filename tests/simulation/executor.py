@@ -1,4 +1,4 @@
-"""An executor that moves real bytes when the clock says so, and goes wrong when the dice say so."""
+"""An executor that moves real bytes at times of the virtual clock and fails at random."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""What was done to which block: the excuses that a miss may have."""
+"""Records the faults injected per block: the allowed reasons of a miss."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Who touches which bytes of the pool, and what is wrong with that."""
+"""Records accesses to the pool's bytes and detects conflicts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

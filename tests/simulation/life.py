@@ -1,4 +1,4 @@
-"""One engine in a simulated world, and what must hold of it at every step."""
+"""One engine in a simulated world, and its invariants, checked at every step."""
 
 import asyncio
 import random

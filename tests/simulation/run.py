@@ -1,4 +1,4 @@
-"""Many seeds, or one again: `python -m tests.simulation.run --seeds 100000`, `... --seed 17 --trace`."""
+"""Runs many seeds, or repeats one: `python -m tests.simulation.run --seeds 100000`, `... --seed 17 --trace`."""
 
 import argparse
 import sys

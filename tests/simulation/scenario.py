@@ -1,4 +1,4 @@
-"""What a seed is made of: settings, faults, keys, and the bytes that belong to each key."""
+"""A scenario, made from a seed: settings, faults, keys, and the bytes that belong to each key."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A tier in memory whose moves take as long, and go as wrong, as the dice say."""
+"""A tier in memory whose reads and writes have random durations and faults."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""One seed: clients that use an engine whose executor and tier go wrong, and what each of them may see."""
+"""One seed: clients use an engine with a faulty executor and tier; checks what each client sees."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Disk tiers for tests, and a look at their files past them."""
+"""Disk tiers for tests, and direct access to their files."""
 
 from pathlib import Path
 from typing import Any
