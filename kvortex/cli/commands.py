@@ -77,7 +77,7 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         "--trace-block-size",
         type=_positive,
         metavar="TOKENS",
-        help="tokens that one of hash_ids names (default: block_size of a line, or what fits all lines)",
+        help="tokens in the block of one hash id (default: block_size of a line, or the size that fits all lines)",
     )
     add("--requests", type=_positive, default=1000, help="replay the first N (default %(default)s)")
     add("--pool", type=_size, default=GIB, help="CPU pool, e.g. 512MiB (default 1GiB)")
@@ -86,15 +86,15 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=REPLAY_BLOCK_BYTES,
         metavar="SIZE",
-        help="what 16 tokens of your model take, e.g. 2MiB: --pool holds as many blocks as a pool of that size would. "
-        f"The replay's own blocks, and the default, are {own}",
+        help="bytes of 16 tokens of your model, e.g. 2MiB: the replay keeps as many blocks as --pool would hold of that "
+        f"size. Its own blocks, and the default, are {own}",
     )
-    add("--eviction", "--policy", choices=EVICTION_POLICIES, default="lru", help="who goes first (default lru)")
+    add("--eviction", "--policy", choices=EVICTION_POLICIES, default="lru", help="eviction policy (default lru)")
     add(
         "--disk",
         default="",
         metavar="DIRECTORY",
-        help="keep blocks there too, for later runs as well; each request then waits until its blocks are written",
+        help="keep blocks in this directory, too, also for later runs; each request waits until its blocks are written",
     )
     add("--concurrency", type=_positive, default=4, help="requests at a time (default %(default)s)")
     add("--json", action="store_true", help="print figures as one JSON document instead of tables")
