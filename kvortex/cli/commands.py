@@ -86,7 +86,7 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=REPLAY_BLOCK_BYTES,
         metavar="SIZE",
-        help="bytes of 16 tokens of your model, e.g. 2MiB: the replay keeps as many blocks as --pool would hold of that "
+        help="bytes of 16 tokens of your model, e.g. 2MiB: the replay keeps as many blocks as --pool holds of that "
         f"size. Its own blocks, and the default, are {own}",
     )
     add("--eviction", "--policy", choices=EVICTION_POLICIES, default="lru", help="eviction policy (default lru)")
