@@ -1,6 +1,7 @@
 """All differences between the supported vLLM versions. They are detected by features, not by version numbers.
 
-Verified against 0.15.1, 0.23.0 and 0.32.0. In this file "older" is 0.15, "newer" is 0.23 and later.
+Verified against 0.15.1, 0.23.0, 0.32.0 and, in its main parts, 0.33.0. In this file "older" is 0.15,
+"newer" is 0.23 and later.
 """
 
 import logging
