@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from kvortex.config.fields import changed_fields, conform, from_text, hints_of, known_names, nearest
+from kvortex.config.fields import changed_fields, conform, from_text, hints_of, nearest, section_fields
 from kvortex.config.renamed import RENAMED, warn_of_old_name
 from kvortex.config.sections import (
     CodecConfig,
@@ -109,13 +109,9 @@ class KVortexConfig:
         return dataclasses.replace(self, **{name: self._changed(name, value) for name, value in changes.items()})
 
     def _changed(self, name: str, value: Any) -> Any:
-        kind = SECTIONS.get(name)
-        if kind is None or isinstance(value, kind):
+        if name in RENAMED or isinstance(value, SECTIONS[name]):
             return value
-        changes = value if isinstance(value, Mapping) or not kind.plain else {kind.plain: value}
-        if not isinstance(changes, Mapping):
-            return value
-        return dataclasses.replace(getattr(self, name), **known_names(kind, changes))
+        return dataclasses.replace(getattr(self, name), **section_fields(name, value, SECTIONS[name]))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:

@@ -119,16 +119,6 @@ def is_size(name: str) -> bool:
     return name.endswith("bytes")
 
 
-def known_names(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values unchanged, after checking that their names are fields of a dataclass.
-
-    Raises:
-        ConfigError: an unknown name; the message suggests the nearest one.
-    """
-    require_known(values, hints_of(kind), kind.__name__)
-    return values
-
-
 def require_known(names: Iterable[object], known: Collection[str], owner: str, what: str = "setting") -> None:
     """Raises `ConfigError` for an unknown name; the message suggests the nearest one."""
     for name in names:
@@ -180,18 +170,24 @@ def _conformed(name: str, value: Any, hint: Any) -> Any:
         return seconds
     is_section: bool = is_dataclass(kind)
     if is_section and not isinstance(value, kind):
-        return _section(name, value, kind)
+        return kind(**section_fields(name, value, kind))
     require(isinstance(value, kind), f"{name} must be {kind.__name__}, not {_shown(value)}")
     return value
 
 
-def _section(name: str, value: Any, kind: Any) -> Any:
+def section_fields(name: str, value: Any, kind: Any) -> Mapping[str, Any]:
+    """The fields of a section that a mapping, or a plain value in the section's place, gives.
+
+    Raises:
+        ConfigError: an unknown name, or neither a mapping nor a plain value that the section takes.
+    """
     plain: str = getattr(kind, "plain", "")
     if isinstance(value, Mapping):
-        return kind(**known_names(kind, value))
+        require_known(value, hints_of(kind), kind.__name__)
+        return value
     is_plain = isinstance(value, str | os.PathLike | Real)
     if plain and is_plain and value is not True and value is not False:
-        return kind(**{plain: value})
+        return {plain: value}
     ways = f"a mapping of its settings, or its {plain} alone" if plain else "a mapping of its settings"
     raise ConfigError(f"{name} must be {kind.__name__}, {ways}; not {_shown(value)}")
 

@@ -238,7 +238,7 @@ class DiskTierConfig(Section):
     close_timeout_s: float = 5.0
 
     def _check(self) -> None:
-        self._require_positive("capacity_bytes", "read_threads", "write_threads")
+        self._require_positive("read_threads", "write_threads")
         self._require_size("capacity_bytes", "GiB")
         self._require_not_negative("touch_interval_s", "close_timeout_s")
         interval_s = self.rescan_interval_s

@@ -134,12 +134,7 @@ def queue_save(
     failure = failure or _launch(driver, kernel_stream, after, launch)
     failure = failure or _checked(driver, RECORD, (staged, kernel_stream))
     failure = failure or _wait(driver, copy_stream, staged)
-    first = 0
-    while first < offsets.size and not failure:
-        count = run_length(offsets, first, block_nbytes, piece_nbytes)
-        target, source = pool + offsets[first], staging + first * block_nbytes
-        failure = _checked(driver, COPY, (target, source, count * block_nbytes, copy_stream))
-        first += count
+    failure = failure or _copy_runs(driver, copy_stream, True, staging, pool, block_nbytes, piece_nbytes, offsets)
     return failure or _checked(driver, RECORD, (done, copy_stream))
 
 
@@ -164,12 +159,7 @@ def queue_load(
     Arguments and result are those of `queue_save`.
     """
     failure: int = _wait(driver, copy_stream, emptied)
-    first = 0
-    while first < offsets.size and not failure:
-        count = run_length(offsets, first, block_nbytes, piece_nbytes)
-        target, source = staging + first * block_nbytes, pool + offsets[first]
-        failure = _checked(driver, COPY, (target, source, count * block_nbytes, copy_stream))
-        first += count
+    failure = failure or _copy_runs(driver, copy_stream, False, staging, pool, block_nbytes, piece_nbytes, offsets)
     failure = failure or _checked(driver, RECORD, (staged, copy_stream))
     failure = failure or _wait(driver, kernel_stream, staged)
     failure = failure or _launch(driver, kernel_stream, after, launch)
@@ -199,6 +189,27 @@ def _launch(driver: NDArray[np.int64], stream: int, after: NDArray[np.int64], la
         failure = failure or _wait(driver, stream, event)
     kernel, grid, threads, arguments = launch[0], launch[1], launch[2], launch[3]
     return failure or _checked(driver, LAUNCH, (kernel, grid, 1, 1, threads, 1, 1, 0, stream, arguments, 0))
+
+
+@njit(cache=True)
+def _copy_runs(
+    driver: NDArray[np.int64],
+    stream: int,
+    to_pool: bool,
+    staging: int,
+    pool: int,
+    block_nbytes: int,
+    piece_nbytes: int,
+    offsets: NDArray[np.int64],
+) -> int:
+    first, failure = 0, 0
+    while first < offsets.size and not failure:
+        count = run_length(offsets, first, block_nbytes, piece_nbytes)
+        in_pool, in_staging = pool + offsets[first], staging + first * block_nbytes
+        target, source = (in_pool, in_staging) if to_pool else (in_staging, in_pool)
+        failure = _checked(driver, COPY, (target, source, count * block_nbytes, stream))
+        first += count
+    return failure
 
 
 @njit(cache=True)
