@@ -2,15 +2,46 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_support import BLOCK_SIZE, make_model, prompt, running
+from played import BLOCK_NBYTES, Played
+from scheduler_harness import SchedulerHarness
+from tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of whose folder schedulers read the configuration only."""
+    return make_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def played(llama: Path) -> Iterator[Callable[..., Played]]:
+    """Makes harnesses with a pool of 64 blocks; at the end each pool holds what its index and its jobs say."""
+    harnesses: list[SchedulerHarness] = []
+
+    def make(**options: Any) -> Played:
+        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
+        harnesses.append(SchedulerHarness(llama, extra_config=extra, **options))
+        return Played(harnesses[-1])
+
+    yield make
+    for harness in harnesses:
+        half = harness.connector._scheduler
+        control = half._control
+        assert control.allocator.allocated_bytes == control.index.committed_bytes + sum(
+            job.plan.transfer.num_blocks * BLOCK_NBYTES for job in half._jobs if hasattr(job.plan, "states")
+        )
+        harness.shutdown()
 
 
 PROMPTS = {

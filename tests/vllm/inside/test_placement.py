@@ -1,34 +1,12 @@
 """Where blocks are loaded to and what is stored under which key: speculation, sessions, roles, short prompts."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from scheduler_harness import SAMPLED_TOKEN, SchedulerHarness
-from test_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
-from tiny_model import make_tiny_model
+from played import BLOCK_SIZE, Played, tokens
+from scheduler_harness import SAMPLED_TOKEN
 
 from kvortex.vllm.identity.adapters import as_keys
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-@pytest.fixture
-def played(model: Path) -> Iterator[Callable[..., Played]]:
-    harnesses: list[SchedulerHarness] = []
-
-    def make(**options: Any) -> Played:
-        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
-        harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
-        return Played(harnesses[-1])
-
-    yield make
-    for harness in harnesses:
-        harness.shutdown()
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "mtp", "ngram"])

@@ -2,39 +2,19 @@
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from played import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
 from scheduler_harness import SchedulerHarness
-from test_scheduler import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
-from tiny_model import make_tiny_model
 
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
 from kvortex.vllm.plans import JobOutcome, WorkerHandshake
 from kvortex.vllm.versions import IS_NEWER, WorkerReports, watch_allocations
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-@pytest.fixture
-def played(model: Path) -> Iterator[Callable[..., Played]]:
-    harnesses: list[SchedulerHarness] = []
-
-    def make(**options: Any) -> Played:
-        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
-        harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
-        return Played(harnesses[-1])
-
-    yield make
-    for harness in harnesses:
-        harness.shutdown()
 
 
 def finish_all(p: Played, names: str, **options: Any) -> None:

@@ -1,105 +1,15 @@
 """The scheduler half in the real Scheduler, the workers played by hand: every order of events in a line each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from scheduler_harness import SchedulerHarness, Step, WorkerReport
-from tiny_model import make_tiny_model
+from played import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
+from scheduler_harness import SchedulerHarness
 
 from kvortex.types import MissReason
-from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome
-from kvortex.vllm.scheduler.half import SchedulerHalf
-from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER, WorkerReports
-
-BLOCK_SIZE = 32
-BLOCK_NBYTES = BLOCK_SIZE * 4096
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-class Played:
-    """A harness and a worker that does what it is told."""
-
-    def __init__(self, harness: SchedulerHarness) -> None:
-        self.harness = harness
-        self.open_loads: dict[str, int] = {}
-        self.open_saves: list[int] = []
-
-    @property
-    def half(self) -> SchedulerHalf:
-        return self.harness.connector._scheduler
-
-    def schedule(self) -> Step:
-        step = self.harness.schedule()
-        plan: ConnectorPlan = step.metadata
-        self.open_saves += [job.job_id for job in plan.saves]
-        self.open_loads |= {job.request_id: job.job_id for job in plan.loads}
-        return step
-
-    def report(self, *, saves: bool = True, loads: bool = True, **faults: Any) -> WorkerReport:
-        """Everything open has ended; `failed`, `corrupt`, `lossy` are positions, `invalid_block_ids` as vLLM has it."""
-        outcomes: list[JobOutcome] = []
-        received: set[str] = set()
-        if saves:
-            lossy = faults.get("lossy", ())
-            outcomes += [JobOutcome(job, lossy, (), lossy) for job in self.open_saves]
-            self.open_saves = []
-        if loads:
-            failed, corrupt = faults.get("failed", ()), faults.get("corrupt", ())
-            outcomes += [JobOutcome(job, failed, corrupt) for job in self.open_loads.values()]
-            received = set(self.open_loads)
-            self.open_loads = {}
-        message = WorkerReports(outcomes) if outcomes else None
-        channel = {"worker_meta": message} if IS_NEWER else {"kv_cache_events": message}
-        return WorkerReport(
-            finished_recving=received,
-            invalid_block_ids=faults.get("invalid_block_ids", frozenset()),
-            kv_connector_stats=ConnectorStats(),  # there are always some, if empty ones
-            **channel,
-        )
-
-    def step(self, **options: Any) -> Step:
-        step = self.schedule()
-        self.harness.finish(step, self.report(**options))
-        return step
-
-    def run(self, request_id: str) -> None:
-        for _ in range(400):
-            if self.harness.requests[request_id].is_finished():
-                self.step()  # delivers the last outcomes
-                return
-            self.step()
-        raise TimeoutError(request_id)
-
-
-@pytest.fixture
-def played(model: Path) -> Iterator[Callable[..., Played]]:
-    harnesses: list[SchedulerHarness] = []
-
-    def make(**options: Any) -> Played:
-        extra = {"pool": {"bytes": 64 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}, **options.pop("extra", {})}
-        harnesses.append(SchedulerHarness(model, extra_config=extra, **options))
-        return Played(harnesses[-1])
-
-    yield make
-    for harness in harnesses:
-        half = harness.connector._scheduler
-        control = half._control
-        assert control.allocator.allocated_bytes == control.index.committed_bytes + sum(
-            job.plan.transfer.num_blocks * BLOCK_NBYTES for job in half._jobs if hasattr(job.plan, "states")
-        )
-        harness.shutdown()
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 1000, count).tolist()
+from kvortex.vllm.versions import HOLD_ABORTED_LOADS, IS_NEWER
 
 
 def test_a_prompt_is_saved_and_then_loaded(played: Callable[..., Played]) -> None:
@@ -406,14 +316,14 @@ def test_without_events_nothing_is_kept(played: Callable[..., Played]) -> None:
     assert list(p.half.take_events()) == []
 
 
-def test_a_pool_too_small_for_a_block_is_refused(model: Path) -> None:
+def test_a_pool_too_small_for_a_block_is_refused(llama: Path) -> None:
     with pytest.raises(ValueError, match=r"raise pool\.bytes"):
-        SchedulerHarness(model, extra_config={"pool": {"bytes": 4096, "pin_piece_bytes": 4096}})
+        SchedulerHarness(llama, extra_config={"pool": {"bytes": 4096, "pin_piece_bytes": 4096}})
 
 
-def test_an_unknown_option_is_refused(model: Path) -> None:
+def test_an_unknown_option_is_refused(llama: Path) -> None:
     with pytest.raises(ValueError, match="unknown option 'cpu_pool'"):
-        SchedulerHarness(model, extra_config={"cpu_pool": 1 << 30})
+        SchedulerHarness(llama, extra_config={"cpu_pool": 1 << 30})
 
 
 def test_the_failure_policy_is_recompute(played: Callable[..., Played]) -> None:
