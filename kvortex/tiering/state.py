@@ -40,8 +40,8 @@ class TierState:
         self.usable = True
         self._known.set()
 
-    def set_unusable(self) -> None:
-        """The tier has failed to open, has not opened in time, or is closing."""
+    def end_opening(self) -> None:
+        """Nobody waits for the tier to open any longer: it has failed to open, is late, or is closing."""
         self._known.set()
 
     def set_closing(self) -> None:

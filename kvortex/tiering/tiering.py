@@ -78,7 +78,7 @@ class Tiering:
             self._set_unusable()
 
     def _set_unusable(self) -> None:
-        self.backing.state.set_unusable()
+        self.backing.state.end_opening()
         self.backing.control.on_evicted = None
         self.writes.shed_all()
         self.fetches.stop_waiting()
@@ -90,7 +90,7 @@ class Tiering:
         self.writes.shed_all()
         await self.backing.tasks.cancel_all()
         # No block comes any more: end every wait.
-        self.backing.state.set_unusable()
+        self.backing.state.end_opening()
         self.writes.stop_waiting()
         self.fetches.stop_waiting()
         await self.backing.aclose()
