@@ -16,6 +16,8 @@ BlockHash = NewType("BlockHash", bytes)
 """Hash of a block, 32 bytes: SHA-256 over the parent's hash, the token ids and the extra keys."""
 
 BLOCK_HASH_BYTES = 32
+MAX_GROUPS = 128
+"""Groups of layers that a cache can have."""
 PAGE_BYTES = 4096
 
 BlockId = int
