@@ -193,7 +193,7 @@ def simulate(
             progress()
     else:
         config = settings.replace(pool=capacity_bytes, eviction={"policy": name, "ghost_entries": blocks})
-        control = ControlPlane.from_config(config, capacity_bytes, BlockSizes(BLOCK_BYTES, BLOCK_BYTES))
+        control = ControlPlane.from_config(config, capacity_bytes, [BlockSizes(BLOCK_BYTES, BLOCK_BYTES)])
         index = control.index
         for prompt in prompts:
             found.append(serve(control, prompt.keys()))

@@ -1,7 +1,7 @@
 """Groups of layers whose KV is kept alike, and what each kind of KV needs before a request can resume.
 
-Most models have one group: full attention. Others mix kinds, such as sliding windows or states. A block is then named by
-its hash *and* its group, and a request can resume only at a boundary at which every group has what it needs:
+Most models have one group: full attention. Others mix kinds, such as sliding windows or states. A block is then named
+by its hash *and* its group, and a request can resume only at a boundary at which every group has what it needs:
 
 | kind | needed to resume after `n` tokens |
 |---|---|
@@ -176,10 +176,38 @@ class GroupSet:
             found: for each group which of a request's blocks are there, `bool [blocks of num_tokens]`.
             num_tokens: tokens of the request that may be resumed.
         """
-        boundaries = np.arange(num_tokens // self.alignment + 1, dtype=np.int64) * self.alignment
-        served = [self._served(group, mask, boundaries) for group, mask in zip(self.groups, found, strict=True)]
+        boundaries, served = self._boundaries(found, num_tokens)
         last = int(np.flatnonzero(np.logical_and.reduce(served))[-1])
         return Match(int(boundaries[last]), self._missing(found, served, boundaries, last))
+
+    def resumable(self, found: Sequence[NDArray[np.bool_]], num_tokens: int) -> NDArray[np.int64]:
+        """All boundaries, in tokens, at which every group has what it needs; arguments as in `longest_match`."""
+        boundaries, served = self._boundaries(found, num_tokens)
+        return boundaries[np.logical_and.reduce(served)]
+
+    def _boundaries(
+        self, found: Sequence[NDArray[np.bool_]], num_tokens: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.bool_]]]:
+        boundaries = np.arange(num_tokens // self.alignment + 1, dtype=np.int64) * self.alignment
+        served = [self._served(group, mask, boundaries) for group, mask in zip(self.groups, found, strict=True)]
+        return boundaries, served
+
+    def needed_keys(self, hashes: NDArray[np.uint64], num_tokens: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Keys of all blocks that are needed to resume after `num_tokens`, in the order of their worth.
+
+        Args:
+            hashes: hashes of the whole request, `uint64 [n, 4]`.
+            num_tokens: a boundary.
+
+        Returns:
+            Keys, `uint64 [m, 4]`, and the number of each block's group, `uint8 [m]`.
+        """
+        blocks = [np.array(group.needed(num_tokens), dtype=np.int64) for group in self.groups]
+        numbers = np.repeat(np.arange(len(self)), [len(b) for b in blocks])
+        ends = np.concatenate([(b + 1) * g.block_size for b, g in zip(blocks, self.groups, strict=True)])
+        keys = np.concatenate([self.keys(hashes, number)[b] for number, b in enumerate(blocks)])
+        order = self.order(numbers, ends)
+        return keys[order], numbers[order].astype(np.uint8)
 
     def _served(self, group: KVGroup, mask: NDArray[np.bool_], boundaries: NDArray[np.int64]) -> NDArray[np.bool_]:
         """At which boundaries a group has what it needs, `bool [num_boundaries]`."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import NamedTuple, NewType
+from typing import Final, NamedTuple, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,6 @@ BlockHash = NewType("BlockHash", bytes)
 """Hash of a block, 32 bytes: SHA-256 over the parent's hash, the token ids and the extra keys."""
 
 BLOCK_HASH_BYTES = 32
-MAX_GROUPS = 128
-"""Groups of layers that a cache can have."""
 PAGE_BYTES = 4096
 
 BlockId = int
@@ -87,6 +85,19 @@ class BlockSizes:
         return self.packed != self.raw
 
 
+Forms: TypeAlias = NDArray[np.uint8]
+"""Forms of blocks, `uint8 [n]`. A form is a number that says how a block lies in the pool: `2 * group + packed`, with
+the number of the group whose pages it holds. Blocks of one form have one size."""
+
+MAX_GROUPS: Final = 128
+"""Groups of layers that a cache can have: a form fits a byte."""
+
+
+def form_of(group: int, packed: bool) -> int:
+    """The form of a block of a group, packed or raw."""
+    return 2 * group + packed
+
+
 class TransferPlan(NamedTuple):
     """A transfer of `n` blocks, as a data plane needs it.
 
@@ -94,13 +105,13 @@ class TransferPlan(NamedTuple):
         direction: direction of the transfer.
         block_ids: ids of the blocks in the paged cache, `int32 [n]`.
         offsets: byte offsets of the blocks in the pool, `int64 [n]`.
-        packed: which blocks are stored packed, `bool [n]`; None if none is.
+        forms: the form of each block, `uint8 [n]`, see `forms_of`; None if all have form 0.
     """
 
     direction: Direction
     block_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    packed: NDArray[np.bool_] | None = None
+    forms: NDArray[np.uint8] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -108,8 +119,8 @@ class TransferPlan(NamedTuple):
 
     def part(self, positions: NDArray[np.intp]) -> "TransferPlan":
         """The plan for the blocks at `positions`, `intp [m]`."""
-        packed = None if self.packed is None else self.packed[positions]
-        return TransferPlan(self.direction, self.block_ids[positions], self.offsets[positions], packed)
+        forms = None if self.forms is None else self.forms[positions]
+        return TransferPlan(self.direction, self.block_ids[positions], self.offsets[positions], forms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,8 @@ class SaveResult:
     """Per-block outcomes of a save, in the order of the call."""
 
     outcomes: tuple[SaveOutcome, ...]
+    groups: tuple[str, ...] = ()
+    """The name of each block's group; empty for a cache with one group."""
 
     @property
     def num_stored(self) -> int:
@@ -145,6 +158,8 @@ class LoadResult:
 
     block_ids: tuple[BlockId, ...]
     outcomes: tuple[MissReason | None, ...]
+    groups: tuple[str, ...] = ()
+    """The name of each block's group; empty for a cache with one group."""
 
     @property
     def num_loaded(self) -> int:

@@ -14,7 +14,7 @@ BLOCK_NBYTES = 4096
 
 def make_control(blocks: int, **changes: object) -> ControlPlane:
     config = KVortexConfig(pool=blocks * BLOCK_NBYTES, **changes)
-    return ControlPlane.from_config(config, config.pool.bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
+    return ControlPlane.from_config(config, config.pool.bytes, [BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES)])
 
 
 def keys(count: int, salt: int = 0) -> np.ndarray:
@@ -72,10 +72,10 @@ def test_fetched_blocks_do_not_drive_out_what_is_in_front_of_them() -> None:
     control = make_control(10)
     chain = keys(16)
     save(control, chain[:8])
-    plan = control.plan_fetch(chain[8:], np.zeros(8, np.bool_), "fetch", chain=chain)
+    plan = control.plan_fetch(chain[8:], np.zeros(8, np.uint8), "fetch", chain=chain)
     assert plan.positions.tolist() == [0, 1]
     for slot, offset in zip(plan.slots.tolist(), plan.offsets.tolist(), strict=True):
-        control.finish_fetch(slot, offset, BLOCK_NBYTES, 0)
+        control.finish_fetch(slot, offset, 0, 0)
     assert there(control, chain) == [True] * 10 + [False] * 6
     control.clear()
 
@@ -129,12 +129,12 @@ def test_what_is_in_use_beyond_a_smaller_pool_goes_when_its_use_ends() -> None:
 def test_what_was_on_its_way_beyond_a_smaller_pool_does_not_become_visible() -> None:
     control = make_control(20)
     saved = control.plan_save(keys(6), ids(6), "save")
-    fetched = control.plan_fetch(keys(4, salt=1), np.zeros(4, np.bool_), "fetch")
+    fetched = control.plan_fetch(keys(4, salt=1), np.zeros(4, np.uint8), "fetch")
     control.shrink(4 * BLOCK_NBYTES)
     outcomes = control.finish_save(saved, np.zeros(6, np.uint64))
     assert list(outcomes) == [SaveOutcome.STORED] * 4 + [SaveOutcome.FAILED] * 2
     for slot, offset in zip(fetched.slots.tolist(), fetched.offsets.tolist(), strict=True):
-        control.finish_fetch(slot, offset, BLOCK_NBYTES, 0)
+        control.finish_fetch(slot, offset, 0, 0)
     assert there(control, keys(4, salt=1)) == [False] * 4
     assert there(control, keys(6)) == [True] * 4 + [False] * 2
     control.clear()
@@ -156,4 +156,4 @@ def test_a_pool_of_which_nothing_is_left_stores_nothing() -> None:
 )
 def test_a_pool_that_holds_no_block_is_refused_with_what_to_raise(pool: int, piece: int, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"raise {setting}"):
-        ControlPlane.from_config(KVortexConfig(pool={"pin_piece_bytes": piece}), pool, BlockSizes(8192, 8192))
+        ControlPlane.from_config(KVortexConfig(pool={"pin_piece_bytes": piece}), pool, [BlockSizes(8192, 8192)])

@@ -74,7 +74,7 @@ async def test_what_packing_would_hurt_is_kept_as_it_is() -> None:
         as_is = np.isin(ids, [3, 8])
         assert (back[as_is] == exact[as_is]).all()
         assert (back[~as_is] == want[~as_is]).all()
-        assert {batch.packed for batch in executor.batches} == {True, False}
+        assert {batch.form for batch in executor.batches} == {0, 1}
         assert all(batch.nbytes <= engine.config.transfer.max_batch_bytes for batch in executor.batches)
 
 

@@ -26,10 +26,27 @@ def sizes(draw: st.DrawFn, *, raw: tuple[int, int] = (1, 300)) -> BlockSizes:
     return BlockSizes(whole, draw(st.integers(1, whole // UNIT)) * UNIT if packs else whole)
 
 
+Sizes = tuple[BlockSizes, ...]
+NOTHING = BlockSizes(0, 0)
+
+
 @st.composite
-def unequal(draw: st.DrawFn) -> tuple[BlockSizes, list[BlockSizes]]:
-    ranks = draw(st.lists(sizes(), min_size=1, max_size=4))
+def unequal(draw: st.DrawFn) -> tuple[Sizes, list[Sizes]]:
+    """Ranks with the blocks of some groups of layers; each group has layers on at least one of them."""
+    num_ranks = draw(st.integers(1, 4))
+    groups = draw(
+        st.lists(st.lists(sizes() | st.just(NOTHING), min_size=num_ranks, max_size=num_ranks), min_size=1, max_size=4)
+    )
+    for of_group in groups:
+        if of_group == [NOTHING] * num_ranks:
+            of_group[0] = draw(sizes())
+    ranks = [own for own in zip(*groups, strict=True) if any(size.raw for size in own)]
     return largest(ranks), ranks
+
+
+def nbytes_of(sizes: Sizes, form: int) -> int:
+    size = sizes[form // 2]
+    return size.packed if form % 2 else size.raw
 
 
 @settings(max_examples=300, deadline=None)
@@ -37,23 +54,23 @@ def unequal(draw: st.DrawFn) -> tuple[BlockSizes, list[BlockSizes]]:
     unequal(),
     st.integers(1, 40),
     st.integers(PAGE_BYTES, 1 << 20),
-    st.lists(st.booleans(), min_size=1, max_size=200),
+    st.lists(st.integers(0, 7), min_size=1, max_size=200),
     st.randoms(use_true_random=False),
 )
 def test_what_is_planned_apart_lies_apart_in_every_rank(
-    found: tuple[BlockSizes, list[BlockSizes]], blocks: int, extra: int, packed: list[bool], random: Random
+    found: tuple[Sizes, list[Sizes]], blocks: int, extra: int, drawn: list[int], random: Random
 ) -> None:
     planned, ranks = found
-    piece = -(-max(planned.raw, 1) * 3 // PAGE_BYTES) * PAGE_BYTES
-    pool = planned.raw * blocks + extra
+    largest_nbytes = max(size.raw for size in planned)
+    piece = -(-largest_nbytes * 3 // PAGE_BYTES) * PAGE_BYTES
+    pool = largest_nbytes * blocks + extra
     allocator = ExtentAllocator(pool, piece)
-    # Blocks come and go, in both forms, as a pool under load has them.
-    extents: list[tuple[int, bool]] = []
-    for is_packed in packed:
-        wanted = planned.packed if is_packed else planned.raw
-        offsets = allocator.allocate_many(1, wanted, "test")
+    # Blocks come and go, in all forms, as a pool under load has them.
+    extents: list[tuple[int, int]] = []
+    for form in [form % (2 * len(planned)) for form in drawn]:
+        offsets = allocator.allocate_many(1, nbytes_of(planned, form), "test")
         if offsets.size:
-            extents.append((int(offsets[0]), is_packed))
+            extents.append((int(offsets[0]), form))
         elif extents:
             gone = extents.pop(random.randrange(len(extents)))
             allocator.free_many(np.array([gone[0]], dtype=np.int64))
@@ -62,8 +79,9 @@ def test_what_is_planned_apart_lies_apart_in_every_rank(
         config = places.config(KVortexConfig(pool={"bytes": pool, "pin_piece_bytes": piece}))
         at = places.offsets(np.array([offset for offset, _ in extents], dtype=np.int64))
         used = sorted(
-            (int(start), int(start) + (own.packed if is_packed else own.raw))
-            for start, (_, is_packed) in zip(at, extents, strict=True)
+            (int(start), int(start) + nbytes_of(own, form))
+            for start, (_, form) in zip(at, extents, strict=True)
+            if nbytes_of(own, form)
         )
         assert all(start % UNIT == 0 for start, _ in used)
         assert all(end <= start for (_, end), (start, _) in pairwise(used))
@@ -77,21 +95,22 @@ def test_what_is_planned_apart_lies_apart_in_every_rank(
 @settings(max_examples=200, deadline=None)
 @given(unequal(), st.integers(1, 60), st.integers(0, 1 << 16))
 def test_what_a_smaller_pool_holds_is_planned_and_no_more(
-    found: tuple[BlockSizes, list[BlockSizes]], blocks: int, extra: int
+    found: tuple[Sizes, list[Sizes]], blocks: int, extra: int
 ) -> None:
     """A rank could pin a part of its pool only: what is planned must lie inside that part."""
     planned, ranks = found
-    piece = -(-planned.raw * 3 // PAGE_BYTES) * PAGE_BYTES
+    piece = -(-max(size.raw for size in planned) * 3 // PAGE_BYTES) * PAGE_BYTES
     for own in ranks:
         places = Places(piece, planned, own)
-        nbytes = own.raw * blocks + extra
-        allocator = ExtentAllocator(places.planned_bytes(nbytes), piece)
-        offsets = places.offsets(allocator.allocate_many(10_000, planned.raw, "test"))
-        assert all(offset + own.raw <= nbytes for offset in offsets.tolist())
+        nbytes = max(size.raw for size in own) * blocks + extra
+        for of_plan, of_rank in zip(planned, own, strict=True):
+            allocator = ExtentAllocator(places.planned_bytes(nbytes), piece)
+            offsets = places.offsets(allocator.allocate_many(10_000, of_plan.raw, "test"))
+            assert all(offset + of_rank.raw <= nbytes for offset in offsets.tolist())
 
 
 def test_equal_ranks_lie_where_they_were_planned() -> None:
-    sizes = BlockSizes(4096, 2048)
+    sizes = (BlockSizes(4096, 2048),)
     places = Places(1 << 20, sizes, sizes)
     plan = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.array([0, 4096, 8192], dtype=np.int64))
     assert places.place(plan) is plan
@@ -102,7 +121,7 @@ def test_equal_ranks_lie_where_they_were_planned() -> None:
 @pytest.mark.parametrize(("own", "share"), [(2, 2 / 3), (1, 1 / 3), (3, 1)])
 def test_a_stage_with_fewer_layers_takes_memory_in_proportion(own: int, share: float) -> None:
     layer = 64 << 10
-    planned, mine = BlockSizes(3 * layer, 3 * layer), BlockSizes(own * layer, own * layer)
+    planned, mine = (BlockSizes(3 * layer, 3 * layer),), (BlockSizes(own * layer, own * layer),)
     pool, piece = 1 << 30, 16 << 20
     config = Places(piece, planned, mine).config(KVortexConfig(pool={"bytes": pool, "pin_piece_bytes": piece}))
     assert config.pool.bytes == pytest.approx(pool * share, rel=0.01)

@@ -3,7 +3,7 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
-from kvortex.codecs.packing import RAW, Codec, Encodings, Packing, block_sizes, encodings_of, packed_nbytes, packing_for
+from kvortex.codecs.packing import RAW, Codec, Encodings, Packing, Pages, block_sizes, packed_nbytes, packing_for
 from kvortex.codecs.reference import pack_reference, too_lossy, unpack_reference
 
 __all__ = [
@@ -11,8 +11,8 @@ __all__ = [
     "Codec",
     "Encodings",
     "Packing",
+    "Pages",
     "block_sizes",
-    "encodings_of",
     "pack_reference",
     "packed_nbytes",
     "packing_for",

@@ -12,11 +12,11 @@ With scales that are powers of two, only the codes are rounded. So unpacking is 
 again loses nothing more.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from kvortex.arithmetic import align_up
 from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.errors import ConfigError
 from kvortex.layout import KVLayout
-from kvortex.types import BlockSizes
+from kvortex.types import BlockSizes, form_of
 
 RAW: Final = "raw"
 GROUP_UNITS: Final = 16
@@ -99,27 +99,54 @@ class Packing:
         return 8 * (self.code_words + self.scale_words)
 
 
-@dataclass(frozen=True, slots=True)
+class Pages(NamedTuple):
+    """The blocks of one group of layers: where their bytes are in the paged cache, and how they are packed."""
+
+    layout: KVLayout
+    packing: Packing | None = None
+    """None if its blocks are never packed."""
+
+    @property
+    def sizes(self) -> BlockSizes:
+        """Bytes of an extent for a raw and for a packed block."""
+        return block_sizes(self.layout, self.packing)
+
+
 class Encodings:
-    """Both encodings of a layout's blocks, raw and packed: bytes of a payload and of an extent, and the codec."""
+    """How blocks are encoded in the pool: bytes of a payload and of an extent, and the codec, by form.
 
-    payloads: BlockSizes  # bytes of a payload
-    extents: BlockSizes  # bytes of an extent in the pool
-    codec: str  # codec of the packed encoding; "raw" if blocks are never packed
+    Args:
+        pages: the groups of the cache, in the order of their numbers.
+    """
 
-    def payload_nbytes(self, packed: bool) -> int:
-        """Bytes of a payload in one of the encodings."""
-        return self.payloads.packed if packed else self.payloads.raw
+    def __init__(self, pages: Sequence[Pages]) -> None:
+        forms = [(p.layout, packing) for p in pages for packing in (None, p.packing)]
+        self.payloads = tuple(packing.block_nbytes if packing else layout.block_nbytes for layout, packing in forms)
+        self.extents = tuple(nbytes for p in pages for nbytes in (p.sizes.raw, p.sizes.packed))
+        self._codecs = tuple(packing.codec if packing else RAW for _, packing in forms)
+        self.packs = tuple(p.packing is not None for p in pages)
+        """For each group whether its blocks can be packed."""
 
-    def codec_number(self, packed: bool) -> Codec:
-        """The codec's number in the frame of a block in this encoding."""
-        return Codec[(self.codec if packed else RAW).upper()]
+    @property
+    def pack_any(self) -> bool:
+        """True if blocks of at least one group can be packed."""
+        return any(self.packs)
 
+    def usual_form(self, group: int) -> int:
+        """The form in which blocks of a group are stored: packed if they can be."""
+        return form_of(group, self.packs[group])
 
-def encodings_of(layout: KVLayout, packing: Packing | None) -> Encodings:
-    """Return the encodings of a layout's blocks. `packing` is None if they are never packed."""
-    payloads = BlockSizes(layout.block_nbytes, packing.block_nbytes if packing else layout.block_nbytes)
-    return Encodings(payloads, block_sizes(layout, packing), packing.codec if packing else RAW)
+    def is_kept_as_is(self, form: int) -> bool:
+        """True for blocks that are stored raw although their group's are packed."""
+        return self.packs[form // 2] and form % 2 == 0
+
+    def raw_nbytes(self, form: int) -> int:
+        """Bytes of a raw payload of the same group."""
+        return self.payloads[form // 2 * 2]
+
+    def codec_number(self, form: int) -> Codec:
+        """The codec's number in the frame of a block of this form."""
+        return Codec[self._codecs[form].upper()]
 
 
 def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:

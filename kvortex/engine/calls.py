@@ -77,6 +77,7 @@ class TransferCall(Generic[T]):
         stream: CUDA stream whose queued work the transfers wait for, see `DataPlane.record_event`.
         direction: direction of all its transfers.
         block_ids: `int32 [n]`, all blocks of the cache that the transfers use; no other call may use them meanwhile.
+        groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class TransferCall(Generic[T]):
         stream: object,
         direction: Direction,
         block_ids: NDArray[np.int32],
+        groups: NDArray[np.uint8] | None = None,
     ) -> None:
         self._queue = queue
         self._data = data
@@ -94,12 +96,13 @@ class TransferCall(Generic[T]):
         self._stream = stream
         self._direction = direction
         self._block_ids = block_ids
+        self._groups = groups
         self._requests: list[TransferRequest] = []
         self._outcomes: list[Sequence[T]] = []
 
     async def __aenter__(self) -> Self:
         with contextlib.ExitStack() as undo:
-            self._claim = self._data.claim(self._direction, self._block_ids)
+            self._claim = self._data.claim(self._direction, self._block_ids, self._groups)
             undo.callback(self._claim.release)
             self._after = self._data.record_event(self._stream)
             undo.callback(self._data.release_event, self._after)
@@ -123,7 +126,7 @@ class TransferCall(Generic[T]):
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """Ranges of blocks to plan one after another, so that the first blocks move while the last are looked up."""
-        block_nbytes = self._data.sizes.packed
+        block_nbytes = max(size.packed for size in self._data.sizes)
         start, step = 0, max(FIRST_PART_BYTES // block_nbytes, FIRST_PART_BLOCKS)
         longest = max(min(MAX_PART_BYTES // block_nbytes, MAX_PART_BLOCKS), step)
         while start < num_blocks:
@@ -154,18 +157,27 @@ class TransferCall(Generic[T]):
 
     def _record(self) -> None:
         """Count the moved and failed blocks after all parts have settled; cancelled blocks are neither."""
-        wanted = moved = lossy = 0
+        wanted = moved = nbytes = lossy = 0
         for request in self._requests:
             wanted += request.num_tried
             moved += request.num_succeeded
-            if request.packed is not None:
+            nbytes += self._raw_nbytes(request)
+            if request.forms is not None:
                 lossy += int(np.count_nonzero(request.too_lossy))
         if wanted:
             self._stats.record_transfer(
                 self._requests[0].direction,
                 CPU_TIER,
                 blocks=moved,
-                nbytes=moved * self._data.layout.block_nbytes,
+                nbytes=nbytes,
                 seconds=time.perf_counter() - self._started_s,
                 failures=wanted - moved - lossy,
             )
+
+    def _raw_nbytes(self, request: TransferRequest) -> int:
+        """Bytes of the moved blocks in the paged cache."""
+        of_group = self._data.cache.block_nbytes
+        if request.forms is None or len(of_group) == 1:
+            return request.num_succeeded * of_group[0]
+        counts = np.bincount(request.forms[request.succeeded] // 2)
+        return sum(count * nbytes for count, nbytes in zip(counts.tolist(), of_group, strict=False))

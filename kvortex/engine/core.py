@@ -7,20 +7,21 @@ import warnings
 from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from types import EllipsisType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig, format_bytes
-from kvortex.engine.arguments import BlockHashes, BlockIds, named_blocks
+from kvortex.engine.arguments import BlockHashes, BlockTables, NamedBlocks, named_blocks
 from kvortex.engine.calls import CallQueue, TransferCall
 from kvortex.engine.parts import EngineParts
-from kvortex.errors import EngineStateError
+from kvortex.errors import ConfigError, EngineStateError
+from kvortex.groups import KVGroup, Match
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
-from kvortex.layout import KVLayout
+from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import check_memory
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.planes.data import DataPlane
@@ -56,10 +57,31 @@ class EngineCore:
     def __repr__(self) -> str:
         state = "shut down" if self._shutdown is not None else "no caches registered yet"
         if self._shutdown is None and self._data is not None:
-            state = self._data.layout.describe()
+            state = self._data.cache.describe()
         return f"<KVortexEngine: {state}; a pool of {format_bytes(self.config.pool.bytes)}>"
 
     # -- caches ------------------------------------------------------------------------------------
+
+    @overload
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        block_dim: int | Mapping[str, int] | None = None,
+    ) -> KVLayout: ...
+
+    @overload
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        block_dim: int | Mapping[str, int] | None = None,
+        groups: Sequence[KVGroup] | None,
+    ) -> KVLayout | PagedCache: ...
 
     def register_kv_caches(
         self,
@@ -68,21 +90,28 @@ class EngineCore:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
-    ) -> KVLayout:
+        groups: Sequence[KVGroup] | None = None,
+    ) -> KVLayout | PagedCache:
         """Register the paged cache: derive its layout, allocate memory, write a test pattern and read it back.
 
         Args:
             kv_caches: layer name -> tensor, CUDA or CPU, all on one device; they must outlive the engine.
-            block_size: tokens per block.
+            block_size: tokens per block; with `groups`, tokens per block hash.
             num_blocks: number of blocks in the cache; needed if the shape is ambiguous.
             block_dim: index of the tensor dimension that counts blocks, one for all layers or per layer name; needed
                 if the shape is ambiguous.
+            groups: for a model that mixes kinds of KV, its groups of layers; together they name every layer once. By
+                default all layers have full attention.
+
+        Returns:
+            The layout of the cache; with `groups`, all groups with the layout of each.
 
         Raises:
             EngineStateError: caches are already registered, the engine is shut down, or this is not its loop.
             LayoutError: not a paged cache; the message names the tensor. `LayoutSelfTestError` if the test pattern
                 did not come back unchanged.
-            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging cannot be allocated.
+            ConfigError, OutOfPoolMemoryError, DeviceError: memory for the pool or staging cannot be allocated, or the
+                groups contradict each other.
 
             After any error all memory is released, and the engine is in the same state as before the call.
         """
@@ -90,27 +119,31 @@ class EngineCore:
         self._check_loop()
         if self._data is not None:
             raise EngineStateError("caches are registered already; make another engine for another cache")
-        layout = KVLayout.from_tensors(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
+        cache = PagedCache.from_tensors(
+            kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim, groups=groups
+        )
         check_memory(self.config.pool.bytes)
         with contextlib.ExitStack() as undo:
             self._data = DataPlane(
                 self.config,
                 kv_caches,
-                layout,
+                cache,
                 wrap_executor=self._parts.wrap_executor,
                 on_pinning_stopped=self._shrink,
             )
             undo.callback(self._data.close)
             undo.callback(self._unregister)
-            self._control = ControlPlane.from_config(self.config, self._data.pool.capacity_bytes, self._data.sizes)
+            self._control = ControlPlane.from_config(
+                self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
+            )
             self._namespace = self._data.namespace(self.config.identity)
             tier = self._parts.make_tier(self.config, self._namespace)
             if tier is not None:
                 self._tiering = self._tiering_over(tier, self._control, self._data, self._namespace)
                 self._tiering.start()
             undo.pop_all()
-        logger.info("registered %s", layout.describe())
-        return layout
+        logger.info("registered %s", cache.describe())
+        return cache if groups is not None else cache.layouts[0]
 
     def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
         # No local variable: the traceback of an error would keep it, and the pool's memory with it.
@@ -159,13 +192,16 @@ class EngineCore:
     # -- save, check, load -------------------------------------------------------------------------
 
     def save_blocks(
-        self, hashes: BlockHashes, block_ids: BlockIds, *, stream: object = None
+        self, hashes: BlockHashes, block_ids: BlockTables, *, stream: object = None
     ) -> Coroutine[Any, Any, SaveResult]:
         """Copy blocks out of the paged cache. Await it; then the stored blocks can be loaded.
 
         Args:
             hashes: `[n]` block hashes of 32 bytes: a whole chain or any part of one, in order.
-            block_ids: `[n]` block id of each block; in range, without duplicates.
+            block_ids: `[n]` block id of each block; in range, without duplicates. For a cache with groups a dict:
+                for each group the ids of its blocks, in order, -1 for each block that the request does not have. The
+                hashes are then those of the request from its beginning; of a group whose blocks span several hashes,
+                a block has the last one.
             stream: CUDA stream whose queued work writes the blocks (torch, numba, or a raw handle); by default
                 torch's current stream. The caller must not overwrite the blocks before this returns.
 
@@ -175,21 +211,30 @@ class EngineCore:
             EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
-        keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
-        return self._save(keys, ids, data.current_stream() if stream is None else stream)
+        blocks = named_blocks(hashes, block_ids, data.cache)
+        return self._save(blocks, data.current_stream() if stream is None else stream)
 
-    async def _save(self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object) -> SaveResult:
+    async def _save(self, blocks: NamedBlocks, stream: object) -> SaveResult:
         self._check_loop()
         control, data = self._planes()
-        call: TransferCall[SaveOutcome] = TransferCall(self._queue, data, self.stats, stream, Direction.SAVE, ids)
+        keys, ids, groups = blocks.keys, blocks.block_ids, blocks.groups
+        call: TransferCall[SaveOutcome] = TransferCall(
+            self._queue, data, self.stats, stream, Direction.SAVE, ids, groups
+        )
         removed_before = control.index.removed_blocks
         async with call:
             for part in call.parts(len(ids)):
-                plan = control.plan_save(keys[part], ids[part], "save", chain=keys[: part.stop])
+                plan = control.plan_save(
+                    keys[part],
+                    ids[part],
+                    "save",
+                    groups=None if groups is None else groups[part],
+                    chain=keys[: part.stop],
+                )
                 await call.start(plan.transfer, partial(_finish_save, control, plan), more=part.stop < len(ids))
             outcomes = await call.outcomes()
-            if data.packing is not None and SaveOutcome.TOO_LOSSY in outcomes:
-                outcomes = await self._save_again_raw(control, call, keys, ids, outcomes)
+            if data.packs and SaveOutcome.TOO_LOSSY in outcomes:
+                outcomes = await self._save_again_raw(control, call, blocks, outcomes)
             if call.num_parts > 1:
                 control.touch(keys)
         if control.index.removed_blocks != removed_before:
@@ -198,19 +243,20 @@ class EngineCore:
             stored = np.array([outcome.is_stored for outcome in outcomes], dtype=np.bool_)
             new = np.array([outcome is SaveOutcome.STORED for outcome in outcomes], dtype=np.bool_)
             self._tiering.saved(keys[stored], new[stored])
-        return SaveResult(outcomes)
+        return SaveResult(blocks.in_order_of_call(outcomes), blocks.names)
 
     async def _save_again_raw(
         self,
         control: ControlPlane,
         call: TransferCall[SaveOutcome],
-        keys: NDArray[np.uint64],
-        ids: NDArray[np.int32],
+        blocks: NamedBlocks,
         outcomes: tuple[SaveOutcome, ...],
     ) -> tuple[SaveOutcome, ...]:
         """Save again, raw, the blocks that packing would change too much; returns the outcomes of all blocks."""
         lossy = np.array([outcome is SaveOutcome.TOO_LOSSY for outcome in outcomes])
-        plan = control.plan_save(keys[lossy], ids[lossy], "save", as_is=True, chain=keys)
+        keys, ids, groups = blocks.keys, blocks.block_ids, blocks.groups
+        of_groups = None if groups is None else groups[lossy]
+        plan = control.plan_save(keys[lossy], ids[lossy], "save", groups=of_groups, as_is=True, chain=keys)
         await call.start(plan.transfer, partial(_finish_save, control, plan), more=False)
         raw_outcomes = await call.outcomes(first_part=call.num_parts - 1)
         self.stats.record_kept_as_is(raw_outcomes.count(SaveOutcome.STORED))
@@ -222,7 +268,7 @@ class EngineCore:
     def load_blocks(
         self,
         hashes: BlockHashes,
-        block_ids: BlockIds,
+        block_ids: BlockTables,
         *,
         stream: object = None,
         deadline_s: float | EllipsisType | None = ...,
@@ -234,7 +280,8 @@ class EngineCore:
 
         Args:
             hashes: `[n]` block hashes of 32 bytes, in order.
-            block_ids: `[n]` block id that each block is written to; in range, without duplicates.
+            block_ids: `[n]` block id that each block is written to; in range, without duplicates. For a cache with
+                groups a dict, as in `save_blocks`; `match_request` says which blocks are needed.
             stream: CUDA stream whose queued work may still use those blocks; by default torch's current stream.
                 Work queued on any stream after this returns sees the loaded bytes.
             deadline_s: seconds to wait for the lower tier. A block that comes later is a miss now, and in the pool
@@ -247,18 +294,17 @@ class EngineCore:
             EngineStateError: no caches are registered, the engine is shut down, or this is not its loop.
         """
         _, data = self._planes()
-        keys, ids = named_blocks(hashes, block_ids, data.layout.num_blocks)
+        blocks = named_blocks(hashes, block_ids, data.cache)
         wait_s = self.config.tier.load_deadline_s if isinstance(deadline_s, EllipsisType) else deadline_s
-        return self._load(keys, ids, data.current_stream() if stream is None else stream, wait_s)
+        return self._load(blocks, data.current_stream() if stream is None else stream, wait_s)
 
-    async def _load(
-        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, deadline_s: float | None
-    ) -> LoadResult:
+    async def _load(self, blocks: NamedBlocks, stream: object, deadline_s: float | None) -> LoadResult:
         self._check_loop()
         self._planes()
-        fetch = LoadFetch(self._tiering, keys, deadline_s) if self._tiering is not None else None
+        keys, tiering = blocks.keys, self._tiering
+        fetch = LoadFetch(tiering, keys, blocks.groups, deadline_s) if tiering is not None else None
         try:
-            outcomes = await self._load_arriving(keys, ids, stream, fetch)
+            outcomes = await self._load_arriving(blocks, stream, fetch)
         except BaseException:
             if fetch is not None:
                 fetch.cancel()
@@ -267,13 +313,17 @@ class EngineCore:
             outcomes = fetch.name_misses(outcomes)
             self._tiering.loaded(keys, outcomes)
         self.stats.record_outcomes(outcomes)
-        return LoadResult(tuple(ids.tolist()), outcomes)
+        ids = blocks.in_order_of_call(tuple(blocks.block_ids.tolist()))
+        return LoadResult(ids, blocks.in_order_of_call(outcomes), blocks.names)
 
     async def _load_arriving(
-        self, keys: NDArray[np.uint64], ids: NDArray[np.int32], stream: object, fetch: LoadFetch | None
+        self, blocks: NamedBlocks, stream: object, fetch: LoadFetch | None
     ) -> tuple[MissReason | None, ...]:
         control, data = self._planes()
-        call: TransferCall[MissReason | None] = TransferCall(self._queue, data, self.stats, stream, Direction.LOAD, ids)
+        keys, ids = blocks.keys, blocks.block_ids
+        call: TransferCall[MissReason | None] = TransferCall(
+            self._queue, data, self.stats, stream, Direction.LOAD, ids, blocks.groups
+        )
         async with call:
             for part in call.parts(len(ids)):
                 if fetch is not None:
@@ -288,7 +338,8 @@ class EngineCore:
     def prefetch(self, hashes: BlockHashes) -> Coroutine[Any, Any, int]:
         """Fetch blocks that only the lower tier has into the pool. Await it; it returns when all fetches have ended.
 
-        Cancelling it drops the fetches that have not started.
+        Of a cache with groups, only blocks that are needed to resume as late as possible are fetched. Cancelling it
+        drops the fetches that have not started.
 
         Returns:
             Length of the prefix of `hashes` that could be loaded now, in blocks.
@@ -296,21 +347,44 @@ class EngineCore:
         self._planes()
         return self._prefetch(pack_keys(hashes))
 
-    async def _prefetch(self, keys: NDArray[np.uint64]) -> int:
+    async def _prefetch(self, hashes: NDArray[np.uint64]) -> int:
         self._check_loop()
-        control, _ = self._planes()
+        control, data = self._planes()
+        groups = data.cache.groups
         if self._tiering is not None:
-            fetch = self._tiering.fetch(keys)
+            keys, numbers = hashes, None
+            if not groups.is_single:
+                keys, numbers = groups.needed_keys(hashes, self._match(hashes).num_tokens)
+            fetch = self._tiering.fetch(keys, numbers)
             try:
                 await fetch.wait()
             except asyncio.CancelledError:
                 fetch.cancel()
                 raise
-        return control.index.prefix_length(keys)
+        if groups.is_single:
+            return control.index.prefix_length(hashes)
+        in_pool = [control.index.contains_mask(groups.keys(hashes, number)) for number in range(len(groups))]
+        return groups.longest_match(in_pool, len(hashes) * data.cache.block_size).num_tokens // data.cache.block_size
 
-    def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
-        """`bool [n]`: blocks that could be loaded from the pool or the lower tier. From any thread; does not wait."""
-        return self._found(pack_keys(hashes))
+    def check_blocks(self, hashes: BlockHashes, group: str | None = None) -> NDArray[np.bool_]:
+        """Blocks that could be loaded from the pool or the lower tier. From any thread; does not wait.
+
+        Args:
+            hashes: `[n]` block hashes.
+            group: name of the group whose blocks are meant. If it is left out, and the cache has several, the answer is
+                for the whole request: whether it could resume behind each hash.
+
+        Returns:
+            `bool`: `[n]`, or with `group` one for each block of the group.
+        """
+        _, data = self._planes()
+        keys, groups = pack_keys(hashes), data.cache.groups
+        if group is not None:
+            return self._found(groups.keys(keys, groups.number_of(group)))
+        if groups.is_single:
+            return self._found(keys)
+        boundaries = groups.resumable(self._found_by_group(keys), len(keys) * data.cache.block_size)
+        return np.isin(np.arange(1, len(keys) + 1) * data.cache.block_size, boundaries)
 
     def _found(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         control, _ = self._planes()
@@ -320,20 +394,59 @@ class EngineCore:
             mask[~mask] = self._tiering.known(keys[~mask])
         return mask
 
+    def _found_by_group(self, hashes: NDArray[np.uint64]) -> list[NDArray[np.bool_]]:
+        _, data = self._planes()
+        groups = data.cache.groups
+        return [self._found(groups.keys(hashes, number)) for number in range(len(groups))]
+
     def match_prefix(self, hashes: BlockHashes) -> int:
-        """Length of the prefix that could be loaded, in blocks. From any thread."""
-        found = self._found(pack_keys(hashes))
-        missing = np.flatnonzero(~found)
-        known = int(missing[0]) if missing.size else len(found)
-        self.stats.record_lookup(len(found), known)
+        """Length of the prefix that could be loaded, in blocks. From any thread.
+
+        Of a cache with groups, the prefix ends where every group has what it needs to resume.
+        """
+        _, data = self._planes()
+        keys = pack_keys(hashes)
+        if data.cache.groups.is_single:
+            found = self._found(keys)
+            missing = np.flatnonzero(~found)
+            known = int(missing[0]) if missing.size else len(found)
+        else:
+            known = self._match(keys).num_tokens // data.cache.block_size
+        self.stats.record_lookup(len(keys), known)
         return known
 
-    def miss_reason(self, block_hash: BlockHash) -> MissReason | None:
-        """Why a block could not be loaded now; None if it could. From any thread."""
-        control, _ = self._planes()
-        if control.index.prefix_length([block_hash]):
+    def match_request(self, hashes: BlockHashes) -> Match:
+        """How far a request could resume now, and which block of which group keeps it from getting further.
+
+        From any thread. `KVGroup.needed` says which blocks a load needs at `num_tokens`.
+        """
+        return self._match(pack_keys(hashes))
+
+    def _match(self, hashes: NDArray[np.uint64]) -> Match:
+        control, data = self._planes()
+        groups = data.cache.groups
+        match = groups.longest_match(self._found_by_group(hashes), len(hashes) * data.cache.block_size)
+        if match.missing is None:
+            return match
+        key = groups.keys(hashes, groups.number_of(match.missing.group))[match.missing.block]
+        reason = control.index.miss_reason(key.tobytes())
+        return match._replace(missing=match.missing._replace(reason=reason))
+
+    def miss_reason(self, block_hash: BlockHash, group: str | None = None) -> MissReason | None:
+        """Why a block could not be loaded now; None if it could. From any thread.
+
+        Args:
+            block_hash: the block's hash.
+            group: name of its group; may be left out if the cache has one.
+        """
+        control, data = self._planes()
+        groups = data.cache.groups
+        if group is None and not groups.is_single:
+            raise ConfigError(f"the cache has several groups: name one of {', '.join(g.name for g in groups.groups)}")
+        key = groups.tagged(pack_keys([block_hash]), 0 if group is None else groups.number_of(group))
+        if control.index.prefix_length(key):
             return None
-        return control.index.miss_reason(block_hash)
+        return control.index.miss_reason(key.tobytes())
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -388,7 +501,7 @@ class EngineCore:
             ]
             evicted = self._control.index.evicted_blocks
         tiering = self._tiering.figures() if self._tiering is not None else None
-        block_size = self._data.layout.block_size if self._data is not None else 0
+        block_size = self._data.cache.block_size if self._data is not None else 0
         return self.stats.snapshot(pools, evicted_blocks=evicted, tiering=tiering, block_size=block_size)
 
     def current_stream(self) -> int | None:

@@ -7,20 +7,21 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import EllipsisType, TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.engine.arguments import BlockHashes, BlockIds
+from kvortex.engine.arguments import BlockHashes, BlockTables
 from kvortex.engine.core import EngineCore
 from kvortex.errors import EngineStateError
-from kvortex.layout import KVLayout
+from kvortex.groups import KVGroup, Match
+from kvortex.layout import KVLayout, PagedCache
 from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.stats import StatsSnapshot
 from kvortex.types import LoadResult, SaveResult
@@ -60,6 +61,7 @@ class SyncEngine:
             self._at_exit = partial(_shut_down, weakref.ref(self))
             atexit.register(self._at_exit)
 
+    @overload
     def register_kv_caches(
         self,
         kv_caches: Mapping[str, torch.Tensor],
@@ -67,18 +69,41 @@ class SyncEngine:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
-    ) -> KVLayout:
+    ) -> KVLayout: ...
+
+    @overload
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        block_dim: int | Mapping[str, int] | None = None,
+        groups: Sequence[KVGroup] | None,
+    ) -> KVLayout | PagedCache: ...
+
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        block_dim: int | Mapping[str, int] | None = None,
+        groups: Sequence[KVGroup] | None = None,
+    ) -> KVLayout | PagedCache:
         """As `KVortexEngine.register_kv_caches`."""
 
-        def register() -> KVLayout:
-            return self._engine.register_kv_caches(kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim)
+        def register() -> KVLayout | PagedCache:
+            return self._engine.register_kv_caches(
+                kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim, groups=groups
+            )
 
         return self._wait(_on_loop(register), None)
 
     def save_blocks(
         self,
         hashes: BlockHashes,
-        block_ids: BlockIds,
+        block_ids: BlockTables,
         *,
         stream: object = None,
         timeout_s: float | None = None,
@@ -89,7 +114,7 @@ class SyncEngine:
     def load_blocks(
         self,
         hashes: BlockHashes,
-        block_ids: BlockIds,
+        block_ids: BlockTables,
         *,
         stream: object = None,
         deadline_s: float | EllipsisType | None = ...,
@@ -103,9 +128,13 @@ class SyncEngine:
         """As `KVortexEngine.prefetch`."""
         return self._wait(self._engine.prefetch(hashes), timeout_s)
 
-    def check_blocks(self, hashes: BlockHashes) -> NDArray[np.bool_]:
+    def check_blocks(self, hashes: BlockHashes, group: str | None = None) -> NDArray[np.bool_]:
         """As `KVortexEngine.check_blocks`; does not go through the loop."""
-        return self._engine.check_blocks(hashes)
+        return self._engine.check_blocks(hashes, group)
+
+    def match_request(self, hashes: BlockHashes) -> Match:
+        """As `KVortexEngine.match_request`; does not go through the loop."""
+        return self._engine.match_request(hashes)
 
     def match_prefix(self, hashes: BlockHashes) -> int:
         """As `KVortexEngine.match_prefix`; does not go through the loop."""

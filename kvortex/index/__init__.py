@@ -3,18 +3,21 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
-from kvortex.index.cache_index import CacheIndex, Evicted, Pins, Reservation
-from kvortex.index.keys import pack_keys
+from kvortex.index.cache_index import FORM_0, CacheIndex, Evicted, Pins, Reservation
+from kvortex.index.keys import as_packed, pack_keys
 from kvortex.index.pacing import EvictionPacer
 from kvortex.index.policy import EvictionPolicy, LRUPolicy
 from kvortex.index.policy_adaptive import ARCPolicy, S3FIFOPolicy
 from kvortex.index.policy_choice import make_policy
-from kvortex.index.table import BUSY, MISS_REASONS, RESERVED, STORED
+from kvortex.index.table import BUSY, COMMITTED, MISS_REASONS, PENDING, RESERVED, STORED
 from kvortex.index.warm import warm_up
 
 __all__ = [
     "BUSY",
+    "COMMITTED",
+    "FORM_0",
     "MISS_REASONS",
+    "PENDING",
     "RESERVED",
     "STORED",
     "ARCPolicy",
@@ -26,6 +29,7 @@ __all__ = [
     "Pins",
     "Reservation",
     "S3FIFOPolicy",
+    "as_packed",
     "make_policy",
     "pack_keys",
     "warm_up",

@@ -12,7 +12,7 @@ from kvortex.index import table as steps
 from kvortex.index.keys import WORDS, as_packed, pack_keys
 from kvortex.index.policy import EvictionPolicy
 from kvortex.index.table import MISS_REASONS
-from kvortex.types import MissReason
+from kvortex.types import Forms, MissReason
 
 Keys = NDArray[np.uint64]
 Slots = NDArray[np.int64]
@@ -20,6 +20,7 @@ Offsets = NDArray[np.int64]
 
 _EVICTED = MISS_REASONS.index(MissReason.EVICTED)
 _NO_OFFSETS = np.empty(0, np.int64)
+FORM_0 = np.zeros(1, np.uint8)
 
 
 class Reservation:
@@ -100,6 +101,11 @@ class Pins:
         """64-bit checksum of each hit, `uint64 [k]`."""
         return self._results[steps.PIN_DIGESTS, : self.num_hits].view(np.uint64)
 
+    @property
+    def forms(self) -> NDArray[np.int64]:
+        """Form of each hit, `int64 [k]`."""
+        return self._results[steps.PIN_FORMS, : self.num_hits]
+
 
 class Evicted(NamedTuple):
     """The `n` blocks that an eviction has removed, coldest first."""
@@ -108,6 +114,7 @@ class Evicted(NamedTuple):
     keys: Keys  # uint64 [n, 4]
     nbytes: NDArray[np.int64]  # int64 [n], bytes of each extent
     digests: NDArray[np.uint64]  # uint64 [n], 64-bit checksums
+    forms: NDArray[np.int64]  # int64 [n]
 
 
 class CacheIndex:
@@ -221,6 +228,15 @@ class CacheIndex:
         mask: NDArray[np.bool_] = steps.contains_mask(*self._table[:2], as_packed(keys))
         return mask
 
+    def states(self, keys: Keys) -> NDArray[np.uint8]:
+        """For each key COMMITTED if it can be loaded, PENDING if it is being stored, or 0, `uint8 [n]`.
+
+        Raises:
+            InvalidHashError: the keys are not `uint64 [n, 4]`.
+        """
+        found: NDArray[np.uint8] = steps.states(*self._table[:2], as_packed(keys))
+        return found
+
     def miss_reason(self, key: bytes) -> MissReason:
         """Return why a look-up of `key` missed. PENDING if the block was committed in the meantime.
 
@@ -246,7 +262,12 @@ class CacheIndex:
         return Reservation(results, owned)
 
     def commit(
-        self, slots: Slots, offsets: Offsets, nbytes: int | NDArray[np.int64], digests: NDArray[np.uint64]
+        self,
+        slots: Slots,
+        offsets: Offsets,
+        nbytes: int | NDArray[np.int64],
+        digests: NDArray[np.uint64],
+        forms: Forms = FORM_0,
     ) -> Offsets:
         """Make reserved blocks visible.
 
@@ -255,6 +276,8 @@ class CacheIndex:
             offsets: offset of each block's extent, `int64 [n]`.
             nbytes: bytes of each extent, `int64 [n]`, or one size for all.
             digests: 64-bit checksum of each block, `uint64 [n]`.
+            forms: what the bytes of each block are, `uint8 [n]`, or one form for all, `uint8 [1]`. The index stores the
+                numbers and returns them.
 
         Returns:
             Offsets of the blocks that did not become visible because of a `clear` after their reservation; usually
@@ -265,14 +288,12 @@ class CacheIndex:
             InvalidHashError: the arrays differ in length; nothing is committed.
         """
         sizes = nbytes if isinstance(nbytes, np.ndarray) else np.array([nbytes])
-        if not len(slots) == len(offsets) == len(digests) or len(sizes) not in (1, len(slots)):
-            raise InvalidHashError(
-                f"slots, offsets, nbytes and digests differ in length: {len(slots)}, {len(offsets)}, {len(sizes)}, "
-                f"{len(digests)}"
-            )
+        lengths = [len(slots), len(offsets), len(sizes), len(digests), len(forms)]
+        if not lengths[0] == lengths[1] == lengths[3] or {lengths[2], lengths[4]} - {1, lengths[0]}:
+            raise InvalidHashError(f"slots, offsets, nbytes, digests and forms differ in length: {lengths}")
         with self._lock:
             results = self._scratch(len(slots))
-            failed, orphaned, idle = steps.commit(*self._table, slots, offsets, sizes, digests, results)
+            failed, orphaned, idle = steps.commit(*self._table, slots, offsets, sizes, digests, forms, results)
             _raise_if(failed, slots, "is not reserved, or named twice")
             self._policy.weigh(slots, sizes)
             return self._freed(orphaned, idle)
@@ -355,13 +376,13 @@ class CacheIndex:
         with self._lock:
             return self._drop(slots, reason)
 
-    def drop_key(self, key: bytes, reason: MissReason) -> Offsets:
-        """Remove one block by its key, like `drop`. Nothing happens if it is not committed.
+    def drop_keys(self, keys: Keys, reason: MissReason) -> Offsets:
+        """Remove blocks by their keys, like `drop`. Keys that are not committed are ignored.
 
         Raises:
-            InvalidHashError: the key is not 32 bytes.
+            InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is removed.
         """
-        keys = pack_keys([key])
+        keys = as_packed(keys)
         with self._lock:
             return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
 
@@ -380,10 +401,10 @@ class CacheIndex:
         with self._lock:
             rows = self._table.rows
             coldest = self._policy.pop_coldest(nbytes, rows["nbytes"], rows["pins"])
-            results, keys = np.empty((3, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
+            results, keys = np.empty((4, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
             count = steps.evict(*self._table, coldest, _EVICTED, results, keys)
-        offsets, sizes, digests = results[:, :count]
-        return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64))
+        offsets, sizes, digests, forms = results[:, :count]
+        return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64), forms)
 
     def clear(self) -> Offsets:
         """Remove every block and every ghost.
@@ -403,7 +424,7 @@ class CacheIndex:
     # The caller of the methods below holds the lock.
 
     def _pin(self, keys: Keys) -> Pins:
-        results = np.empty((6, len(keys)), np.int64)
+        results = np.empty((7, len(keys)), np.int64)
         return Pins(results, steps.pin(*self._table[:2], keys, results))
 
     def _scratch(self, count: int) -> steps.Results:

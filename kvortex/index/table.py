@@ -71,6 +71,7 @@ ROW = np.dtype(
         ("state", np.uint8),
         ("parked", np.uint8),  # 1 if an eviction met the slot while it was busy and took it out of the eviction order
         ("reason", np.uint8),  # position in MISS_REASONS, valid while `ring_at` is not -1
+        ("form", np.uint8),  # what the block's bytes are; set for committed and dropped blocks
     ],
     align=True,
 )
@@ -277,6 +278,7 @@ def _release_pins(rows: Rows, slots: Slots, reserved: bool) -> int:
 @njit(cache=True, forceinline=True)
 def _copy_extent(rows: Rows, slot: int, results: Results, i: int) -> None:
     results[0, i], results[1, i], results[2, i] = rows[slot].offset, rows[slot].nbytes, np.int64(rows[slot].digest)
+    results[3, i] = rows[slot].form
 
 
 # Reads.
@@ -298,6 +300,17 @@ def contains_mask(rows: Rows, buckets: Buckets, keys: Keys) -> NDArray[np.bool_]
         slot = _find(rows, buckets, keys, i)
         mask[i] = slot >= 0 and rows[slot].state == COMMITTED
     return mask
+
+
+@njit(cache=True)
+def states(rows: Rows, buckets: Buckets, keys: Keys) -> NDArray[np.uint8]:
+    """For each key COMMITTED, PENDING, or 0 if it is neither."""
+    found = np.zeros(len(keys), np.uint8)
+    for i in range(len(keys)):
+        slot = _find(rows, buckets, keys, i)
+        if slot >= 0 and (rows[slot].state == COMMITTED or rows[slot].state == PENDING):
+            found[i] = rows[slot].state
+    return found
 
 
 @njit(cache=True)
@@ -326,7 +339,7 @@ def committed_slots(rows: Rows, buckets: Buckets, keys: Keys) -> Slots:
 # reservation or pin any more: the caller puts them back into the eviction order.
 
 RESERVE_SLOTS, RESERVE_STATES, RESERVE_OWNED, RESERVE_CHAIN, RESERVE_EVICTED = range(5)
-PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS = range(6)
+PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS, PIN_FORMS = range(7)
 
 
 @njit(cache=True)
@@ -384,9 +397,10 @@ def commit(
     offsets: Offsets,
     nbytes: NDArray[np.int64],
     digests: NDArray[np.uint64],
+    forms: NDArray[np.uint8],
     results: Results,
 ) -> tuple[int, int, int]:
-    """Make reserved blocks visible. `nbytes` is `[n]`, or `[1]` if all blocks have the same size.
+    """Make reserved blocks visible. `nbytes` and `forms` are `[n]`, or `[1]` if all blocks have the same.
 
     Writes, by row of `results`: offsets of orphaned reservations, idle slots.
 
@@ -405,6 +419,7 @@ def commit(
         rows[slot].state, rows[slot].ring_at = COMMITTED, -1
         rows[slot].offset, rows[slot].digest = offsets[i], digests[i]
         rows[slot].nbytes = nbytes[i if len(nbytes) > 1 else 0]
+        rows[slot].form = forms[i if len(forms) > 1 else 0]
         totals[COMMITTED_BLOCKS] += 1
         totals[COMMITTED_BYTES] += rows[slot].nbytes
         if rows[slot].parked:
@@ -441,7 +456,7 @@ def pin(rows: Rows, buckets: Buckets, keys: Keys, results: Results) -> int:
     Writes, by row of `results`:
         PIN_SLOTS: for each key its slot, or -1 for a miss.
         PIN_REASONS: for each key why it is a miss, as a position in MISS_REASONS.
-        PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS: slot, offset, size and digest of each hit.
+        PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS, PIN_FORMS: slot, offset, size, digest and form of each hit.
 
     Returns the number of hits.
     """
@@ -520,7 +535,7 @@ def evict(
 ) -> int:
     """Remove the idle blocks among `slots`, and park the busy ones.
 
-    Writes offset, size and digest of each removed block into the rows of `results`, and its key into `keys`.
+    Writes offset, size, digest and form of each removed block into the rows of `results`, and its key into `keys`.
 
     Returns the number of removed blocks.
     """

@@ -24,6 +24,7 @@ def warm_up(eviction_policy: str = "lru") -> None:
     index.abort(slots[30:], None)
     index.contains_mask(keys)
     index.prefix_length(keys)
+    index.states(keys)
     index.miss_reason(bytes(BLOCK_HASH_BYTES))
     pinned = index.pin(keys[:1]).slots
     index.touch(keys[:1])

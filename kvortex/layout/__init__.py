@@ -3,6 +3,7 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
+from kvortex.layout.cache import PagedCache
 from kvortex.layout.layout import KVLayout, Segment, TensorFormat, TensorLike, TensorView
 
-__all__ = ["KVLayout", "Segment", "TensorFormat", "TensorLike", "TensorView"]
+__all__ = ["KVLayout", "PagedCache", "Segment", "TensorFormat", "TensorLike", "TensorView"]

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
+from kvortex.groups import GroupSet
 from kvortex.index import (
     BUSY,
+    FORM_0,
     MISS_REASONS,
     RESERVED,
     STORED,
@@ -27,7 +29,7 @@ from kvortex.index import (
     warm_up,
 )
 from kvortex.memory import ExtentAllocator
-from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan
+from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
 
 CPU_TIER: Final = "cpu"
 
@@ -45,20 +47,24 @@ class SavePlan(NamedTuple):
         transfer: the transfer of the blocks that move.
         states: answers of the reservation, `int64 [n]`.
         slots: slots in the index of the blocks that move, `int64 [m]`.
-        nbytes: size of their extents.
+        nbytes: sizes of their extents, `int64 [m]`, or one size for all, `int64 [1]`.
+        placed: their positions in the call, `intp [m]`; None for the first `m` of the reserved blocks.
     """
 
     transfer: TransferPlan
     states: NDArray[np.int64]
     slots: NDArray[np.int64]
-    nbytes: int
+    nbytes: NDArray[np.int64]
+    placed: NDArray[np.intp] | None = None
 
     @property
     def positions(self) -> NDArray[np.intp]:
-        """Positions in the call of the blocks that move, `intp [m]`: of the reserved blocks, the first `m`.
+        """Positions in the call of the blocks that move, `intp [m]`.
 
         If there was not enough room for all, `plan_save` gave the reservations of the last ones up.
         """
+        if self.placed is not None:
+            return self.placed
         reserved = np.flatnonzero(self.states == RESERVED)
         return reserved[: len(self.slots)]
 
@@ -82,12 +88,12 @@ class LoadPlan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """Blocks in flight from a lower tier: positions in the call, slots in the index, offsets and sizes of extents."""
+    """Blocks in flight from a lower tier: positions in the call, slots in the index, offsets of extents, forms."""
 
     positions: NDArray[np.intp]
     slots: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    nbytes: NDArray[np.int64]
+    forms: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,7 @@ class HeldBlocks:
     offsets: NDArray[np.int64]
     nbytes: NDArray[np.int64]
     digests: NDArray[np.uint64]
+    forms: NDArray[np.int64]
 
 
 class ControlPlane:
@@ -108,7 +115,8 @@ class ControlPlane:
         index: the blocks of one namespace.
         allocator: allocates extents of the pool.
         pacer: decides how much to evict as the pool fills.
-        sizes: bytes that a block takes in the pool.
+        sizes: bytes that a block takes in the pool, for each group.
+        groups: the groups of the cache; None if it has one, of which nothing else needs to be known.
 
     Attributes:
         on_removed: called with the offsets, `int64 [n]`, of visible blocks that have left the pool.
@@ -116,32 +124,52 @@ class ControlPlane:
             first on, it takes over: it calls `free` for each of these when it has written the block elsewhere.
     """
 
-    def __init__(self, index: CacheIndex, allocator: ExtentAllocator, pacer: EvictionPacer, sizes: BlockSizes) -> None:
+    def __init__(
+        self,
+        index: CacheIndex,
+        allocator: ExtentAllocator,
+        pacer: EvictionPacer,
+        sizes: Sequence[BlockSizes],
+        groups: GroupSet | None = None,
+    ) -> None:
         self.index = index
         self.allocator = allocator
+        self.groups = groups
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
         self.on_evicted: Callable[[Evicted], int] | None = None
         self._pacer = pacer
-        self._sizes = sizes
+        self.extents = np.array([nbytes for s in sizes for nbytes in (s.raw, s.packed)], dtype=np.int64)
+        """Bytes of an extent, by form, `int64 [2 * num_groups]`."""
+        self.usual_forms = np.array([form_of(n, s.packs) for n, s in enumerate(sizes)], dtype=np.uint8)
+        """The form in which blocks of each group are stored: packed if they can be, `uint8 [num_groups]`."""
+        self._one_group = len(sizes) == 1
+        self.has_forms = len(sizes) > 1 or sizes[0].packs
+        """Whether blocks can have another form than 0."""
         self._shrunk = False
 
     @classmethod
-    def from_config(cls, config: KVortexConfig, capacity_bytes: int, sizes: BlockSizes) -> Self:
+    def from_config(
+        cls,
+        config: KVortexConfig,
+        capacity_bytes: int,
+        sizes: Sequence[BlockSizes],
+        groups: GroupSet | None = None,
+    ) -> Self:
         """A control plane over an empty pool of `capacity_bytes`.
 
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
-        check_block_fits(sizes, capacity_bytes, config.pool.pin_piece_bytes)
+        check_blocks_fit(sizes, capacity_bytes, config.pool.pin_piece_bytes)
         warm_up(config.eviction.policy)
         allocator = ExtentAllocator(capacity_bytes, config.pool.pin_piece_bytes, name=CPU_TIER)
         index = CacheIndex(
             make_policy(config.eviction.policy),
             ghost_entries=config.eviction.ghost_entries,
-            expected_entries=allocator.capacity_bytes // sizes.packed + config.eviction.ghost_entries,
+            expected_entries=allocator.capacity_bytes // min(s.packed for s in sizes) + config.eviction.ghost_entries,
         )
         pacer = EvictionPacer(allocator.capacity_bytes, config.eviction.watermark, config.eviction.ratio)
-        return cls(index, allocator, pacer, sizes)
+        return cls(index, allocator, pacer, sizes, groups)
 
     # -- save --------------------------------------------------------------------------------------
 
@@ -151,29 +179,45 @@ class ControlPlane:
         block_ids: NDArray[np.int32],
         owner: str,
         *,
+        groups: NDArray[np.uint8] | None = None,
         as_is: bool = False,
         chain: NDArray[np.uint64] | None = None,
     ) -> SavePlan:
         """Reserve the blocks that are not stored yet and find room for them, the head of the chain first.
 
         Args:
-            keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
+            keys: keys of blocks, `uint64 [n, 4]` from `pack_keys`; what is worth more comes first, such as the root of
+                a chain.
             block_ids: ids of these blocks in the paged cache, `int32 [n]`.
             owner: name under which the extents are accounted.
+            groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
             as_is: store the blocks raw, although the codec packs.
-            chain: block hashes, `uint64 [m, 4]`, that must not be evicted to make room for these, such as the blocks
-                in front of them; by default `keys`.
+            chain: keys, `uint64 [m, 4]`, of blocks that must not be evicted to make room for these, such as those in
+                front of them; by default `keys`.
         """
-        packs = self._sizes.packs and not as_is
-        nbytes = self._sizes.packed if packs else self._sizes.raw
         reservation = self.index.reserve(keys)
-        slots = reservation.owned
-        offsets = self._make_room(reservation.num_owned, nbytes, owner, keys if chain is None else chain)
-        if len(offsets) < len(slots):
-            self.index.abort(slots[len(offsets) :], None)
-            slots = slots[: len(offsets)]
-        packed = np.ones(len(offsets), dtype=np.bool_) if packs else None
-        plan = SavePlan(TransferPlan(Direction.SAVE, block_ids, offsets, packed), reservation.states, slots, nbytes)
+        slots, chain = reservation.owned, keys if chain is None else chain
+        if self._one_group or groups is None:
+            form = 0 if as_is else int(self.usual_forms[0])
+            nbytes, placed = self.extents[form : form + 1], None
+            offsets = self._make_room(reservation.num_owned, int(nbytes[0]), owner, chain)
+            if len(offsets) < len(slots):
+                self.index.abort(slots[len(offsets) :], None)
+                slots = slots[: len(offsets)]
+            forms = np.full(len(slots), form, dtype=np.uint8) if form else None
+        else:
+            wanted = np.flatnonzero(reservation.states == RESERVED)
+            forms = 2 * groups[wanted] if as_is else self.usual_forms[groups[wanted]]
+            offsets = self._place(self.extents[forms], owner, chain)
+            if (got := offsets >= 0).all():
+                placed = wanted
+            else:
+                self.index.abort(slots[~got], None)
+                placed, forms, offsets, slots = wanted[got], forms[got], offsets[got], slots[got]
+            nbytes = self.extents[forms]
+        plan = SavePlan(
+            TransferPlan(Direction.SAVE, block_ids, offsets, forms), reservation.states, slots, nbytes, placed
+        )
         if len(slots) < len(block_ids):
             plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
         return plan
@@ -205,11 +249,11 @@ class ControlPlane:
             succeeded = within if succeeded is None else succeeded & within
         succeeded = _unless_all(succeeded)
         if succeeded is None:
-            self.allocator.free_many(self.index.commit(plan.slots, offsets, plan.nbytes, digests))
+            self.allocator.free_many(self._commit(plan, slice(None), digests))
             if len(plan.slots) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
             return _save_outcomes(plan, np.ones(len(offsets), dtype=np.bool_), None)
-        unseen = self.index.commit(plan.slots[succeeded], offsets[succeeded], plan.nbytes, digests[succeeded])
+        unseen = self._commit(plan, succeeded, digests)
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
         failed = ~succeeded & ~lossy
@@ -219,6 +263,27 @@ class ControlPlane:
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
         return _save_outcomes(plan, succeeded, too_lossy)
+
+    def _commit(
+        self, plan: SavePlan, which: slice | NDArray[np.bool_], digests: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        forms, nbytes = plan.transfer.forms, plan.nbytes
+        return self.index.commit(
+            plan.slots[which],
+            plan.transfer.offsets[which],
+            nbytes if len(nbytes) == 1 else nbytes[which],
+            digests[which],
+            FORM_0 if forms is None else forms[which],
+        )
+
+    def _place(self, nbytes: NDArray[np.int64], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Offsets of extents of different sizes, `int64 [n]`. For blocks without room, of each size the last, -1."""
+        offsets = np.full(nbytes.size, -1, dtype=np.int64)
+        for size in np.unique(nbytes)[::-1].tolist():
+            places = np.flatnonzero(nbytes == size)
+            found = self._make_room(places.size, size, owner, chain)
+            offsets[places[: found.size]] = found
+        return offsets
 
     def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
         paced = self._pacer.step(self.allocator.allocated_bytes, count * nbytes)
@@ -252,14 +317,31 @@ class ControlPlane:
         self.allocator.free_many(offsets[taken:])
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
+        if offsets.size:
+            self._drop_useless(evicted.keys, MissReason.EVICTED)
         return offsets.size
+
+    def _drop_useless(self, keys: NDArray[np.uint64], reason: MissReason) -> None:
+        """Drop the blocks of other groups that end where blocks of the anchor group, which are gone, have ended.
+
+        Args:
+            keys: keys of the blocks that are gone, `uint64 [n, 4]`. Those of other groups than the anchor name nothing.
+            reason: why they are gone.
+        """
+        if (
+            self.groups is None or self.groups.is_single or self.on_evicted is not None
+        ):  # the tier keeps what was evicted
+            return
+        for number in range(len(self.groups)):
+            if number != self.groups.anchor:
+                self._remove(self.index.drop_keys(self.groups.tagged(keys, number), reason))
 
     # -- lower tiers -------------------------------------------------------------------------------
 
     def plan_fetch(
         self,
         keys: NDArray[np.uint64],
-        packed: NDArray[np.bool_],
+        forms: NDArray[np.uint8],
         owner: str,
         *,
         chain: NDArray[np.uint64] | None = None,
@@ -267,38 +349,41 @@ class ControlPlane:
         """Reserve blocks that a lower tier has, and find room for them, the head of the chain first.
 
         Args:
-            keys: block hashes, `uint64 [n, 4]`.
-            packed: which of them are stored packed there, `bool [n]`.
+            keys: keys of blocks, `uint64 [n, 4]`.
+            forms: the form of each block there, `uint8 [n]`.
             owner: name under which the extents are accounted.
             chain: blocks that must not be evicted, as in `plan_save`.
         """
         reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
-        sizes = np.where(packed[wanted], self._sizes.packed, self._sizes.raw)
-        offsets = np.full(wanted.size, -1, dtype=np.int64)
-        for nbytes in np.unique(sizes).tolist():
-            places = np.flatnonzero(sizes == nbytes)
-            found = self._make_room(places.size, nbytes, owner, keys if chain is None else chain)
-            offsets[places[: found.size]] = found
+        forms = forms[wanted]
+        offsets = self._place(self.extents[forms], owner, keys if chain is None else chain)
         got = offsets >= 0
         self.index.abort(reservation.slots[wanted[~got]], None)
-        return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], sizes[got])
+        return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], forms[got])
 
-    def finish_fetch(self, slot: int, offset: int, nbytes: int, digest: int) -> None:
+    def finish_fetch(self, slot: int, offset: int, form: int, digest: int) -> None:
         """A fetched block has arrived: make it visible, unless the pool has shrunk below its extent.
 
         Args:
             slot: the block's slot in the index.
             offset: offset of its extent in bytes.
-            nbytes: size of its extent.
+            form: its form.
             digest: digest of its payload.
         """
+        nbytes = int(self.extents[form])
         if self._shrunk and not self._within(np.array([offset]), nbytes).all():
             self.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
             return
         slots = np.array([slot])
         self.allocator.free_many(
-            self.index.commit(slots, np.array([offset]), nbytes, np.array([digest], dtype=np.uint64))
+            self.index.commit(
+                slots,
+                np.array([offset]),
+                nbytes,
+                np.array([digest], dtype=np.uint64),
+                np.array([form], dtype=np.uint8),
+            )
         )
 
     def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None:
@@ -309,7 +394,9 @@ class ControlPlane:
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
         """Protect blocks, `uint64 [n, 4]`, from eviction while a lower tier reads them; absent ones are skipped."""
         pins = self.index.hold(keys)
-        return HeldBlocks(np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests)
+        return HeldBlocks(
+            np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests, pins.forms
+        )
 
     def release(self, slots: NDArray[np.int64]) -> None:
         """Release held blocks; `slots` are theirs, `int64 [m]`."""
@@ -318,10 +405,6 @@ class ControlPlane:
     def free(self, offset: int) -> None:
         """Free the extent of a block that was taken over when it was evicted."""
         self.allocator.free_many([offset])
-
-    def is_packed(self, nbytes: int) -> bool:
-        """True if a block whose extent has this size is stored packed."""
-        return self._sizes.packs and nbytes == self._sizes.packed
 
     # -- load --------------------------------------------------------------------------------------
 
@@ -333,8 +416,8 @@ class ControlPlane:
             block_ids: ids of these blocks in the paged cache, `int32 [n]`.
         """
         pins = self.index.pin(keys)
-        packed = pins.nbytes == self._sizes.packed if self._sizes.packs else None
-        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, packed), pins)
+        forms = pins.forms.astype(np.uint8) if self.has_forms else None
+        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, forms), pins)
         if pins.num_hits < len(block_ids):
             plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
         return plan
@@ -393,7 +476,7 @@ class ControlPlane:
         self._shrunk = True
         self._remove(self.index.drop_beyond(self.allocator.capacity_bytes, MissReason.TRANSFER_FAILED))
 
-    def _within(self, offsets: NDArray[np.int64], nbytes: int) -> NDArray[np.bool_]:
+    def _within(self, offsets: NDArray[np.int64], nbytes: int | NDArray[np.int64]) -> NDArray[np.bool_]:
         within: NDArray[np.bool_] = offsets + nbytes <= self.allocator.capacity_bytes
         return within
 
@@ -407,20 +490,22 @@ class ControlPlane:
             self.on_removed(offsets)
 
 
-def check_block_fits(sizes: BlockSizes, capacity_bytes: int, piece_bytes: int) -> None:
-    """Refuse a pool that cannot hold a single block.
+def check_blocks_fit(sizes: Sequence[BlockSizes], capacity_bytes: int, piece_bytes: int) -> None:
+    """Refuse a pool that cannot hold a block of each group.
 
     Raises:
-        ConfigError: a block does not fit the pool or a piece of it.
+        ConfigError: a block of each group does not fit the pool, or the largest block a piece of it.
     """
-    if sizes.raw > capacity_bytes:
+    largest, together = max(s.raw for s in sizes), sum(s.raw for s in sizes)
+    if together > capacity_bytes:
+        blocks = "a block takes" if len(sizes) == 1 else f"one block of each of {len(sizes)} groups of layers takes"
         raise ConfigError(
-            f"a block takes {sizes.raw} bytes, the pool has {capacity_bytes}: "
+            f"{blocks} {together} bytes, the pool has {capacity_bytes}: "
             "raise pool.bytes to what many blocks take, such as 16GiB"
         )
-    if sizes.raw > piece_bytes:
+    if largest > piece_bytes:
         raise ConfigError(
-            f"a block takes {sizes.raw} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
+            f"a block takes {largest} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
             "raise pool.pin_piece_bytes"
         )
 

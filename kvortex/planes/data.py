@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import block_sizes, encodings_of, packing_for
+from kvortex.codecs import RAW, Encodings, Pages, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.kernels.claims import BlockClaims
-from kvortex.layout import KVLayout
+from kvortex.layout import PagedCache
 from kvortex.memory import PinnedPool, SharedMemory
-from kvortex.planes.control import check_block_fits
+from kvortex.planes.control import check_blocks_fit
 from kvortex.planes.self_test import run_self_test
 from kvortex.runtime.blocking import run_blocking
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.stats import PoolFigures
-from kvortex.types import Direction, TransferPlan
+from kvortex.types import BlockSizes, Direction, TransferPlan
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class DataPlane:
     Args:
         config: the engine's settings.
         tensors: layer name -> tensor of the paged cache, all on one device; kept alive until `aclose`.
-        layout: derived from these tensors.
+        cache: the groups of layers and their layouts, derived from these tensors.
         memory: shared memory for the pool, of processes whose caches have the same layout; None for a private pool. The
             self-test overwrites its first extents, so nothing may be saved before all processes have come so far.
         wrap_executor: returns another executor that wraps the device's, for tests.
@@ -57,26 +57,22 @@ class DataPlane:
         self,
         config: KVortexConfig,
         tensors: Mapping[str, torch.Tensor],
-        layout: KVLayout,
+        cache: PagedCache,
         *,
         memory: SharedMemory | None = None,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
         on_pinning_stopped: Callable[[int], None] | None = None,
     ) -> None:
-        self.layout = layout
-        self.packing = packing_for(layout, config.codec.name)
-        self.sizes = block_sizes(layout, self.packing)
-        self.encodings = encodings_of(layout, self.packing)
+        self.cache = cache
+        self.pages = pages_of(cache, config.codec.name)
+        self.encodings = Encodings(self.pages)
         # The bound on the error is a part of the name: blocks that were packed with a looser one must not be found.
-        self._codec_name = (
-            f"{self.packing.codec} within {config.codec.max_error}" if self.packing else self.encodings.codec
-        )
-        check_block_fits(self.sizes, config.pool.bytes, config.pool.pin_piece_bytes)
-        self.device = _device_of(layout)
+        self._codec_name = f"{config.codec.name} within {config.codec.max_error}" if self.packs else RAW
+        check_blocks_fit(self.sizes, config.pool.bytes, config.pool.pin_piece_bytes)
+        self.device = _device_of(cache.device)
         self._tensors = dict(tensors)
-        self._block_dims = {f.name: dim for f, dim in zip(layout.formats, layout.block_dims, strict=True)}
         self._events: list[Event] = []
-        self._claims = BlockClaims(layout.num_blocks)
+        self._claims = _claims_of(cache)
         self._on_pinning_stopped = on_pinning_stopped
         self.pool = PinnedPool(
             config.pool.bytes,
@@ -100,6 +96,16 @@ class DataPlane:
             self._executor: TransferExecutor | None = executor
             undo.pop_all()
 
+    @property
+    def sizes(self) -> tuple[BlockSizes, ...]:
+        """Bytes of extents, for each group."""
+        return tuple(pages.sizes for pages in self.pages)
+
+    @property
+    def packs(self) -> bool:
+        """True if blocks of at least one group are packed."""
+        return self.encodings.pack_any
+
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         if self._on_pinning_stopped is not None:
             self._on_pinning_stopped(pinned_bytes)
@@ -109,51 +115,44 @@ class DataPlane:
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
         if self.device is None:
-            packs = HostPackKernels(self.layout, self.packing, self.pool.bytes) if self.packing else None
-            return HostExecutor(
-                HostKernels(self.layout, self.pool.bytes),
-                pack_kernels=packs,
-                max_pack_error=config.codec.max_error,
-            )
+            kernels: list[HostKernels | HostPackKernels] = []
+            for layout, packing in self.pages:
+                raw = HostKernels(layout, self.pool.bytes)
+                kernels += [raw, HostPackKernels(layout, packing, self.pool.bytes) if packing else raw]
+            return HostExecutor(kernels, max_pack_error=config.codec.max_error)
         return CudaExecutor(
-            self.layout,
+            self.pages,
             self.pool,
             self.device,
             num_streams=config.transfer.streams,
             staging_nbytes=config.transfer.max_batch_bytes,
-            packing=self.packing,
             max_pack_error=config.codec.max_error,
         )
 
     def _self_test(self, executor: TransferExecutor) -> None:
         piece_nbytes = min(self.pool.piece_bytes, self.pool.capacity_bytes)
-        count = min(SELF_TEST_BLOCKS, self.layout.num_blocks, piece_nbytes // self.sizes.raw)
-        self.pool.wait_ready(count * self.sizes.raw)
-        run_self_test(
-            self.layout,
-            self._tensors,
-            self._block_of,
-            [b * (self.layout.num_blocks - 1) for b in range(count)],  # the first and the last
-            executor,
-            np.arange(count, dtype=np.int64) * self.sizes.raw,
-            self.pool.bytes,
-            self.record_event,
-            self.packing,
-        )
-
-    def _block_of(self, name: str, block_id: int) -> torch.Tensor:
-        tensor, dim = self._tensors[name], self._block_dims[name]
-        ratio = tensor.shape[dim] // self.layout.num_blocks
-        return tensor.narrow(dim, block_id * ratio, ratio)
+        for group, (pages, size) in enumerate(zip(self.pages, self.sizes, strict=True)):
+            count = min(SELF_TEST_BLOCKS, pages.layout.num_blocks, piece_nbytes // size.raw)
+            self.pool.wait_ready(count * size.raw)
+            run_self_test(
+                pages,
+                group,
+                self._tensors,
+                [b * (pages.layout.num_blocks - 1) for b in range(count)],  # the first and the last
+                executor,
+                np.arange(count, dtype=np.int64) * size.raw,
+                self.pool.bytes,
+                self.record_event,
+            )
 
     def namespace(self, identity: ModelIdentity) -> Namespace:
         """The namespace of this cache's blocks: what must agree, besides the tokens, before they may be reused."""
         return Namespace(
             model=identity.model,
             weights_revision=identity.weights_revision,
-            kv_dtype="/".join(self.layout.dtypes),
-            layout=self.layout.digest,
-            block_size=self.layout.block_size,
+            kv_dtype="/".join(self.cache.dtypes),
+            layout=self.cache.digest,
+            block_size=self.cache.block_size,
             tp_rank=identity.tp_rank,
             tp_size=identity.tp_size,
             pp_rank=identity.pp_rank,
@@ -216,23 +215,22 @@ class DataPlane:
             plan.direction,
             plan.block_ids,
             plan.offsets,
-            self.sizes.raw,
+            self.encodings.extents,
             after,
             on_settled,
             more_follows=more_follows,
             wants_source_released=wants_source_released,
-            packed=plan.packed,
-            packed_nbytes=self.sizes.packed,
+            forms=plan.forms,
         )
         try:
             if claim is None:
-                claim = self.claim(plan.direction, plan.block_ids)
+                claim = self.claim(plan.direction, plan.block_ids, None if plan.forms is None else plan.forms // 2)
                 if plan.direction is Direction.SAVE:
                     request.on_source_released = claim.release
                 else:
                     request.on_settled = partial(_release_then, claim, on_settled)
             if request.num_blocks and not self.pool.is_ready(self.pool.capacity_bytes):
-                end = int(plan.offsets.max()) + self.sizes.raw
+                end = int(plan.offsets.max()) + max(self.encodings.extents)
                 await self.pool.ready(min(end, self.pool.capacity_bytes))
             self._scheduler.submit(request)
         except DeviceError as error:
@@ -242,17 +240,23 @@ class DataPlane:
             raise
         return request
 
-    def claim(self, direction: Direction, block_ids: NDArray[np.int32]) -> "Claim":
+    def claim(
+        self, direction: Direction, block_ids: NDArray[np.int32], groups: NDArray[np.uint8] | None = None
+    ) -> "Claim":
         """Claim blocks of the cache until the claim is released. A load excludes all others, a save excludes loads.
 
         Args:
             direction: direction of the transfer.
             block_ids: ids of the blocks, `int32 [n]`.
+            groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
 
         Raises:
             InvalidBlockIdError: another transfer excludes one of them; none is claimed.
         """
-        return Claim(self._claims, direction, block_ids)
+        if groups is None or len(set(self._claims)) == 1:
+            return Claim([(self._claims[0], block_ids)], direction)
+        parts = [(self._claims[group], block_ids[groups == group]) for group in np.unique(groups).tolist()]
+        return Claim(parts, direction)
 
     async def wait(self, requests: Sequence[TransferRequest]) -> None:
         """Wait until requests have settled.
@@ -304,17 +308,22 @@ class DataPlane:
 class Claim:
     """Blocks of the paged cache that one save or load uses. `DataPlane.claim` creates it."""
 
-    def __init__(self, claims: BlockClaims, direction: Direction, block_ids: NDArray[np.int32]) -> None:
-        claims.claim(direction, block_ids)
-        self._claims: BlockClaims | None = claims
+    def __init__(self, parts: Sequence[tuple[BlockClaims, NDArray[np.int32]]], direction: Direction) -> None:
+        self._parts: list[tuple[BlockClaims, NDArray[np.int32]]] = []
         self._direction = direction
-        self._block_ids = block_ids
+        try:
+            for claims, block_ids in parts:
+                claims.claim(direction, block_ids)
+                self._parts.append((claims, block_ids))
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Release the blocks; idempotent."""
-        if self._claims is not None:
-            self._claims.release(self._direction, self._block_ids)
-            self._claims = None
+        parts, self._parts = self._parts, []
+        for claims, block_ids in parts:
+            claims.release(self._direction, block_ids)
 
 
 def _release_then(claim: Claim, then: Callable[[TransferRequest], None], request: TransferRequest) -> None:
@@ -333,12 +342,34 @@ def _on_loop(call: Callable[[int], None]) -> Callable[[int], None]:
     return pass_on
 
 
-def _device_of(layout: KVLayout) -> Device | None:
-    kind, _, ordinal = layout.device.partition(":")
+def pages_of(cache: PagedCache, codec: str) -> tuple[Pages, ...]:
+    """How the blocks of each group lie in the cache, and how the codec packs them.
+
+    Raises:
+        ConfigError: the codec does not exist, or a segment is not a whole number of units.
+    """
+    return tuple(
+        Pages(layout, packing_for(layout, codec if group.may_pack else RAW))
+        for group, layout in zip(cache.groups.groups, cache.layouts, strict=True)
+    )
+
+
+def _claims_of(cache: PagedCache) -> list[BlockClaims]:
+    """The claims for each group; groups that share memory share them, too."""
+    sizes = [layout.num_blocks for layout in cache.layouts]
+    claims = {
+        space: BlockClaims(max(n for n, s in zip(sizes, cache.block_spaces, strict=True) if s == space))
+        for space in set(cache.block_spaces)
+    }
+    return [claims[space] for space in cache.block_spaces]
+
+
+def _device_of(device: str) -> Device | None:
+    kind, _, ordinal = device.partition(":")
     if kind == "cpu":
         return None
     if kind != "cuda":
-        raise LayoutError(f"tensors on {layout.device!r}: KVortex serves CUDA devices and host memory only")
+        raise LayoutError(f"tensors on {device!r}: KVortex serves CUDA devices and host memory only")
     return Device(int(ordinal or torch.cuda.current_device()))
 
 

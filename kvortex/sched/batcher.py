@@ -27,12 +27,12 @@ class Slice(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Blocks that one gather or scatter moves. All are packed or none is; they take `nbytes` of the pool."""
+    """Blocks that one gather or scatter moves. All have one form; they take `nbytes` of the pool."""
 
     direction: Direction
     slices: tuple[Slice, ...]
     nbytes: int
-    packed: bool = False
+    form: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -148,14 +148,14 @@ class Batcher:
         bytes_left, blocks_left = self._byte_limit(direction), self._max_blocks
         slices: list[Slice] = []
         nbytes = 0
-        packed = False
+        form = 0
         while queue and blocks_left and bytes_left > 0 and len(slices) < self._max_requests:
             request = queue[0]
-            alike, is_packed = request.next_alike()
-            if slices and is_packed != packed:
+            alike, next_form = request.next_alike()
+            if slices and next_form != form:
                 break
-            packed = is_packed
-            block_nbytes = request.packed_nbytes if packed else request.block_nbytes
+            form = next_form
+            block_nbytes = request.extents[form]
             fitting = min(bytes_left // block_nbytes, blocks_left, alike)
             if fitting == 0 and slices:
                 break
@@ -170,4 +170,4 @@ class Batcher:
                 queue.popleft()
         self._queued_bytes[direction] -= nbytes
         self._last_batch_bytes[direction] = nbytes
-        return Batch(direction, tuple(slices), nbytes, packed)
+        return Batch(direction, tuple(slices), nbytes, form)

@@ -9,14 +9,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Packing, too_lossy
+from kvortex.codecs import Pages, too_lossy
 from kvortex.cuda.driver import Device, Event, Stream
 from kvortex.errors import DeviceError
 from kvortex.kernels import DeviceKernels
 from kvortex.kernels.device import BatchSlot, device_table, staging_block_nbytes
 from kvortex.kernels.tables import MAX_BATCH_BLOCKS
 from kvortex.kernels.tiles import scratch_words
-from kvortex.layout import KVLayout
 from kvortex.memory import DeviceStagingPool, PinnedPool
 from kvortex.sched.batcher import Batch
 from kvortex.sched.doorbell import Doorbell
@@ -77,12 +76,11 @@ class CudaExecutor(TransferExecutor):
     caller's stream had queued. For each direction a thread sleeps on the events and rings the doorbell behind `fd`.
 
     Args:
-        layout: where the blocks of the registered tensors are.
+        pages: for each group of layers where its blocks are, and how they are packed.
         pool: the pinned memory that holds the extents.
         device: the device of the tensors.
         num_streams: number of streams that carry copies.
         staging_nbytes: size of one staging buffer in bytes, which is the largest batch.
-        packing: how blocks of that layout are packed; None if they are not.
         max_pack_error: relative error above which a packed block is reported as too lossy.
 
     Raises:
@@ -91,20 +89,20 @@ class CudaExecutor(TransferExecutor):
 
     def __init__(
         self,
-        layout: KVLayout,
+        pages: Sequence[Pages],
         pool: PinnedPool,
         device: Device,
         *,
         num_streams: int,
         staging_nbytes: int,
-        packing: Packing | None = None,
         max_pack_error: float = 0.0,
     ) -> None:
         self._device = device
         self._pool = pool
         self._max_pack_error = max_pack_error
-        encodings = (None,) if packing is None else (None, packing)
-        self._block_nbytes = [staging_block_nbytes(layout, encoding) for encoding in encodings]
+        # Two forms a group, raw and packed; without packing both are the same.
+        forms = [Pages(layout, packing) for layout, packing in pages for packing in (None, packing)]
+        self._block_nbytes = [staging_block_nbytes(*form) for form in forms]
         self._closed = False
         staging_nbytes = max(staging_nbytes, *self._block_nbytes)
         max_blocks = min(MAX_BATCH_BLOCKS, staging_nbytes // min(self._block_nbytes))
@@ -113,7 +111,7 @@ class CudaExecutor(TransferExecutor):
             undo.callback(self._doorbell.close)
             self.fd = self._doorbell.fd
             self._lanes = self._make_lanes(num_streams, undo)
-            tables = [device_table(layout, encoding) for encoding in encodings]
+            tables = [device_table(*form) for form in forms]
             scratch_nbytes = 8 * scratch_words(max_blocks)
             lane_nbytes = STAGING_BUFFERS * (staging_nbytes + SLOTS_PER_BUFFER * scratch_nbytes)
             self.staging = DeviceStagingPool(device, len(self._lanes) * lane_nbytes + sum(t.nbytes for t in tables))
@@ -133,8 +131,8 @@ class CudaExecutor(TransferExecutor):
                     offsets = np.empty(max_blocks, dtype=np.int64)
                     lane.idle.append(_InFlight(slot, self._event(undo), self._event(undo), offsets))
             self._kernels = [
-                DeviceKernels(layout, device, address, encoding)
-                for address, encoding in zip(addresses, encodings, strict=True)
+                DeviceKernels(form.layout, device, address, form.packing)
+                for address, form in zip(addresses, forms, strict=True)
             ]
             device.synchronize_stream(setup)
             undo.callback(self._synchronize)
@@ -202,7 +200,7 @@ class CudaExecutor(TransferExecutor):
         lane.waiter.watch(flight.done, partial(self._finish, batch, lane, flight, on_done))
 
     def _queue(self, batch: Batch, lane: _Lane, flight: _InFlight) -> None:
-        kernels, (buffer, copies) = self._kernels[batch.packed], lane.next_buffer()
+        kernels, (buffer, copies) = self._kernels[batch.form], lane.next_buffer()
         loads = batch.direction is Direction.LOAD
         block_ids, offsets = batch_arrays(batch)
         prepare = kernels.prepare_scatter if loads else kernels.prepare_gather
@@ -219,7 +217,7 @@ class CudaExecutor(TransferExecutor):
             flight.done,
             buffer.address,
             self._pool.address,
-            self._block_nbytes[batch.packed],
+            self._block_nbytes[batch.form],
             self._pool.piece_bytes,
             np.array(after, dtype=np.int64),
             launch.words,
@@ -238,7 +236,7 @@ class CudaExecutor(TransferExecutor):
     def _finish(
         self, batch: Batch, lane: _Lane, flight: _InFlight, on_done: Completion, error: DeviceError | None
     ) -> None:
-        kernels = self._kernels[batch.packed]
+        kernels = self._kernels[batch.form]
         digests = kernels.digests(flight.slot, batch.num_blocks)
         errors = kernels.errors(flight.slot, batch.num_blocks) if batch.direction is Direction.SAVE else None
         if flight.buffer.emptied == flight.done:

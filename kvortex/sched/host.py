@@ -1,7 +1,7 @@
 """Moves batches between a cache in host memory and the pool, with the CPU kernels, on one worker thread."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
@@ -24,8 +24,7 @@ class HostExecutor(TransferExecutor):
     """Moves one batch at a time: the kernels use all cores and release the GIL.
 
     Args:
-        kernels: copy blocks between the registered tensors and the pool.
-        pack_kernels: pack and unpack blocks on the way; None if no block is packed.
+        kernels: for each form the kernels that move its blocks between the registered tensors and the pool.
         max_pack_error: relative error above which a packed block is reported as too lossy.
     """
 
@@ -33,13 +32,11 @@ class HostExecutor(TransferExecutor):
 
     def __init__(
         self,
-        kernels: HostKernels,
+        kernels: Sequence[HostKernels | HostPackKernels],
         *,
-        pack_kernels: HostPackKernels | None = None,
         max_pack_error: float = 0.0,
     ) -> None:
-        self._kernels = kernels
-        self._pack_kernels = pack_kernels
+        self._kernels = list(kernels)
         self._max_pack_error = max_pack_error
         self._doorbell = Doorbell()
         self.fd = self._doorbell.fd
@@ -64,13 +61,12 @@ class HostExecutor(TransferExecutor):
         call_all(self._ended.popleft() for _ in range(self._doorbell.take()))
 
     def _move(self, batch: Batch) -> _Moved:
-        arrays = batch_arrays(batch)
-        if not batch.packed or self._pack_kernels is None:
-            move = self._kernels.gather if batch.direction is Direction.SAVE else self._kernels.scatter
-            return move(*arrays), None
+        arrays, kernels = batch_arrays(batch), self._kernels[batch.form]
         if batch.direction is Direction.LOAD:
-            return self._pack_kernels.scatter(*arrays), None
-        digests, errors = self._pack_kernels.gather(*arrays)
+            return kernels.scatter(*arrays), None
+        if isinstance(kernels, HostKernels):
+            return kernels.gather(*arrays), None
+        digests, errors = kernels.gather(*arrays)
         return digests, too_lossy(errors, self._max_pack_error)
 
     def _finish(self, done: Future[_Moved], on_done: Completion, on_source_read: SourceRead) -> None:
@@ -90,5 +86,4 @@ class HostExecutor(TransferExecutor):
         self._closed = True
         self._worker.shutdown()
         self._doorbell.close()
-        for kernels in ("_kernels", "_pack_kernels"):
-            self.__dict__.pop(kernels, None)  # they hold a view of the pool
+        self._kernels.clear()  # they hold a view of the pool

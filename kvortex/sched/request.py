@@ -1,7 +1,7 @@
 """The transfer of one call: its blocks, their extents in the pool, and the outcome."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +19,12 @@ class TransferRequest:
         direction: SAVE reads the cache, LOAD writes it.
         block_ids: ids of the blocks in the paged cache, `int32 [n]`.
         offsets: byte offsets of the blocks' extents in the pool, `int64 [n]`.
-        block_nbytes: bytes of a raw block's extent, padding included.
+        extents: bytes of an extent, padding included, by form.
         after: CUDA event that must fire before the cache is touched; None if there is nothing to wait for.
         on_settled: called once, on the loop, when the request is settled.
         on_source_released: called once, on the loop, when a save has read the cache or has given up.
         more_follows: True if another request of the same call follows, so that this is not the end of a transfer.
-        packed: which blocks are packed in the pool, `bool [n]`; None for none.
-        packed_nbytes: bytes of a packed block's extent, padding included.
+        forms: the form of each block, `uint8 [n]`; None if all have form 0.
         wants_source_released: True to report `source_released` as soon as a save has read the cache; otherwise it is
             reported when the save ends.
 
@@ -37,14 +36,13 @@ class TransferRequest:
     direction: Direction
     block_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    block_nbytes: int
+    extents: Sequence[int]
     after: Event | None = None
     on_settled: Callable[["TransferRequest"], None] | None = None
     on_source_released: Callable[[], None] | None = None
     more_follows: bool = False
     wants_source_released: bool = False
-    packed: NDArray[np.bool_] | None = None
-    packed_nbytes: int = 0
+    forms: NDArray[np.uint8] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     source_released: asyncio.Event = field(default_factory=asyncio.Event)
     errors: list[Exception] = field(default_factory=list)
@@ -72,18 +70,18 @@ class TransferRequest:
     @property
     def waiting_nbytes(self) -> int:
         """Bytes of the extents of those blocks."""
-        if self.packed is None:
-            return self.blocks_waiting * self.block_nbytes
-        packed = int(np.count_nonzero(self.packed[self.next_block : self.num_blocks]))
-        return packed * self.packed_nbytes + (self.blocks_waiting - packed) * self.block_nbytes
+        if self.forms is None:
+            return self.blocks_waiting * self.extents[0]
+        counts = np.bincount(self.forms[self.next_block : self.num_blocks])
+        return sum(count * nbytes for count, nbytes in zip(counts.tolist(), self.extents, strict=False))
 
-    def next_alike(self) -> tuple[int, bool]:
-        """How many of the next blocks are all packed or all raw, and whether they are packed."""
-        if self.packed is None:
-            return self.blocks_waiting, False
-        waiting = self.packed[self.next_block : self.num_blocks]
+    def next_alike(self) -> tuple[int, int]:
+        """How many of the next blocks have the same form, and that form."""
+        if self.forms is None:
+            return self.blocks_waiting, 0
+        waiting = self.forms[self.next_block : self.num_blocks]
         other = np.flatnonzero(waiting != waiting[0])
-        return int(other[0]) if other.size else len(waiting), bool(waiting[0])
+        return int(other[0]) if other.size else len(waiting), int(waiting[0])
 
     def arrived(self, start: int, digests: NDArray[np.uint64], too_lossy: NDArray[np.bool_] | None) -> None:
         """Note that a batch has moved the blocks from `start` on, one for each digest. `digests` may be kept."""

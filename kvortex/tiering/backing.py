@@ -20,11 +20,11 @@ from kvortex.tiering.keys import key_as_is, keys_as_is, split_keys
 from kvortex.tiering.state import TierState, TierTasks
 from kvortex.tiers import Tier
 from kvortex.tiers.uses import UseClock
-from kvortex.types import Direction
+from kvortex.types import Direction, form_of
 
 NOT_KNOWN: Final = 0
-PACKED: Final = 1  # also for every block of an engine whose codec does not pack
-AS_IS: Final = 2
+USUAL: Final = 1  # packed, or raw where the blocks of its group are never packed
+AS_IS: Final = 2  # raw, although the blocks of its group are packed
 
 
 @dataclass(eq=False)
@@ -41,10 +41,9 @@ class TieredPool:
     bytes: NDArray[np.uint8]
     encodings: Encodings
 
-    def payload(self, offset: int, extent_nbytes: int) -> NDArray[np.uint8]:
-        """The payload of the block in an extent, `uint8 [n]`, as a view of the pool."""
-        packed = self.control.is_packed(extent_nbytes)
-        return self.bytes[offset : offset + self.encodings.payload_nbytes(packed)]
+    def payload(self, offset: int, form: int) -> NDArray[np.uint8]:
+        """The payload of the block at an offset, `uint8 [n]`, as a view of the pool."""
+        return self.bytes[offset : offset + self.encodings.payloads[form]]
 
     def release(self) -> None:
         """Let go of the pool's memory, so that it can be unmapped once no late read holds a view of it."""
@@ -93,9 +92,13 @@ class BackingTier:
 
     # -- keys --------------------------------------------------------------------------------------
 
-    def key_of(self, block_hash: bytes, packed: bool) -> bytes:
-        """The tier's key of a block in one of its encodings, 32 bytes."""
-        return key_as_is(block_hash) if self.encodings.payloads.packs and not packed else block_hash
+    def key_of(self, block_hash: bytes, form: int) -> bytes:
+        """The tier's key of a block in one of its forms, 32 bytes."""
+        return key_as_is(block_hash) if self.encodings.is_kept_as_is(form) else block_hash
+
+    def form_of(self, group: int, encoding: int) -> int:
+        """The form of a block of a group that the tier has in an encoding."""
+        return form_of(group, False) if encoding == AS_IS else self.encodings.usual_form(group)
 
     def encodings_known(self, hashes: NDArray[np.uint64]) -> NDArray[np.int8]:
         """The encoding in which the tier is known to have each block. One step, from memory, from any thread.
@@ -104,10 +107,10 @@ class BackingTier:
             hashes: block hashes, `uint64 [n, 4]`.
 
         Returns:
-            NOT_KNOWN, PACKED or AS_IS, `int8 [n]`.
+            NOT_KNOWN, USUAL or AS_IS, `int8 [n]`.
         """
         found = self._known(hashes).astype(np.int8)
-        if self.encodings.payloads.packs and not found.all():
+        if self.encodings.pack_any and not found.all():
             others = np.flatnonzero(found == NOT_KNOWN)
             found[others] = np.where(self._known(keys_as_is(hashes[others])), AS_IS, NOT_KNOWN)
         return found
@@ -118,11 +121,11 @@ class BackingTier:
 
     async def ask_encodings(self, hashes: Sequence[bytes]) -> list[int]:
         """The same as `encodings_known`, from the store itself, for blocks that are not known to be there."""
-        packed = await self.guard.contains([self.key_of(block_hash, True) for block_hash in hashes])
-        found = [PACKED if there else NOT_KNOWN for there in packed]
+        usual = await self.guard.contains(hashes)
+        found = [USUAL if there else NOT_KNOWN for there in usual]
         others = [i for i, encoding in enumerate(found) if encoding == NOT_KNOWN]
-        if self.encodings.payloads.packs and others and not self.guard.reads.refuses:
-            as_is = await self.guard.contains([self.key_of(hashes[i], False) for i in others])
+        if self.encodings.pack_any and others and not self.guard.reads.refuses:
+            as_is = await self.guard.contains([key_as_is(hashes[i]) for i in others])
             for i, there in zip(others, as_is, strict=True):
                 found[i] = AS_IS if there else NOT_KNOWN
         return found
@@ -132,7 +135,7 @@ class BackingTier:
     async def delete(self, hashes: NDArray[np.uint64]) -> None:
         """Delete blocks, `uint64 [n, 4]`, from the tier in both encodings."""
         keys = split_keys(hashes)
-        if self.encodings.payloads.packs:
+        if self.encodings.pack_any:
             keys += split_keys(keys_as_is(hashes))
         await self.guard.delete(keys)
 
@@ -144,15 +147,14 @@ class BackingTier:
             found: the encoding in which the tier has each of them, `int8 [n]`; those that are NOT_KNOWN are left out.
             used_s: times of their use, `float64 [n]`.
         """
-        for encoding, of_encoding in ((PACKED, hashes), (AS_IS, keys_as_is(hashes))):
+        for encoding, of_encoding in ((USUAL, hashes), (AS_IS, keys_as_is(hashes))):
             there = found == encoding
             if there.any():
                 await self.guard.touch(split_keys(of_encoding[there]), used_s[there].tolist())
 
-    def record(self, direction: Direction, blocks: int, seconds: float) -> None:
+    def record(self, direction: Direction, blocks: int, nbytes: int, seconds: float) -> None:
         """Count one transfer of `blocks` blocks."""
         if blocks:
-            nbytes = blocks * self.encodings.payloads.packed
             self._stats.record_transfer(direction, self.tier.name, blocks=blocks, nbytes=nbytes, seconds=seconds)
 
 

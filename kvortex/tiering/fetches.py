@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.tiering.backing import NOT_KNOWN, PACKED, BackingTier
+from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.keys import join_keys, split_keys
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest
 from kvortex.types import Direction, MissReason
@@ -25,10 +25,18 @@ class Fetch:
         fetches: all fetches of the tier.
         keys: block hashes that are wanted, `uint64 [n, 4]`, a chain from its head.
         used_s: times at which the blocks count as used, `float64 [n]`.
+        groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
     """
 
-    def __init__(self, fetches: "Fetches", keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        fetches: "Fetches",
+        keys: NDArray[np.uint64],
+        used_s: NDArray[np.float64],
+        groups: NDArray[np.uint8] | None = None,
+    ) -> None:
         self.keys = keys
+        self.groups = groups
         self.used_s = used_s
         self.pending: dict[bytes, int] = {}
         """The blocks that it still waits for: block hash -> position in the call."""
@@ -79,10 +87,11 @@ class Fetch:
 class _Wanted:
     """A block that calls wait for."""
 
-    __slots__ = ("calls", "encoding", "key", "reading")
+    __slots__ = ("calls", "encoding", "group", "key", "reading")
 
-    def __init__(self, key: bytes, encoding: int) -> None:
+    def __init__(self, key: bytes, group: int, encoding: int) -> None:
         self.key = key
+        self.group = group
         self.encoding = encoding
         self.calls: list[Fetch] = []
         self.reading = False
@@ -132,14 +141,15 @@ class Fetches:
         found: NDArray[np.bool_] = self._backing.encodings_known(keys) != NOT_KNOWN
         return found
 
-    def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
+    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8] | None = None) -> Fetch:
         """Begin to fetch the blocks that the tier has and the pool has not, in order.
 
         Args:
             keys: block hashes, `uint64 [n, 4]`, a chain from its head.
+            groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
         """
         backing = self._backing
-        fetch = Fetch(self, keys, backing.uses.chain(len(keys)))
+        fetch = Fetch(self, keys, backing.uses.chain(len(keys)), groups)
         refuses = backing.guard.reads.refuses
         if not backing.state.may_work:
             return fetch
@@ -164,7 +174,8 @@ class Fetches:
     def _add(self, fetch: Fetch, key: bytes, position: int, encoding: int) -> None:
         wanted = self._wanted.get(key)
         if wanted is None:
-            wanted = self._wanted[key] = _Wanted(key, encoding)
+            group = 0 if fetch.groups is None else int(fetch.groups[position])
+            wanted = self._wanted[key] = _Wanted(key, group, encoding)
             (self._queue if encoding != NOT_KNOWN else self._unknown)[key] = wanted
         if key not in fetch.pending:
             fetch.pending[key] = position
@@ -232,14 +243,12 @@ class Fetches:
         backing, call = self._backing, batch[0].calls[0]
         for wanted in batch:
             del self._queue[wanted.key]
-        packed = np.array(
-            [wanted.encoding == PACKED and backing.encodings.payloads.packs for wanted in batch], dtype=np.bool_
-        )
+        forms = np.array([backing.form_of(wanted.group, wanted.encoding) for wanted in batch], dtype=np.uint8)
         # Blocks before these in their chain must not be evicted to make room for them.
         chain = call.keys[: max(call.pending[wanted.key] for wanted in batch) + 1]
-        plan = backing.control.plan_fetch(join_keys([wanted.key for wanted in batch]), packed, "fetch", chain=chain)
+        plan = backing.control.plan_fetch(join_keys([wanted.key for wanted in batch]), forms, "fetch", chain=chain)
         reads = [batch[position] for position in plan.positions.tolist()]
-        columns = zip(reads, *(c.tolist() for c in (plan.slots, plan.offsets, plan.nbytes)), strict=True)
+        columns = zip(reads, *(c.tolist() for c in (plan.slots, plan.offsets, plan.forms)), strict=True)
         requests = [self._read_request(call, *column) for column in columns]
         for wanted in reads:
             wanted.reading = True
@@ -255,12 +264,12 @@ class Fetches:
         task = backing.tasks.spawn(self._read(requests, begun))
         task.add_done_callback(partial(self._read_ended, reads, requests, begun))
 
-    def _read_request(self, call: Fetch, wanted: _Wanted, slot: int, offset: int, nbytes: int) -> ReadRequest:
+    def _read_request(self, call: Fetch, wanted: _Wanted, slot: int, offset: int, form: int) -> ReadRequest:
         backing = self._backing
         return ReadRequest(
-            backing.key_of(wanted.key, backing.control.is_packed(nbytes)),
-            backing.pool.payload(offset, nbytes),
-            partial(self._arrived, wanted, slot, offset, nbytes),
+            backing.key_of(wanted.key, form),
+            backing.pool.payload(offset, form),
+            partial(self._arrived, wanted, slot, offset, form),
             used_s=float(call.used_s[call.pending[wanted.key]]),
         )
 
@@ -268,8 +277,8 @@ class Fetches:
         begun.set()
         started = time.perf_counter()
         outcomes = await self._backing.guard.read(requests)
-        good = sum(outcome.reason is None for outcome in outcomes)
-        self._backing.record(Direction.LOAD, good, time.perf_counter() - started)
+        good = [outcome.payload_bytes for outcome in outcomes if outcome.reason is None]
+        self._backing.record(Direction.LOAD, len(good), sum(good), time.perf_counter() - started)
 
     def _read_ended(
         self, reads: Sequence[_Wanted], requests: Sequence[ReadRequest], begun: asyncio.Event, _: object
@@ -282,12 +291,11 @@ class Fetches:
         self._stop_waiting_for(reads)  # a block that still comes after that ends no wait
         self._pump()
 
-    def _arrived(self, wanted: _Wanted, slot: int, offset: int, nbytes: int, outcome: ReadOutcome) -> None:
+    def _arrived(self, wanted: _Wanted, slot: int, offset: int, form: int, outcome: ReadOutcome) -> None:
         backing = self._backing
-        packed = backing.control.is_packed(nbytes)
-        expected = backing.encodings.codec_number(packed), backing.encodings.payload_nbytes(packed)
+        expected = backing.encodings.codec_number(form), backing.encodings.payloads[form]
         if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
-            backing.control.finish_fetch(slot, offset, nbytes, outcome.digest)
+            backing.control.finish_fetch(slot, offset, form, outcome.digest)
             self.fetched_blocks += 1
             if self._deletes_fetched and not backing.state.closing:
                 backing.tasks.spawn(backing.delete(join_keys([wanted.key])))

@@ -178,9 +178,9 @@ class Tiering:
         """Which blocks the tier is known to have; see `Fetches.known`."""
         return self.fetches.known(keys)
 
-    def fetch(self, keys: NDArray[np.uint64]) -> Fetch:
+    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8] | None = None) -> Fetch:
         """Begin to fetch the blocks that the tier has and the pool has not; see `Fetches.fetch`."""
-        return self.fetches.fetch(keys)
+        return self.fetches.fetch(keys, groups)
 
 
 class LoadFetch:
@@ -189,13 +189,20 @@ class LoadFetch:
     Args:
         tiering: the engine's, over one tier.
         keys: block hashes of the load, `uint64 [n, 4]`.
+        groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
         deadline_s: seconds from now until it stops waiting; None waits as long as it takes.
     """
 
-    def __init__(self, tiering: Tiering, keys: NDArray[np.uint64], deadline_s: float | None) -> None:
+    def __init__(
+        self,
+        tiering: Tiering,
+        keys: NDArray[np.uint64],
+        groups: NDArray[np.uint8] | None,
+        deadline_s: float | None,
+    ) -> None:
         self._tiering = tiering
         self._keys = keys
-        self._fetch = tiering.fetch(keys)
+        self._fetch = tiering.fetch(keys, groups)
         self._loop = asyncio.get_running_loop()
         self._due_s = None if deadline_s is None else self._loop.time() + deadline_s
         self._late: set[bytes] = set()

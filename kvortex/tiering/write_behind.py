@@ -30,6 +30,7 @@ class _Demoted:
     key: bytes
     offset: int
     nbytes: int
+    form: int
     digest: int
     used_s: float
 
@@ -104,10 +105,10 @@ class WriteBehind:
             return 0
         fitting = int(np.searchsorted(np.cumsum(evicted.nbytes), self._demoted_limit - self._demoted_bytes, "right"))
         keys = split_keys(evicted.keys[:fitting])
-        columns = zip(evicted.offsets.tolist(), evicted.nbytes.tolist(), evicted.digests.tolist(), strict=True)
+        columns = (evicted.offsets, evicted.nbytes, evicted.forms, evicted.digests)
         used_s = self._backing.uses.now()
-        for key, (offset, nbytes, digest) in zip(keys, columns, strict=False):
-            self._demoted.append(_Demoted(key, offset, nbytes, digest, used_s))
+        for key, offset, nbytes, form, digest in zip(keys, *(c[:fitting].tolist() for c in columns), strict=True):
+            self._demoted.append(_Demoted(key, offset, nbytes, form, digest, used_s))
             self._demoted_bytes += nbytes
         self.demoted_blocks += fitting
         self.shed_blocks += len(evicted.offsets) - fitting
@@ -152,15 +153,16 @@ class WriteBehind:
         started = time.perf_counter()
         outcomes = await self._backing.guard.write(requests)
         self._writing -= len(requests)
-        stored = sum(outcome.outcome.is_stored for outcome in outcomes)
-        self._backing.record(Direction.SAVE, stored, time.perf_counter() - started)
+        stored = [request for request, outcome in zip(requests, outcomes, strict=True) if outcome.outcome.is_stored]
+        nbytes = sum(len(request.payload) for request in stored)  # arrays and views of bytes
+        self._backing.record(Direction.SAVE, len(stored), nbytes, time.perf_counter() - started)
 
     def _next_demoted(self, most: int) -> list[WriteRequest]:
         taken = [self._demoted.popleft() for _ in range(min(most, len(self._demoted)))]
         self._writing += len(taken)
         return [
             self._write_request(
-                block.key, block.offset, block.nbytes, block.digest, block.used_s, partial(self._demoted_done, block)
+                block.key, block.offset, block.form, block.digest, block.used_s, partial(self._demoted_done, block)
             )
             for block in taken
         ]
@@ -174,28 +176,27 @@ class WriteBehind:
         keys = [key for key, encoding in zip(used_s, known.tolist(), strict=True) if encoding == NOT_KNOWN]
         held = self._backing.control.hold(join_keys(keys))
         self._writing += len(held.slots)
-        columns = (held.positions, held.slots, held.offsets, held.nbytes, held.digests)
+        columns = (held.positions, held.slots, held.offsets, held.forms, held.digests)
         return [
             self._write_request(
-                key := keys[position], offset, nbytes, digest, used_s[key], partial(self._queued_done, slot)
+                key := keys[position], offset, form, digest, used_s[key], partial(self._queued_done, slot)
             )
-            for position, slot, offset, nbytes, digest in zip(*(c.tolist() for c in columns), strict=True)
+            for position, slot, offset, form, digest in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
     def _write_request(
         self,
         key: bytes,
         offset: int,
-        nbytes: int,
+        form: int,
         digest: int,
         used_s: float,
         done: Callable[[WriteOutcome], None],
     ) -> WriteRequest:
         backing = self._backing
-        packed = backing.control.is_packed(nbytes)
-        raw_nbytes, codec = backing.encodings.payloads.raw, backing.encodings.codec_number(packed)
-        tier_key = backing.key_of(key, packed)
-        return WriteRequest(tier_key, backing.pool.payload(offset, nbytes), digest, raw_nbytes, codec, done, used_s)
+        raw_nbytes, codec = backing.encodings.raw_nbytes(form), backing.encodings.codec_number(form)
+        tier_key = backing.key_of(key, form)
+        return WriteRequest(tier_key, backing.pool.payload(offset, form), digest, raw_nbytes, codec, done, used_s)
 
     def _queued_done(self, slot: int, outcome: WriteOutcome) -> None:
         self._backing.control.release(np.array([slot]))

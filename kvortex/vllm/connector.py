@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 
 from kvortex.errors import EngineStateError
@@ -23,10 +24,14 @@ from kvortex.vllm.passive import PassiveScheduler, PassiveWorker
 from kvortex.vllm.plans import ConnectorPlan, WorkerHandshake
 from kvortex.vllm.versions import (
     IS_NEWER,
+    REPORTS_FAILED_LOADS,
+    SERVES_GROUPS,
     WorkerReports,
     connector_around,
     pass_reports_through,
     recompute_failed_loads,
+    scheduler_binding,
+    transfer_results,
     watch_allocations,
     watch_sleep,
 )
@@ -36,7 +41,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """KVortex as vLLM's KV connector; see `ConnectorOptions` for what `kv_connector_extra_config` takes.
 
     Loads are asynchronous: a request waits outside of the batch until its blocks are in place. So no forward has to
@@ -115,7 +121,7 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # -- worker ------------------------------------------------------------------------------------
 
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         worker = self._worker
         worker.register_kv_caches(kv_caches)
         self._end_watches.close()
@@ -134,6 +140,11 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.handshake()
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """The first call of a step, before vLLM changes blocks. Older versions pass something else, or do not call."""
+        if isinstance(kv_connector_metadata, ConnectorPlan):
+            self._worker.wait_for_reads(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -158,6 +169,10 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self._worker.take_finished() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        finished = self._worker.take_finished()
+        return transfer_results(finished, self._worker.take_failed_requests())
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_block_ids()
 
@@ -168,6 +183,17 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return None if IS_NEWER else self._worker.take_reports()
 
     # -- scheduler ---------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind(kv_cache_manager)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        """0.23 calls this alone, and names neither its cache manager nor its scheduler."""
+        if REPORTS_FAILED_LOADS or not SERVES_GROUPS:
+            return
+        if (scheduler := scheduler_binding()) is not None:
+            self._scheduler.bind(scheduler.kv_cache_manager, scheduler)
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
         self._accept_handshakes(metadata.values())
@@ -196,12 +222,21 @@ class KVortexConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.request_finished(request), None
 
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request), None
+
     def take_events(self) -> Iterable["KVCacheEvent"]:
         return self._scheduler.take_events()
 
     def has_pending_push_work(self) -> bool:
         """True until the last jobs have been reported: an idle engine goes on stepping for them."""
         return self._scheduler.has_work()
+
+    def has_pending_block_frees(self) -> bool:
+        """True while saves hold device blocks of their own: these become free soon, so nothing has to be preempted."""
+        return self._scheduler.holds_device_blocks()
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset_cache()

@@ -47,31 +47,31 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         """
         self.add(MISS_PREFIX + reason.value, blocks)
 
-    def count_save(self, failed: int, blocks: int, block_nbytes: int) -> None:
+    def count_save(self, failed: int, blocks: int, nbytes: int) -> None:
         """Count one save.
 
         Args:
             failed: blocks of it that were not stored.
             blocks: all blocks of it.
-            block_nbytes: bytes of a block, raw.
+            nbytes: bytes of those that were, raw.
         """
         self.add("saved_blocks", blocks - failed)
-        self.add("saved_bytes", (blocks - failed) * block_nbytes)
+        self.add("saved_bytes", nbytes)
         self.add("failed_saves", failed)
 
-    def count_load(self, outcomes: Sequence[MissReason | None], block_nbytes: int, seconds: float) -> None:
+    def count_load(self, outcomes: Sequence[MissReason | None], nbytes: int, seconds: float) -> None:
         """Count one load.
 
         Args:
             outcomes: one for each block that was promised: None, or the reason why it did not arrive.
-            block_nbytes: bytes of a block, raw.
+            nbytes: bytes of those that arrived, raw.
             seconds: seconds from the plan to the end.
         """
         loaded = sum(outcome is None for outcome in outcomes)
         self.add("loads", 1)
         self.add("load_seconds", seconds)
         self.add("loaded_blocks", loaded)
-        self.add("loaded_bytes", loaded * block_nbytes)
+        self.add("loaded_bytes", nbytes)
         for reason, blocks in Counter(outcome for outcome in outcomes if outcome is not None).items():
             self.count_misses(reason, blocks)
 

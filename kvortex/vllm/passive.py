@@ -10,6 +10,8 @@ from kvortex.vllm.plans import ConnectorPlan
 class PassiveScheduler:
     """The methods of `SchedulerHalf`, without any hit or save."""
 
+    def bind(self, manager: object, scheduler: object = None) -> None: ...
+
     def accept_handshake(self, handshakes: object) -> None: ...
 
     def get_num_new_matched_tokens(self, request: object, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -35,6 +37,9 @@ class PassiveScheduler:
 
     def vllm_was_reset(self) -> None: ...
 
+    def holds_device_blocks(self) -> bool:
+        return False
+
     def has_work(self) -> bool:
         return False
 
@@ -58,6 +63,8 @@ class PassiveWorker:
     def handshake(self) -> None:
         return None
 
+    def wait_for_reads(self, plan: ConnectorPlan) -> None: ...
+
     def begin_step(self, plan: ConnectorPlan) -> None: ...
 
     def start_loads(self) -> None: ...
@@ -65,6 +72,9 @@ class PassiveWorker:
     def start_saves(self) -> None: ...
 
     def take_finished(self) -> set[str]:
+        return set()
+
+    def take_failed_requests(self) -> set[str]:
         return set()
 
     def take_failed_block_ids(self) -> set[int]:

@@ -130,14 +130,14 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 
     Args:
         layout_digest: digest of the cache's layout.
-        sizes: bytes of a block, large enough for those of every pipeline stage.
+        sizes: bytes of a block for each group of layers, large enough for those of every pipeline stage.
         num_blocks: device blocks.
         pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
         namespace: the namespace of its blocks in the lower tier; None without a lower tier.
     """
 
     layout_digest: bytes
-    sizes: BlockSizes
+    sizes: tuple[BlockSizes, ...]
     num_blocks: int
     pool_bytes: int
     namespace: Namespace | None = None

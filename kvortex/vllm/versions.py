@@ -4,6 +4,7 @@ Verified against 0.15.1, 0.23.0, 0.32.0 and, in its main parts, 0.33.0. In this 
 "newer" is 0.23 and later.
 """
 
+import copy
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import Any, Final, TypeAlias
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.v1 import kv_cache_interface
+from vllm.v1.core import kv_cache_utils
 
 from kvortex.errors import ConfigError
 from kvortex.vllm.plans import JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
@@ -27,6 +30,26 @@ else:
 
     _MessageBase = KVConnectorKVEvents
 
+
+SERVES_GROUPS: Final = IS_NEWER
+"""Older versions turn the hybrid manager off whenever there is a connector, or refuse the model."""
+
+
+def kind_name(spec: Any) -> str | None:
+    """vLLM's own name of a spec's kind in KV events; None where events do not tell it."""
+    if not hasattr(kv_cache_interface, "get_kv_cache_spec_kind"):
+        return None
+    kind = kv_cache_interface.get_kv_cache_spec_kind(spec)
+    return str(getattr(kind, "value", kind))
+
+
+REPORTS_FAILED_LOADS: Final = hasattr(base, "KVConnectorTransferResults")
+"""Later ones take failed loads request by request. 0.23 has device block ids only, and not for several groups."""
+
+OTHER_WINDOW_SPECS: Final[tuple[type, ...]] = tuple(
+    spec for spec in [getattr(kv_cache_interface, "SlidingWindowMLASpec", None)] if spec is not None
+)
+"""Kinds of sliding windows that older versions do not have."""
 
 Report: TypeAlias = JobOutcome | WorkerHandshake | WeightsChanged | PoolShrunk
 
@@ -120,18 +143,57 @@ def report_aborted_loads(connector_output: Any, aborted: set[str]) -> None:
         connector_output.finished_sending = set(connector_output.finished_sending or ()) | ended
 
 
+def transfer_results(finished: set[str], failed: set[str]) -> Any:
+    """The answer of `get_transfer_results`: requests whose loads have ended, and those among them that have failed."""
+    return base.KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+
+
 def connector_around() -> Any:
     """The `MultiConnector` that is creating our connector as one of several, or None if ours stands alone.
 
     It gives each of its connectors a configuration of its own, and no reference to itself.
     """
+    return _caller(lambda owner: type(owner).__name__ == "MultiConnector")
+
+
+def scheduler_binding() -> Any:
+    """The scheduler that is just telling its connector about its block pool; 0.23 gives no reference to itself."""
+    return _caller(lambda owner: hasattr(owner, "failed_recving_kv_req_ids") and hasattr(owner, "kv_cache_manager"))
+
+
+def _caller(is_wanted: Callable[[Any], bool]) -> Any:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if type(owner).__name__ == "MultiConnector":
+        if owner is not None and is_wanted(owner):
             return owner
         frame = frame.f_back
     return None
+
+
+def fail_load(scheduler: Any, request: Any) -> None:
+    """0.23: have the scheduler compute a request whose load has failed, as later versions do themselves."""
+    request.num_computed_tokens = 0
+    scheduler.failed_recving_kv_req_ids.add(request.request_id)
+
+
+def hashes_of_blocks(block_hashes: Sequence[bytes], hash_block_size: int, block_size: int) -> Sequence[bytes]:
+    """vLLM's hashes of a group's blocks, from those of a request, which may be finer; evaluated when they are read."""
+    if block_size == hash_block_size:
+        return block_hashes
+    hashes: Sequence[bytes] = kv_cache_utils.BlockHashListWithBlockSize(block_hashes, hash_block_size, block_size)
+    return hashes
+
+
+def coordinator_over(coordinator: Any, pool: Any) -> Any:
+    """A copy of vLLM's cache coordinator that looks blocks up in another pool, with its settings and its rules."""
+    over = copy.copy(coordinator)
+    over.block_pool = pool
+    managers = [copy.copy(manager) for manager in coordinator.single_type_managers]
+    for manager in managers:
+        manager.block_pool = pool
+    over.single_type_managers = tuple(managers)
+    return over
 
 
 def recompute_failed_loads(vllm_config: Any, around: Any) -> None:
@@ -246,8 +308,6 @@ def hash_root_is_random(hash_algorithm: str) -> bool:
     Older versions and 0.23 draw a random root for every algorithm, later ones only for those that are not
     cryptographic. PYTHONHASHSEED fixes the root in all versions.
     """
-    from vllm.v1.core import kv_cache_utils
-
     if "PYTHONHASHSEED" in os.environ:
         return False
     return not (hasattr(kv_cache_utils, "resolve_none_hash_seed") and hash_algorithm.startswith("sha256"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvortex.config import KVortexConfig
-from kvortex.layout import KVLayout
+from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import SharedMemory, SharedTicket
 from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
@@ -32,7 +32,7 @@ def _pattern(block: int) -> float:
 
 async def _move(plane: DataPlane, direction: Direction, block_ids: list[int], places: list[int]) -> TransferRequest:
     ended: list[TransferRequest] = []
-    offsets = np.array(places, dtype=np.int64) * plane.sizes.raw
+    offsets = np.array(places, dtype=np.int64) * plane.sizes[0].raw
     plan = TransferPlan(direction, np.array(block_ids, dtype=np.int32), offsets)
     after = plane.record_event()
     await plane.wait([await plane.start(plan, after, ended.append)])
@@ -48,7 +48,7 @@ async def _work(rank: int, memory: SharedMemory, connection: Connection) -> None
     config = KVortexConfig(
         pool={"bytes": POOL_BYTES, "pin_piece_bytes": 16 << 20}, transfer={"max_batch_bytes": 8 << 20}
     )
-    plane = DataPlane(config, {"layer": cache}, layout, memory=memory)
+    plane = DataPlane(config, {"layer": cache}, PagedCache.of_layout(layout, ["layer"]), memory=memory)
     connection.send("ready")  # the self-test has used the pool's first places
     assert await asyncio.to_thread(connection.recv) == "ready"
     mine = list(range(rank, HALF, 2))

@@ -158,7 +158,7 @@ class Checks:
             self.report(f"packed prompt of {length}", True, loaded, length // BLOCK_SIZE)
         self.report(f"{kept} of {4 * LIKELY} likely first tokens kept", 2 * kept > 4 * LIKELY, 0, 0)
         index = self._scheduler._control.index
-        packed_nbytes = self._worker._data.sizes.packed
+        packed_nbytes = self._worker._data.sizes[0].packed
         self.report("blocks rest packed", index.committed_bytes == packed_nbytes * len(index), 0, 0)
         print(f"{self.engine:8} {same_tokens} of 48 answered tokens as without packing")
 

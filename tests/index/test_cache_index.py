@@ -86,7 +86,7 @@ def test_abort_remembers_why_or_what_was_known_before() -> None:
     index.abort(index.reserve(keys(2)).slots, None)
     assert index.miss_reason(key(2)) is MissReason.NEVER_STORED
     store(index, 1)
-    index.drop_key(key(1), MissReason.CORRUPT)
+    index.drop_keys(pack_keys([key(1)]), MissReason.CORRUPT)
     assert index.miss_reason(key(1)) is MissReason.CORRUPT
 
 
@@ -171,7 +171,7 @@ def test_a_dropped_block_vanishes_now_and_comes_back_with_its_last_pin() -> None
 def test_a_reservation_is_not_dropped() -> None:
     index = make()
     slots = index.reserve(keys(1)).slots
-    assert index.drop_key(key(1), MissReason.CORRUPT).size == 0
+    assert index.drop_keys(pack_keys([key(1)]), MissReason.CORRUPT).size == 0
     index.commit(slots, np.array([1]), 1, np.array([1]))
     assert index.contains_mask([key(1)]).all()
 
@@ -263,7 +263,7 @@ def test_keys_that_share_their_bits_are_told_apart() -> None:
     rng = np.random.default_rng(3)
     gone: set[int] = set()
     for n in rng.permutation(60).tolist():
-        index.drop_key(crowd[n], MissReason.CORRUPT)
+        index.drop_keys(pack_keys([crowd[n]]), MissReason.CORRUPT)
         gone.add(n)
         assert index.contains_mask(crowd).tolist() == [i not in gone for i in range(60)]
 
@@ -360,8 +360,8 @@ def test_a_slot_does_not_make_a_block_look_evicted() -> None:
     store(index, 3)
     assert index.evict(1).offsets.tolist() == [1]
     pinned = index.pin(keys(2, 3)).slots
-    index.drop_key(key(2), MissReason.CORRUPT)  # its ghost takes a new slot, 1 is forgotten
-    index.drop_key(key(3), MissReason.CORRUPT)  # its ghost takes the slot that 1 had
+    index.drop_keys(pack_keys([key(2)]), MissReason.CORRUPT)  # its ghost takes a new slot, 1 is forgotten
+    index.drop_keys(pack_keys([key(3)]), MissReason.CORRUPT)  # its ghost takes the slot that 1 had
     index.unpin(pinned)
     store(index, 3)
     store(index, 4)

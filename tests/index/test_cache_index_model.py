@@ -163,7 +163,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
 
     @rule(k=st.sampled_from(range(len(KEYS))), reason=reasons)
     def drop(self, k: int, reason: MissReason) -> None:
-        freed = self.index.drop_key(KEYS[k], reason)
+        freed = self.index.drop_keys(pack_keys([KEYS[k]]), reason)
         entry = self.committed.pop(k, None)
         expected = []
         if entry is not None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvortex.config import EVICTION_POLICIES
-from kvortex.index import MISS_REASONS, ARCPolicy, CacheIndex, LRUPolicy, S3FIFOPolicy, make_policy
+from kvortex.index import MISS_REASONS, ARCPolicy, CacheIndex, LRUPolicy, S3FIFOPolicy, make_policy, pack_keys
 from kvortex.index import table as steps
 from kvortex.types import MissReason
 
@@ -34,7 +34,7 @@ def test_deletion_closes_the_gap_in_crowded_and_wrapping_runs(seed: int) -> None
     for _ in range(300):
         chosen = int(rng.integers(60))
         if stored[chosen]:
-            index.drop_key(keys[chosen].tobytes(), MissReason.CORRUPT)
+            index.drop_keys(pack_keys([keys[chosen].tobytes()]), MissReason.CORRUPT)
             stored[chosen] = False
         elif stored.sum() < 16:
             store(index, keys[chosen : chosen + 1])
@@ -84,7 +84,7 @@ def test_a_slot_is_not_used_again_while_it_is_pinned() -> None:
     index = CacheIndex(LRUPolicy(), ghost_entries=0, expected_entries=16)
     store(index, keys[:1], first_offset=77)
     (held,) = index.pin(keys[:1]).slots.tolist()
-    index.drop_key(keys[0].tobytes(), MissReason.CORRUPT)
+    index.drop_keys(pack_keys([keys[0].tobytes()]), MissReason.CORRUPT)
     for n in range(100):
         assert held not in store(index, keys[n : n + 1])
         index.evict(1)

@@ -18,7 +18,7 @@ from shared_memory import left_since, mapped_by
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
-from kvortex.layout import KVLayout
+from kvortex.layout import PagedCache
 from kvortex.memory import PinnedPool, SharedMemory, SharedTicket
 from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
@@ -134,15 +134,15 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 8
 
 def _make_plane(memory: SharedMemory) -> tuple[DataPlane, torch.Tensor]:
     cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, 64)
-    layout = KVLayout.from_tensors({"layer": cache}, BLOCK_SIZE)
+    paged = PagedCache.from_tensors({"layer": cache}, BLOCK_SIZE)
     return DataPlane(
-        KVortexConfig(pool={"bytes": 1 << 20, "pin_piece_bytes": 1 << 18}), {"layer": cache}, layout, memory=memory
+        KVortexConfig(pool={"bytes": 1 << 20, "pin_piece_bytes": 1 << 18}), {"layer": cache}, paged, memory=memory
     ), cache
 
 
 async def _move(plane: DataPlane, direction: Direction, block_ids: list[int], places: list[int]) -> TransferRequest:
     ended: list[TransferRequest] = []
-    offsets = np.array(places, dtype=np.int64) * plane.sizes.raw
+    offsets = np.array(places, dtype=np.int64) * plane.sizes[0].raw
     plan = TransferPlan(direction, np.array(block_ids, dtype=np.int32), offsets)
     await plane.wait([await plane.start(plan, None, ended.append)])
     (request,) = ended

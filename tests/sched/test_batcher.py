@@ -20,7 +20,7 @@ SIZE = 1 << 20
 
 def request(direction: Direction, blocks: int, nbytes: int = SIZE, **options: object) -> TransferRequest:
     ids = np.arange(blocks, dtype=np.int32)
-    return TransferRequest(direction, ids, ids.astype(np.int64) * nbytes, nbytes, **options)
+    return TransferRequest(direction, ids, ids.astype(np.int64) * nbytes, [nbytes], **options)
 
 
 def drain(batcher: Batcher, direction: Direction, now_s: float = 1e9) -> list[int]:
@@ -187,7 +187,7 @@ def test_everything_goes_once_in_order_within_limits(
         assert len(batch.slices) <= max_requests
         assert batch.num_blocks <= max_blocks
         assert batch.nbytes <= max_bytes or batch.num_blocks == 1
-        assert batch.nbytes == sum(part.num_blocks * part.request.block_nbytes for part in batch.slices)
+        assert batch.nbytes == sum(part.num_blocks * part.request.extents[0] for part in batch.slices)
         loads_in_a_row = (
             loads_in_a_row + 1 if batch.direction is LOAD and saves_wait and free == BOTH and not busy else 0
         )
@@ -221,28 +221,31 @@ def test_an_idle_batcher_has_nothing(direction: Direction) -> None:
     assert batcher.next_due_s({direction}) is None
 
 
-def mixed(packed: list[bool], **options: object) -> TransferRequest:
-    ids = np.arange(len(packed), dtype=np.int32)
+EXTENTS = (1024, 512, 768, 768)
+
+
+def mixed(forms: list[int], **options: object) -> TransferRequest:
+    ids = np.arange(len(forms), dtype=np.int32)
     return TransferRequest(
-        Direction.LOAD, ids, ids.astype(np.int64) * 1024, 1024, packed=np.array(packed), packed_nbytes=512, **options
+        Direction.LOAD, ids, ids.astype(np.int64) * 1024, EXTENTS, forms=np.array(forms, dtype=np.uint8), **options
     )
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    requests=st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=6),
+    requests=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=6),
     max_bytes=st.integers(600, 6000),
 )
-def test_a_batch_holds_blocks_of_one_form_and_all_go_in_order(requests: list[list[bool]], max_bytes: int) -> None:
+def test_a_batch_holds_blocks_of_one_form_and_all_go_in_order(requests: list[list[int]], max_bytes: int) -> None:
     batcher = Batcher(max_bytes=max_bytes, linger_s=0.0)
-    made = [mixed(packed) for packed in requests]
+    made = [mixed(forms) for forms in requests]
     for request in made:
         batcher.add(request, 0.0)
     gone: dict[int, list[int]] = {id(request): [] for request in made}
     while (batch := batcher.next_batch(0.0, set(Direction), set())) is not None:
-        forms = {bool(f) for part in batch.slices for f in part.request.packed[part.start : part.stop]}
-        assert forms == {batch.packed}
-        assert batch.nbytes == batch.num_blocks * (512 if batch.packed else 1024)
+        forms = {int(f) for part in batch.slices for f in part.request.forms[part.start : part.stop]}
+        assert forms == {batch.form}
+        assert batch.nbytes == batch.num_blocks * EXTENTS[batch.form]
         assert batch.nbytes <= max_bytes or batch.num_blocks == 1
         for part in batch.slices:
             gone[id(part.request)] += range(part.start, part.stop)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvortex.codecs import Pages
 from kvortex.errors import DeviceError, InvalidBlockIdError
 from kvortex.kernels import device as device_kernels
 from kvortex.kernels.tiles import grid_size
@@ -31,7 +32,7 @@ class Bench:
         self.driver = FakeDriver(num_events=256)
         self._cache = {"layer": torch.zeros(BLOCKS, 16, SIZE // 16, dtype=torch.uint8)}
         self.executor = CudaExecutor(
-            KVLayout.from_tensors(self._cache, 16),
+            [Pages(KVLayout.from_tensors(self._cache, 16))],
             SimpleNamespace(address=POOL, piece_bytes=PIECE),
             self.driver,
             num_streams=3,
@@ -44,7 +45,7 @@ class Bench:
         for block_ids, places in parts:
             offsets = np.array(places, dtype=np.int64) * SIZE
             request = TransferRequest(
-                direction, np.array(block_ids, dtype=np.int32), offsets, SIZE, AFTER + len(slices)
+                direction, np.array(block_ids, dtype=np.int32), offsets, [SIZE], AFTER + len(slices)
             )
             request.wants_source_released = wants_read
             slices.append(Slice(request, 0, len(block_ids)))

@@ -34,14 +34,14 @@ class Bench:
         self.payloads, self.digests = gather_reference(self.layout, range(BLOCKS))
 
     def executor(self) -> HostExecutor:
-        return HostExecutor(self.kernels)
+        return HostExecutor([self.kernels])
 
     def scheduler(self, executor: TransferExecutor, max_blocks: int = 4) -> TransferScheduler:
         return TransferScheduler(Batcher(max_blocks=max_blocks, linger_s=0.0), executor)
 
     def request(self, direction: Direction, ids: list[int], extents: list[int] | None = None) -> TransferRequest:
         offsets = np.array(ids if extents is None else extents, dtype=np.int64) * self.size
-        return TransferRequest(direction, np.array(ids, dtype=np.int32), offsets, self.size)
+        return TransferRequest(direction, np.array(ids, dtype=np.int32), offsets, [self.size])
 
     def now(self) -> NDArray[np.uint8]:
         return gather_reference(self.layout, range(BLOCKS))[0]
@@ -131,7 +131,7 @@ async def test_closing_waits_for_what_runs_and_gives_up_the_pool() -> None:
     executor.close()
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(executor.fd)
-    assert not hasattr(executor, "_kernels")
+    assert not executor._kernels
 
 
 def only(number: int, fault: Fault) -> Callable[[int, Batch], Fault | None]:

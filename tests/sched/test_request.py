@@ -9,7 +9,7 @@ from kvortex.types import Direction
 
 def request(blocks: int, settled: list[TransferRequest]) -> TransferRequest:
     ids = np.arange(blocks, dtype=np.int32)
-    return TransferRequest(Direction.SAVE, ids, ids.astype(np.int64) * 128, 128, on_settled=settled.append)
+    return TransferRequest(Direction.SAVE, ids, ids.astype(np.int64) * 128, [128], on_settled=settled.append)
 
 
 def test_a_new_request_waits_with_all_its_blocks() -> None:

@@ -58,7 +58,7 @@ class ManualExecutor(TransferExecutor):
 
 def request(blocks: int, direction: Direction = Direction.SAVE) -> TransferRequest:
     ids = np.arange(blocks, dtype=np.int32)
-    return TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, SIZE)
+    return TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, [SIZE])
 
 
 def make(slots: int = 2, **options: object) -> tuple[TransferScheduler, ManualExecutor]:
@@ -216,16 +216,16 @@ async def test_the_host_executor_moves_and_reports() -> None:
     layout = KVLayout.from_tensors(tensors, 16)
     pool = np.zeros(8 * layout.block_nbytes, dtype=np.uint8)
     kernels = HostKernels(layout, pool)
-    executor = HostExecutor(kernels)
+    executor = HostExecutor([kernels])
     scheduler = TransferScheduler(Batcher(linger_s=0.0), executor)
     ids = np.array([3, 1], dtype=np.int32)
     offsets = np.array([0, layout.block_nbytes], dtype=np.int64)
-    save = TransferRequest(Direction.SAVE, ids, offsets, layout.block_nbytes)
+    save = TransferRequest(Direction.SAVE, ids, offsets, [layout.block_nbytes])
     scheduler.submit(save)
     await scheduler.wait([save])
     assert save.succeeded.all()
     assert (pool[: layout.block_nbytes] == tensors["layers.0"][3].reshape(-1)).all()
-    bad = TransferRequest(Direction.SAVE, ids, offsets + 4, layout.block_nbytes)
+    bad = TransferRequest(Direction.SAVE, ids, offsets + 4, [layout.block_nbytes])
     scheduler.submit(bad)
     await scheduler.wait([bad])
     assert not bad.succeeded.any()
@@ -249,7 +249,7 @@ class Play:
 
     def submit(self, direction: Direction, blocks: int) -> None:
         ids = np.arange(blocks, dtype=np.int32) + 1000 * len(self.requests)
-        r = TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, SIZE, on_settled=self.settled.append)
+        r = TransferRequest(direction, ids, ids.astype(np.int64) * SIZE, [SIZE], on_settled=self.settled.append)
         self.requests.append(r)
         self.good[r] = [False] * blocks
         self.scheduler.submit(r)

@@ -49,8 +49,8 @@ class SimulatedExecutor(TransferExecutor):
         self._busy_block_ids: list[set[int]] = []
         self.fd = inner.fd
 
-    def watch(self, pool: NDArray[np.uint8], cache: NDArray[np.uint8], ledger: Ledger, sizes: tuple[int, int]) -> None:
-        """What it moves between: the pool, the cache as `[num_blocks, bytes]`; payload sizes, raw and packed."""
+    def watch(self, pool: NDArray[np.uint8], cache: NDArray[np.uint8], ledger: Ledger, sizes: tuple[int, ...]) -> None:
+        """What it moves between: the pool, the cache as `[num_blocks, bytes]`; payload sizes by form."""
         self._pool, self._cache, self._ledger, self._sizes = pool, cache, ledger, sizes
 
     def touches(self, block_ids: list[int]) -> bool:
@@ -69,7 +69,7 @@ class SimulatedExecutor(TransferExecutor):
             raise DeviceError("injected: the batch cannot be started")
         self._in_flight[batch.direction] += 1
         saves = batch.direction is Direction.SAVE
-        nbytes = self._sizes[batch.packed]
+        nbytes = self._sizes[batch.form]
         who = f"a {batch.direction.value} batch"
         uses = [self._ledger.begin(who, offset, nbytes, writes=saves) for offset in offsets.tolist()]
         if saves:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.index import FORM_0
 from kvortex.planes.control import ControlPlane
 
 
@@ -23,7 +24,7 @@ class Use:
 class Ledger:
     """Watches one control plane: what is freed or made visible must be in nobody's hands.
 
-    `complain` is told what is wrong, `on_visible` the slots, offsets, sizes and digests that become visible.
+    `complain` is told what is wrong, `on_visible` the slots, offsets, forms and digests that become visible.
     """
 
     def __init__(self, control: ControlPlane, complain: Callable[[str], None], on_visible: Callable[..., None]) -> None:
@@ -59,11 +60,11 @@ class Ledger:
                 self._complain(f"the extent at {use.offset} is freed, and {use.who} still touches it")
         self._free_many(offsets)
 
-    def _watch_commit(self, slots: Any, offsets: Any, nbytes: Any, digests: Any) -> Any:
+    def _watch_commit(self, slots: Any, offsets: Any, nbytes: Any, digests: Any, forms: Any = FORM_0) -> Any:
         self.changes += 1
         for use in self.uses:
             if use.writes and use.offset in set(np.asarray(offsets).tolist()):
                 self._complain(f"the block at {use.offset} becomes visible while {use.who} writes it")
-        unseen = self._commit(slots, offsets, nbytes, digests)
-        self._on_visible(slots, offsets, nbytes, digests)
+        unseen = self._commit(slots, offsets, nbytes, digests, forms)
+        self._on_visible(slots, offsets, forms, digests)
         return unseen

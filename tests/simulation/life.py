@@ -77,9 +77,7 @@ class Life:
         self.pool = data.pool.bytes
         self.encodings = data.encodings
         self.ledger = Ledger(control, self._complain, self._became_visible)
-        self.executor.watch(
-            self.pool, self._cache, self.ledger, (data.encodings.payloads.raw, data.encodings.payloads.packed)
-        )
+        self.executor.watch(self.pool, self._cache, self.ledger, data.encodings.payloads)
         self._plan_fetch, control.plan_fetch = control.plan_fetch, self._watch_fetch  # type: ignore[method-assign]
         self._finish_load, control.finish_load = control.finish_load, self._watch_load  # type: ignore[method-assign]
         if self.store is None:
@@ -101,8 +99,8 @@ class Life:
 
     # -- what is watched -------------------------------------------------------------------------------
 
-    def _watch_fetch(self, keys: NDArray[np.uint64], packed: NDArray[np.bool_], owner: str, **named: Any) -> FetchPlan:
-        plan = self._plan_fetch(keys, packed, owner, **named)
+    def _watch_fetch(self, keys: NDArray[np.uint64], forms: NDArray[np.uint8], owner: str, **named: Any) -> FetchPlan:
+        plan = self._plan_fetch(keys, forms, owner, **named)
         for position in plan.positions.tolist():
             span = [asyncio.get_running_loop().time(), np.inf]
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
@@ -136,15 +134,15 @@ class Life:
 
     # -- what must hold --------------------------------------------------------------------------------
 
-    def _became_visible(self, slots: Any, offsets: Any, nbytes: Any, digests: Any) -> None:
+    def _became_visible(self, slots: Any, offsets: Any, forms: Any, digests: Any) -> None:
         """What can be loaded from now on is what was saved."""
         rows = self.control.index._table.rows
-        sizes = np.broadcast_to(np.asarray(nbytes), (len(slots),))
-        for slot, offset, size, digest in zip(slots, offsets, sizes, digests, strict=True):
+        sizes = np.array(self.encodings.payloads)[np.broadcast_to(forms, (len(slots),))]
+        for slot, offset, nbytes, digest in zip(slots, offsets, sizes.tolist(), digests, strict=True):
             block_hash = rows[slot]["key"].tobytes()
             if block_hash in self._harm.corrupted:
                 continue
-            payload = self.pool[offset : offset + self.encodings.payload_nbytes(self.control.is_packed(int(size)))]
+            payload = self.pool[offset : offset + nbytes]
             if payload_digest(payload) != int(digest):
                 self._complain(f"block {name_of(block_hash)} is visible, and its bytes are not what its digest says")
             if payload.size == BLOCK_NBYTES and not np.array_equal(payload, content(BlockHash(block_hash))):

@@ -102,7 +102,7 @@ def test_a_deadline_is_told_by_the_loops_clock() -> None:
     async def scene() -> None:
         async with Scene(lambda *_: TierFault.HANG, tier={"timeout_s": 1e6}) as s:
             began_s = asyncio.get_running_loop().time()
-            arrival = LoadFetch(s.tiering, s.keys, 3600.0)
+            arrival = LoadFetch(s.tiering, s.keys, None, 3600.0)
             await asyncio.sleep(3000.0)
             await arrival.wait(s.keys)
             assert asyncio.get_running_loop().time() - began_s == pytest.approx(3600.0)

@@ -94,8 +94,8 @@ def fetch_is_visible_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan_and_commit(self: ControlPlane, *args: Any, **named: Any) -> Any:
         plan = plan_fetch(self, *args, **named)
-        for slot, offset, nbytes in zip(plan.slots, plan.offsets, plan.nbytes, strict=True):
-            self.finish_fetch(int(slot), int(offset), int(nbytes), 0)
+        for slot, offset, form in zip(plan.slots, plan.offsets, plan.forms, strict=True):
+            self.finish_fetch(int(slot), int(offset), int(form), 0)
         return plan
 
     monkeypatch.setattr(ControlPlane, "plan_fetch", plan_and_commit)

@@ -187,7 +187,7 @@ class World:
         dice = random.Random(f"{self.seed}/warm")
         for block_hash in dice.sample(blocks, len(blocks)):
             payload = content(block_hash)
-            packs = life.encodings.payloads.packs
+            packs = life.encodings.pack_any
             key = key_as_is(block_hash) if packs else bytes(block_hash)
             await self._store.write([WriteRequest(key, payload, payload_digest(payload), BLOCK_NBYTES)])
 

@@ -7,24 +7,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
-from kvortex.codecs import Encodings
+from kvortex.codecs import Encodings, Pages, packing_for
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
+from kvortex.layout import KVLayout
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiering import guard
 from kvortex.tiers import MemoryTier, Tier, breaker
 from kvortex.tiers.payload import payload_digest
-from kvortex.types import BlockSizes, Direction, TransferPlan
+from kvortex.types import Direction, TransferPlan
 from kvortex.vllm.scheduler import tier_index
 from kvortex.vllm.scheduler.tier_index import TierIndex
 from kvortex.vllm.worker import tier_mover
 from kvortex.vllm.worker.tier_mover import TierMover
 
-RAW_BYTES, PACKED_BYTES = 8192, 4224
-ENCODINGS = Encodings(BlockSizes(RAW_BYTES, PACKED_BYTES), BlockSizes(RAW_BYTES, PACKED_BYTES), "fp8")
+RAW_BYTES = 8192
+LAYOUT = KVLayout.from_tensors({"layer": torch.zeros(2, 16, 256, dtype=torch.bfloat16)}, 16)
+ENCODINGS = Encodings([Pages(LAYOUT, packing_for(LAYOUT, "fp8"))])
 NUM_BLOCKS = 40
 KEYS = [bytes([n]) * 32 for n in range(NUM_BLOCKS)]
 TIMEOUT_S = 0.2
@@ -41,7 +44,7 @@ def config(**settings: Any) -> KVortexConfig:
 
 def plan_of(packed: Sequence[bool]) -> TransferPlan:
     offsets = np.arange(len(packed), dtype=np.int64) * RAW_BYTES
-    return TransferPlan(Direction.LOAD, np.zeros(len(packed), np.int32), offsets, np.array(packed, dtype=np.bool_))
+    return TransferPlan(Direction.LOAD, np.zeros(len(packed), np.int32), offsets, np.array(packed, dtype=np.uint8))
 
 
 class Bench:
@@ -63,7 +66,7 @@ class Bench:
         return self.fault
 
     def digests(self, packed: Sequence[bool]) -> NDArray[np.uint64]:
-        sizes = [ENCODINGS.payload_nbytes(p) for p in packed]
+        sizes = [ENCODINGS.payloads[p] for p in packed]
         return np.array(
             [payload_digest(self.pool[i * RAW_BYTES :][:nbytes]) for i, nbytes in enumerate(sizes)], dtype=np.uint64
         )
@@ -85,7 +88,7 @@ async def test_a_block_comes_back_in_the_form_in_which_it_was_written(bench: Ben
     assert (await bench.mover.fetch(KEYS, plan_of(packed), arrived)).all()
     assert (arrived == digests).all()
     for n, is_packed in enumerate(packed):
-        nbytes = ENCODINGS.payload_nbytes(is_packed)
+        nbytes = ENCODINGS.payloads[is_packed]
         assert (bench.pool[n * RAW_BYTES :][:nbytes] == before[n * RAW_BYTES :][:nbytes]).all()
     await bench.mover.aclose()
 

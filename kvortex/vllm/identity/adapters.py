@@ -35,8 +35,12 @@ class BlockKeys:
 
     def of(self, request: "Request", blocks: slice = slice(None)) -> list[BlockHash]:
         """Keys of a request's full blocks, of all or of the slice `blocks`."""
+        return self.from_hashes(request, request.block_hashes[blocks])
+
+    def from_hashes(self, request: "Request", hashes: Sequence[bytes]) -> list[BlockHash]:
+        """Keys of blocks of a request from vLLM's hashes of them."""
         adapter = self._digest_of(request.lora_request) if request.lora_request is not None else b""
-        return as_keys(request.block_hashes[blocks], adapter)
+        return as_keys(hashes, adapter)
 
     def forget_adapters(self) -> None:
         """Read the files of every adapter again: they may have changed."""

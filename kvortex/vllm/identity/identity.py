@@ -12,7 +12,6 @@ import torch
 
 from kvortex.config import ModelIdentity
 from kvortex.vllm.identity.files import weights_digest
-from kvortex.vllm.model import is_latent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,12 +37,12 @@ class ModelSource(NamedTuple):
     content: str
 
 
-def identity_of(vllm_config: "VllmConfig", group: Any, rank: int, named: ModelIdentity) -> ModelIdentity:
+def identity_of(vllm_config: "VllmConfig", is_latent: bool, rank: int, named: ModelIdentity) -> ModelIdentity:
     """The identity of one rank's blocks. Ranks that hold the same KV have the same identity.
 
     Args:
         vllm_config: the engine's configuration.
-        group: the group of layers that is served.
+        is_latent: True if all tensor-parallel ranks hold the same KV.
         rank: number of the worker among all; the ranks of one tensor-parallel group follow each other.
         named: a name and a revision of the weights that the user adds, for changes that vLLM cannot see.
     """
@@ -55,7 +54,7 @@ def identity_of(vllm_config: "VllmConfig", group: Any, rank: int, named: ModelId
             '"identity": {"weights_revision": ...} in kv_connector_extra_config, or keep a disk directory for each',
             source.name,
         )
-    tp_size = 1 if is_latent(group) else parallel.tensor_parallel_size
+    tp_size = 1 if is_latent else parallel.tensor_parallel_size
     return ModelIdentity(
         model=source.name,
         weights_revision=source.content,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from kvortex.vllm.scheduler.blocks import BlockRules
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
 if TYPE_CHECKING:
@@ -27,19 +28,19 @@ class Admission:
 
     Args:
         num_blocks: device blocks that can be allocated.
-        block_size: tokens of a block.
+        rules: say how many device blocks requests need and hold.
         num_lookahead_tokens: slots that a request needs in every step beyond its tokens, for drafts.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, num_lookahead_tokens: int) -> None:
+    def __init__(self, num_blocks: int, rules: BlockRules, num_lookahead_tokens: int) -> None:
         self._num_blocks = num_blocks
-        self._block_size = block_size
+        self.rules = rules
         self._num_lookahead_tokens = num_lookahead_tokens
         self._passed_over: dict[str, int] = {}  # request -> blocks that it needs, in order
 
     def needs(self, request: "Request") -> int:
         """Device blocks that a request needs to compute its known tokens and one more."""
-        return (int(request.num_tokens) + self._num_lookahead_tokens) // self._block_size + 1
+        return self.rules.num_needed(int(request.num_tokens) + self._num_lookahead_tokens)
 
     def must_let_pass(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
         """Rule 1: True if other requests wait with blocks and this one does not fit beside them.
@@ -48,12 +49,12 @@ class Admission:
             request: the one that vLLM wants to schedule.
             tracked: all requests that are known, itself among them.
         """
-        others = [t for t in tracked if t.block_ids and t.request is not request]
+        others = [t for t in tracked if t.request is not request and self.rules.num_held(t)]
         waiting = [t for t in others if t.request.status in WAITING_WITH_BLOCKS]
         if not waiting:
             return False
         held = sum(self._to_go_on(t) for t in waiting)
-        held += sum(len(t.block_ids) for t in others if t.request.status == RequestStatus.RUNNING)
+        held += sum(self.rules.num_held(t) for t in others if t.request.status == RequestStatus.RUNNING)
         return held + self.needs(request) > self._num_blocks
 
     def may_load(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
@@ -63,7 +64,7 @@ class Admission:
             request: the one that could load.
             tracked: all requests that are known, itself among them.
         """
-        waiting = [t for t in tracked if t.request is not request and t.block_ids]
+        waiting = [t for t in tracked if t.request is not request and self.rules.num_held(t)]
         taken = sum(self._to_go_on(t) for t in waiting if t.request.status in WAITING_WITH_BLOCKS)
         for name, needed in self._passed_over.items():
             if name == request.request_id:
@@ -80,4 +81,4 @@ class Admission:
         self._passed_over.pop(request_id, None)
 
     def _to_go_on(self, tracked: TrackedRequest) -> int:
-        return max(self.needs(tracked.request), len(tracked.block_ids))
+        return max(self.needs(tracked.request), self.rules.num_held(tracked))

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvortex.planes.control import ControlPlane
-from kvortex.types import BlockSizes
-from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
+from kvortex.vllm.scheduler.blocks import BlockRules
 from kvortex.vllm.scheduler.events import EventLog
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
 from kvortex.vllm.scheduler.tier_planner import TierPlanner
@@ -17,23 +19,31 @@ class PlannerContext:
     """One pool with its lower tier, as the workers registered them.
 
     Args:
-        block_size: tokens of a block.
-        sizes: bytes that a block takes in the pool.
+        rules: say which blocks of a request are keyed, found, loaded and saved.
         control: the pool's index and allocator.
         tier: plans writes and fetches; None without a lower tier.
-        keys: gives the keys of a request's blocks.
         jobs: loads and saves in flight.
         job_ids: numbers for jobs.
         stats: counts for vLLM's metrics.
         events: takes note of what enters the pool; None where vLLM publishes no events.
     """
 
-    block_size: int
-    sizes: BlockSizes
+    rules: BlockRules
     control: ControlPlane
     tier: TierPlanner | None
-    keys: BlockKeys
     jobs: JobsInFlight[LoadInFlight | SaveInFlight]
     job_ids: Iterator[int]
     stats: ConnectorStats
     events: EventLog | None
+
+    def bytes_moved(self, forms: NDArray[np.uint8] | None, moved: NDArray[np.bool_]) -> int:
+        """Bytes of blocks in a worker's paged cache, padding included.
+
+        Args:
+            forms: the forms of a transfer's blocks, `uint8 [n]`; None if all have form 0.
+            moved: which of them were moved, `bool [n]`.
+        """
+        extents = self.control.extents
+        if forms is None:
+            return int(np.count_nonzero(moved)) * int(extents[0])
+        return int(extents[forms[moved] // 2 * 2].sum())

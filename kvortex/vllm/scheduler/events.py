@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
+
+from kvortex.vllm.versions import hashes_of_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -20,7 +22,20 @@ MAX_KNOWN_ON_DISK: Final = 1 << 20  # some 100 bytes each; a reset announces the
 # Newer versions remove the tags of the keys that they publish.
 _untagged: Callable[[list[Any]], Any] = getattr(kv_cache_utils, "to_event_extra_keys", lambda keys: keys)
 _OF_STORED: Final = frozenset(BlockStored.__struct_fields__)
-_OF_REMOVED: Final = {"group_idx": 0} if "group_idx" in BlockRemoved.__struct_fields__ else {}
+_REMOVED_NAMES_GROUP: Final = "group_idx" in BlockRemoved.__struct_fields__
+
+
+BlockName: TypeAlias = tuple[int, bytes]
+"""vLLM's number of a block's group, and the block's hash."""
+
+
+class EventGroup(NamedTuple):
+    """What events say of a group of layers: vLLM's number, tokens of a block, and the kind of its KV."""
+
+    number: int
+    block_size: int
+    kind: str | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class PlannedBlocks:
         parent: hash of the block before the first; None for the head of a request.
         token_ids: tokens of all blocks.
         block_size: tokens of a block.
+        group: vLLM's number of the blocks' group.
         of_block: fields with one entry a block, as far as this vLLM's events have them.
         of_all: fields of the whole request, likewise.
     """
@@ -40,31 +56,47 @@ class PlannedBlocks:
     parent: bytes | None
     token_ids: tuple[int, ...]
     block_size: int
+    group: int = 0
     of_block: dict[str, list[Any]] = field(default_factory=dict)
     of_all: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: "Request", part: slice, block_size: int) -> "PlannedBlocks":
-        """Prepare the event for the blocks `part` of a request."""
+    def of(cls, request: "Request", part: slice, group: EventGroup, hash_block_size: int) -> "PlannedBlocks":
+        """Prepare the event for the blocks `part` of a request.
+
+        Args:
+            request: the request.
+            part: numbers of consecutive blocks of the group.
+            group: their group.
+            hash_block_size: tokens of one of the request's block hashes.
+        """
+        hashes, block_size = hashes_of_blocks(request.block_hashes, hash_block_size, group.block_size), group.block_size
         lora = request.lora_request
         of_all = {
             "lora_id": lora.adapter_id if lora is not None else None,
             "lora_name": lora.name if lora is not None else None,
             "session_id": getattr(request, "session_id", None),
-            "group_idx": 0,
+            "group_idx": group.number,
+            "kv_cache_spec_kind": group.kind,
+            "kv_cache_spec_sliding_window": group.window,
         }
         of_block: dict[str, list[Any]] = {}
         if "extra_keys" in _OF_STORED:
             starts = range(part.start * block_size, part.stop * block_size, block_size)
             of_block["extra_keys"] = [generate_block_hash_extra_keys(request, n, n + block_size, 0)[0] for n in starts]
         return cls(
-            hashes=tuple(request.block_hashes[part]),
-            parent=request.block_hashes[part.start - 1] if part.start else None,
+            hashes=tuple(hashes[part]),
+            parent=hashes[part.start - 1] if part.start else None,
             token_ids=tuple(request.all_token_ids[part.start * block_size : part.stop * block_size]),
             block_size=block_size,
+            group=group.number,
             of_block=of_block,
             of_all={name: value for name, value in of_all.items() if name in _OF_STORED},
         )
+
+    def name(self, position: int) -> BlockName:
+        """The block at a position."""
+        return self.group, self.hashes[position]
 
     def event(self, first: int, stop: int, medium: str) -> BlockStored:
         """The event that the blocks from `first` up to, and without, `stop` are stored in `medium`."""
@@ -80,19 +112,31 @@ class PlannedBlocks:
 
 
 class EventLog:
-    """Collects events until they are taken. Knows the block hash at each offset of the pool, and the hashes on disk.
+    """Collects events until they are taken. Knows the block at each offset of the pool, and the blocks on disk.
 
     Args:
-        block_size: tokens of a block.
+        groups: the groups of layers whose blocks are cached.
+        hash_block_size: tokens of one block hash.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self._hash_at: dict[int, bytes] = {}
-        self._offset_of: dict[bytes, int] = {}
-        self._on_disk: dict[bytes, None] = {}
+    def __init__(self, groups: Sequence[EventGroup], hash_block_size: int) -> None:
+        self._groups = groups
+        self.hash_block_size = hash_block_size
+        self._at: dict[int, BlockName] = {}
+        self._offset_of: dict[BlockName, int] = {}
+        self._on_disk: dict[BlockName, None] = {}
         self._events: list[Any] = []
-        self._unsent: set[bytes] = set()  # stored in the pool since events were last taken
+        self._unsent: set[BlockName] = set()  # stored in the pool since events were last taken
+
+    def planned(self, request: "Request", group: int, blocks: slice) -> PlannedBlocks:
+        """Prepare the event for consecutive blocks of a request.
+
+        Args:
+            request: the request.
+            group: number of their group among those whose blocks are cached.
+            blocks: their numbers in the request.
+        """
+        return PlannedBlocks.of(request, blocks, self._groups[group], self.hash_block_size)
 
     # -- pool --------------------------------------------------------------------------------------
 
@@ -106,38 +150,38 @@ class EventLog:
         """
         fresh = []
         for position, offset in zip(positions, offsets, strict=True):
-            block_hash = blocks.hashes[position]
-            if (before := self._offset_of.get(block_hash)) is None:
+            name = blocks.name(position)
+            if (before := self._offset_of.get(name)) is None:
                 fresh.append(position)
             else:
-                del self._hash_at[before]  # dropped during a read, and stored again before that read ended
-            self._hash_at[offset] = block_hash
-            self._offset_of[block_hash] = offset
-        self._unsent.update(blocks.hashes[position] for position in fresh)
+                del self._at[before]  # dropped during a read, and stored again before that read ended
+            self._at[offset] = name
+            self._offset_of[name] = offset
+        self._unsent.update(blocks.name(position) for position in fresh)
         self._events += [blocks.event(run[0], run[-1] + 1, POOL) for run in _runs(fresh)]
 
     def add_removed(self, offsets: NDArray[np.int64]) -> None:
         """The blocks at these offsets, `int64 [n]`, have left the pool. A reset has announced some of them already."""
-        gone = [self._hash_at.pop(offset) for offset in offsets.tolist() if offset in self._hash_at]
-        for block_hash in gone:
-            del self._offset_of[block_hash]
+        gone = [self._at.pop(offset) for offset in offsets.tolist() if offset in self._at]
+        for name in gone:
+            del self._offset_of[name]
         self._remove(gone, POOL)
 
     # -- disk --------------------------------------------------------------------------------------
 
     def add_written(self, blocks: PlannedBlocks, positions: Sequence[int]) -> None:
         """The blocks at `positions` of a prepared event are on disk now."""
-        fresh = [i for i in positions if blocks.hashes[i] not in self._on_disk]
-        self._on_disk.update((blocks.hashes[i], None) for i in fresh)
+        fresh = [i for i in positions if blocks.name(i) not in self._on_disk]
+        self._on_disk.update((blocks.name(i), None) for i in fresh)
         self._events += [blocks.event(run[0], run[-1] + 1, DISK) for run in _runs(fresh)]
         while len(self._on_disk) > MAX_KNOWN_ON_DISK:
             del self._on_disk[next(iter(self._on_disk))]
 
-    def add_lost(self, hashes: Iterable[bytes]) -> None:
+    def add_lost(self, names: Iterable[BlockName]) -> None:
         """These blocks could not be read from disk: they count as removed."""
-        known = [block_hash for block_hash in hashes if block_hash in self._on_disk]
-        for block_hash in known:
-            del self._on_disk[block_hash]
+        known = [name for name in names if name in self._on_disk]
+        for name in known:
+            del self._on_disk[name]
         self._remove(known, DISK)
 
     # -- both --------------------------------------------------------------------------------------
@@ -149,9 +193,9 @@ class EventLog:
         is empty: a router that hears of stored blocks after that would take them for new ones.
         """
         self._events = [event for event in self._events if isinstance(event, BlockRemoved)]
-        self._remove([block_hash for block_hash in self._hash_at.values() if block_hash not in self._unsent], POOL)
+        self._remove([name for name in self._at.values() if name not in self._unsent], POOL)
         self._remove(list(self._on_disk), DISK)
-        self._hash_at.clear()
+        self._at.clear()
         self._offset_of.clear()
         self._on_disk.clear()
         self._unsent.clear()
@@ -162,10 +206,13 @@ class EventLog:
         self._unsent.clear()
         return events
 
-    def _remove(self, hashes: list[bytes], medium: str) -> None:
-        if hashes:
-            external = [maybe_convert_block_hash(h) for h in hashes]
-            self._events.append(BlockRemoved(block_hashes=external, medium=medium, **_OF_REMOVED))
+    def _remove(self, names: Sequence[BlockName], medium: str) -> None:
+        by_group: dict[int, list[Any]] = {}
+        for group, block_hash in names:
+            by_group.setdefault(group, []).append(maybe_convert_block_hash(block_hash))
+        for group, external in by_group.items():
+            of_group = {"group_idx": group} if _REMOVED_NAMES_GROUP else {}
+            self._events.append(BlockRemoved(block_hashes=external, medium=medium, **of_group))
 
 
 def _external(block_hash: bytes | None) -> Any:

@@ -4,12 +4,12 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
 from kvortex.config import format_bytes
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.planes.control import ControlPlane
@@ -17,15 +17,17 @@ from kvortex.stats import EngineStats
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import expected_sizes, layer_specs, only_group, refuse_unserved
+from kvortex.vllm.model import ServedGroups, expected_sizes, max_blocks_of_request, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
 from kvortex.vllm.scheduler.admission import Admission
+from kvortex.vllm.scheduler.blocks import BlockRules, FullAttention
 from kvortex.vllm.scheduler.context import PlannerContext
-from kvortex.vllm.scheduler.events import EventLog
+from kvortex.vllm.scheduler.events import EventGroup, EventLog
+from kvortex.vllm.scheduler.hybrid import Hybrid
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
 from kvortex.vllm.scheduler.loads import LoadPlanner
-from kvortex.vllm.scheduler.requests import TrackedRequest, computing_requests, follow_block_tables
+from kvortex.vllm.scheduler.requests import TrackedRequest, computing_requests
 from kvortex.vllm.scheduler.saves import SavePlanner
 from kvortex.vllm.scheduler.stale import StaleKV
 from kvortex.vllm.scheduler.tier_index import TierIndex, check_supported
@@ -33,6 +35,7 @@ from kvortex.vllm.scheduler.tier_planner import TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     drop_stale_hashes,
+    fail_load,
     hash_root_is_random,
     num_lookahead_tokens,
     report_aborted_loads,
@@ -54,6 +57,13 @@ MAX_STEPS: Final = 64
 """Steps that are remembered until they are over. vLLM has two or three in flight at a time."""
 
 
+class _Planners(NamedTuple):
+    rules: BlockRules
+    admission: Admission
+    loads: LoadPlanner
+    saves: SavePlanner
+
+
 class SchedulerHalf:
     """Knows which blocks are cached, by vLLM's own block hashes, and plans every save and load.
 
@@ -64,7 +74,7 @@ class SchedulerHalf:
         handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
 
     Raises:
-        ConfigError: the model cannot be served, see `only_group` and `refuse_unserved`.
+        ConfigError: the model cannot be served, see `refuse_unserved`.
     """
 
     def __init__(
@@ -77,20 +87,19 @@ class SchedulerHalf:
     ) -> None:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
-        self._block_size = int(layer_specs(only_group(kv_cache_config))[0].block_size)
-        self._admission = Admission(
-            int(kv_cache_config.num_blocks) - 1,  # one is vLLM's null block
-            self._block_size,
-            num_lookahead_tokens(vllm_config),
-        )
+        self._vllm_config = vllm_config
+        self._groups = ServedGroups(kv_cache_config)
+        self._manager: Any = None  # vLLM's, which hybrid models need
+        self._scheduler: Any = None  # vLLM's, where failed loads of such models are not reported by workers
+        self._num_device_blocks = int(kv_cache_config.num_blocks) - 1  # one is vLLM's null block
         transfer = vllm_config.kv_transfer_config
         self._may_save = transfer is None or transfer.is_kv_producer
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._ready = not handshake_in_step
         self._stale = StaleKV()
-        self._sizes = expected_sizes(kv_cache_config, options.engine.codec.name)
-        self._control = ControlPlane.from_config(options.engine, options.engine.pool.bytes, self._sizes)
+        self._sizes = expected_sizes(self._groups, options.engine.codec.name)
+        self._control = self._make_control(options.engine.pool.bytes)
         check_supported(options.engine)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
@@ -104,10 +113,16 @@ class SchedulerHalf:
         self._stats = ConnectorStats()
         self.stats = EngineStats()
         events = vllm_config.kv_events_config
-        self._events = EventLog(self._block_size) if events is not None and events.enable_kv_cache_events else None
+        self._events: EventLog | None = None
+        if events is not None and events.enable_kv_cache_events:
+            described = [EventGroup(*facts) for facts in self._groups.facts]
+            self._events = EventLog(described, self._groups.set.hash_block_size)
         if self._events is not None:
             self._control.on_removed = self._events.add_removed
-        self._make_planners()
+        self._made: _Planners | None = None
+        self._is_simple = self._groups.is_one_of_full_attention
+        if self._is_simple:
+            self._make_planners()
         if hash_root_is_random(vllm_config.cache_config.prefix_caching_hash_algo):
             logger.warning(
                 "vLLM's block hashes start from a random root: they serve this process only. "
@@ -117,20 +132,51 @@ class SchedulerHalf:
     def _next_plan(self) -> ConnectorPlan:
         return ConnectorPlan(number=next(self._plan_numbers))
 
+    def _make_control(self, pool_bytes: int) -> ControlPlane:
+        return ControlPlane.from_config(self._options.engine, pool_bytes, self._sizes, self._groups.set)
+
+    def _make_rules(self) -> BlockRules:
+        index, save_decoded = self._control.index, self._options.save_decoded
+        if self._is_simple:
+            return FullAttention(index, self._keys, self._groups.set.hash_block_size, save_decoded=save_decoded)
+        return Hybrid(
+            index,
+            self._keys,
+            self._groups,
+            self._manager,
+            max_blocks_of_request(self._vllm_config, self._groups.every),
+            save_decoded=save_decoded,
+        )
+
     def _make_planners(self) -> None:
+        rules = self._make_rules()
         context = PlannerContext(
-            block_size=self._block_size,
-            sizes=self._sizes,
+            rules=rules,
             control=self._control,
             tier=self._tier,
-            keys=self._keys,
             jobs=self._jobs,
             job_ids=self._job_ids,
             stats=self._stats,
             events=self._events,
         )
-        self._loads = LoadPlanner(context, self._options, self._admission, self._tracked, self.stats)
-        self._saves = SavePlanner(context, save_decoded=self._options.save_decoded)
+        admission = Admission(self._num_device_blocks, rules, num_lookahead_tokens(self._vllm_config))
+        loads = LoadPlanner(context, self._options, admission, self._tracked, self.stats)
+        self._made = _Planners(rules, admission, loads, SavePlanner(context))
+
+    @property
+    def _planners(self) -> "_Planners":
+        if self._made is None:
+            raise EngineStateError("vLLM has not told the connector about its KV cache manager: call bind first")
+        return self._made
+
+    def bind(self, manager: Any, scheduler: Any = None) -> None:
+        """Learn vLLM's `KVCacheManager`, and its scheduler in a version in which workers cannot report failed loads."""
+        self._manager, self._scheduler = manager, scheduler
+        hash_block_size = int(getattr(manager.block_pool, "hash_block_size", self._groups.set.hash_block_size))
+        if self._events is not None:
+            self._events.hash_block_size = hash_block_size
+        self._is_simple &= hash_block_size == self._groups.set.hash_block_size
+        self._make_planners()
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -144,23 +190,24 @@ class SchedulerHalf:
             return
         sizes = {handshake.sizes for handshake in handshakes}
         if len(sizes) > 1:
-            found = sorted((s.raw, s.packed) for s in sizes)
-            raise ConfigError(f"workers registered blocks of {found} bytes (as they are, packed): they must agree")
+            found = sorted([(s.raw, s.packed) for s in of_worker] for of_worker in sizes)
+            raise ConfigError(f"workers registered blocks of {found} bytes (raw, packed): they must agree")
         self._plan_with(sizes.pop(), min(handshake.pool_bytes for handshake in handshakes))
         namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
         if self._tier is None and len(namespaces) == len(handshakes):
             self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
-        self._make_planners()
+        if self._made is not None:
+            self._make_planners()
         self._ready = True
         disk = f"disk at {self._options.engine.disk.path}" if self._tier is not None else "no disk"
         logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
 
-    def _plan_with(self, sizes: BlockSizes, pool_bytes: int) -> None:
+    def _plan_with(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
             return
         removed = self._control.on_removed
         self._sizes = sizes
-        self._control = ControlPlane.from_config(self._options.engine, pool_bytes, sizes)
+        self._control = self._make_control(pool_bytes)
         self._control.on_removed = removed
 
     def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
@@ -170,9 +217,7 @@ class SchedulerHalf:
         except ConfigError as error:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None
-        return TierPlanner(
-            engine, self._control, self._sizes, index, self._num_workers, self._job_ids, self._stats, self._events
-        )
+        return TierPlanner(engine, self._control, index, self._num_workers, self._job_ids, self._stats, self._events)
 
     # -- look-up and load --------------------------------------------------------------------------
 
@@ -183,55 +228,55 @@ class SchedulerHalf:
         """
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
-        tracked.first = num_computed_tokens // self._block_size
+        tracked.local_tokens = num_computed_tokens
         if request.status == RequestStatus.PREEMPTED:
             tracked.block_ids = []  # no step's output names the requests that a reset preempts
-        if self._admission.must_let_pass(request, self._tracked.values()):
-            self._admission.pass_over(request)
+        if self._planners.admission.must_let_pass(request, self._tracked.values()):
+            self._planners.admission.pass_over(request)
             return None, False
         found: int | None = 0
         if self._ready and self._may_load:
-            found = self._loads.look_up(tracked, num_computed_tokens, self._plan)
+            found = self._planners.loads.look_up(tracked, self._plan)
         if found is None:
-            self._admission.pass_over(request)
+            self._planners.admission.pass_over(request)
             return None, False
-        self._admission.settle(request.request_id)
-        logger.debug("request %s: %d blocks to load behind %d", request.request_id, found, tracked.first)
-        return found * self._block_size, found > 0
+        self._planners.admission.settle(request.request_id)
+        logger.debug("request %s: %d tokens to load behind %d", request.request_id, found, num_computed_tokens)
+        return found, found > 0
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Pin the blocks that were promised, and plan their load into the device blocks that were just allocated."""
-        block_ids = list(blocks.get_block_ids()[0])
+        block_ids = self._planners.rules.ids_of(blocks)
         if not block_ids:
             return  # an older MultiConnector says so that another connector loads; see `allocated_for_others`
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
         tracked.request = request
-        self._loads.end_wait(request.request_id)
-        self._admission.settle(request.request_id)
+        self._planners.loads.end_wait(request.request_id)
+        self._planners.admission.settle(request.request_id)
         tracked.block_ids = block_ids
-        drop_stale_hashes(request, self._block_size)
+        drop_stale_hashes(request, self._groups.set.hash_block_size)
         if num_external_tokens:
-            self._loads.plan_load(tracked, num_external_tokens // self._block_size, self._plan)
+            self._planners.loads.plan_load(tracked, num_external_tokens, blocks, self._plan)
         elif tracked.loading is None:
-            self._loads.count_misses(request)
+            self._planners.loads.count_misses(tracked)
 
     def allocated_for_others(self, request: "Request", blocks: "KVCacheBlocks") -> None:
         """A request got device blocks into which some connector loads: saves must have read what they held before."""
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))
-        tracked.block_ids = list(blocks.get_block_ids()[0])
-        self._plan.fresh_block_ids.update(tracked.block_ids[tracked.first :])
+        tracked.block_ids = self._planners.rules.ids_of(blocks)
+        self._plan.fresh_block_ids.update(self._planners.rules.fresh_ids(tracked))
 
     # -- steps -------------------------------------------------------------------------------------
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ConnectorPlan:
         """This step's jobs: loads planned since the last step, and saves of the blocks that this one completes."""
         plan = self._plan
-        plan.fresh_block_ids |= follow_block_tables(self._tracked, scheduler_output, self._block_size)
+        plan.fresh_block_ids |= self._planners.rules.follow(self._tracked, scheduler_output)
         computing = computing_requests(self._tracked, scheduler_output)
         for tracked, _ in computing:
             tracked.has_kv_from(plan.number)
         if self._ready and self._may_save:
-            self._saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, plan)
+            self._planners.saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, plan)
         if scheduler_output.num_scheduled_tokens:
             self._stale.step_computes(plan.number)
         self._gives_tokens.append(any(tracked.gives_token_after(num_tokens) for tracked, num_tokens in computing))
@@ -261,9 +306,9 @@ class SchedulerHalf:
         if self._jobs.is_reported(job):
             self._jobs.end(job)
             if isinstance(job, SaveInFlight):
-                self._saves.finish(job)
-            else:
-                self._loads.finish(job)
+                self._planners.saves.finish(job)
+            elif self._planners.loads.finish(job) and self._scheduler is not None:
+                fail_load(self._scheduler, self._tracked[job.request_id].request)
 
     def _shrink(self, pool_bytes: int) -> None:
         allocator = self._control.allocator
@@ -273,8 +318,11 @@ class SchedulerHalf:
 
     def _describe_pool(self) -> str:
         capacity_bytes = self._control.allocator.capacity_bytes
-        num_blocks = capacity_bytes // self._sizes.packed
-        return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_blocks * self._block_size} tokens"
+        if len(self._sizes) > 1:
+            return f"{format_bytes(capacity_bytes)} a rank, for {len(self._sizes)} groups of layers"
+        num_blocks = capacity_bytes // self._sizes[0].packed
+        num_tokens = num_blocks * self._groups.set.alignment
+        return f"{format_bytes(capacity_bytes)} a rank, {num_blocks} blocks or {num_tokens} tokens"
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
         """KV events since the last call; none unless vLLM publishes them."""
@@ -284,14 +332,14 @@ class SchedulerHalf:
 
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; returns True if its device blocks must be held, because a load still writes into them."""
-        self._loads.end_wait(request.request_id)
-        self._admission.settle(request.request_id)
+        self._planners.loads.end_wait(request.request_id)
+        self._planners.admission.settle(request.request_id)
         if self._tier is not None:
             self._tier.forget_request(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        used = self._keys.of(request, slice(tracked.num_planned))
+        used = self._planners.rules.used(tracked)
         self._control.touch(pack_keys(used))
         if self._tier is not None:
             self._plan.used_keys += self._tier.keys_to_touch(used)
@@ -327,6 +375,10 @@ class SchedulerHalf:
     def has_work(self) -> bool:
         """True while jobs are in flight: the workers report their ends with a step."""
         return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
+
+    def holds_device_blocks(self) -> bool:
+        """True while saves in flight keep device blocks from being given to others."""
+        return not self._is_simple and any(isinstance(job, SaveInFlight) for job in self._jobs)
 
     def take_stats(self) -> ConnectorStats | None:
         """Counters since they were last taken; None if there are none. vLLM asks once a step, when the step is over.

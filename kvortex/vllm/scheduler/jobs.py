@@ -20,9 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvortex.planes.control import FetchPlan, HeldBlocks, LoadPlan, SavePlan
-from kvortex.types import BlockHash
 from kvortex.vllm.plans import NO_WRITE, JobOutcome
+from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.events import PlannedBlocks
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
@@ -59,11 +62,10 @@ class LoadInFlight(JobInFlight):
 
 @dataclass(slots=True)
 class SavePart:
-    """Consecutive blocks of one request in a save."""
+    """Consecutive blocks of one group of one request in a save."""
 
     tracked: TrackedRequest
-    blocks: slice  # of the request
-    keys: list[BlockHash]
+    run: BlockRun
     event: PlannedBlocks | None  # None where vLLM publishes no events
 
 
@@ -72,7 +74,10 @@ class SaveInFlight(JobInFlight):
     """A save: blocks of one request or more in flight to the pool."""
 
     plan: SavePlan
-    parts: list[SavePart]  # in the order of the save's keys
+    parts: list[SavePart]
+    order: (
+        NDArray[np.intp] | None
+    )  # for each of the save's keys its position among those of all parts; None if in order
     as_is: bool = False  # stored raw, because packing would lose too much
     is_stale: bool = False  # weights have changed since it was planned: its blocks have been dropped
     write_id: int = NO_WRITE  # the write to the lower tier that follows it
@@ -96,7 +101,7 @@ class FetchInFlight(JobInFlight):
     hashes: list[bytes]
     keys: list[bytes]
     started_s: float
-    event: PlannedBlocks | None = None
+    event_of: Sequence[tuple[PlannedBlocks, int]] = ()  # as for a write
 
 
 AnyJob = TypeVar("AnyJob", bound=JobInFlight)

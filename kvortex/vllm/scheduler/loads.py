@@ -2,22 +2,23 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvortex.index import pack_keys
 from kvortex.stats import EngineStats
-from kvortex.types import BlockHash, MissReason
+from kvortex.types import MissReason
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, LoadJob
 from kvortex.vllm.scheduler.admission import Admission
+from kvortex.vllm.scheduler.blocks import Wanted
 from kvortex.vllm.scheduler.context import PlannerContext
 from kvortex.vllm.scheduler.jobs import LoadInFlight
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ class LoadPlanner:
     ) -> None:
         self._context = context
         self._control = context.control
-        self._keys = context.keys
         self._options = options
         self._admission = admission
         self._tracked = tracked
@@ -53,52 +53,51 @@ class LoadPlanner:
 
     # -- look-up -----------------------------------------------------------------------------------
 
-    def look_up(self, tracked: TrackedRequest, num_computed_tokens: int, plan: ConnectorPlan) -> int | None:
-        """Number of blocks that a request can load now.
+    def look_up(self, tracked: TrackedRequest, plan: ConnectorPlan) -> int | None:
+        """Number of tokens that a request can load now.
 
         Args:
-            tracked: the request, with `first` behind what vLLM's own cache has.
-            num_computed_tokens: tokens that vLLM's own cache has.
+            tracked: the request, with `local_tokens` that vLLM's own cache has.
             plan: the plan of the next step; a job that fetches more blocks from the lower tier is added to it.
 
         Returns:
             None while the request should wait, because more blocks are in flight to the pool.
         """
-        request = tracked.request
+        request, rules = tracked.request, self._context.rules
         if tracked.computes or request.skip_reading_prefix_cache:
             return 0
-        keys = self._keys.of(request, slice(tracked.first, None))
         # Behind a hit of vLLM's own cache, a single block is computed sooner than it is loaded.
-        least = max(self._options.min_hit_blocks, 2 if num_computed_tokens else 1)
-        if len(keys) < least:
+        least = max(self._options.min_hit_blocks, 2 if tracked.local_tokens else 1)
+        if rules.num_ahead(tracked) < least:
             return 0
-        found = self._control.index.prefix_length(keys)
-        if found < len(keys) and (
-            self._wait_for_block(request.request_id, keys[found])
-            or self._begin_fetch(request, tracked.first + found, keys[found:], plan)
+        tier = self._context.tier
+        found, wanted = rules.reach(tracked, tier.known if tier is not None else None)
+        if wanted.keys and (
+            self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted, plan)
         ):
             return None
-        if found < least or not self._admission.may_load(request, self._tracked.values()):
+        if found < least * rules.alignment or not self._admission.may_load(request, self._tracked.values()):
             return 0
         return found
 
-    def _wait_for_block(self, request_id: str, key: BlockHash) -> bool:
-        """Begin, or continue, to wait for a block that is in flight to the pool; False if waiting is not worthwhile."""
+    def _wait_for_blocks(self, request_id: str, wanted: Wanted) -> bool:
+        """Begin, or continue, to wait for blocks that are in flight to the pool; False if that is not worthwhile."""
         tier = self._context.tier
-        if tier is not None and tier.is_arriving(key):
+        keys = wanted.keys[:1] if wanted.is_chain else wanted.keys
+        if tier is not None and any(tier.is_arriving(key) for key in keys):
             return True
         # A save in flight takes some milliseconds, less than to compute the block. It may fail: the wait is bounded.
-        if self._control.index.miss_reason(key) is not MissReason.PENDING:
+        if not any(self._control.index.miss_reason(key) is MissReason.PENDING for key in keys):
             self._waiting_since_s.pop(request_id, None)
             return False
         now_s = time.monotonic()
         since_s = self._waiting_since_s.setdefault(request_id, now_s)
         return now_s - since_s < self._options.pending_wait_s
 
-    def _begin_fetch(self, request: "Request", number: int, keys: Sequence[BlockHash], plan: ConnectorPlan) -> bool:
-        """Plan to fetch a request's blocks, from `number` on, from the lower tier; False if it has none of them."""
+    def _begin_fetch(self, request: "Request", wanted: Wanted, plan: ConnectorPlan) -> bool:
+        """Plan to fetch blocks that a request needs from the lower tier; False if it has none of them."""
         tier = self._context.tier
-        job = tier.plan_fetch(request, number, keys) if tier is not None else None
+        job = tier.plan_fetch(request, wanted) if tier is not None else None
         if job is not None:
             plan.fetches.append(job)
         return job is not None
@@ -109,12 +108,17 @@ class LoadPlanner:
 
     # -- load --------------------------------------------------------------------------------------
 
-    def plan_load(self, tracked: TrackedRequest, count: int, plan: ConnectorPlan) -> None:
-        """Pin `count` blocks that were promised to a request, and plan their load into its device blocks."""
-        # Selected by position in the request: behind them there may be more blocks, for drafts.
-        wanted = slice(tracked.first, tracked.first + count)
-        block_ids = np.array(tracked.block_ids[wanted], dtype=np.int32)
-        load = self._control.plan_load(pack_keys(self._keys.of(tracked.request, wanted)), block_ids)
+    def plan_load(self, tracked: TrackedRequest, num_tokens: int, blocks: "KVCacheBlocks", plan: ConnectorPlan) -> None:
+        """Pin the blocks of `num_tokens` tokens that were promised to a request, and plan their load.
+
+        Args:
+            tracked: the request.
+            num_tokens: tokens that were promised.
+            blocks: the device blocks that were allocated.
+            plan: the plan of the next step; the job is added to it.
+        """
+        keys, block_ids = self._context.rules.to_load(tracked, num_tokens, blocks)
+        load = self._control.plan_load(keys, block_ids)
         missing = np.delete(block_ids, load.positions)
         request_id = tracked.request.request_id
         job_id = next(self._context.job_ids)
@@ -126,16 +130,24 @@ class LoadPlanner:
         tracked.loading = job_id
         tracked.has_kv_from(plan.number)
 
-    def count_misses(self, request: "Request") -> None:
+    def count_misses(self, tracked: TrackedRequest) -> None:
         """Count the blocks that a request has to compute, because it loads nothing."""
-        first = request.num_computed_tokens // self._context.block_size
-        keys = self._keys.of(request, slice(first, None))
-        found = self._control.index.prefix_length(keys)
-        if found < len(keys):
-            self._context.stats.count_misses(self._control.index.miss_reason(keys[found]), len(keys) - found)
+        rules = self._context.rules
+        tracked.local_tokens = tracked.request.num_computed_tokens
+        ahead = rules.num_ahead(tracked)
+        if ahead <= 0:
+            return
+        found, wanted = rules.reach(tracked, None)
+        if (missed := ahead - found // rules.alignment) > 0:
+            reason = self._control.index.miss_reason(wanted.keys[0]) if wanted.keys else MissReason.NEVER_STORED
+            self._context.stats.count_misses(reason, missed)
 
-    def finish(self, job: LoadInFlight) -> None:
-        """Every worker has reported a load: unpin its blocks, and drop those that are corrupt."""
+    def finish(self, job: LoadInFlight) -> bool:
+        """Every worker has reported a load: unpin its blocks, and drop those that are corrupt.
+
+        Returns:
+            True if some of its blocks have not arrived, and the request is still there: it has to compute them.
+        """
         count = job.plan.transfer.num_blocks
         succeeded, intact = np.ones(count, dtype=np.bool_), np.ones(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
@@ -147,4 +159,6 @@ class LoadPlanner:
             tracked.computes = any(outcome is not None for outcome in outcomes)
         self._stats.record_outcomes(outcomes)
         seconds = time.perf_counter() - job.started_s
-        self._context.stats.count_load(outcomes, self._context.sizes.raw, seconds)
+        nbytes = self._context.bytes_moved(job.plan.transfer.forms, succeeded & intact)
+        self._context.stats.count_load(outcomes, nbytes, seconds)
+        return tracked is not None and tracked.computes

@@ -14,10 +14,11 @@ class TrackedRequest:
     """One request, from its first look-up to its end."""
 
     request: "Request"
-    block_ids: list[int] = field(default_factory=list)
-    first: int = 0  # first block that vLLM did not find in its own cache, when it last asked
-    num_planned: int = 0  # leading blocks whose save was planned, or that were stored already
-    too_lossy: set[int] = field(default_factory=set)  # blocks to save raw, because packing would lose too much
+    block_ids: list[int] = field(default_factory=list)  # of all groups
+    local_tokens: int = 0  # tokens that vLLM has found in its own cache, when it last asked
+    num_planned: list[int] = field(default_factory=lambda: [0])  # leading blocks of each group whose save was planned
+    too_lossy: set[tuple[int, int]] = field(default_factory=set)  # (group, block): to save raw, packing loses too much
+    num_full: int = 0  # blocks that the last planned step has completed, with one group
     loading: int | None = None  # the number of its load job in flight
     computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
     first_plan: int | None = None  # number of the first plan that computes or loads its KV
@@ -27,6 +28,10 @@ class TrackedRequest:
         """Note that this plan computes or loads KV of the request."""
         if self.first_plan is None:
             self.first_plan = plan_number
+
+    def plan_saves_again(self) -> None:
+        """Note that none of its blocks is stored any more."""
+        self.num_planned = [0] * len(self.num_planned)
 
     def gives_token_after(self, num_tokens: int) -> bool:
         """True if a step that computes so many tokens, drafts included, gives the request a new one."""
@@ -44,7 +49,7 @@ def computing_requests(
 def follow_block_tables(
     tracked: Mapping[str, TrackedRequest], scheduler_output: "SchedulerOutput", block_size: int
 ) -> set[int]:
-    """Update the device blocks of the tracked requests from a step's output.
+    """Update the device blocks of the tracked requests, which have one group of layers, from a step's output.
 
     Returns:
         Block ids that were allocated for this step, to tracked requests and to others.

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from kvortex.index import pack_keys
 from kvortex.vllm.plans import NO_WRITE, ConnectorPlan, SaveJob
+from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.context import PlannerContext
-from kvortex.vllm.scheduler.events import PlannedBlocks
 from kvortex.vllm.scheduler.jobs import SaveInFlight, SavePart
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
@@ -26,13 +26,11 @@ class SavePlanner:
 
     Args:
         context: the pool and its lower tier.
-        save_decoded: save the KV of generated tokens too, not only of the prompt.
     """
 
-    def __init__(self, context: PlannerContext, *, save_decoded: bool) -> None:
+    def __init__(self, context: PlannerContext) -> None:
         self._context = context
         self._control = context.control
-        self._save_decoded = save_decoded
 
     # -- plan --------------------------------------------------------------------------------------
 
@@ -42,62 +40,59 @@ class SavePlanner:
         drafts: Mapping[str, Sequence[int]],
         plan: ConnectorPlan,
     ) -> None:
-        """Plan to save every full block that a step completes.
+        """Plan to save every block that a step completes.
 
         Args:
             computing: the step's requests, each with the number of tokens that it computes.
             drafts: the draft tokens among these, by request; they may be rejected, so they complete no block.
             plan: the plan of this step; the jobs are added to it.
         """
+        rules = self._context.rules
         new: list[SavePart] = []
         as_is: list[SavePart] = []
         for tracked, num_tokens in computing:
             if tracked.has_stale_kv:
                 continue
-            full = self._num_full_blocks(tracked, num_tokens - len(drafts.get(tracked.request.request_id, ())))
+            without_drafts = num_tokens - len(drafts.get(tracked.request.request_id, ()))
+            new += [self._part(tracked, run) for run in rules.completed(tracked, without_drafts)]
             if tracked.too_lossy:
-                as_is += self._parts_as_is(tracked, full)
-            if full > tracked.num_planned:
-                new.append(self._part(tracked, slice(tracked.num_planned, full)))
-                tracked.num_planned = full
+                as_is += [self._part(tracked, run) for run in rules.again(tracked)]
         for group in _groups(new):
             self._plan_save(group, plan)
         for group in _groups(as_is):
             self._plan_save(group, plan, as_is=True)
 
-    def _num_full_blocks(self, tracked: TrackedRequest, num_tokens: int) -> int:
-        request = tracked.request
-        computed = request.num_computed_tokens + num_tokens
-        if not self._save_decoded:
-            computed = min(computed, request.num_prompt_tokens)
-        return int(min(computed // self._context.block_size, len(request.block_hashes), len(tracked.block_ids)))
-
-    def _parts_as_is(self, tracked: TrackedRequest, full: int) -> list[SavePart]:
-        # A request that was preempted in the meantime may not have computed all of its blocks again.
-        numbers = [number for number in sorted(tracked.too_lossy) if number < full]
-        tracked.too_lossy.clear()
-        return [self._part(tracked, slice(number, number + 1)) for number in numbers]
-
-    def _part(self, tracked: TrackedRequest, blocks: slice) -> SavePart:
-        context = self._context
-        event = PlannedBlocks.of(tracked.request, blocks, context.block_size) if context.events is not None else None
-        return SavePart(tracked, blocks, context.keys.of(tracked.request, blocks), event)
+    def _part(self, tracked: TrackedRequest, run: BlockRun) -> SavePart:
+        events = self._context.events
+        event = events.planned(tracked.request, run.group, run.blocks) if events is not None else None
+        return SavePart(tracked, run, event)
 
     def _plan_save(self, parts: list[SavePart], plan: ConnectorPlan, *, as_is: bool = False) -> None:
-        keys = [key for part in parts for key in part.keys]
-        block_ids = np.array([n for part in parts for n in part.tracked.block_ids[part.blocks]], dtype=np.int32)
-        save = self._control.plan_save(pack_keys(keys), block_ids, "save", as_is=as_is)
+        context, runs = self._context, [part.run for part in parts]
+        keys = [key for run in runs for key in run.keys]
+        block_ids = np.array([block_id for run in runs for block_id in run.block_ids], dtype=np.int32)
+        groups = None
+        if (order := context.rules.order(runs)) is not None:
+            numbers = np.repeat([run.group for run in runs], [len(run.keys) for run in runs])
+            keys, block_ids = [keys[n] for n in order.tolist()], block_ids[order]
+            groups = numbers[order].astype(np.uint8)
+        save = self._control.plan_save(pack_keys(keys), block_ids, "save", groups=groups, as_is=as_is)
         if not save.transfer.num_blocks:
             return
-        job_id = next(self._context.job_ids)
+        job_id = next(context.job_ids)
         tier_keys, write_id = b"", NO_WRITE
-        if self._context.tier is not None:
+        if context.tier is not None:
             positions = save.positions.tolist()
-            events = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.keys))]
-            tier_keys, write_id = self._context.tier.plan_write(
+            events = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.run.keys))]
+            if events and order is not None:
+                events = [events[n] for n in order.tolist()]
+            tier_keys, write_id = context.tier.plan_write(
                 [keys[position] for position in positions], [events[position] for position in positions if events]
             )
-        self._context.jobs.add(SaveInFlight(job_id=job_id, plan=save, parts=parts, as_is=as_is, write_id=write_id))
+        context.jobs.add(
+            SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is, write_id=write_id)
+        )
+        context.rules.hold(save.transfer.block_ids.tolist())
         plan.saves.append(SaveJob(job_id, save.transfer, tier_keys, write_id))
         logger.debug("job %d saves %d of %d blocks", job_id, save.transfer.num_blocks, len(keys))
 
@@ -105,7 +100,9 @@ class SavePlanner:
 
     def finish(self, job: SaveInFlight) -> None:
         """Every worker has reported a save: its blocks become visible, or are dropped."""
-        context, count = self._context, job.plan.transfer.num_blocks
+        context, transfer = self._context, job.plan.transfer
+        count = transfer.num_blocks
+        context.rules.release(transfer.block_ids.tolist())
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
         lossy[list(job.too_lossy)] = True
@@ -114,29 +111,35 @@ class SavePlanner:
             context.tier.hold_saved(job.write_id, succeeded)
         if job.as_is:
             context.stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
-        context.stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), context.sizes.raw)
+        nbytes = context.bytes_moved(transfer.forms, succeeded)
+        context.stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), nbytes)
         if job.is_stale:  # requests whose KV is not stale save their blocks again
             for part in job.parts:
-                part.tracked.num_planned = min(part.tracked.num_planned, part.blocks.start)
+                planned = part.tracked.num_planned
+                planned[part.run.group] = min(planned[part.run.group], part.run.blocks.start)
         if job.too_lossy or context.events is not None:
             self._finish_parts(job, succeeded, lossy)
 
     def _finish_parts(self, job: SaveInFlight, succeeded: NDArray[np.bool_], lossy: NDArray[np.bool_]) -> None:
         """Note for each request which blocks it has to save raw, and publish events for the stored blocks."""
-        positions, start = job.plan.positions, 0
+        moved = job.plan.positions if job.order is None else job.order[job.plan.positions]
+        start = 0
         for part in job.parts:
-            mine = slice(*np.searchsorted(positions, (start, start + len(part.keys))))
-            numbers = positions[mine] - start
-            part.tracked.too_lossy.update((part.blocks.start + numbers[lossy[mine]]).tolist())
-            self._publish(part, numbers[succeeded[mine]], job.plan.transfer.offsets[mine][succeeded[mine]])
-            start += len(part.keys)
+            mine = np.flatnonzero((moved >= start) & (moved < start + len(part.run.keys)))
+            numbers = moved[mine] - start
+            first, group = part.run.blocks.start, part.run.group
+            part.tracked.too_lossy.update((group, first + number) for number in numbers[lossy[mine]].tolist())
+            stored = succeeded[mine]
+            self._publish(part, numbers[stored], job.plan.transfer.offsets[mine][stored])
+            start += len(part.run.keys)
 
     def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
         events = self._context.events
         if events is not None and part.event is not None:
             # A reset may have dropped a block before its save ended: nothing is at its offset then.
             there = self._control.allocator.holds(offsets)
-            events.add_stored(part.event, numbers[there].tolist(), offsets[there].tolist())
+            order = np.argsort(numbers[there], kind="stable")
+            events.add_stored(part.event, numbers[there][order].tolist(), offsets[there][order].tolist())
 
 
 def _groups(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
@@ -145,7 +148,7 @@ def _groups(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
     count = 0
     for part in parts:
         group.append(part)
-        count += len(part.keys)
+        count += len(part.run.keys)
         if count >= MIN_SAVE_BLOCKS:
             yield group
             group, count = [], 0

@@ -34,7 +34,7 @@ class StaleKV:
         """Mark the requests with KV from plans up to `last_plan`. The others may save their blocks once more."""
         for request in tracked:
             request.has_stale_kv |= request.first_plan is not None and request.first_plan <= last_plan
-            request.num_planned = 0
+            request.plan_saves_again()
 
     def vllm_was_reset(self) -> bool:
         """vLLM's own cache is empty now; returns True if it may have served stale KV until now."""

@@ -78,7 +78,8 @@ class TierIndex:
         self._packs = namespace.codec != RAW
         self._timeout_s = config.tier.timeout_s
         self._epoch = b""
-        # Key -> packed, for blocks that the workers have written; the tier's own index has them after its next scan.
+        # Key -> whether in its usual form, of blocks that the workers have written. The tier's own index has them
+        # after its next scan.
         self._written: BoundedMap[bool] = BoundedMap()
         self._lost: BoundedMap[float] = BoundedMap()  # key -> time until which it is not asked for
         self._thread: LoopThread | None = LoopThread()
@@ -107,22 +108,37 @@ class TierIndex:
         self._written.clear()
         self._lost.clear()
 
-    def known_prefix(self, keys: Sequence[bytes]) -> list[bool]:
-        """For the leading keys that the tier is known to have: True for each whose block is stored packed."""
-        run: list[bool] = []
+    def known(self, keys: Sequence[bytes]) -> list[bool | None]:
+        """For each key None if the tier is not known to have the block, or True if it has it in its usual form.
+
+        False is for a block that is stored raw although those of its group are packed.
+        """
         now_s = time.monotonic()
         stored = self._tier.lookup(keys)
         as_is = self._tier.lookup([key_as_is(key) for key in keys]) if self._packs else [0] * len(keys)
+        found: list[bool | None] = []
         for key, nbytes, nbytes_as_is in zip(keys, stored, as_is, strict=True):
             written = self._written.get(key)
-            if (self._lost.get(key) or 0.0) > now_s or not (nbytes or nbytes_as_is or written is not None):
+            if (self._lost.get(key) or 0.0) > now_s:
+                found.append(None)
+            elif nbytes or nbytes_as_is:
+                found.append(bool(nbytes))
+            else:
+                found.append(written)
+        return found
+
+    def known_prefix(self, keys: Sequence[bytes]) -> list[bool]:
+        """The same for the leading keys of blocks that the tier is known to have."""
+        run: list[bool] = []
+        for found in self.known(keys):
+            if found is None:
                 break
-            run.append(self._packs and (bool(nbytes) if nbytes or nbytes_as_is else bool(written)))
+            run.append(found)
         return run
 
-    def add_written(self, keys: Sequence[bytes], packed: bool) -> None:
-        """The workers have written these blocks, packed or raw."""
-        self._written.add(keys, packed)
+    def add_written(self, keys: Sequence[bytes], usual: bool) -> None:
+        """The workers have written these blocks, in their usual form or raw although their group's are packed."""
+        self._written.add(keys, usual)
         self._lost.discard(keys)
 
     def add_lost(self, keys: Sequence[bytes]) -> None:

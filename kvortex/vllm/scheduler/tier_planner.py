@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
 from kvortex.index import pack_keys
-from kvortex.planes.control import ControlPlane, HeldBlocks
-from kvortex.types import BlockSizes, Direction, MissReason, TransferPlan
+from kvortex.planes.control import ControlPlane
+from kvortex.types import Direction, MissReason, TransferPlan, form_of
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import NO_WRITE, FetchJob, JobOutcome
+from kvortex.vllm.scheduler.blocks import Wanted
 from kvortex.vllm.scheduler.events import EventLog, PlannedBlocks
 from kvortex.vllm.scheduler.jobs import FetchInFlight, JobsInFlight, WriteInFlight
 from kvortex.vllm.scheduler.tier_index import BoundedMap, TierIndex
@@ -35,7 +37,6 @@ class TierPlanner:
     Args:
         config: the engine's settings.
         control: the pool's index and allocator.
-        sizes: bytes that a block takes in the pool.
         index: which blocks the tier has.
         num_workers: workers that report each job.
         job_ids: numbers for jobs, shared with loads and saves.
@@ -47,7 +48,6 @@ class TierPlanner:
         self,
         config: KVortexConfig,
         control: ControlPlane,
-        sizes: BlockSizes,
         index: TierIndex,
         num_workers: int,
         job_ids: Iterator[int],
@@ -56,20 +56,19 @@ class TierPlanner:
     ) -> None:
         self._events = events
         self._control = control
-        self._sizes = sizes
         self._index = index
         self._writes = JobsInFlight[WriteInFlight](num_workers)
         self._fetches = JobsInFlight[FetchInFlight](num_workers)
         self._job_ids = job_ids
         self._stats = stats
         self._wait_s = config.tier.timeout_s if config.tier.load_deadline_s is None else config.tier.load_deadline_s
-        in_pool = control.allocator.capacity_bytes // sizes.packed
+        in_pool = control.allocator.capacity_bytes // int(control.extents.max())
         self._max_writing = max(1, min(config.tier.queue_blocks, int(WRITING_SHARE * in_pool)))
         self._max_fetching = max(1, in_pool // 2)
         self._num_writing = 0
         self._arriving: dict[bytes, float] = {}  # hash -> time at which its fetch was planned
         self._used_s: BoundedMap[float] = BoundedMap()  # last hash of a chain -> time of the last report of its use
-        self._asked: dict[str, int] = {}  # request -> number of the last block that was fetched for it
+        self._asked: dict[str, set[tuple[int, int]]] = {}  # request -> blocks that were fetched for it
 
     # -- write -------------------------------------------------------------------------------------
 
@@ -100,7 +99,7 @@ class TierPlanner:
         write = self._writes[write_id]
         positions = np.flatnonzero(succeeded)
         held = self._control.hold(pack_keys([write.hashes[i] for i in positions.tolist()]))
-        write.held = HeldBlocks(positions[held.positions], held.slots, held.offsets, held.nbytes, held.digests)
+        write.held = replace(held, positions=positions[held.positions])
         self._finish_write(write)
 
     def _finish_write(self, write: WriteInFlight) -> None:
@@ -111,10 +110,11 @@ class TierPlanner:
         self._num_writing -= len(write.hashes)
         self._control.release(write.held.slots)
         stored = [i for i in range(len(write.keys)) if i not in write.failed]
-        sizes = dict(zip(write.held.positions.tolist(), write.held.nbytes.tolist(), strict=True))
-        for packed in (True, False):
-            of_encoding = [i for i in stored if self._control.is_packed(sizes.get(i, self._sizes.packed)) is packed]
-            self._index.add_written([write.keys[i] for i in of_encoding], packed)
+        is_usual = (write.held.forms == self._control.usual_forms[write.held.forms // 2]).tolist()
+        usual = dict(zip(write.held.positions.tolist(), is_usual, strict=True))
+        for encoding in (True, False):
+            of_encoding = [i for i in stored if usual.get(i, True) is encoding]
+            self._index.add_written([write.keys[i] for i in of_encoding], encoding)
         self._announce_written(write, stored)
         self._stats.add("written_blocks", len(stored))
         self._stats.add("failed_writes", len(write.failed))
@@ -122,57 +122,87 @@ class TierPlanner:
     def _announce_written(self, write: WriteInFlight, stored: Sequence[int]) -> None:
         if self._events is None:
             return
-        by_part: dict[int, tuple[PlannedBlocks, list[int]]] = {}
-        for position in stored:
-            blocks, number = write.event_of[position]
-            by_part.setdefault(id(blocks), (blocks, []))[1].append(number)
-        for blocks, numbers in by_part.values():
-            self._events.add_written(blocks, numbers)
+        for blocks, pairs in _by_event(write.event_of, stored):
+            self._events.add_written(blocks, [n for n, _ in pairs])
 
     # -- fetch -------------------------------------------------------------------------------------
 
-    def plan_fetch(self, request: "Request", number: int, hashes: Sequence[bytes]) -> FetchJob | None:
+    def known(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Which blocks the tier is known to have, `bool [n]`."""
+        found = self._index.known(self._index.keys_of(keys))
+        return np.array([there is not None for there in found], dtype=np.bool_)
+
+    def plan_fetch(self, request: "Request", wanted: Wanted) -> FetchJob | None:
         """Have the workers fetch blocks from the tier into the pool.
 
         Args:
             request: the request that asks; each block is fetched for it once.
-            number: position of the first block in the request.
-            hashes: the request's block hashes from there on; none of these blocks is in the pool.
+            wanted: blocks that are not in the pool.
 
         Returns:
             The job; None if the tier does not have the first block, or the pool has no room.
         """
-        request_id = request.request_id
-        if self._asked.get(request_id, -1) >= number:
+        numbers, hashes = wanted.numbers[: self._max_fetching], wanted.keys[: self._max_fetching]
+        asked = self._asked.setdefault(request.request_id, set())
+        if not asked.isdisjoint(numbers[:1] if wanted.is_chain else numbers):
             return None
-        keys = self._index.keys_of(hashes[: self._max_fetching])
-        packed = np.array(self._index.known_prefix(keys), dtype=np.bool_)
-        self._asked[request_id] = number + max(len(packed) - 1, 0)
-        plan = self._control.plan_fetch(pack_keys(hashes[: len(packed)]), packed, "fetch")
+        keys = self._index.keys_of(hashes)
+        known = self._index.known_prefix(keys) if wanted.is_chain else self._index.known(keys)
+        there = [n for n, found in enumerate(known) if found is not None]
+        asked.update([numbers[n] for n in there] or numbers[:1])
+        forms = np.array([self._form(numbers[n][0], known[n]) for n in there], dtype=np.uint8)
+        plan = self._control.plan_fetch(pack_keys([hashes[n] for n in there]), forms, "fetch")
         if not plan.positions.size:
             return None
-        positions = plan.positions.tolist()
+        fetched = [there[position] for position in plan.positions.tolist()]
         job_id = next(self._job_ids)
-        event = None
-        if self._events is not None:
-            event = PlannedBlocks.of(request, slice(number, number + len(packed)), self._events.block_size)
         fetch = FetchInFlight(
             job_id=job_id,
             plan=plan,
-            hashes=[hashes[i] for i in positions],
-            keys=[keys[i] for i in positions],
+            hashes=[hashes[n] for n in fetched],
+            keys=[keys[n] for n in fetched],
             started_s=time.perf_counter(),
-            event=event,
+            event_of=self._events_of(request, [numbers[n] for n in fetched]),
         )
         self._fetches.add(fetch)
         self._arriving.update(dict.fromkeys(fetch.hashes, time.monotonic()))
         transfer = TransferPlan(
             Direction.LOAD,
-            np.zeros(len(positions), dtype=np.int32),
+            np.zeros(len(fetched), dtype=np.int32),
             plan.offsets,
-            packed[plan.positions] if self._sizes.packs else None,
+            plan.forms if self._control.has_forms else None,
         )
         return FetchJob(job_id, transfer, b"".join(fetch.keys))
+
+    def _form(self, group: int, usual: bool | None) -> int:
+        return int(self._control.usual_forms[group]) if usual else form_of(group, False)
+
+    def _events_of(self, request: "Request", numbers: Sequence[tuple[int, int]]) -> list[tuple[PlannedBlocks, int]]:
+        """The event that will name each block, and its number in that event; nothing without events.
+
+        Args:
+            request: the request.
+            numbers: the group and the number in the request of each block.
+        """
+        if self._events is None:
+            return []
+        event_of: dict[tuple[int, int], tuple[PlannedBlocks, int]] = {}
+        run: list[tuple[int, int]] = []
+        for group, number in sorted(numbers):
+            if run and run[-1] != (group, number - 1):
+                event_of.update(self._events_of_run(self._events, request, run))
+                run = []
+            run.append((group, number))
+        event_of.update(self._events_of_run(self._events, request, run))
+        return [event_of[number] for number in numbers]
+
+    @staticmethod
+    def _events_of_run(
+        events: EventLog, request: "Request", run: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[PlannedBlocks, int]]]:
+        (group, first), (_, last) = run[0], run[-1]
+        event = events.planned(request, group, slice(first, last + 1))
+        return ((number, (event, n)) for n, number in enumerate(run))
 
     def is_arriving(self, block_hash: bytes) -> bool:
         """True while a fetch of the block is in flight, unless it takes longer than a request should wait."""
@@ -182,12 +212,12 @@ class TierPlanner:
     def _finish_fetch(self, fetch: FetchInFlight) -> None:
         self._fetches.end(fetch)
         plan = fetch.plan
-        columns = zip(plan.slots.tolist(), plan.offsets.tolist(), plan.nbytes.tolist(), strict=True)
-        for position, (slot, offset, nbytes) in enumerate(columns):
+        columns = zip(plan.slots.tolist(), plan.offsets.tolist(), plan.forms.tolist(), strict=True)
+        for position, (slot, offset, form) in enumerate(columns):
             if position in fetch.failed:
                 self._control.abandon_fetch(slot, offset, MissReason.TRANSFER_FAILED)
             else:
-                self._control.finish_fetch(slot, offset, nbytes, 0)
+                self._control.finish_fetch(slot, offset, form, 0)
         for block_hash in fetch.hashes:
             self._arriving.pop(block_hash, None)
         self._announce_fetched(fetch)
@@ -197,12 +227,13 @@ class TierPlanner:
         self._stats.add("fetch_seconds", time.perf_counter() - fetch.started_s)
 
     def _announce_fetched(self, fetch: FetchInFlight) -> None:
-        if self._events is None or fetch.event is None:
+        if self._events is None:
             return
-        there = self._control.allocator.holds(fetch.plan.offsets)  # neither failed, nor dropped by a reset
-        positions, offsets = fetch.plan.positions[there], fetch.plan.offsets[there]
-        self._events.add_stored(fetch.event, positions.tolist(), offsets.tolist())
-        self._events.add_lost([fetch.event.hashes[fetch.plan.positions[i]] for i in sorted(fetch.failed)])
+        there = np.flatnonzero(self._control.allocator.holds(fetch.plan.offsets))  # not failed, nor dropped by a reset
+        offsets = fetch.plan.offsets.tolist()
+        for blocks, pairs in _by_event(fetch.event_of, there.tolist()):
+            self._events.add_stored(blocks, [n for n, _ in pairs], [offsets[position] for _, position in pairs])
+        self._events.add_lost([blocks.name(n) for blocks, n in (fetch.event_of[i] for i in sorted(fetch.failed))])
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -253,3 +284,14 @@ class TierPlanner:
     def close(self) -> None:
         """Close the tier."""
         self._index.close()
+
+
+def _by_event(
+    event_of: Sequence[tuple[PlannedBlocks, int]], positions: Sequence[int]
+) -> Iterator[tuple[PlannedBlocks, list[tuple[int, int]]]]:
+    """For each event its blocks among `positions`: number in the event, and position, in the order of the event."""
+    found: dict[int, tuple[PlannedBlocks, list[tuple[int, int]]]] = {}
+    for position in positions:
+        blocks, number = event_of[position]
+        found.setdefault(id(blocks), (blocks, []))[1].append((number, position))
+    return ((blocks, sorted(pairs)) for blocks, pairs in found.values())

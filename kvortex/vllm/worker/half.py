@@ -3,27 +3,27 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 
-from kvortex.codecs import RAW, block_sizes, packing_for
+from kvortex.codecs import RAW
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
-from kvortex.layout import KVLayout
-from kvortex.planes.data import DataPlane
+from kvortex.layout import PagedCache
+from kvortex.planes.data import DataPlane, pages_of
 from kvortex.runtime.loop_thread import LoopThread
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.identity import identity_of
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import block_dims, only_group
+from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, PoolShrunk, WeightsChanged, WorkerHandshake
 from kvortex.vllm.versions import WorkerReports
+from kvortex.vllm.worker.caches import LayerCache, register
 from kvortex.vllm.worker.jobs import JobRunner, RankJob
-from kvortex.vllm.worker.places import Places, largest
+from kvortex.vllm.worker.places import Places, RankPlaces, largest
 from kvortex.vllm.worker.ranks import Peers, PoolShare, check_memory_of_all
 from kvortex.vllm.worker.reports import ReportBox
 from kvortex.vllm.worker.tier_mover import TierMover
@@ -66,10 +66,10 @@ class WorkerHalf:
         handshake_in_step: bool = False,
     ) -> None:
         self._vllm_config = vllm_config
-        self._kv_group = only_group(kv_cache_config)
+        self._kv_cache_config = kv_cache_config
+        self._groups = ServedGroups(kv_cache_config)
         self._rank = int(vllm_config.parallel_config.rank)
         self._num_blocks = int(kv_cache_config.num_blocks)
-        self._block_size = int(self._kv_group.kv_cache_spec.block_size)
         self._options = options
         self._peers = peers or Peers()
         self._handshake_in_step = handshake_in_step
@@ -78,36 +78,33 @@ class WorkerHalf:
         self._mover: TierMover | None = None
         self._jobs: JobRunner | None = None
         self._share = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
-        self._places = Places(1, BlockSizes(1, 1), BlockSizes(1, 1))
+        self._places = Places(1, (BlockSizes(1, 1),), (BlockSizes(1, 1),))
         self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
-        self._reports = ReportBox()
+        self._reports = ReportBox(by_request=len(kv_cache_config.kv_cache_groups) > 1)
         self._pauses_counted = 0
 
     # -- start and end -----------------------------------------------------------------------------
 
-    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, kv_caches: Mapping[str, LayerCache]) -> None:
         """Register the paged cache: derive its layout, allocate the pool, run the self-test.
 
         Args:
-            kv_caches: the cache tensor of each layer, by the layer's name.
+            kv_caches: the cache of each layer, by the layer's name: a tensor, or the tensors of a state.
 
         Raises:
             ConfigError, LayoutError, DeviceError, OutOfPoolMemoryError: see `DataPlane`; vLLM does not start then.
         """
-        caches = _without_shared(kv_caches)
-        layout = KVLayout.from_tensors(
-            caches, self._block_size, num_blocks=self._num_blocks, block_dim=block_dims(caches, self._num_blocks)
-        )
-        share = self._make_share(layout)
+        tensors, cache, here = register(kv_caches, self._groups, self._num_blocks)
+        share = self._make_share(cache, here)
         thread = LoopThread()
         try:
 
             async def start() -> DataPlane:
                 return DataPlane(
-                    share.config, caches, layout, memory=share.memory, on_pinning_stopped=self._pinning_stopped
+                    share.config, tensors, cache, memory=share.memory, on_pinning_stopped=self._pinning_stopped
                 )
 
             self._data = thread.run(start())
@@ -119,14 +116,15 @@ class WorkerHalf:
         self._share = share
         if self._options.engine.disk.path:
             self._open_mover(self._data, thread)
-        self._jobs = JobRunner(self._data, thread.loop, share, self._places, self._mover, self._reports)
+        placed = RankPlaces(self._places, share, here)
+        self._jobs = JobRunner(self._data, thread.loop, share, placed, self._mover, self._reports)
         if self._handshake_in_step:
             self._reports.add(self._make_handshake(self._data))
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
         logger.debug(
             "rank %d serves %s, %d bytes of pinned memory%s",
             self._rank,
-            layout.describe(),
+            cache.describe(),
             self._data.pool.capacity_bytes,
             shared,
         )
@@ -134,21 +132,24 @@ class WorkerHalf:
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         self._reports.shrink_pool(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
 
-    def _make_share(self, layout: KVLayout) -> PoolShare:
+    def _make_share(self, cache: PagedCache, here: Sequence[int]) -> PoolShare:
         config = self._options.engine
-        own = block_sizes(layout, packing_for(layout, config.codec.name))
-        if config.codec.name != RAW and not own.packs and self._rank == 0:
+        pages = pages_of(cache, config.codec.name)
+        own = [BlockSizes(0, 0)] * len(self._groups.set)
+        for number, of_group in zip(here, pages, strict=True):
+            own[number] = of_group.sizes
+        if config.codec.name != RAW and self._rank == 0 and not any(p.packing for p in pages):
             logger.warning(
-                "codec %r does not take a cache of %s: blocks are stored raw", config.codec.name, layout.dtypes
+                "codec %r does not take a cache of %s: blocks are stored raw", config.codec.name, cache.dtypes
             )
         stages = self._peers.stages
-        planned = largest(stages.exchange(own)) if stages is not None else own
-        self._places = Places(config.pool.pin_piece_bytes, planned, own)
+        planned = largest(stages.exchange(tuple(own))) if stages is not None else tuple(own)
+        self._places = Places(config.pool.pin_piece_bytes, planned, tuple(own))
         check_memory_of_all(self._peers, config.pool.bytes, self._num_pools_here())
         config = self._places.config(config)
         if self._peers.replicas is None:
             return PoolShare.own(config, own)
-        return PoolShare.of_group(self._peers.replicas, config, layout, own)
+        return PoolShare.of_group(self._peers.replicas, config, cache.digest, own)
 
     def _num_pools_here(self) -> int:
         parallel = self._vllm_config.parallel_config
@@ -158,7 +159,9 @@ class WorkerHalf:
 
     def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
         engine = self._options.engine
-        self._namespace = data.namespace(identity_of(self._vllm_config, self._kv_group, self._rank, engine.identity))
+        self._namespace = data.namespace(
+            identity_of(self._vllm_config, self._groups.is_latent, self._rank, engine.identity)
+        )
         self._mover = TierMover(engine, self._namespace, data.pool.bytes, data.encodings)
         thread.run(self._mover.open())
 
@@ -167,11 +170,10 @@ class WorkerHalf:
         return None if self._data is None or self._handshake_in_step else self._make_handshake(self._data)
 
     def _make_handshake(self, data: DataPlane) -> WorkerHandshake:
-        layout = data.layout
         return WorkerHandshake(
-            layout.digest,
+            data.cache.digest,
             self._places.planned,
-            layout.num_blocks,
+            self._num_blocks,
             self._places.planned_bytes(data.pool.capacity_bytes),
             self._namespace,
         )
@@ -232,9 +234,8 @@ class WorkerHalf:
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def begin_step(self, plan: ConnectorPlan) -> None:
-        """Before the forward: wait until saves of earlier steps have read the blocks that it will overwrite."""
-        self._plan = plan
+    def wait_for_reads(self, plan: ConnectorPlan) -> None:
+        """Before a step changes anything: wait until saves of earlier steps have read the blocks that it overwrites."""
         due_s = time.monotonic() + MAX_READ_WAIT_S
         for save in self._unread:
             if not save.read.is_set() and not save.device_blocks.isdisjoint(plan.fresh_block_ids):
@@ -244,6 +245,11 @@ class WorkerHalf:
                     save.read.set()
         while self._unread and self._unread[0].read.is_set():
             self._unread.popleft()
+
+    def begin_step(self, plan: ConnectorPlan) -> None:
+        """Take a step's plan."""
+        self._plan = plan
+        self.wait_for_reads(plan)
 
     def start_loads(self) -> None:
         """Start this step's loads, behind what the forward's stream has queued so far, and its fetches."""
@@ -280,6 +286,10 @@ class WorkerHalf:
         """Requests whose loads have ended since the last call."""
         return self._reports.take_finished()
 
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose loads have failed since the last call, for models with several groups of layers."""
+        return self._reports.take_failed_requests()
+
     def take_failed_block_ids(self) -> set[int]:
         """Device blocks that a load should have filled, and that hold no KV, since the last call."""
         return self._reports.take_failed_block_ids()
@@ -295,11 +305,3 @@ class WorkerHalf:
     def take_reports(self) -> WorkerReports | None:
         """Reports for the scheduler half since the last call, None if there are none."""
         return self._reports.take()
-
-
-def _without_shared(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once: layers that share the cache of another layer have the same tensor."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in kv_caches.items():
-        seen.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: kv_caches[name] for name in seen.values()}

@@ -18,7 +18,7 @@ from kvortex.sched import TransferRequest
 from kvortex.tiering.keys import split_joined
 from kvortex.types import TransferPlan
 from kvortex.vllm.plans import FetchJob, JobOutcome, LoadJob, SaveJob
-from kvortex.vllm.worker.places import Places
+from kvortex.vllm.worker.places import RankPlaces
 from kvortex.vllm.worker.ranks import PoolShare
 from kvortex.vllm.worker.reports import ReportBox
 from kvortex.vllm.worker.tier_mover import TierMover
@@ -57,7 +57,7 @@ class JobRunner:
         data: moves blocks between paged cache and pool.
         loop: the loop of the data plane, on a thread of its own.
         share: what this rank saves, and the digests.
-        places: this rank's offsets.
+        places: this rank's groups and offsets.
         mover: moves blocks between pool and lower tier; None without a lower tier.
         reports: takes the outcomes.
     """
@@ -67,7 +67,7 @@ class JobRunner:
         data: DataPlane,
         loop: asyncio.AbstractEventLoop,
         share: PoolShare,
-        places: Places,
+        places: RankPlaces,
         mover: TierMover | None,
         reports: ReportBox,
     ) -> None:
@@ -88,14 +88,12 @@ class JobRunner:
     # -- start -------------------------------------------------------------------------------------
 
     def whole(self, job: LoadJob) -> RankJob:
-        """A load: every rank loads all of it."""
-        return RankJob(job, self._places.place(job.transfer), np.arange(job.transfer.num_blocks))
+        """A load: every rank loads all blocks of its layers."""
+        return RankJob(job, *self._places.whole(job.transfer))
 
     def part_of(self, job: SaveJob) -> RankJob:
         """This rank's part of a save; it may be empty."""
-        transfer = self._places.place(job.transfer)
-        positions = self._share.part_of(transfer)
-        return RankJob(job, transfer.part(positions), positions)
+        return RankJob(job, *self._places.part_of(job.transfer))
 
     def start(self, part: RankJob) -> None:
         """Start a load or a save, behind what the stream of the forward has queued so far."""
@@ -196,9 +194,8 @@ class JobRunner:
         self._reports.end(JobOutcome(job.write_id, _ids(part.positions[~stored])))
 
     async def _fetch(self, job: FetchJob) -> None:
-        transfer = self._places.place(job.transfer)
-        positions = self._share.part_of(transfer)
-        plan, keys = transfer.part(positions), split_joined(job.keys)
+        plan, positions = self._places.part_of(job.transfer)
+        keys = split_joined(job.keys)
         digests = np.zeros(plan.num_blocks, dtype=np.uint64)
         arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
         if self._mover is not None:

@@ -5,7 +5,9 @@ smaller blocks (with fewer layers on its pipeline stage, say) has a pool that is
 each planned offset by it. So no memory is wasted, and a plan does not grow with the number of ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,9 @@ from kvortex.config import KVortexConfig
 from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 
+if TYPE_CHECKING:
+    from kvortex.vllm.worker.ranks import PoolShare
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -22,13 +27,13 @@ class Places:
 
     Args:
         planned_piece: bytes of a piece of the planned pool; no extent crosses from one piece into the next.
-        planned: bytes of a planned extent, in each encoding.
-        own: bytes of this rank's extents, none larger than the planned one.
+        planned: for each group of layers bytes of a planned extent, in each encoding.
+        own: bytes of this rank's extents, none larger than the planned one; 0 for a group of which it has no layer.
     """
 
     planned_piece: int
-    planned: BlockSizes
-    own: BlockSizes
+    planned: tuple[BlockSizes, ...]
+    own: tuple[BlockSizes, ...]
 
     @property
     def is_unscaled(self) -> bool:
@@ -37,9 +42,14 @@ class Places:
 
     @property
     def _fraction(self) -> tuple[int, int]:
-        # The larger factor of the two encodings: then blocks of neither encoding overlap their neighbours.
-        raw, packed = (self.own.raw, self.planned.raw), (self.own.packed, self.planned.packed)
-        return max(raw, packed, key=lambda pair: pair[0] / pair[1])
+        # The largest factor of all groups and encodings: then no block overlaps its neighbour.
+        pairs = [
+            pair
+            for own, planned in zip(self.own, self.planned, strict=True)
+            for pair in ((own.raw, planned.raw), (own.packed, planned.packed))
+            if pair[1]
+        ]
+        return max(pairs, key=lambda pair: pair[0] / pair[1])
 
     def _scaled(self, nbytes: int) -> int:
         own, planned = self._fraction
@@ -56,15 +66,18 @@ class Places:
             return config
         pieces, left = divmod(config.pool.bytes, self.planned_piece)
         nbytes = pieces * self.piece + self._scaled(left)
-        nbytes = max(nbytes, self.own.raw, PAGE_BYTES)
+        nbytes = max(nbytes, sum(own.raw for own in self.own), PAGE_BYTES)
         return config.replace(pool={"bytes": nbytes, "pin_piece_bytes": self.piece})
 
     def place(self, plan: TransferPlan) -> TransferPlan:
         """A plan with this rank's offsets."""
         if self.is_unscaled:
             return plan
-        packed = plan.packed if self.own.packs else None
-        return plan._replace(offsets=self.offsets(plan.offsets), packed=packed)
+        forms = plan.forms
+        if forms is not None:  # a rank whose blocks of a group cannot be packed stores them raw
+            packs = np.array([own.packs for own in self.own])
+            forms = np.where(packs[forms // 2], forms, forms // 2 * 2).astype(np.uint8)
+        return plan._replace(offsets=self.offsets(plan.offsets), forms=forms)
 
     def offsets(self, planned: NDArray[np.int64]) -> NDArray[np.int64]:
         """This rank's offsets, `int64 [n]`, from the planned ones, `int64 [n]`, in bytes."""
@@ -83,6 +96,43 @@ class Places:
         return pieces * self.planned_piece + min(within, self.planned_piece)
 
 
-def largest(sizes: "list[BlockSizes]") -> BlockSizes:
-    """The sizes that are large enough for the blocks of every rank."""
-    return BlockSizes(max(s.raw for s in sizes), max(s.packed for s in sizes))
+class RankPlaces:
+    """What one rank moves of planned transfers: the blocks of its layers, with its own offsets and group numbers.
+
+    Args:
+        places: scales the offsets.
+        share: says which blocks this rank saves.
+        here: for each of the rank's own groups, in order, its number in plans. A pipeline stage may lack some.
+    """
+
+    def __init__(self, places: Places, share: "PoolShare", here: Sequence[int]) -> None:
+        self._places = places
+        self._share = share
+        self._own_number = np.full(len(places.planned), -1, dtype=np.int64)
+        self._own_number[list(here)] = np.arange(len(here))
+        self._has_all = len(here) == len(places.planned)
+
+    def whole(self, plan: TransferPlan) -> tuple[TransferPlan, NDArray[np.intp]]:
+        """The part of a transfer that concerns this rank's layers, and the positions of its blocks, `intp [n]`."""
+        placed = self._places.place(plan)
+        if self._has_all or plan.forms is None:
+            return placed, np.arange(plan.num_blocks)
+        forms = plan.forms if placed.forms is None else placed.forms
+        numbers = self._own_number[forms // 2]
+        positions = np.flatnonzero(numbers >= 0)
+        own_forms = (2 * numbers + forms % 2)[positions].astype(np.uint8)
+        return placed.part(positions)._replace(forms=own_forms), positions
+
+    def part_of(self, plan: TransferPlan) -> tuple[TransferPlan, NDArray[np.intp]]:
+        """The same for what this rank saves, or fetches, of it."""
+        mine, positions = self.whole(plan)
+        part = self._share.part_of(mine)
+        return mine.part(part), positions[part]
+
+
+def largest(sizes: "list[tuple[BlockSizes, ...]]") -> tuple[BlockSizes, ...]:
+    """For each group the sizes that are large enough for the blocks of every rank."""
+    return tuple(
+        BlockSizes(max(s.raw for s in of_group), max(s.packed for s in of_group))
+        for of_group in zip(*sizes, strict=True)
+    )

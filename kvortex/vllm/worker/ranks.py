@@ -7,6 +7,7 @@ blocks over its own link, and compares them with the digests of the ranks that s
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -18,10 +19,9 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_worl
 from kvortex.arithmetic import align_up
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
-from kvortex.layout import KVLayout
 from kvortex.memory import SharedMemory, SharedTicket, check_memory
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
-from kvortex.vllm.model import is_latent, only_group
+from kvortex.vllm.model import ServedGroups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,7 +78,7 @@ class Peers:
 def peers_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Peers:
     """The groups of the worker in this process."""
     parallel = vllm_config.parallel_config
-    latent = parallel.tensor_parallel_size > 1 and is_latent(only_group(kv_cache_config))
+    latent = parallel.tensor_parallel_size > 1 and ServedGroups(kv_cache_config).is_latent
     return Peers(
         replicas=Coordinated(get_tp_group()) if latent else None,
         stages=Coordinated(get_pp_group()) if parallel.pipeline_parallel_size > 1 else None,
@@ -129,12 +129,15 @@ class PoolShare:
     memory: SharedMemory | None = None
 
     @classmethod
-    def own(cls, config: KVortexConfig, sizes: BlockSizes) -> Self:
+    def own(cls, config: KVortexConfig, sizes: Sequence[BlockSizes]) -> Self:
         """The share of a rank with a pool of its own: it saves every block."""
-        return cls(config, np.zeros(_num_places(config, sizes), dtype=np.uint64), sizes.packed)
+        place = _place_nbytes(sizes)
+        return cls(config, np.zeros(_num_places(config, place), dtype=np.uint64), place)
 
     @classmethod
-    def of_group(cls, group: RankGroup, config: KVortexConfig, layout: KVLayout, sizes: BlockSizes) -> Self:
+    def of_group(
+        cls, group: RankGroup, config: KVortexConfig, layout_digest: bytes, sizes: Sequence[BlockSizes]
+    ) -> Self:
         """Create a shared pool on the first rank, and open it on the others.
 
         If that is not possible, each rank gets a pool of its own. Every rank of the group must call this at the same
@@ -143,11 +146,12 @@ class PoolShare:
         Raises:
             ConfigError: the machine does not have that much memory.
         """
-        num_places = _num_places(config, sizes)
+        place = _place_nbytes(sizes)
+        num_places = _num_places(config, place)
         pool_bytes = align_up(config.pool.bytes, PAGE_BYTES)
         memory = _open_memory(group, pool_bytes + num_places * 8)
-        reached = group.exchange((memory is not None, layout.digest))
-        if memory is None or any(answer != (True, layout.digest) for answer in reached):
+        reached = group.exchange((memory is not None, layout_digest))
+        if memory is None or any(answer != (True, layout_digest) for answer in reached):
             divided = config.pool.bytes // group.size
             logger.warning(
                 "ranks on different machines or with different layouts: each stores a copy of its own, of %d bytes "
@@ -159,7 +163,7 @@ class PoolShare:
                 memory.close()
             return cls.own(config.replace(pool=divided), sizes)
         digests = np.frombuffer(memory.map(pool_bytes, num_places * 8), dtype=np.uint64)
-        return cls(config, digests, sizes.packed, group.rank, group.size, memory)
+        return cls(config, digests, place, group.rank, group.size, memory)
 
     def places(self, plan: TransferPlan) -> NDArray[np.int64]:
         """The places of a plan's blocks, `int64 [n]`: indices into `digests`."""
@@ -195,5 +199,9 @@ def _open_memory(group: RankGroup, nbytes: int) -> SharedMemory | None:
     return first if first is not None else SharedMemory.attach(offer)
 
 
-def _num_places(config: KVortexConfig, sizes: BlockSizes) -> int:
-    return config.pool.bytes // sizes.packed + 1
+def _place_nbytes(sizes: Sequence[BlockSizes]) -> int:
+    return min(size.packed for size in sizes if size.packed)
+
+
+def _num_places(config: KVortexConfig, place_nbytes: int) -> int:
+    return config.pool.bytes // place_nbytes + 1

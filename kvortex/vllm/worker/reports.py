@@ -11,9 +11,15 @@ class ReportBox:
 
     Jobs end on the thread of the data plane's loop; steps run on vLLM's thread. Outcomes wait until a step asks for
     finished loads, so the outcome of a load and the end of its request are reported in the same step.
+
+    Args:
+        by_request: True if failed loads are reported request by request, as models with several groups of layers need
+            it; False if by their device blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_request: bool = False) -> None:
+        self._by_request = by_request
+        self._failed_requests: set[str] = set()
         self._ended: deque[tuple[JobOutcome, LoadJob | None] | PoolShrunk] = deque()
         self._reports: list[Report] = []
         self._failed_block_ids: set[int] = set()
@@ -51,8 +57,16 @@ class ReportBox:
             if load is not None:
                 received.add(load.request_id)
                 bad = [*outcome.failed, *outcome.corrupt]
-                self._failed_block_ids.update(load.transfer.block_ids[bad].tolist(), load.missing_block_ids)
+                if not self._by_request:
+                    self._failed_block_ids.update(load.transfer.block_ids[bad].tolist(), load.missing_block_ids)
+                elif bad or load.missing_block_ids:
+                    self._failed_requests.add(load.request_id)
         return received
+
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose loads have failed, at least in part, since the last call; empty unless `by_request`."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
 
     def take_failed_block_ids(self) -> set[int]:
         """Device blocks that a load should have filled, and that hold no KV, since the last call."""

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import RAW, Encodings
+from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.hashing import Namespace
@@ -34,7 +34,7 @@ class TierMover:
         config: the settings of the tier.
         namespace: the namespace of this rank's blocks.
         pool: this rank's pool, `uint8 [capacity_bytes]`.
-        encodings: how blocks are encoded, and the size of each encoding.
+        encodings: how blocks are encoded, by form.
 
     Raises:
         ConfigError: no tier is configured, or its settings are invalid.
@@ -47,7 +47,6 @@ class TierMover:
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._guard = GuardedTier(tier, config.tier.timeout_s, time.monotonic)
-        self._packs = namespace.codec != RAW
         self._pool = pool
         self._encodings = encodings
         self._timeout_s = config.tier.timeout_s
@@ -114,15 +113,15 @@ class TierMover:
         used_s = self._uses.chain(plan.num_blocks).tolist()
         requests = [
             WriteRequest(
-                self._tier_key(key, _is_packed(plan, i)),
+                self._tier_key(key, form),
                 self._payload(plan, i),
                 digest,
-                self._encodings.payloads.raw,
-                self._encodings.codec_number(_is_packed(plan, i)),
+                self._encodings.raw_nbytes(form),
+                self._encodings.codec_number(form),
                 partial(done, i),
                 used_s[i],
             )
-            for i, (key, digest) in enumerate(zip(keys, digests.tolist(), strict=True))
+            for i, (key, digest, form) in enumerate(zip(keys, digests.tolist(), _forms(plan), strict=True))
         ]
         if not self._usable:
             return stored
@@ -165,20 +164,18 @@ class TierMover:
         arrived: NDArray[np.bool_],
         used_s: NDArray[np.float64],
     ) -> None:
-        settled = _Countdown(len(batch))
+        settled, forms = _Countdown(len(batch)), _forms(plan)
 
         def done(position: int, outcome: ReadOutcome) -> None:
-            packed = _is_packed(plan, position)
-            expected = self._encodings.codec_number(packed), self._encodings.payload_nbytes(packed)
+            form = forms[position]
+            expected = self._encodings.codec_number(form), self._encodings.payloads[form]
             if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
                 digests[position] = outcome.digest
                 arrived[position] = True
             settled.one()
 
         requests = [
-            ReadRequest(
-                self._tier_key(keys[i], _is_packed(plan, i)), self._payload(plan, i), partial(done, i), float(used_s[i])
-            )
+            ReadRequest(self._tier_key(keys[i], forms[i]), self._payload(plan, i), partial(done, i), float(used_s[i]))
             for i in batch
         ]
         await self._guard.read(requests)
@@ -189,16 +186,19 @@ class TierMover:
         if not self._usable or self._guard.writes.refuses:
             return
         used_s = self._uses.chain(len(keys)).tolist()
-        for packed in (True, False) if self._packs else (True,):
-            await self._guard.touch([self._tier_key(key, packed) for key in keys], used_s)
+        named = [in_epoch(key, self._epoch) for key in keys]
+        await self._guard.touch(named, used_s)
+        if self._encodings.pack_any:
+            await self._guard.touch([key_as_is(key) for key in named], used_s)
 
     def _payload(self, plan: TransferPlan, position: int) -> NDArray[np.uint8]:
         offset = int(plan.offsets[position])
-        return self._pool[offset : offset + self._encodings.payload_nbytes(_is_packed(plan, position))]
+        form = 0 if plan.forms is None else int(plan.forms[position])
+        return self._pool[offset : offset + self._encodings.payloads[form]]
 
-    def _tier_key(self, key: bytes, packed: bool) -> bytes:
+    def _tier_key(self, key: bytes, form: int) -> bytes:
         key = in_epoch(key, self._epoch)
-        return key_as_is(key) if self._packs and not packed else key
+        return key_as_is(key) if self._encodings.is_kept_as_is(form) else key
 
 
 class _Countdown:
@@ -217,5 +217,7 @@ class _Countdown:
         await self._event.wait()
 
 
-def _is_packed(plan: TransferPlan, position: int) -> bool:
-    return plan.packed is not None and bool(plan.packed[position])
+def _forms(plan: TransferPlan) -> list[int]:
+    """The form of each block of a plan."""
+    forms: list[int] = [0] * plan.num_blocks if plan.forms is None else plan.forms.tolist()
+    return forms

@@ -12,8 +12,10 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1 import kv_cache_interface
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
@@ -23,7 +25,14 @@ from vllm.v1.kv_cache_interface import (
 from kvortex.errors import ConfigError
 from kvortex.types import Direction, MissReason, TransferPlan
 from kvortex.vllm.metrics import ConnectorPromMetrics, ConnectorStats
-from kvortex.vllm.model import block_dims, expected_sizes, is_latent, only_group, refuse_unserved, why_not_reused
+from kvortex.vllm.model import (
+    ServedGroups,
+    block_dims,
+    expected_sizes,
+    is_latent,
+    refuse_unserved,
+    why_not_reused,
+)
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 from kvortex.vllm.versions import IS_NEWER, WorkerReports, report_aborted_loads, reports_in
@@ -42,14 +51,43 @@ def config(*specs: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], s) for i, s in enumerate(specs)])
 
 
-def test_models_that_cannot_be_served_are_refused() -> None:
+def test_groups_keep_their_kinds_and_vllms_numbers() -> None:
     full, sliding = spec(FullAttentionSpec), spec(SlidingWindowSpec, sliding_window=64)
-    assert only_group(config(full)).kv_cache_spec is full
-    for groups in ([sliding], [full, sliding], [full, full], []):
+    chunked = spec(ChunkedLocalAttentionSpec, attention_chunk_size=128)
+    state = spec(MambaSpec, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align")
+    groups = ServedGroups(config(sliding, full, chunked, state))
+    assert [(g.kind.value, g.reach, g.layers) for g in groups.set.groups] == [
+        ("window", 64, ("layer0",)),
+        ("full", 0, ("layer1",)),
+        ("chunk", 128, ("layer2",)),
+        ("state", 0, ("layer3",)),
+    ]
+    assert groups.ids == (0, 1, 2, 3)
+    assert groups.set.anchor == 1
+    assert not groups.is_one_of_full_attention
+    assert ServedGroups(config(full)).is_one_of_full_attention
+    assert not ServedGroups(config(sliding)).is_one_of_full_attention
+
+
+@pytest.mark.skipif(IS_NEWER, reason="newer versions let connectors serve several groups")
+def test_models_that_this_version_does_not_serve_are_refused() -> None:
+    full, sliding = spec(FullAttentionSpec), spec(SlidingWindowSpec, sliding_window=64)
+    for groups in ([sliding], [full, sliding], [full, full]):
         with pytest.raises(ConfigError, match="full attention"):
-            only_group(config(*groups))
-    with pytest.raises(ConfigError, match="SlidingWindowSpec"):
-        only_group(config(sliding))
+            refuse_unserved(settings(), config(*groups))
+
+
+@pytest.mark.skipif(not IS_NEWER, reason="older versions let connectors serve one group of full attention")
+def test_models_that_mix_kinds_are_served_with_prefix_caching_and_snapshots_of_states() -> None:
+    full, sliding = spec(FullAttentionSpec), spec(SlidingWindowSpec, sliding_window=64)
+    mixed = config(full, sliding)
+    assert why_not_reused(settings(prefix_caching=True), mixed) == ""
+    assert "prefix caching" in why_not_reused(settings(), mixed)
+    refuse_unserved(settings(), mixed)
+    for mode, why in (("align", ""), ("none", "mamba_cache_mode")):
+        state = spec(MambaSpec, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode=mode)
+        found = why_not_reused(settings(prefix_caching=True), config(full, state))
+        assert (why in found) == (found != "" or why == "")
 
 
 def settings(device: str = "cuda", *, prefix_caching: bool = False, reused: bool = True, **parallel: int) -> Any:
@@ -108,7 +146,7 @@ def test_layers_of_different_shapes_are_served() -> None:
         assert why_not_reused(settings(), groups) == ""
         refuse_unserved(settings(), groups)
         pages = sum(int(s.page_size_bytes) for s in layers)
-        assert expected_sizes(groups, "raw").raw == -(-pages // 128) * 128
+        assert expected_sizes(ServedGroups(groups), "raw")[0].raw == -(-pages // 128) * 128
         assert is_latent(groups.kv_cache_groups[0]) == (latent in layers)
 
 

@@ -192,7 +192,7 @@ class Run:
         self.workers = Workers(self.harness, random)
         self.workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
         self.workers.sloth = random.choice([0.0, 0.5, 0.9])
-        sizes = BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES)
+        sizes = (BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES),)
         namespace = Namespace(
             model="played", weights_revision="", layout=b"layout", block_size=BLOCK_SIZE, kv_dtype="float32"
         )
@@ -202,7 +202,7 @@ class Run:
         self.half.accept_handshake([hello])
         # No model here drafts: only the room for it is asked for.
         self.harness.scheduler.num_lookahead_tokens = self.lookahead
-        self.half._admission._num_lookahead_tokens = self.lookahead
+        self.half._planners.admission._num_lookahead_tokens = self.lookahead
         # Prompts with common beginnings, none too long for the device by itself.
         longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - self.lookahead
         self.base = base = [random.randrange(3, 1000) for _ in range(longest)]
@@ -300,7 +300,7 @@ class Run:
         assert not self.half._jobs
         assert not self.half._aborted
         assert not self.half._tracked
-        assert not self.half._admission._passed_over
+        assert not self.half._planners.admission._passed_over
 
 
 @pytest.mark.parametrize("part", range(8))

@@ -100,7 +100,7 @@ class PlayedTier(Played):
 
     def __init__(self, harness: SchedulerHarness, pool_blocks: int, namespace: Any) -> None:
         super().__init__(harness)
-        sizes = BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES)
+        sizes = (BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES),)
         self.half.accept_handshake([WorkerHandshake(b"", sizes, 64, pool_blocks * BLOCK_NBYTES, namespace)])
         self.events: list[Any] = []
         self.tier_jobs: list[int] = []

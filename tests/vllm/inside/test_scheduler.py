@@ -88,7 +88,7 @@ def test_what_packing_would_lose_is_saved_as_it_is(played: Callable[..., Played]
     assert job.transfer.block_ids.tolist() == lossy
     p.run("r2")
     control = p.half._control
-    assert control.index.committed_bytes == 4 * p.half._sizes.packed + 2 * p.half._sizes.raw
+    assert control.index.committed_bytes == 4 * p.half._sizes[0].packed + 2 * p.half._sizes[0].raw
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])

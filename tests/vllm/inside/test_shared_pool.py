@@ -112,7 +112,7 @@ class Server:
             for pipe in self.pipes:
                 pipe.send(values)
         engine = ConnectorOptions.from_extra_config(OPTIONS).engine
-        self.control = ControlPlane.from_config(engine, engine.pool.bytes, BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES))
+        self.control = ControlPlane.from_config(engine, engine.pool.bytes, [BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES)])
 
     @staticmethod
     def receive(pipe: Connection) -> Any:

@@ -33,7 +33,7 @@ def test_a_draft_model_with_other_kv_heads(
     options = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
     whole = ["whole blocks", "ends inside a block", "one token over", "long"]
     with running(model, options=options, speculative_config=drafts) as engine:
-        assert engine.scheduler_half._sizes.raw == 4 * LAYER_NBYTES + 4 * 2 * LAYER_NBYTES
+        assert engine.scheduler_half._sizes[0].raw == 4 * LAYER_NBYTES + 4 * 2 * LAYER_NBYTES
         for _ in range(3):
             for name in whole:
                 assert engine.generate([PROMPTS[name]]) == expected[name]
