@@ -175,23 +175,24 @@ def check(layout: Layout, request: Request, **options: Any) -> None:
         assert blocks[number][:places] == expected
 
 
-def masks_of(length: int) -> st.SearchStrategy[NDArray[np.bool_]]:
-    """Of any kind, or with a few holes, so that long hits occur."""
-    any_kind = st.lists(st.booleans(), min_size=length, max_size=length)
-    holes = st.sets(st.integers(0, max(length - 1, 0)), max_size=4)
-    few_holes = holes.map(lambda missing: [block not in missing for block in range(length)])
-    return st.one_of(any_kind, few_holes).map(lambda mask: np.array(mask, dtype=bool))
+@st.composite
+def masks(draw: Callable[..., Any], length: int) -> NDArray[np.bool_]:
+    """All of a prefix but perhaps one block, and then anything, so that hits of all lengths occur."""
+    prefix = length - draw(st.integers(0, length))
+    hole = draw(st.none() | st.integers(0, length))
+    rest = draw(st.lists(st.booleans(), min_size=length - prefix, max_size=length - prefix))
+    return np.array([*(block != hole for block in range(prefix)), *rest], dtype=bool)
 
 
 @st.composite
-def requests(draw: Callable[..., Any], layout: Layout, most_boundaries: int = 8) -> Request:
+def requests(draw: Callable[..., Any], layout: Layout) -> Request:
     """A request, and which of its blocks are there; also behind the limit, where nobody may look."""
-    groups = layout.groups
-    num_hashes = draw(st.integers(0, most_boundaries * groups.alignment // groups.hash_block_size + 3))
-    num_tokens = num_hashes * groups.hash_block_size
-    masks = [draw(masks_of(num_tokens // one.block_size)) for one in groups.groups]
+    alignment, hash_block_size = layout.groups.alignment, layout.groups.hash_block_size
+    limit = draw(st.integers(1, 8)) * alignment + draw(st.integers(0, alignment - 1))
+    num_hashes = limit // hash_block_size + draw(st.integers(0, 2 * alignment // hash_block_size))
+    there = [draw(masks(num_hashes * hash_block_size // one.block_size)) for one in layout.groups.groups]
     hashes = [hashlib.sha256(b"%d" % position).digest() for position in range(num_hashes)]
-    return Request(hashes, masks, draw(st.integers(max(num_tokens - groups.alignment - 2, 0), num_tokens)))
+    return Request(hashes, there, limit)
 
 
 @st.composite
@@ -243,4 +244,4 @@ MODELS = {
 @settings(max_examples=300)
 @given(st.data())
 def test_of_a_model_that_people_serve(name: str, data: st.DataObject) -> None:
-    check(MODELS[name], data.draw(requests(MODELS[name], most_boundaries=20)))
+    check(MODELS[name], data.draw(requests(MODELS[name])))
