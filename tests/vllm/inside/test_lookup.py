@@ -315,12 +315,9 @@ def eagle_match(layout: Layout, request: Request) -> int:
 
 @st.composite
 def drafts(draw: Callable[..., Any]) -> Layout:
-    """Draft layers in any groups of full attention, and in one group of windows.
+    """Draft layers in any groups of full attention, and in one group of windows whose blocks are not the smaller ones.
 
-    With draft layers in windows of two kinds, vLLM finds one's additional block, shortens the hit for the other's, and
-    does not ask the first again: its hit is then longer. If windows have smaller blocks than other groups, it rounds
-    down before it drops the block and once more behind, and its hit is shorter. It refuses draft layers in chunks, and
-    0.23.0 takes a state's own block for the additional one and resumes behind what full attention has.
+    Elsewhere vLLM's hit is another: the next test has an example of each.
     """
     made = draw(layouts(tuple(kind for kind in KVKind if kind is not CHUNK)).filter(has_draft_places))
     full, windows = draft_places(made)
@@ -348,6 +345,31 @@ def test_a_group_with_draft_layers_needs_one_block_more(data: st.DataObject) -> 
     layout = data.draw(drafts())
     request = data.draw(requests(layout))
     check(layout, request, eagle_match(layout, request))
+
+
+TWO_KINDS_OF_WINDOWS = layout(4, (WINDOW, 4, 5), (WINDOW, 4, 9))._replace(eagle=(0, 1))
+SMALLER_WINDOWS = layout(4, (FULL, 8), (WINDOW, 4, 13))._replace(eagle=(1,))
+CHUNKS = layout(4, (FULL, 4), (CHUNK, 4, 8))._replace(eagle=(1,))
+STATES = layout(4, (FULL, 4), (STATE, 4))._replace(eagle=(0, 1))
+
+
+@pytest.mark.skipif(not HAS_DRAFT_GROUPS, reason="this version drops a block of every group in each of its passes")
+def test_where_draft_layers_make_vllm_answer_otherwise() -> None:
+    # The first finds its additional block behind 12 tokens. The second shortens the hit to 4, and the first is not
+    # asked for its additional block behind those.
+    request = request_of(TWO_KINDS_OF_WINDOWS, 16, [0, 2, 3], [0, 1])
+    assert hit_of(TWO_KINDS_OF_WINDOWS, request)[1] == 4
+    assert eagle_match(TWO_KINDS_OF_WINDOWS, request) == 0
+    # Three blocks are rounded to two, one of them is dropped, and the other is rounded to none.
+    request = request_of(SMALLER_WINDOWS, 16, [0], [0, 1, 2])
+    assert hit_of(SMALLER_WINDOWS, request)[1] == 0
+    assert eagle_match(SMALLER_WINDOWS, request) == 8
+    with pytest.raises(AssertionError, match="eagle \\+ chunked local"):
+        hit_of(CHUNKS, request_of(CHUNKS, 16, range(5), range(5)))
+    # 0.23.0 lets a state's look-up go one block further and drops none: it resumes behind what full attention has.
+    request = request_of(STATES, 8, [], [0])
+    assert hit_of(STATES, request)[1] == (0 if HAS_PARTIAL_HITS else 4)
+    assert eagle_match(STATES, request) == 0
 
 
 @pytest.mark.skipif(not HAS_PARTIAL_HITS, reason="this version has no hits within a block")
