@@ -258,7 +258,9 @@ class GroupSet:
         return np.lexsort((ranks[numbers], ends))
 
     def _worth(self, group: KVGroup, number: int) -> int:
-        return (KVKind.FULL, KVKind.CHUNK, KVKind.WINDOW, KVKind.STATE).index(group.kind) + (number != self.anchor)
+        if number == self.anchor:
+            return 0
+        return 1 + (KVKind.FULL, KVKind.CHUNK, KVKind.WINDOW, KVKind.STATE).index(group.kind)
 
     def _tag(self, number: int) -> NDArray[np.uint64]:
         if number == self.anchor:
@@ -268,6 +270,8 @@ class GroupSet:
     def _check(self) -> None:
         if not 1 <= len(self.groups) <= MAX_GROUPS:
             raise ConfigError(f"a cache has 1 to {MAX_GROUPS} groups of layers, not {len(self.groups)}")
+        if self.hash_block_size < 1:
+            raise ConfigError(f"hash_block_size is {self.hash_block_size}; it counts tokens, pass 1 or more")
         for what, values in (
             ("group", [group.name for group in self.groups]),
             ("layer", [layer for group in self.groups for layer in group.layers]),

@@ -16,12 +16,12 @@ from vllm_settings import INSIDE, REPOSITORY, set_variables
 VERSIONS = ("0.32.0", "0.15.1")
 # No CPU build: its own scheduler, with played workers.
 SCHEDULER_ONLY = "0.23.0"
-SCHEDULER_FILES = ("test_placement.py", "test_progress.py", "test_room.py", "test_scheduler.py")
+SCHEDULER_FILES = ("test_lookup.py", "test_placement.py", "test_progress.py", "test_room.py", "test_scheduler.py")
 # No CPU build either, but it runs on 0.32.0's operators: what sees a difference between versions.
 NEWEST = "0.33.0"
 NEWEST_FILES = tuple(
     f"test_{name}.py"
-    for name in ("engine", "interface", "parts", "placement", "pressure", "room", "scheduler", "sleep")
+    for name in ("engine", "interface", "lookup", "parts", "placement", "pressure", "room", "scheduler", "sleep")
 )
 AT_A_TIME = 2
 """Files. Most of what each takes is one core's."""
