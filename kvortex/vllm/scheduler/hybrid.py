@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
-from kvortex.groups import GroupSet
+from kvortex.groups import GroupSet, KVKind
 from kvortex.index import COMMITTED, CacheIndex, pack_keys
 from kvortex.types import BlockHash
 from kvortex.vllm.identity.adapters import BlockKeys
@@ -94,7 +94,7 @@ class Hybrid(BlockRules):
         self._hash_block_size = int(getattr(manager.block_pool, "hash_block_size", groups.set.hash_block_size))
         self._pool = IndexPool(self._hash_block_size, manager.block_pool.null_block)
         self._coordinator = coordinator_over(coordinator, self._pool)
-        self.alignment = groups.set.alignment
+        self.alignment = int(getattr(coordinator, "scheduler_block_size", groups.set.alignment))
         self.num_groups = len(groups.set)
 
     # -- look-up -----------------------------------------------------------------------------------
@@ -152,15 +152,26 @@ class Hybrid(BlockRules):
             for vllm_number, found, mask in zip(self._groups.ids, hashes, present, strict=True)
         }
         limit = self._limit(tracked.request)
-        blocks, num_tokens, *_ = self._coordinator.find_longest_cache_hit(tracked.request.block_hashes, limit)
-        num_tokens -= num_tokens % self.alignment
-        needed = [
-            (number, block)
-            for number, vllm_number in enumerate(self._groups.ids)
-            for block, found in enumerate(blocks[vllm_number][: num_tokens // self._set.groups[number].block_size])
-            if not found.is_null
-        ]
-        return int(num_tokens), needed
+        while True:
+            blocks, num_tokens, *_ = self._coordinator.find_longest_cache_hit(tracked.request.block_hashes, limit)
+            num_tokens -= num_tokens % self.alignment
+            needed = [
+                (number, block)
+                for number, vllm_number in enumerate(self._groups.ids)
+                for block, found in enumerate(blocks[vllm_number][: num_tokens // self._set.groups[number].block_size])
+                if not found.is_null
+            ]
+            # Where a draft's layers drop a block, 0.23 may answer more than is there.
+            if all(present[number][block] for number, block in needed) and self._has_prefix(present, num_tokens):
+                return int(num_tokens), needed
+            limit = num_tokens - self.alignment
+
+    def _has_prefix(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> bool:
+        return all(
+            bool(mask[: num_tokens // group.block_size].all())
+            for mask, group in zip(present, self._set.groups, strict=True)
+            if group.kind is KVKind.FULL
+        )
 
     # -- load --------------------------------------------------------------------------------------
 

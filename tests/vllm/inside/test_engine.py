@@ -77,19 +77,19 @@ def test_a_failed_load(engine: Engine, expected: dict[str, list[list[int]]], whi
     data = engine.worker_half._data
     assert data is not None
     executor = data._executor
-    original = executor._kernels.scatter
+    original = executor._kernels[0].scatter
     calls = []
 
     def failing(block_ids: object, offsets: object) -> object:
         calls.append(len(block_ids))
         raise DeviceError("injected")
 
-    executor._kernels.scatter = failing
+    executor._kernels[0].scatter = failing
     before = engine.misses(MissReason.TRANSFER_FAILED)
     try:
         assert engine.generate([tokens]) == expected["whole blocks"]
     finally:
-        executor._kernels.scatter = original
+        executor._kernels[0].scatter = original
     engine.settle()
     assert calls
     assert engine.misses(MissReason.TRANSFER_FAILED) - before == len(tokens) // BLOCK_SIZE

@@ -210,8 +210,8 @@ def test_aborted_loads_are_reported_the_way_the_version_frees_them() -> None:
 def test_figures_add_up_and_reach_prometheus() -> None:
     stats = ConnectorStats()
     assert stats.is_empty()
-    stats.count_save(1, 4, 100)
-    stats.count_load([None, None, MissReason.CORRUPT], 100, 0.5)
+    stats.count_save(1, 4, 300)
+    stats.count_load([None, None, MissReason.CORRUPT], 200, 0.5)
     stats.count_misses(MissReason.EVICTED, 7)
     total = ConnectorStats(dict(stats.data)).aggregate(stats)
     assert total.data["saved_blocks"] == 6

@@ -60,7 +60,7 @@ def work(connection: Connection, rank: int, blind: bool) -> None:
     )
     half.register_kv_caches({"layer": cache})
     assert half._data is not None
-    kernels = half._data._executor._kernels
+    kernels = half._data._executor._kernels[0]
     gather = kernels.gather
 
     def refuse(*_: object) -> None:

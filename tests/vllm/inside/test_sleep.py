@@ -34,7 +34,7 @@ def loads_of(engine: Engine) -> int:
 def test_a_save_under_way_ends_before_the_memory_goes(engine: Engine, expected: dict[str, list[list[int]]]) -> None:
     data = engine.worker_half._data
     assert data is not None
-    kernels = data._executor._kernels
+    kernels = data._executor._kernels[0]
     gather, begun, gate = kernels.gather, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> Any:
@@ -67,7 +67,7 @@ def test_asleep_every_job_fails_and_nothing_moves(engine: Engine, expected: dict
     engine.settle()
     data = engine.worker_half._data
     assert data is not None
-    kernels = data._executor._kernels
+    kernels = data._executor._kernels[0]
     originals = kernels.gather, kernels.scatter
     touched: list[str] = []
     kernels.gather = lambda *_: touched.append("gather")
