@@ -108,7 +108,7 @@ def why_not_reused(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") 
     """
     if not kv_cache_config.kv_cache_groups:
         return "the model keeps no KV"
-    if not vllm_config.model_config.is_prefix_caching_supported:
+    if not _vllm_can_reuse(vllm_config):
         return "vLLM does not reuse KV for this model and its pooling"
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group)]
     if any(getattr(spec, "non_causal", False) for spec in specs):
@@ -121,6 +121,15 @@ def why_not_reused(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") 
     if strange:
         return f"its KV is of a kind that is not known here: {', '.join(sorted(strange))}"
     return _why_vllm_keeps_none(vllm_config, specs)
+
+
+def _vllm_can_reuse(vllm_config: "VllmConfig") -> bool:
+    model = vllm_config.model_config
+    # vLLM reuses the states of models without attention if it is told to, though it does not so by default.
+    without_attention = getattr(model, "attn_type", "") == "attention_free" and model.pooler_config is None
+    return bool(model.is_prefix_caching_supported) or (
+        without_attention and bool(vllm_config.cache_config.enable_prefix_caching)
+    )
 
 
 def _why_vllm_keeps_none(vllm_config: "VllmConfig", specs: Sequence[Any]) -> str:
