@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig, ModelIdentity
     from kvortex.engine import EngineCreation, EngineParts, KVortexEngine, SyncEngine
     from kvortex.errors import KVortexError
+    from kvortex.groups import KVGroup, KVKind, Match, MissingKV
     from kvortex.hashing import Namespace, cache_key, hash_blocks
-    from kvortex.layout import KVLayout
+    from kvortex.layout import KVLayout, PagedCache
     from kvortex.stats import StatsSnapshot
     from kvortex.types import BlockHash, LoadResult, MissReason, SaveOutcome, SaveResult
 
@@ -18,14 +19,19 @@ __all__ = [
     "BlockHash",
     "EngineCreation",
     "EngineParts",
+    "KVGroup",
+    "KVKind",
     "KVLayout",
     "KVortexConfig",
     "KVortexEngine",
     "KVortexError",
     "LoadResult",
+    "Match",
     "MissReason",
+    "MissingKV",
     "ModelIdentity",
     "Namespace",
+    "PagedCache",
     "SaveOutcome",
     "SaveResult",
     "StatsSnapshot",
@@ -39,14 +45,19 @@ _HOME = {
     "BlockHash": "types",
     "EngineCreation": "engine",
     "EngineParts": "engine",
+    "KVGroup": "groups",
+    "KVKind": "groups",
     "KVLayout": "layout",
     "KVortexConfig": "config",
     "KVortexEngine": "engine",
     "KVortexError": "errors",
     "LoadResult": "types",
+    "Match": "groups",
     "MissReason": "types",
+    "MissingKV": "groups",
     "ModelIdentity": "config",
     "Namespace": "hashing",
+    "PagedCache": "layout",
     "SaveOutcome": "types",
     "SaveResult": "types",
     "StatsSnapshot": "stats",

@@ -307,7 +307,7 @@ class SchedulerHalf:
             self._jobs.end(job)
             if isinstance(job, SaveInFlight):
                 self._planners.saves.finish(job)
-            elif self._planners.loads.finish(job) and self._scheduler is not None:
+            elif self._planners.loads.finish(job) and self._scheduler is not None and not self._is_simple:
                 fail_load(self._scheduler, self._tracked[job.request_id].request)
 
     def _shrink(self, pool_bytes: int) -> None:

@@ -13,8 +13,8 @@ class ReportBox:
     finished loads, so the outcome of a load and the end of its request are reported in the same step.
 
     Args:
-        by_request: True if failed loads are reported request by request, as models with several groups of layers need
-            it; False if by their device blocks.
+        by_request: False if failed loads are reported by their device blocks, and requests keep what is in front of
+            them, as full attention allows it; True if request by request.
     """
 
     def __init__(self, *, by_request: bool = False) -> None:
