@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+DRAFTS_WITHOUT_MODEL: Final = ("ngram", "ngram_gpu", "suffix")
+
 _KINDS: Final[dict[type, KVKind]] = {
     FullAttentionSpec: KVKind.FULL,
     MLAAttentionSpec: KVKind.FULL,
@@ -144,6 +146,12 @@ def _why_vllm_keeps_none(vllm_config: "VllmConfig", specs: Sequence[Any]) -> str
     if vllm_config.device_config.device_type == "cpu" and latent and not caches:
         return "vLLM's CPU backend gives other answers behind cached latent KV than without"
     return ""
+
+
+def has_draft_layers(vllm_config: "VllmConfig") -> bool:
+    """True if drafts come from layers that keep KV."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.method not in DRAFTS_WITHOUT_MODEL
 
 
 def max_blocks_of_request(vllm_config: "VllmConfig", groups: Sequence[Any]) -> list[int]:

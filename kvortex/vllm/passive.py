@@ -35,6 +35,8 @@ class PassiveScheduler:
     def reset_cache(self) -> bool:
         return True
 
+    def vllm_resets(self) -> None: ...
+
     def vllm_was_reset(self) -> None: ...
 
     def holds_device_blocks(self) -> bool:

@@ -74,6 +74,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
             count as used now.
         compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
         number: the step's number, from 0.
+        has_forward: True if the step computes tokens.
     """
 
     saves: list[SaveJob] = field(default_factory=list)
@@ -83,6 +84,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     used_keys: bytes = b""
     compare_weights: bool = False
     number: int = -1
+    has_forward: bool = True
 
 
 @dataclass(frozen=True)

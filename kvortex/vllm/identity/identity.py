@@ -12,13 +12,13 @@ import torch
 
 from kvortex.config import ModelIdentity
 from kvortex.vllm.identity.files import weights_digest
+from kvortex.vllm.model import DRAFTS_WITHOUT_MODEL
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
-DRAFTS_WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
 _OF_INPUTS = (
     "mm_processor_kwargs",
     "media_io_kwargs",

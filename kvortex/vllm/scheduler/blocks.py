@@ -84,10 +84,12 @@ class BlockRules(ABC):
     Attributes:
         alignment: tokens between two boundaries at which a request can resume.
         num_groups: groups of layers.
+        holds: True if blocks that are being saved count as used for vLLM.
     """
 
     alignment: int
     num_groups: int
+    holds: bool
 
     @abstractmethod
     def num_ahead(self, tracked: TrackedRequest) -> int:
@@ -124,6 +126,15 @@ class BlockRules(ABC):
     @abstractmethod
     def num_needed(self, num_tokens: int) -> int:
         """Device blocks that a request needs for so many tokens."""
+
+    def late(self) -> list[tuple[TrackedRequest, BlockRun]]:
+        """Blocks that were completed by the step before this one, and are held since then; each is named once."""
+        return []
+
+    @property
+    def num_late(self) -> int:
+        """How many runs `late` has for the next step."""
+        return 0
 
     def follow(self, tracked: Mapping[str, TrackedRequest], scheduler_output: "SchedulerOutput") -> set[int]:
         """Update the tracked requests from a step's output.
@@ -164,6 +175,7 @@ class FullAttention(BlockRules):
     """
 
     num_groups = 1
+    holds = False
 
     def __init__(self, index: CacheIndex, keys: BlockKeys, block_size: int, *, save_decoded: bool) -> None:
         self.alignment = block_size

@@ -17,7 +17,7 @@ from kvortex.stats import EngineStats
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.model import ServedGroups, expected_sizes, max_blocks_of_request, refuse_unserved
+from kvortex.vllm.model import ServedGroups, expected_sizes, has_draft_layers, max_blocks_of_request, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
 from kvortex.vllm.scheduler.admission import Admission
@@ -146,6 +146,7 @@ class SchedulerHalf:
             self._manager,
             max_blocks_of_request(self._vllm_config, self._groups.every),
             save_decoded=save_decoded,
+            drafts=has_draft_layers(self._vllm_config),
         )
 
     def _make_planners(self) -> None:
@@ -171,11 +172,14 @@ class SchedulerHalf:
 
     def bind(self, manager: Any, scheduler: Any = None) -> None:
         """Learn vLLM's `KVCacheManager`, and its scheduler in a version in which workers cannot report failed loads."""
-        self._manager, self._scheduler = manager, scheduler
+        self._manager = manager
+        self._scheduler = None if self._groups.is_one_of_full_attention else scheduler
         hash_block_size = int(getattr(manager.block_pool, "hash_block_size", self._groups.set.hash_block_size))
         if self._events is not None:
             self._events.hash_block_size = hash_block_size
-        self._is_simple &= hash_block_size == self._groups.set.hash_block_size
+        # Drafts are computed when a step's forward counts as over, so their KV must be saved later.
+        saves_later = has_draft_layers(self._vllm_config) and self._vllm_config.cache_config.enable_prefix_caching
+        self._is_simple &= hash_block_size == self._groups.set.hash_block_size and not saves_later
         self._make_planners()
 
     # -- set-up ------------------------------------------------------------------------------------
@@ -277,7 +281,8 @@ class SchedulerHalf:
             tracked.has_kv_from(plan.number)
         if self._ready and self._may_save:
             self._planners.saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, plan)
-        if scheduler_output.num_scheduled_tokens:
+        plan.has_forward = bool(scheduler_output.num_scheduled_tokens)
+        if plan.has_forward:
             self._stale.step_computes(plan.number)
         self._gives_tokens.append(any(tracked.gives_token_after(num_tokens) for tracked, num_tokens in computing))
         self._plan = self._next_plan()
@@ -307,7 +312,7 @@ class SchedulerHalf:
             self._jobs.end(job)
             if isinstance(job, SaveInFlight):
                 self._planners.saves.finish(job)
-            elif self._planners.loads.finish(job) and self._scheduler is not None and not self._is_simple:
+            elif self._planners.loads.finish(job) and self._scheduler is not None:
                 fail_load(self._scheduler, self._tracked[job.request_id].request)
 
     def _shrink(self, pool_bytes: int) -> None:
@@ -356,6 +361,14 @@ class SchedulerHalf:
                 job.is_stale = True
         self.reset_cache()
 
+    def vllm_resets(self) -> None:
+        """vLLM is about to empty its own prefix cache: let go of device blocks if no request has any.
+
+        It refuses while blocks are in use. Saves that still read them are given up: vLLM may give the blocks away.
+        """
+        if self._made is not None and not any(self._made.rules.num_held(t) for t in self._tracked.values()):
+            self._made.saves.give_up_held(job for job in self._jobs if isinstance(job, SaveInFlight))
+
     def vllm_was_reset(self) -> None:
         """vLLM has emptied its own prefix cache, which one does when weights change: have the workers compare them."""
         self._plan.compare_weights = True
@@ -374,7 +387,8 @@ class SchedulerHalf:
 
     def has_work(self) -> bool:
         """True while jobs are in flight: the workers report their ends with a step."""
-        return bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
+        is_late = self._made is not None and self._made.rules.num_late > 0
+        return is_late or bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
 
     def holds_device_blocks(self) -> bool:
         """True while saves in flight keep device blocks from being given to others."""

@@ -6,6 +6,10 @@ is served as vLLM itself would serve it.
 
 A block that is being saved counts as used for vLLM, so it is not given to another request before the save has ended.
 vLLM may zero or copy the blocks of a step before it tells a connector about that step.
+
+Some blocks are saved a step later than they are completed, because vLLM may tell connectors that a forward is over
+before these blocks have their final bytes: states, which move to their blocks when it is known which drafts are
+accepted, and all blocks where layers of a draft compute their KV after the forward.
 """
 
 import math
@@ -72,7 +76,10 @@ class Hybrid(BlockRules):
         manager: vLLM's `KVCacheManager`.
         max_blocks: for each group the most device blocks that a request holds.
         save_decoded: save the KV of generated tokens too, not only of the prompt.
+        drafts: True if drafts come from layers that keep KV.
     """
+
+    holds = True
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class Hybrid(BlockRules):
         max_blocks: Sequence[int],
         *,
         save_decoded: bool,
+        drafts: bool,
     ) -> None:
         coordinator = manager.coordinator
         self._index = index
@@ -97,6 +105,8 @@ class Hybrid(BlockRules):
         self._hash_block_size = int(getattr(manager.block_pool, "hash_block_size", groups.set.hash_block_size))
         self._pool = IndexPool(self._hash_block_size, manager.block_pool.null_block)
         self._coordinator = coordinator_over(coordinator, self._pool)
+        self._is_late = [drafts or group.kind is KVKind.STATE for group in groups.set.groups]
+        self._late: list[tuple[TrackedRequest, BlockRun]] = []  # that the last step has completed
         self.alignment = int(getattr(coordinator, "scheduler_block_size", groups.set.alignment))
         self.num_groups = len(groups.set)
 
@@ -220,7 +230,21 @@ class Hybrid(BlockRules):
                 cached = min(cached, request.num_prompt_tokens // self._set.groups[number].block_size)
             start, tracked.num_planned[number] = tracked.num_planned[number], max(cached, tracked.num_planned[number])
             table = manager.req_to_blocks.get(request.request_id, ())
-            yield from self._runs(request, number, range(start, min(cached, len(table))), table)
+            runs = self._runs(request, number, range(start, min(cached, len(table))), table)
+            if not self._is_late[number]:
+                yield from runs
+                continue
+            for run in runs:
+                self.hold(run.block_ids)
+                self._late.append((tracked, run))
+
+    def late(self) -> list[tuple[TrackedRequest, BlockRun]]:
+        late, self._late = self._late, []
+        return late
+
+    @property
+    def num_late(self) -> int:
+        return len(self._late)
 
     def again(self, tracked: TrackedRequest) -> Iterable[BlockRun]:
         again, request = sorted(tracked.too_lossy), tracked.request

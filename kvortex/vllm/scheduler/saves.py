@@ -48,7 +48,8 @@ class SavePlanner:
             plan: the plan of this step; the jobs are added to it.
         """
         rules = self._context.rules
-        new: list[SavePart] = []
+        late = rules.late()
+        new = [self._part(tracked, run) for tracked, run in late if not tracked.has_stale_kv]
         as_is: list[SavePart] = []
         for tracked, num_tokens in computing:
             if tracked.has_stale_kv:
@@ -61,6 +62,8 @@ class SavePlanner:
             self._plan_save(group, plan)
         for group in _groups(as_is):
             self._plan_save(group, plan, as_is=True)
+        for _, run in late:
+            rules.release(run.block_ids)  # those that move are held by their saves
 
     def _part(self, tracked: TrackedRequest, run: BlockRun) -> SavePart:
         events = self._context.events
@@ -98,13 +101,27 @@ class SavePlanner:
 
     # -- end ---------------------------------------------------------------------------------------
 
+    def give_up_held(self, saves: Iterable[SaveInFlight]) -> None:
+        """Let go of the device blocks that are held, by saves in flight too: these will have failed."""
+        rules = self._context.rules
+        if not rules.holds:
+            return
+        for _, run in rules.late():
+            rules.release(run.block_ids)
+        for job in saves:
+            if not job.is_given_up:
+                job.is_given_up = True
+                rules.release(job.plan.transfer.block_ids.tolist())
+
     def finish(self, job: SaveInFlight) -> None:
         """Every worker has reported a save: its blocks become visible, or are dropped."""
         context, transfer = self._context, job.plan.transfer
         count = transfer.num_blocks
-        context.rules.release(transfer.block_ids.tolist())
+        if not job.is_given_up:
+            context.rules.release(transfer.block_ids.tolist())
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
+        succeeded &= not job.is_given_up
         lossy[list(job.too_lossy)] = True
         self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
         if context.tier is not None and job.write_id != NO_WRITE:

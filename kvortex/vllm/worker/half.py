@@ -284,6 +284,8 @@ class WorkerHalf:
 
     def take_finished(self) -> set[str]:
         """Requests whose loads have ended since the last call."""
+        if not self._plan.has_forward:
+            self.start_saves()  # some versions do not tell of the end of a step without a forward
         return self._reports.take_finished()
 
     def take_failed_requests(self) -> set[str]:

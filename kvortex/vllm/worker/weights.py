@@ -105,8 +105,12 @@ class WeightsWatch:
         self._models.clear()
 
 
-def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
-    """Have `on_reset` called after vLLM has emptied its own prefix cache, as one does when weights change.
+def watch_resets(before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Follow how vLLM empties its own prefix cache, as one does when weights change.
+
+    Args:
+        before: called before that. vLLM refuses while device blocks are in use.
+        after: called after that, and also if vLLM has refused.
 
     Returns:
         A function that ends this.
@@ -116,8 +120,9 @@ def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
     method = KVCacheManager.reset_prefix_cache
 
     def watched(manager: Any) -> Any:
+        before()
         done = method(manager)
-        on_reset()
+        after()
         return done
 
     KVCacheManager.reset_prefix_cache = watched

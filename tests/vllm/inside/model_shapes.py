@@ -270,8 +270,10 @@ def make_shape(directory: Path, shape: str, *, dtype: torch.dtype | None = None)
         model.to(dtype or chosen.dtype).save_pretrained(directory)
         if chosen.draft == "mtp":
             add_mtp_layer(directory)
-        elif chosen.draft is not None:
-            make_eagle(directory / DRAFT, chosen.draft, dtype or chosen.dtype)
+        elif chosen.draft == "eagle":
+            make_eagle(directory)
+        elif chosen.draft == "eagle3":
+            make_eagle3(directory, dtype or chosen.dtype)
     return directory
 
 
@@ -286,36 +288,53 @@ def add_mtp_layer(directory: Path) -> None:
     joint = {"mtp.fc.weight": random_matrix(HIDDEN_SIZE, 2 * HIDDEN_SIZE)}
     dtype = weights["lm_head.weight"].dtype
     added = {name: weight.to(dtype) for name, weight in {**layer, **norms, **joint}.items()}
-    save_file(weights | added, directory / "model.safetensors", metadata={"format": "pt"})
+    write_model(directory, config, weights | added)
 
 
-def make_eagle(directory: Path, kind: Draft, dtype: torch.dtype) -> None:
-    """Write a draft model: one llama layer that gets a token's embedding beside hidden states of the target."""
-    # EAGLE joins the two before the layer; EAGLE 3 in it, and takes states of several layers of the target.
-    is_joined_inside = kind == "eagle3"
-    layer = "midlayer" if is_joined_inside else "layers.0"
+def make_eagle(directory: Path) -> None:
+    """Write a draft of a llama: its own layers over the embeddings, without the states of the target.
+
+    It sees the context without its first token, so that many of its tokens are accepted, and many are not.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    weights = load_file(directory / "model.safetensors")
+    # A draft's first layer has no norm: with embeddings of norm one there it makes no difference.
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings /= embeddings.pow(2).mean(1, keepdim=True).sqrt()
+    write_model(directory, config, weights)
+    prefix, first_norm = "model.layers.", "layers.0.input_layernorm.weight"
+    layers = {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith(prefix)}
+    del layers[first_norm]
+    embedding_only = torch.eye(HIDDEN_SIZE, 2 * HIDDEN_SIZE, dtype=weights["lm_head.weight"].dtype)
+    write_model(directory / DRAFT, config, {**layers, "fc.weight": embedding_only})
+
+
+def make_eagle3(directory: Path, dtype: torch.dtype) -> None:
+    """Write a random draft: a llama layer over a token's embedding and the outputs of several layers of the target."""
     query_size, kv_size = COMMON["num_attention_heads"] * HEAD_DIM, COMMON["num_key_value_heads"] * HEAD_DIM
-    attention_inputs = HIDDEN_SIZE * (1 + is_joined_inside)
     weights = {
-        "fc.weight": random_matrix(HIDDEN_SIZE, HIDDEN_SIZE * (len(EAGLE3_LAYERS) if is_joined_inside else 2)),
-        f"{layer}.self_attn.q_proj.weight": random_matrix(query_size, attention_inputs),
-        f"{layer}.self_attn.k_proj.weight": random_matrix(kv_size, attention_inputs),
-        f"{layer}.self_attn.v_proj.weight": random_matrix(kv_size, attention_inputs),
-        f"{layer}.self_attn.o_proj.weight": random_matrix(HIDDEN_SIZE, query_size),
-        f"{layer}.mlp.gate_proj.weight": random_matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE),
-        f"{layer}.mlp.up_proj.weight": random_matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE),
-        f"{layer}.mlp.down_proj.weight": random_matrix(HIDDEN_SIZE, INTERMEDIATE_SIZE),
-        f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN_SIZE),
+        "fc": random_matrix(HIDDEN_SIZE, HIDDEN_SIZE * len(EAGLE3_LAYERS)),
+        "midlayer.self_attn.q_proj": random_matrix(query_size, 2 * HIDDEN_SIZE),
+        "midlayer.self_attn.k_proj": random_matrix(kv_size, 2 * HIDDEN_SIZE),
+        "midlayer.self_attn.v_proj": random_matrix(kv_size, 2 * HIDDEN_SIZE),
+        "midlayer.self_attn.o_proj": random_matrix(HIDDEN_SIZE, query_size),
+        "midlayer.mlp.gate_proj": random_matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE),
+        "midlayer.mlp.up_proj": random_matrix(INTERMEDIATE_SIZE, HIDDEN_SIZE),
+        "midlayer.mlp.down_proj": random_matrix(HIDDEN_SIZE, INTERMEDIATE_SIZE),
+        "midlayer.input_layernorm": torch.ones(HIDDEN_SIZE),
+        "midlayer.hidden_norm": torch.ones(HIDDEN_SIZE),
+        "midlayer.post_attention_layernorm": torch.ones(HIDDEN_SIZE),
+        "norm": torch.ones(HIDDEN_SIZE),
+        "lm_head": random_matrix(VOCAB_SIZE, HIDDEN_SIZE),
     }
     config = COMMON | LLAMA | {"num_hidden_layers": 1, "dtype": str(dtype).removeprefix("torch.")}
-    if is_joined_inside:
-        norms = (f"{layer}.input_layernorm", f"{layer}.hidden_norm", "norm")
-        weights |= {f"{name}.weight": torch.ones(HIDDEN_SIZE) for name in norms}
-        weights["lm_head.weight"] = random_matrix(VOCAB_SIZE, HIDDEN_SIZE)
-        config |= {"draft_vocab_size": VOCAB_SIZE, "eagle_aux_hidden_state_layer_ids": EAGLE3_LAYERS}
+    config |= {"draft_vocab_size": VOCAB_SIZE, "eagle_aux_hidden_state_layer_ids": EAGLE3_LAYERS}
+    write_model(directory / DRAFT, config, {f"{name}.weight": weight.to(dtype) for name, weight in weights.items()})
+
+
+def write_model(directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
