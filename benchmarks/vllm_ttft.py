@@ -4,8 +4,9 @@
     python benchmarks/vllm_ttft.py --rows kvortex,native,lmcache:v1 --lengths 8192,32768 --together 2 --json FILE
 
 A row is a connector in an engine of its own: `none`, `kvortex`, `kvortex-fp8`, `native` (vLLM's OffloadingConnector) or
-`lmcache`; `:v1` behind it takes vLLM's older model runner. The model has the shape of Llama-3-8B and random weights, so
-nothing is downloaded; `--shape tiny` is for a quick look on any device.
+`lmcache`; `:v1` behind it takes vLLM's older model runner. The model has the shape of Llama-3-8B, or with `--shape` that
+of a model that mixes kinds of KV, and random weights, so nothing is downloaded; `--shape tiny` is for a quick look on any
+device.
 
 For each length the time to first token of a prompt that is new (cold), that the device's own prefix cache still has
 (the floor), and that only the connector has (hit); then tokens per second of batches of prompts that are all new, and
@@ -35,8 +36,10 @@ from typing import Any
 from kvortex.config import GIB, parse_bytes
 
 ANSWER, THROUGHPUT_ANSWER = 8, 64
-SHAPES = {
-    "llama-8b": {
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": LLAMA
+    | {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
@@ -45,7 +48,54 @@ SHAPES = {
         "head_dim": 128,
         "vocab_size": 128256,
     },
-    "tiny": {
+    "gemma-3": {  # sliding windows, and full attention in one layer of six
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 128256,
+        "sliding_window": 1024,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gpt-oss": {  # windows and full attention by turns, with sinks; fewer experts than gpt-oss-20b
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "sliding_window": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-next": {  # states of gated delta nets, and full attention in one layer of four; few experts
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "vocab_size": 128256,
+        "linear_num_value_heads": 32,
+        "linear_num_key_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    "tiny": LLAMA
+    | {
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
@@ -402,7 +452,7 @@ def main() -> None:
     if arguments.row:
         run_row(arguments)
         return
-    from kvortex.testing.dummy_model import write_llama
+    from kvortex.testing.dummy_model import write_config
 
     names = arguments.rows.split(",")
     link_ms = link_ms_per_gib()
@@ -415,7 +465,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = arguments.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
-        write_llama(Path(folder), **SHAPES[arguments.shape])
+        write_config(Path(folder), **SHAPES[arguments.shape])
         options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool={arguments.pool}"]
         options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}", f"--model={folder}"]
         for first in range(0, len(names), arguments.together):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from kvortex.testing.dummy_model import scale_weights, write_llama
+from kvortex.testing.dummy_model import scale_weights, write_config
 
 
 def test_matrices_are_scaled_vectors_are_ones_and_integers_stay() -> None:
@@ -20,7 +20,7 @@ def test_matrices_are_scaled_vectors_are_ones_and_integers_stay() -> None:
 
 
 def test_sizes_are_in_the_config_and_may_replace_what_is_common(tmp_path: Path) -> None:
-    write_llama(tmp_path, hidden_size=64, max_position_embeddings=128)
+    write_config(tmp_path, architectures=["LlamaForCausalLM"], hidden_size=64, max_position_embeddings=128)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["hidden_size"], config["max_position_embeddings"]) == (64, 128)

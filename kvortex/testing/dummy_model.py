@@ -1,31 +1,26 @@
-"""A Llama of any size for vLLM's `load_format="dummy"`. Nothing is downloaded, and the output depends on the prompt."""
+"""Models of any size for vLLM's `load_format="dummy"`. Nothing is downloaded, and the output depends on the prompt."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def write_llama(directory: Path, **config: int) -> None:
-    """Write the `config.json` of a Llama in bfloat16 into `directory`.
+def write_config(directory: Path, **config: Any) -> None:
+    """Write the `config.json` of a model in bfloat16 into `directory`.
 
     Args:
         directory: folder of the model, which must exist; pass it to vLLM as the model.
-        config: entries of `config.json`, which take precedence over the defaults here. The sizes have no default:
-            `hidden_size`, `intermediate_size`, `num_hidden_layers`, `head_dim`, `num_attention_heads`,
-            `num_key_value_heads` and `vocab_size`.
+        config: entries of `config.json`: `architectures`, `model_type` and the sizes.
     """
     common = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
     }
     (directory / "config.json").write_text(json.dumps(common | config))
 

@@ -28,6 +28,7 @@ from kvortex.vllm.versions import (
     SERVES_GROUPS,
     WorkerReports,
     connector_around,
+    hit_sources,
     pass_reports_through,
     recompute_failed_loads,
     scheduler_binding,
@@ -209,6 +210,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[Any, int]:
+        disk_tokens = min(self._scheduler.disk_tokens(request), num_external_tokens)
+        return hit_sources(num_external_tokens - disk_tokens, disk_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)

@@ -19,6 +19,9 @@ class PassiveScheduler:
 
     def update_state_after_alloc(self, request: object, blocks: object, num_external_tokens: int) -> None: ...
 
+    def disk_tokens(self, request: object) -> int:
+        return 0
+
     def allocated_for_others(self, request: object, blocks: object) -> None: ...
 
     def build_connector_meta(self, scheduler_output: object) -> ConnectorPlan:

@@ -148,6 +148,14 @@ def transfer_results(finished: set[str], failed: set[str]) -> Any:
     return base.KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
 
+def hit_sources(host_tokens: int, disk_tokens: int) -> dict[Any, int]:
+    """The answer of `get_external_cache_hit_sources`: tokens by where they came from, without zeros."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    counts = {CacheHitSource.HOST: host_tokens, CacheHitSource.DISK: disk_tokens}
+    return {source: count for source, count in counts.items() if count}
+
+
 def connector_around() -> Any:
     """The `MultiConnector` that is creating our connector as one of several, or None if ours stands alone.
 

@@ -225,12 +225,12 @@ class Checks:
 def main() -> int:
     if len(sys.argv) == 3:
         return 1 if Checks(sys.argv[1], sys.argv[2]).run() else 0
-    from kvortex.testing.dummy_model import write_llama
+    from kvortex.testing.dummy_model import write_config
 
     began_s, status = time.monotonic(), 0
     environment = {**os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
-        write_llama(Path(folder), **MODEL)
+        write_config(Path(folder), architectures=["LlamaForCausalLM"], model_type="llama", **MODEL)
         for engine in sys.argv[1:] or ENGINES:
             done = subprocess.run([sys.executable, __file__, engine, folder], env=environment)
             status |= done.returncode != 0

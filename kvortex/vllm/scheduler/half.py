@@ -264,6 +264,11 @@ class SchedulerHalf:
         elif tracked.loading is None:
             self._planners.loads.count_misses(tracked)
 
+    def disk_tokens(self, request: "Request") -> int:
+        """How many of the tokens that a request loads now came from disk."""
+        tracked = self._tracked.get(request.request_id)
+        return tracked.disk_tokens if tracked is not None else 0
+
     def allocated_for_others(self, request: "Request", blocks: "KVCacheBlocks") -> None:
         """A request got device blocks into which some connector loads: saves must have read what they held before."""
         tracked = self._tracked.setdefault(request.request_id, TrackedRequest(request))

@@ -128,7 +128,17 @@ class LoadPlanner:
             LoadInFlight(job_id=job_id, plan=load, request_id=request_id, started_s=time.perf_counter())
         )
         tracked.loading = job_id
+        tracked.disk_tokens = self._disk_tokens(tracked, num_tokens)
         tracked.has_kv_from(plan.number)
+
+    def _disk_tokens(self, tracked: TrackedRequest, num_tokens: int) -> int:
+        """How many of the tokens that a request loads came from the lower tier, by the blocks of the anchor group."""
+        tier, groups = self._context.tier, self._control.groups
+        if tier is None or groups is None:
+            return 0
+        block_size, start = groups.groups[groups.anchor].block_size, tracked.local_tokens
+        blocks = range(start // block_size, (start + num_tokens) // block_size)
+        return tier.num_fetched(tracked.request.request_id, groups.anchor, blocks) * block_size
 
     def count_misses(self, tracked: TrackedRequest) -> None:
         """Count the blocks that a request has to compute, because it loads nothing."""

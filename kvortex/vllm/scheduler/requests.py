@@ -19,6 +19,7 @@ class TrackedRequest:
     num_planned: list[int] = field(default_factory=lambda: [0])  # leading blocks of each group whose save was planned
     too_lossy: set[tuple[int, int]] = field(default_factory=set)  # (group, block): to save raw, packing loses too much
     num_full: int = 0  # blocks that the last planned step has completed, with one group
+    disk_tokens: int = 0  # tokens of its last load that came from the lower tier
     loading: int | None = None  # the number of its load job in flight
     computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
     first_plan: int | None = None  # number of the first plan that computes or loads its KV

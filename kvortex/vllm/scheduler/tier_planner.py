@@ -273,6 +273,11 @@ class TierPlanner:
             return True
         return False
 
+    def num_fetched(self, request_id: str, group: int, blocks: range) -> int:
+        """How many of these blocks were fetched for the request."""
+        fetched = self._asked.get(request_id, set())
+        return sum((group, block) in fetched for block in blocks)
+
     def forget_request(self, request_id: str) -> None:
         """A request has ended: forget which blocks were fetched for it."""
         self._asked.pop(request_id, None)
