@@ -4,9 +4,9 @@
     python benchmarks/vllm_ttft.py --rows kvortex,native,lmcache:v1 --lengths 8192,32768 --together 2 --json FILE
 
 A row is a connector in an engine of its own: `none`, `kvortex`, `kvortex-fp8`, `native` (vLLM's OffloadingConnector) or
-`lmcache`; `:v1` behind it takes vLLM's older model runner. The model has the shape of Llama-3-8B, or with `--shape` that
-of a model that mixes kinds of KV, and random weights, so nothing is downloaded; `--shape tiny` is for a quick look on any
-device.
+`lmcache`; `:v1` behind it takes vLLM's older model runner. The model has the shape of Llama-3-8B, or with `--shape`
+that of a model that mixes kinds of KV, and random weights, so nothing is downloaded; `--shape tiny` is for a quick look
+on any device.
 
 For each length the time to first token of a prompt that is new (cold), that the device's own prefix cache still has
 (the floor), and that only the connector has (hit); then tokens per second of batches of prompts that are all new, and

@@ -130,24 +130,26 @@ def test_hits_are_as_long_as_vllms_own(engine: Engine, answers: Answers, shape: 
 
 def test_turns_crowds_and_a_restart(shape: str, options: dict[str, Any], answers: Answers, tmp_path: Path) -> None:
     disk = {"path": str(tmp_path), "capacity_bytes": "1GiB"}
+    # Kernels in bfloat16 tell KV of decoding from that of a prompt, and here and there toss a coin between two tokens.
+    exact = SHAPES[shape].dtype == torch.float32
     with running(options={"disk": disk}, **tightened(options)) as engine:
-        assert engine.generate([OLD], FIRST_TURN) == [answers.turn]
+        (turn,) = engine.generate([OLD], FIRST_TURN)
+        assert turn == answers.turn or not exact
         engine.settle()
         assert engine.llm.reset_prefix_cache()
-        said, num_tokens = hit(engine, OLD + answers.turn + LATER)
-        assert answers.next_turn in (None, said)
+        said, num_tokens = hit(engine, OLD + turn + LATER)
+        assert answers.next_turn in (None, said) or not exact
         assert num_tokens >= len(OLD) - 64
         for _ in range(2):
             said_to_all = engine.generate(CROWD, 40)
             assert answers.crowd in (None, said_to_all)
         engine.settle()
         assert engine.llm.reset_prefix_cache()
-        again, longest = hit(engine, OLD + answers.turn + LATER)
-        if SHAPES[shape].dtype == torch.float32:  # others tell KV of decoding from that of a prompt
-            assert answers.next_turn in (None, again)
+        again, longest = hit(engine, OLD + turn + LATER)
+        assert answers.next_turn in (None, again) or not exact
         settle_disk(engine)
     with running(options={"disk": disk}, **tightened(options)) as engine:
-        said, num_tokens = hit(engine, OLD + answers.turn + LATER)
+        said, num_tokens = hit(engine, OLD + turn + LATER)
         assert said == again
         assert num_tokens == longest
         assert engine.scheduler_half._stats.data.get("failed_fetches", 0) == 0
