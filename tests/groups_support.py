@@ -70,9 +70,7 @@ class GroupedCache:
         """Numbers as a model computes them, which a codec packs."""
         self._fill_with(seed, lambda shape, dtype, generator: torch.randn(shape, generator=generator).to(dtype))
 
-    def _fill_with(
-        self, seed: int, make: Callable[[torch.Size, torch.dtype, torch.Generator], torch.Tensor]
-    ) -> None:
+    def _fill_with(self, seed: int, make: Callable[[torch.Size, torch.dtype, torch.Generator], torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(seed)
         for tensor in self.tensors.values():
             tensor.copy_(make(tensor.shape, tensor.dtype, generator))

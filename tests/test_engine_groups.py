@@ -64,3 +64,492 @@ async def test_blocks_of_all_groups_come_back_and_nothing_else_changes(name: str
         assert loaded.block_ids == tuple(b for ids in target.values() for b in ids if b >= 0)
         assert loaded.groups == tuple(group for group, ids in target.items() for b in ids if b >= 0)
         assert cache.snapshot() == expected
+
+
+def paged(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def many_kinds() -> GroupedCache:
+    """Six groups whose blocks have 8 to 64 tokens, in layouts of all sorts; a block hash stands for 8 tokens."""
+    pages = torch.zeros(20, 3, 16, 2, 64, dtype=torch.float16)  # three layers side by side in a page
+    tensors = {
+        "k and v first": paged(2, 20, 16, 2, 64),
+        "heads first": paged(2, 20, 2, 16, 64).transpose(2, 3),
+        "side by side.0": pages[:, 0],
+        "side by side.1": pages[:, 1],
+        "side by side.2": pages[:, 2],
+        "latent": paged(26, 8, 576, dtype=torch.bfloat16),
+        "bytes": paged(28, 32, 656, dtype=torch.uint8),
+        "state": paged(10, 4, 16, 32, dtype=torch.float32),
+    }
+    dims = dict.fromkeys(tensors, 0) | {"k and v first": 1, "heads first": 1}
+    groups = (
+        KVGroup("window", ("k and v first",), 16, "window", 24),
+        KVGroup("full", ("heads first", "side by side.1"), 16),
+        KVGroup("other full", ("side by side.0", "side by side.2"), 16),
+        KVGroup("latent", ("latent",), 8, "chunk", 48),
+        KVGroup("bytes", ("bytes",), 32, exact=True),
+        KVGroup("state", ("state",), 64, "state"),
+    )
+    return GroupedCache(tensors, dims, groups)
+
+
+async def test_groups_of_any_layout_and_block_size_on_interleaved_memory() -> None:
+    cache = many_kinds()
+    cache.fill(seed=2)
+    hashes = request(16)  # of 8 tokens each: 128 tokens
+    counts = {"window": 8, "full": 8, "other full": 8, "latent": 16, "bytes": 4, "state": 2}
+    source = {group: list(range(count)) for group, count in counts.items()}
+    first = {"window": 12, "full": 11, "other full": 10, "latent": 9, "bytes": 20, "state": 5}
+    target = {group: list(range(first[group], first[group] + count))[::-1] for group, count in counts.items()}
+    target = {group: ids if group != "latent" else list(range(10, 26)) for group, ids in target.items()}
+    async with KVortexEngine.create(groups_config()) as engine:
+        cache.register(engine, hash_block_size=8)
+        assert (await engine.save_blocks(hashes, source)).num_stored == sum(counts.values())
+        expected = expect(cache, target, cache.blocks(source))
+        assert (await engine.load_blocks(hashes, target)).ok
+        assert cache.snapshot() == expected
+        assert engine.match_request(hashes) == Match(128, None)
+        assert engine.match_prefix(hashes) == 16
+        assert engine.check_blocks(hashes).tolist() == ([False] * 7 + [True]) * 2
+
+
+async def test_the_same_hash_in_two_groups_is_two_blocks() -> None:
+    cache, hashes = in_shared_pages(), request(4)
+    cache.fill(seed=3)
+    full, window = [0, 1, 2, 3], [4, 5, 6, 7]
+    async with grouped_engine(cache) as engine:
+        await engine.save_blocks(hashes, {"full": full})
+        assert engine.check_blocks(hashes, "full").tolist() == [True] * 4
+        assert engine.check_blocks(hashes, "window").tolist() == [False] * 4
+        await engine.save_blocks(hashes, {"window": window})
+        expected = cache.blocks({"full": full, "window": window})
+        target = {"window": [20, 21, 22, 23], "full": [24, 25, 26, 27]}
+        assert (await engine.load_blocks(hashes, target)).ok
+        assert cache.blocks(target) == expected
+
+
+async def test_a_part_of_the_groups_and_outcomes_in_the_order_of_the_call() -> None:
+    cache, hashes = apart(), request()
+    cache.fill(seed=4)
+    async with grouped_engine(cache) as engine:
+        saved = await engine.save_blocks(hashes, {"state": [0, -1, 2], "full": [*range(4), *[-1] * 8]})
+        assert saved.groups == ("state",) * 2 + ("full",) * 4
+        assert saved.outcomes == (SaveOutcome.STORED,) * 6
+        loaded = await engine.load_blocks(hashes, {"full": [10, 11, -1, -1, 12, *[-1] * 7], "state": [20, 21, 22]})
+        assert loaded.block_ids == (10, 11, 12, 20, 21, 22)
+        assert loaded.groups == ("full",) * 3 + ("state",) * 3
+        missed = MissReason.NEVER_STORED
+        assert loaded.outcomes == (None, None, missed, None, missed, None)
+        assert loaded.missed_block_ids == (12, 21)
+        again = await engine.save_blocks(hashes, {"full": range(12), "state": [0, 1, 2]})
+        already, stored = SaveOutcome.ALREADY_STORED, SaveOutcome.STORED
+        assert again.outcomes == (*[already] * 4, *[stored] * 8, already, stored, already)
+
+
+@pytest.mark.usefixtures("short_parts")
+async def test_a_long_request_is_planned_in_parts() -> None:
+    layers = {"f": paged(400, 16, 16), "w": paged(400, 16, 16), "s": paged(100, 64, 16)}
+    groups = (KVGroup("f", ("f",), 16), KVGroup("w", ("w",), 16, "window", 40), KVGroup("s", ("s",), 64, "state"))
+    cache = GroupedCache(layers, dict.fromkeys(layers, 0), groups)
+    cache.fill(seed=5)
+    hashes = request(200)
+    source: Tables = {"f": list(range(200)), "w": list(range(200)), "s": list(range(50))}
+    target: Tables = {"f": list(range(200, 400)), "w": [-1] * 197 + [397, 398, 399], "s": [-1] * 49 + [99]}
+    async with grouped_engine(cache) as engine:
+        assert (await engine.save_blocks(hashes, source)).num_stored == 450
+        content = cache.blocks({"f": source["f"], "w": source["w"][-3:], "s": source["s"][-1:]})
+        expected = expect(cache, target, content)
+        assert (await engine.load_blocks(hashes, target)).num_loaded == 204
+        assert cache.snapshot() == expected
+
+
+@pytest.mark.parametrize("call", ["save_blocks", "load_blocks"])
+@pytest.mark.parametrize(
+    "named", [{}, {"full": [-1] * 12}, {"full": [-1] * 12, "window": [-1] * 12, "state": [-1] * 3}]
+)
+async def test_a_call_without_blocks(call: str, named: Tables) -> None:
+    async with grouped_engine(apart()) as engine:
+        result = await getattr(engine, call)(request(), named)
+        assert (result.outcomes, result.groups) == ((), ())
+
+
+# -- codecs ------------------------------------------------------------------------------------------
+
+
+EXACT = KVGroup("exact", ("exact",), BLOCK_SIZE, exact=True)
+FP8 = {"codec": {"name": "fp8"}}
+
+
+def with_an_exact_group() -> GroupedCache:
+    cache = apart((*GROUPS, EXACT))
+    cache.tensors["exact"] = torch.zeros(30, BLOCK_SIZE, 2, 64, dtype=torch.bfloat16)
+    cache.block_dims["exact"] = 0
+    return cache
+
+
+async def test_a_codec_packs_floats_and_never_states_or_what_must_stay_exact() -> None:
+    cache, hashes = with_an_exact_group(), request()
+    cache.fill_with_numbers(seed=6)
+    source = tables(12, places(False, 0)) | {"exact": list(range(12))}
+    target = tables(12, places(False, 1)) | {"exact": list(range(12, 24))}
+    async with grouped_engine(cache, groups_config(**FP8)) as engine:
+        assert (await engine.save_blocks(hashes, source)).ok
+        assert (await engine.load_blocks(hashes, target)).ok
+        used = engine.get_stats().pools[0].allocated_bytes
+        raw = {group: len(cache.block(group, 0)) for group in cache.groups}
+        assert used < 12 * 0.52 * (raw["full"] + raw["window"]) + 12 * raw["exact"] + 3 * raw["state"] + 4096
+        first, second = cache.blocks(source), cache.blocks(target)
+        assert second["state"] == first["state"]
+        assert second["exact"] == first["exact"]
+        for group in ("full", "window"):
+            assert second[group] != first[group], "packing rounds"
+            for a, b in zip(source[group], target[group], strict=True):
+                for saved, loaded in zip(cache.parts(group, a), cache.parts(group, b), strict=True):
+                    error = (loaded.float() - saved.float()).norm() / saved.float().norm()
+                    assert error < 0.05
+
+
+async def test_what_packing_would_hurt_is_kept_as_it_is_in_its_group_alone() -> None:
+    cache, hashes = apart(), request(4)
+    cache.fill_with_numbers(seed=7)
+    cache.tensors["window.0"][2, 3, 1, 5] = float("inf")
+    cache.tensors["ssm"][0, 1, 2, 3] = float("nan")
+    source, target = tables(4, places(False, 0)), tables(4, places(False, 1))
+    async with grouped_engine(cache, groups_config(**FP8)) as engine:
+        assert (await engine.save_blocks(hashes, source)).outcomes == (SaveOutcome.STORED,) * 9
+        assert engine.get_stats().kept_as_is_blocks == 1
+        assert (await engine.load_blocks(hashes, target)).ok
+        exact = [a == b for a, b in zip(*(cache.blocks(named)["window"] for named in (source, target)), strict=True)]
+        assert exact == [False, False, True, False]
+        assert cache.blocks(source)["state"] == cache.blocks(target)["state"]
+
+
+# -- misses and matches ------------------------------------------------------------------------------
+
+
+def key_of(engine: KVortexEngine, block_hash: bytes, group: str) -> np.ndarray:
+    groups = engine._planes()[1].cache.groups
+    return groups.tagged(pack_keys([block_hash]), groups.number_of(group))
+
+
+def flip_a_bit(engine: KVortexEngine, block_hash: bytes, group: str) -> None:
+    """Flip a bit of a block's bytes in the pool."""
+    control, data = engine._planes()
+    held = control.hold(key_of(engine, block_hash, group))
+    data.pool.bytes[int(held.offsets[0]) + 5] ^= 4
+    control.release(held.slots)
+
+
+def evict(engine: KVortexEngine, block_hash: bytes, group: str) -> None:
+    """Take a block out of the pool as an eviction would."""
+    control, _ = engine._planes()
+    control._remove(control.index.drop_keys(key_of(engine, block_hash, group), MissReason.EVICTED))
+
+
+def block_hash_of(hashes: Sequence[bytes], group: str, block: int) -> bytes:
+    """The hash of a group's block: the last of those that it spans."""
+    return hashes[4 * block + 3] if group == "state" else hashes[block]
+
+
+LOST = [
+    # The lost block, and how far the request still resumes: what is missing further on.
+    ("full", 0, Match(0, MissingKV("full", 64, 0))),
+    ("full", 5, Match(64, MissingKV("full", 128, 5))),
+    ("full", 11, Match(128, MissingKV("full", 192, 11))),
+    ("window", 11, Match(128, MissingKV("window", 192, 11))),
+    ("window", 9, Match(128, MissingKV("window", 192, 9))),
+    ("window", 8, Match(192, None)),  # 24 tokens before the window
+    ("state", 2, Match(128, MissingKV("state", 192, 2))),
+    ("state", 1, Match(192, None)),
+]
+
+
+@pytest.mark.parametrize("why", [MissReason.EVICTED, MissReason.CORRUPT, MissReason.NEVER_STORED])
+@pytest.mark.parametrize(("group", "block", "match"), LOST)
+async def test_a_match_names_what_is_missing(group: str, block: int, match: Match, why: MissReason) -> None:
+    cache, hashes = apart(), request()
+    cache.fill(seed=8)
+    source, target = tables(12, places(False, 0)), tables(12, places(False, 1))
+    if why is MissReason.NEVER_STORED:
+        source[group][block] = -1
+    async with grouped_engine(cache) as engine:
+        await engine.save_blocks(hashes, source)
+        lost = block_hash_of(hashes, group, block)
+        if why is MissReason.EVICTED:
+            evict(engine, lost, group)
+        elif why is MissReason.CORRUPT:
+            flip_a_bit(engine, lost, group)
+            loaded = await engine.load_blocks(hashes, target)
+            missed = [(g, o) for g, o in zip(loaded.groups, loaded.outcomes, strict=True) if o is not None]
+            assert missed == [(group, why)]
+            assert loaded.missed_block_ids == (target[group][block],)
+        if match.missing is not None:
+            match = match._replace(missing=match.missing._replace(reason=why))
+        assert engine.match_request(hashes) == match
+        assert engine.match_prefix(hashes) * BLOCK_SIZE == match.num_tokens
+        for name in cache.groups:
+            there = engine.check_blocks(hashes, name).tolist()
+            assert there == [(name, number) != (group, block) for number in range(len(source[name]))]
+        assert engine.miss_reason(lost, group) is why
+        assert engine.miss_reason(lost, "full") is (why if group == "full" else None)
+        assert (await engine.save_blocks(hashes, tables(12, places(False, 0)))).num_stored == 1
+        assert engine.match_request(hashes) == Match(NUM_TOKENS, None)
+
+
+async def test_look_ups_agree_whatever_is_there() -> None:
+    generator = np.random.default_rng(9)
+    cache, hashes = apart(), request()
+    async with grouped_engine(cache) as engine:
+        for _ in range(60):
+            engine.clear()
+            source = tables(12, places(False, 0))
+            for ids in source.values():
+                for position in range(len(ids)):
+                    if generator.random() < 0.15:
+                        ids[position] = -1
+            await engine.save_blocks(hashes, source)
+            for count in range(13):
+                match = engine.match_request(hashes[:count])
+                assert engine.match_prefix(hashes[:count]) * BLOCK_SIZE == match.num_tokens
+                resumable = np.flatnonzero(engine.check_blocks(hashes[:count]))
+                assert match.num_tokens == (int(resumable[-1]) + 1 if resumable.size else 0) * BLOCK_SIZE
+                for boundary in resumable.tolist():
+                    assert engine.match_request(hashes[: boundary + 1]).num_tokens == (boundary + 1) * BLOCK_SIZE
+                if match.missing is not None:
+                    name, _, block, reason = match.missing
+                    assert reason is MissReason.NEVER_STORED
+                    assert not engine.check_blocks(hashes[:count], name)[block]
+                    assert engine.miss_reason(block_hash_of(hashes, name, block), name) is reason
+                needed = {
+                    g: [b in cache.groups[g].needed(match.num_tokens) for b in range(len(source[g]))] for g in source
+                }
+                load = {g: [i + 12 if n else -1 for i, n in enumerate(needed[g])] for g in source}
+                load["state"] = [i + 3 if n else -1 for i, n in enumerate(needed["state"])]
+                if count == 12:
+                    assert (await engine.load_blocks(hashes, load)).ok
+
+
+async def test_a_failed_transfer_and_a_save_under_way_have_their_reasons() -> None:
+    faults: dict[str, Fault | None] = {"state": Fault.FAIL}
+    cache, hashes = apart(), request(4)
+    async with grouped_engine(
+        cache, fault_of=lambda _, batch: faults.get("state") if batch.form == 4 else None
+    ) as engine:
+        saved = await engine.save_blocks(hashes, tables(4, places(False, 0)))
+        assert saved.outcomes == (SaveOutcome.STORED,) * 8 + (SaveOutcome.FAILED,)
+        missing = MissingKV("state", 64, 0, MissReason.TRANSFER_FAILED)
+        assert engine.match_request(hashes) == Match(0, missing)
+        faults["state"] = Fault.HOLD
+        task = asyncio.ensure_future(engine.save_blocks(hashes, {"state": [0]}))
+        executor = engine._planes()[1]._scheduler._executor
+        while not executor.num_held:
+            await asyncio.sleep(0.001)
+        assert engine.match_request(hashes) == Match(0, missing._replace(reason=MissReason.PENDING))
+        executor.release()
+        assert (await task).ok
+        assert engine.match_request(hashes) == Match(64, None)
+
+
+# -- arguments ---------------------------------------------------------------------------------------
+
+
+def named(**changes: Any) -> dict[str, Any]:
+    return {**tables(4, places(False, 0)), **changes}
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "a list": ([0, 1, 2, 3], InvalidBlockIdError, "several groups of layers: pass block ids as a dict with 'full', "),
+    "an array": (np.arange(4), InvalidBlockIdError, "pass block ids as a dict"),
+    "an unknown group": (named(windows=[0, 1, 2, 3]), InvalidBlockIdError, "'windows' is no group: .*'full', 'window'"),
+    "too few ids": (named(full=[0, 1, 2]), InvalidHashError, "'full'.* 4 blocks, and there are 3 block ids.* -1 for"),
+    "too many ids": (named(window=[0, 1, 2, 3, 4]), InvalidHashError, "'window'.* 4 blocks, and there are 5"),
+    "an id for each hash": (named(state=[0, 1, 2, 3]), InvalidHashError, "'state'.* 1 blocks, and there are 4"),
+    "an id beyond the cache": (named(full=[0, 1, 48, 3]), InvalidBlockIdError, r"'full': block id 48 .* \[0, 48\)"),
+    "an id beyond the group": (named(window=[0, 1, 40, 3]), InvalidBlockIdError, r"'window': block id 40 .*\[0, 40\)"),
+    "a negative id": (named(full=[0, -2, 1, 2]), InvalidBlockIdError, "'full': block id -2 is not in"),
+    "an id twice": (named(window=[5, -1, 5, 6]), InvalidBlockIdError, "'window': block id 5 is named twice"),
+    "floats": (named(full=[0.0, 1.0, 2.0, 3.0]), InvalidBlockIdError, "'full': .*integers, not float64"),
+    "one id": (named(state=0), InvalidBlockIdError, "'state': .*flat list of integers"),
+    "nothing": (named(state=None), InvalidBlockIdError, "'state': .*flat list of integers"),
+    "rows": (named(full=[[0, 1], [2, 3], [4, 5], [6, 7]]), InvalidBlockIdError, "'full': .*flat list"),
+    "rows of one": (named(full=[[0], [1], [2], [3]]), InvalidBlockIdError, "'full': .*flat list"),
+    "uneven rows": (named(full=[[0], [1, 2], [3], [4]]), InvalidBlockIdError, "'full': .*flat list"),
+    "a set": (named(full={0, 1, 2, 3}), InvalidBlockIdError, "'full': set has no order"),
+    "a dict of a dict": (named(full={"full": [0, 1, 2, 3]}), InvalidBlockIdError, "'full': dict has no order"),
+    "words": (named(full=["a", "b", "c", "d"]), InvalidBlockIdError, "'full': .*integers"),
+    "a tensor of floats": (named(full=torch.zeros(4)), InvalidBlockIdError, "'full': .*integers"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("call", ["save_blocks", "load_blocks"])
+async def test_wrong_block_ids_are_refused_before_anything_starts(call: str, wrong: str) -> None:
+    block_ids, error, says = WRONG[wrong]
+    cache, hashes = apart(), request(4)
+    cache.fill(seed=10)
+    before = cache.snapshot()
+    async with grouped_engine(cache) as engine:
+        with pytest.raises(error, match=says):
+            await getattr(engine, call)(hashes, block_ids)
+        assert cache.snapshot() == before
+        await nothing_is_held(engine)
+
+
+async def nothing_is_held(engine: KVortexEngine) -> None:
+    """The pool is empty, and all blocks of the cache can be saved and loaded."""
+    control, _ = engine._planes()
+    assert engine.get_stats().pools[0].allocated_bytes == 0
+    assert (len(control.index), control.index.num_pending) == (0, 0)
+    assert engine.get_stats().transfers == ()
+    hashes = request(8)
+    for first in (0, 8):
+        ids = {"full": range(first, first + 8), "window": range(first, first + 8), "state": range(first, first + 2)}
+        assert (await engine.save_blocks(hashes, ids)).ok
+        assert (await engine.load_blocks(hashes, ids)).ok
+
+
+@pytest.mark.parametrize("call", ["save_blocks", "load_blocks"])
+async def test_a_page_that_two_groups_name_is_refused(call: str) -> None:
+    """A load would write it twice, and a save keep the same bytes as two different blocks."""
+    cache, hashes = in_shared_pages(), request(4)
+    cache.fill(seed=11)
+    before = cache.snapshot()
+    async with grouped_engine(cache) as engine:
+        with pytest.raises(
+            InvalidBlockIdError, match="block id 3 is named by 'full' and by 'state', which share memory"
+        ):
+            await getattr(engine, call)(hashes, {"full": [0, 1, 2, 3], "window": [4, 5, 6, 7], "state": [3]})
+        assert engine.get_stats().pools[0].allocated_bytes == 0
+        assert cache.snapshot() == before
+        ids = {"full": [0, 1, 2, 3], "window": [4, 5, 6, 7], "state": [8]}
+        assert (await engine.save_blocks(hashes, ids)).ok
+        assert (await engine.load_blocks(hashes, ids)).ok
+
+
+async def test_a_cache_with_one_group_takes_no_dict() -> None:
+    tensors = {"layer": torch.zeros(20, BLOCK_SIZE, 64)}
+    group = KVGroup("full", ("layer",), BLOCK_SIZE)
+    for groups in (None, [group]):
+        async with KVortexEngine.create(groups_config()) as engine:
+            engine.register_kv_caches(tensors, BLOCK_SIZE, groups=groups)
+            for call in (engine.save_blocks, engine.load_blocks):
+                with pytest.raises(InvalidBlockIdError, match="one group of layers: pass block ids as a list"):
+                    await call(request(2), {"full": [0, 1]})
+            saved = await engine.save_blocks(request(2), [0, 1])
+            assert (saved.ok, saved.groups) == (True, ())
+            assert (await engine.load_blocks(request(2), [2, 3])).groups == ()
+            assert engine.match_request(request(3)) == Match(32, MissingKV("full", 48, 2))
+            assert engine.check_blocks(request(3), "full").tolist() == [True, True, False]
+
+
+async def test_a_group_that_is_not_there_cannot_be_looked_up() -> None:
+    async with grouped_engine(apart()) as engine:
+        with pytest.raises(ConfigError, match="no group of layers is named 'x'; there are full, window, state"):
+            engine.check_blocks(request(), "x")
+        with pytest.raises(ConfigError, match="no group of layers is named 'x'"):
+            engine.miss_reason(request()[0], "x")
+        with pytest.raises(ConfigError, match="several groups: name one of full, window, state"):
+            engine.miss_reason(request()[0])
+
+
+def changed(index: int, **changes: Any) -> tuple[KVGroup, ...]:
+    groups = list(GROUPS)
+    fields = {field: getattr(groups[index], field) for field in ("name", "layers", "block_size", "kind", "reach")}
+    groups[index] = KVGroup(**(fields | changes))
+    return tuple(groups)
+
+
+CONTRADICTIONS: dict[str, tuple[Callable[[], tuple[KVGroup, ...]], type[Exception], str]] = {
+    "no groups": (lambda: (), ConfigError, "1 to 128 groups of layers, not 0"),
+    "a name twice": (lambda: changed(1, name="full"), ConfigError, "group 'full' is named twice"),
+    "a layer twice": (lambda: changed(1, layers=("window.0", "full.1")), ConfigError, "layer 'full.1' is named twice"),
+    "a layer in no group": (lambda: GROUPS[:2], LayoutError, "tensor 'conv' is in no group of layers: add it"),
+    "a layer that is not there": (lambda: changed(0, layers=("full.0", "full.1", "x")), LayoutError, "name 'x'"),
+    "a group without layers": (lambda: changed(1, layers=()), LayoutError, "'window.0' is in no group"),
+    "blocks of half a hash": (lambda: changed(1, block_size=8), ConfigError, "'window' has blocks of 8 tokens"),
+    "layers with other blocks": (
+        lambda: (GROUPS[0], KVGroup("rest", ("window.0", "conv", "ssm"), BLOCK_SIZE)),
+        LayoutError,
+        "'conv'.* has 24 blocks, 'window.0' has 40",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+async def test_groups_that_contradict_each_other_leave_the_engine_as_it_was(what: str) -> None:
+    make_groups, error, says = CONTRADICTIONS[what]
+    cache = apart()
+    async with KVortexEngine.create(groups_config()) as engine:
+        with pytest.raises(error, match=says):
+            engine.register_kv_caches(cache.tensors, BLOCK_SIZE, block_dim=cache.block_dims, groups=make_groups())
+        cache.register(engine)
+        assert (await engine.save_blocks(request(), tables(12, places(False, 0)))).ok
+
+
+async def test_a_pool_without_room_for_one_block_of_each_group_is_refused() -> None:
+    cache = apart()
+    nbytes = sum(len(cache.block(group, 0)) for group in cache.groups)
+    async with KVortexEngine.create(groups_config(pool={"bytes": nbytes - 4096})) as engine:
+        with pytest.raises(ConfigError, match=r"one block of each of 3 groups of layers takes .* raise pool\.bytes"):
+            cache.register(engine)
+
+
+# -- claims ------------------------------------------------------------------------------------------
+
+
+async def until_held(executor: Any) -> None:
+    while not executor.num_held:
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_a_load_into_a_block_that_a_save_of_another_group_reads(shared: bool) -> None:
+    cache, hashes = CACHES["in shared pages" if shared else "apart"](), request(4)
+    cache.fill(seed=12)
+    faults: dict[str, Fault | None] = {"now": None}
+    async with grouped_engine(cache, fault_of=lambda *_: faults["now"]) as engine:
+        executor = engine._planes()[1]._scheduler._executor
+        assert (await engine.save_blocks(hashes, {"window": [4, 5, 6, 7], "state": [8]})).ok
+        faults["now"] = Fault.HOLD
+        save = asyncio.ensure_future(engine.save_blocks(hashes, {"full": [10, 11, 12, 13]}))
+        await until_held(executor)
+        faults["now"] = None
+        into = {"window": [11, 20, 21, 22], "state": [13]}
+        if shared:
+            with pytest.raises(InvalidBlockIdError, match="block id 11 is being read by a save: wait"):
+                await engine.load_blocks(hashes, into)
+        else:
+            assert (await engine.load_blocks(hashes, into)).ok
+        executor.release()
+        assert (await save).ok
+        assert (await engine.load_blocks(hashes, into)).ok
+        assert engine.check_blocks(hashes, "full").all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_a_load_has_its_blocks_to_itself_in_all_groups(shared: bool) -> None:
+    cache, hashes = CACHES["in shared pages" if shared else "apart"](), request(4)
+    cache.fill(seed=13)
+    faults: dict[str, Fault | None] = {"now": None}
+    async with grouped_engine(cache, fault_of=lambda *_: faults["now"]) as engine:
+        executor = engine._planes()[1]._scheduler._executor
+        assert (await engine.save_blocks(hashes, {"full": [0, 1, 2, 3], "window": [4, 5, 6, 7]})).ok
+        faults["now"] = Fault.HOLD
+        load = asyncio.ensure_future(engine.load_blocks(hashes, {"window": [8, 9, 10, 11]}))
+        await until_held(executor)
+        faults["now"] = None
+        if shared:
+            with pytest.raises(InvalidBlockIdError, match="block id 10 is being written by another load"):
+                await engine.load_blocks(hashes, {"full": [12, 13, 10, 14]})
+            with pytest.raises(InvalidBlockIdError, match="block id 8 is being written by a load"):
+                await engine.save_blocks(hashes, {"state": [8]})
+        else:
+            assert (await engine.load_blocks(hashes, {"full": [12, 13, 10, 14]})).ok
+            assert (await engine.save_blocks(hashes, {"state": [8]})).ok
+        executor.release()
+        assert (await load).ok
+        assert cache.blocks({"window": [8, 9, 10, 11]}) == cache.blocks({"window": [4, 5, 6, 7]})
+        assert (await engine.load_blocks(hashes, {"full": [12, 13, 10, 14]})).ok
+        assert cache.blocks({"full": [12, 13, 10, 14]}) == cache.blocks({"full": [0, 1, 2, 3]})
