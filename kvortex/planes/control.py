@@ -277,12 +277,18 @@ class ControlPlane:
         )
 
     def _place(self, nbytes: NDArray[np.int64], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Offsets of extents of different sizes, `int64 [n]`. For blocks without room, of each size the last, -1."""
-        offsets = np.full(nbytes.size, -1, dtype=np.int64)
-        for size in np.unique(nbytes)[::-1].tolist():
-            places = np.flatnonzero(nbytes == size)
-            found = self._make_room(places.size, size, owner, chain)
-            offsets[places[: found.size]] = found
+        """Offsets of extents of different sizes, `int64 [n]`, -1 for blocks without room; the first get room first."""
+        offsets = _by_size(nbytes, lambda count, size: self._make_room(count, size, owner, chain))
+        if (offsets >= 0).all():
+            return offsets
+        # All that can go has gone, and the largest blocks have taken the room: give it to the first blocks instead.
+        self.allocator.free_many(offsets[offsets >= 0])
+        free = self.allocator.capacity_bytes - self.allocator.allocated_bytes
+        fitting = int(np.searchsorted(np.cumsum(nbytes), free, "right"))
+        offsets[:] = -1
+        offsets[:fitting] = _by_size(
+            nbytes[:fitting], lambda count, size: self.allocator.allocate_many(count, size, owner)
+        )
         return offsets
 
     def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -318,23 +324,20 @@ class ControlPlane:
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
         if offsets.size:
-            self._drop_useless(evicted.keys, MissReason.EVICTED)
+            self._drop_companions(evicted)
         return offsets.size
 
-    def _drop_useless(self, keys: NDArray[np.uint64], reason: MissReason) -> None:
-        """Drop the blocks of other groups that end where blocks of the anchor group, which are gone, have ended.
+    def _drop_companions(self, evicted: Evicted) -> None:
+        """Drop the blocks of other groups that end where evicted blocks of the anchor group have ended.
 
-        Args:
-            keys: keys of the blocks that are gone, `uint64 [n, 4]`. Those of other groups than the anchor name nothing.
-            reason: why they are gone.
+        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back.
         """
-        if (
-            self.groups is None or self.groups.is_single or self.on_evicted is not None
-        ):  # the tier keeps what was evicted
+        if self.groups is None or self.groups.is_single or self.on_evicted is not None:
             return
+        hashes = evicted.keys[evicted.forms // 2 == self.groups.anchor]  # the anchor's keys are the hashes
         for number in range(len(self.groups)):
             if number != self.groups.anchor:
-                self._remove(self.index.drop_keys(self.groups.tagged(keys, number), reason))
+                self._remove(self.index.drop_keys(self.groups.tagged(hashes, number), MissReason.EVICTED))
 
     # -- lower tiers -------------------------------------------------------------------------------
 
@@ -508,6 +511,21 @@ def check_blocks_fit(sizes: Sequence[BlockSizes], capacity_bytes: int, piece_byt
             f"a block takes {largest} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
             "raise pool.pin_piece_bytes"
         )
+
+
+def _by_size(nbytes: NDArray[np.int64], allocate: Callable[[int, int], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Offsets of extents of different sizes, `int64 [n]`, the largest first; -1 for blocks that get none.
+
+    Args:
+        nbytes: bytes of each extent, `int64 [n]`.
+        allocate: (number, bytes of each) -> offsets of as many extents as there is room for, `int64 [m]`.
+    """
+    offsets = np.full(nbytes.size, -1, dtype=np.int64)
+    for size in np.unique(nbytes)[::-1].tolist():
+        places = np.flatnonzero(nbytes == size)
+        found = allocate(places.size, size)
+        offsets[places[: found.size]] = found
+    return offsets
 
 
 def _unless_all(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
