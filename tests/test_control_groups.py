@@ -291,6 +291,32 @@ def test_blocks_that_are_stored_or_on_their_way_take_no_room() -> None:
     control.clear()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_tier_gets_what_is_evicted_although_holes_are_too_small(policy: str) -> None:
+    """What is evicted to make room at once is lost to the tier: that must stay rare where sizes do not fit together."""
+    sizes = [BlockSizes(2176, 2176), BlockSizes(8192, 8192), BlockSizes(100_096, 100_096)]
+    control = make_control(22_000_000, sizes, eviction={"policy": policy})
+    taken: list[int] = []
+
+    def take(evicted: Evicted) -> int:
+        taken.extend(evicted.offsets.tolist())
+        return len(evicted.offsets)
+
+    control.on_evicted = take
+    generator, num_taken = np.random.default_rng(0), 0
+    for _ in range(700):
+        blocks = blocks_of(int(generator.integers(1, 17)) * TOKENS, int(generator.integers(-1, 4)))
+        assert SaveOutcome.NO_SPACE not in save(control, blocks, salt=int(generator.integers(0, 250)))
+        for offset in taken:  # written
+            control.free(offset)
+        num_taken += len(taken)
+        taken.clear()
+    assert control.index.evicted_blocks > 2000
+    assert num_taken > 0.97 * control.index.evicted_blocks
+    control.on_evicted = None
+    control.clear()
+
+
 # -- forms -------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,9 @@ class ControlPlane:
         self._one_group = len(sizes) == 1
         self.has_forms = len(sizes) > 1 or sizes[0].packs
         """Whether blocks can have another form than 0."""
+        self._unusable_bytes = 0
+        """Bytes of holes that were too small for an extent, when that happened last. Where a tier takes what the pacer
+        evicts, they count as used: what has to go at once, because of them, cannot wait until it is written."""
         self._shrunk = False
 
     @classmethod
@@ -292,7 +295,8 @@ class ControlPlane:
         return offsets
 
     def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
-        paced = self._pacer.step(self.allocator.allocated_bytes, count * nbytes)
+        unusable = self._unusable_bytes if self.on_evicted is not None else 0
+        paced = self._pacer.step(self.allocator.allocated_bytes + unusable, count * nbytes)
         if not paced:
             offsets = self.allocator.allocate_many(count, nbytes, owner)
             if offsets.size == count:
@@ -307,6 +311,8 @@ class ControlPlane:
     def _evict_and_allocate(self, count: int, nbytes: int, owner: str, paced_bytes: int) -> NDArray[np.int64]:
         self._evict(paced_bytes, self.on_evicted)
         offsets = self.allocator.allocate_many(count, nbytes, owner)
+        if offsets.size < count:
+            self._unusable_bytes = self.allocator.capacity_bytes - self.allocator.allocated_bytes
         for _ in range(MAX_EVICTIONS_A_PLAN):
             if offsets.size == count or not self._evict((count - offsets.size) * nbytes):
                 break
