@@ -252,11 +252,11 @@ class ControlPlane:
             succeeded = within if succeeded is None else succeeded & within
         succeeded = _unless_all(succeeded)
         if succeeded is None:
-            self.allocator.free_many(self._commit(plan, slice(None), digests))
+            self.allocator.free_many(self._commit(plan, digests))
             if len(plan.slots) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
             return _save_outcomes(plan, np.ones(len(offsets), dtype=np.bool_), None)
-        unseen = self._commit(plan, succeeded, digests)
+        unseen = self._commit(plan, digests, succeeded)
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
         failed = ~succeeded & ~lossy
@@ -268,16 +268,16 @@ class ControlPlane:
         return _save_outcomes(plan, succeeded, too_lossy)
 
     def _commit(
-        self, plan: SavePlan, which: slice | NDArray[np.bool_], digests: NDArray[np.uint64]
+        self, plan: SavePlan, digests: NDArray[np.uint64], which: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
-        forms, nbytes = plan.transfer.forms, plan.nbytes
-        return self.index.commit(
-            plan.slots[which],
-            plan.transfer.offsets[which],
-            nbytes if len(nbytes) == 1 else nbytes[which],
-            digests[which],
-            FORM_0 if forms is None else forms[which],
-        )
+        """Commit the blocks that move, or those of `which`, `bool [m]`; returns offsets as `CacheIndex.commit` does."""
+        slots, offsets, nbytes = plan.slots, plan.transfer.offsets, plan.nbytes
+        forms = FORM_0 if plan.transfer.forms is None else plan.transfer.forms
+        if which is not None:
+            slots, offsets, digests = slots[which], offsets[which], digests[which]
+            nbytes = nbytes if len(nbytes) == 1 else nbytes[which]
+            forms = forms if len(forms) == 1 else forms[which]
+        return self.index.commit(slots, offsets, nbytes, digests, forms)
 
     def _place(self, nbytes: NDArray[np.int64], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Offsets of extents of different sizes, `int64 [n]`, -1 for blocks without room; the first get room first."""
