@@ -5,14 +5,16 @@ import asyncio
 import torch
 
 from kvortex import KVortexConfig, KVortexEngine, hash_blocks
-from kvortex.groups import KVGroup
+from kvortex.groups import KVGroup, KVKind
 
 BLOCK_SIZE = 16  # tokens of a block, and of a block hash
 NUM_TOKENS = 192
 GROUPS = (
     KVGroup("full", ("layers.0",), BLOCK_SIZE),
-    KVGroup("window", ("layers.1",), BLOCK_SIZE, "window", reach=40),  # a query sees itself and 39 tokens before it
-    KVGroup("state", ("layers.2",), 64, "state"),  # a snapshot every 64 tokens
+    KVGroup(
+        "window", ("layers.1",), BLOCK_SIZE, KVKind.WINDOW, reach=40
+    ),  # a query sees itself and 39 tokens before it
+    KVGroup("state", ("layers.2",), 64, KVKind.STATE),  # a snapshot every 64 tokens
 )
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

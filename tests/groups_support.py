@@ -108,9 +108,8 @@ def apart(groups: Sequence[KVGroup] = GROUPS) -> GroupedCache:
     return GroupedCache(tensors, dims, groups)
 
 
-def in_shared_pages(groups: Sequence[KVGroup] = GROUPS) -> GroupedCache:
+def in_shared_pages(groups: Sequence[KVGroup] = GROUPS, num_pages: int = 64) -> GroupedCache:
     """All groups over the same pages, as servers have them: a page belongs to the group that uses it just now."""
-    num_pages = 64
     first = torch.zeros(num_pages, PAGE_BYTES, dtype=torch.uint8)
     second = torch.zeros(num_pages, PAGE_BYTES, dtype=torch.uint8)
     page = 2 * BLOCK_SIZE * 2 * 64 * 2  # bytes of K and V of 16 tokens, 2 heads of 64 16-bit floats
