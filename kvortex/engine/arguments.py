@@ -1,6 +1,5 @@
 """Block hashes and block ids of a call: checked and copied before it starts, so that callers may reuse theirs."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -112,14 +111,17 @@ def _blocks_of_group(hashes: NDArray[np.uint64], block_ids: BlockIds, cache: Pag
 
 def _refuse_shared_blocks(parts: Sequence[_GroupBlocks], cache: PagedCache) -> None:
     """Refuse a block that two groups name: it would be two blocks with the same bytes, or be written twice."""
-    names, spaces = [group.name for group in cache.groups.groups], cache.block_spaces
-    for first, second in itertools.combinations(parts, 2):
-        if spaces[first.number] != spaces[second.number]:
+    spaces = cache.block_spaces
+    for space in set(spaces):
+        sharing = [part for part in parts if spaces[part.number] == space]
+        if len(sharing) < 2:
             continue
-        if (both := np.intersect1d(first.ids, second.ids, assume_unique=True)).size:
+        ids, counts = np.unique(np.concatenate([part.ids for part in sharing]), return_counts=True)
+        if (twice := ids[counts > 1]).size:
+            names = [cache.groups.groups[part.number].name for part in sharing if twice[0] in part.ids]
             raise InvalidBlockIdError(
-                f"block id {both[0]} is named by {names[first.number]!r} and by {names[second.number]!r}, which share "
-                "memory: a block of the cache belongs to one group at a time"
+                f"block id {twice[0]} is named by {' and by '.join(map(repr, names))}, which share memory: a block of "
+                "the cache belongs to one group at a time"
             )
 
 
