@@ -9,6 +9,12 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMISES = {
     "async_api.py": ["loaded: 8 of 8", "bytes intact: True"],
+    "hybrid_groups.py": [
+        "found: 192 tokens",
+        "needed: {'full': 12, 'window': 3, 'state': 1} blocks",
+        "loaded: 16 of 16",
+        "bytes intact: True",
+    ],
     "shared_prefix.py": ["request 3: 4 blocks loaded, 2 new ones stored", "hit rate of what was asked for: 50%"],
     "sync_threads.py": ["thread 0: 4 stored, 4 loaded", "thread 1: 4 stored, 4 loaded"],
 }

@@ -1,6 +1,6 @@
 """Block hashes and block ids of a call: checked and copied before it starts, so that callers may reuse theirs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -55,8 +55,9 @@ def named_blocks(hashes: BlockHashes, block_ids: BlockTables, cache: PagedCache)
 
     Raises:
         InvalidHashError: a hash is not 32 bytes, or the numbers of hashes and block ids differ.
-        InvalidBlockIdError: an id is no integer, is outside `[0, num_blocks)`, or occurs twice. Or the cache has
-            several groups, and the ids are not given by their names, or the other way round.
+        InvalidBlockIdError: an id is no integer, is outside `[0, num_blocks)`, or occurs twice, in one group or in
+            two that share memory. Or the cache has several groups, and the ids are not given by their names, or the
+            other way round.
     """
     keys, groups = pack_keys(hashes), cache.groups
     if isinstance(block_ids, Mapping) is groups.is_single:
@@ -68,10 +69,11 @@ def named_blocks(hashes: BlockHashes, block_ids: BlockTables, cache: PagedCache)
     if unknown := set(block_ids) - {group.name for group in groups.groups}:
         raise InvalidBlockIdError(f"{unknown.pop()!r} is no group: {_which_form(cache)}")
     parts = [_blocks_of_group(keys, table, cache, groups.number_of(name)) for name, table in block_ids.items()]
-    numbers = np.repeat([part[2] for part in parts], [len(part[1]) for part in parts]).astype(np.int64)
-    all_keys = np.concatenate([part[0] for part in parts] or [keys[:0]])
-    all_ids = np.concatenate([part[1] for part in parts] or [np.empty(0, np.int32)])
-    ends = np.concatenate([part[3] for part in parts] or [np.empty(0, np.int64)])
+    _refuse_shared_blocks(parts, cache)
+    numbers = np.repeat([part.number for part in parts], [len(part.ids) for part in parts]).astype(np.int64)
+    all_keys = np.concatenate([part.keys for part in parts] or [keys[:0]])
+    all_ids = np.concatenate([part.ids for part in parts] or [np.empty(0, np.int32)])
+    ends = np.concatenate([part.ends for part in parts] or [np.empty(0, np.int64)])
     order = groups.order(numbers, ends)
     names = tuple(groups.groups[number].name for number in numbers.tolist())
     return NamedBlocks(as_packed(all_keys[order]), all_ids[order], numbers[order].astype(np.uint8), order, names)
@@ -84,17 +86,43 @@ def _which_form(cache: PagedCache) -> str:
     return f"the cache has several groups of layers: pass block ids as a dict with {names}"
 
 
-def _blocks_of_group(
-    hashes: NDArray[np.uint64], block_ids: BlockIds, cache: PagedCache, number: int
-) -> tuple[NDArray[np.uint64], NDArray[np.int32], int, NDArray[np.int64]]:
-    """Keys and ids of the blocks in a group's table, the group's number, and the tokens up to each block's end."""
-    groups, num_blocks = cache.groups, cache.layouts[number].num_blocks
-    table = as_integers(block_ids)
-    keys = groups.keys(hashes, number)
-    _check_pairs(keys, table, groups.groups[number].name)
+class _GroupBlocks(NamedTuple):
+    """The blocks of one group: `uint64 [n, 4]`, `int32 [n]`, the group's number, and the tokens up to each's end."""
+
+    keys: NDArray[np.uint64]
+    ids: NDArray[np.int32]
+    number: int
+    ends: NDArray[np.int64]
+
+
+def _blocks_of_group(hashes: NDArray[np.uint64], block_ids: BlockIds, cache: PagedCache, number: int) -> _GroupBlocks:
+    group = cache.groups.groups[number]
+    keys = cache.groups.keys(hashes, number)
+    try:
+        table = as_integers(block_ids)
+        named = table[table != -1] if table.ndim == 1 else table  # what is not flat is refused
+        ids = validate_block_ids(named, cache.layouts[number].num_blocks)
+    except InvalidBlockIdError as error:
+        raise InvalidBlockIdError(f"group {group.name!r}: {error}") from error
+    _check_pairs(keys, table, group.name)
     there = np.flatnonzero(table != -1)
-    ids = validate_block_ids(table[there], num_blocks)
-    return keys[there], ids, number, (there + 1) * groups.groups[number].block_size
+    return _GroupBlocks(keys[there], ids, number, (there + 1) * group.block_size)
+
+
+def _refuse_shared_blocks(parts: Sequence[_GroupBlocks], cache: PagedCache) -> None:
+    """Refuse a block that two groups name: it would be two blocks with the same bytes, or be written twice."""
+    spaces = cache.block_spaces
+    for space in set(spaces):
+        sharing = [part for part in parts if spaces[part.number] == space]
+        if len(sharing) < 2:
+            continue
+        ids, counts = np.unique(np.concatenate([part.ids for part in sharing]), return_counts=True)
+        if (twice := ids[counts > 1]).size:
+            names = [cache.groups.groups[part.number].name for part in sharing if twice[0] in part.ids]
+            raise InvalidBlockIdError(
+                f"block id {twice[0]} is named by {' and by '.join(map(repr, names))}, which share memory: a block of "
+                "the cache belongs to one group at a time"
+            )
 
 
 def _check_pairs(keys: NDArray[np.uint64], ids: NDArray[np.integer], group: str = "") -> None:

@@ -288,11 +288,12 @@ class CacheIndex:
             InvalidHashError: the arrays differ in length; nothing is committed.
         """
         sizes = nbytes if isinstance(nbytes, np.ndarray) else np.array([nbytes])
-        lengths = [len(slots), len(offsets), len(sizes), len(digests), len(forms)]
-        if not lengths[0] == lengths[1] == lengths[3] or {lengths[2], lengths[4]} - {1, lengths[0]}:
+        count = len(slots)
+        if not (count == len(offsets) == len(digests) and len(sizes) in (1, count) and len(forms) in (1, count)):
+            lengths = [len(column) for column in (slots, offsets, sizes, digests, forms)]
             raise InvalidHashError(f"slots, offsets, nbytes, digests and forms differ in length: {lengths}")
         with self._lock:
-            results = self._scratch(len(slots))
+            results = self._scratch(count)
             failed, orphaned, idle = steps.commit(*self._table, slots, offsets, sizes, digests, forms, results)
             _raise_if(failed, slots, "is not reserved, or named twice")
             self._policy.weigh(slots, sizes)

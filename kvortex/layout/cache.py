@@ -1,6 +1,7 @@
 """The registered tensors of a paged cache: its groups of layers, with the layout of each."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -8,6 +9,7 @@ from functools import cached_property
 from kvortex.errors import LayoutError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.layout.layout import KVLayout, TensorLike
+from kvortex.layout.sharing import Sharing, block_spaces, sharing
 
 _TABLE_VERSION = 1
 
@@ -46,7 +48,8 @@ class PagedCache:
             groups: the groups of layers, which together name every tensor once; None for one group of full attention.
 
         Raises:
-            LayoutError: see `KVLayout.from_tensors`; or a tensor is in no group, or a group names one that is missing.
+            LayoutError: see `KVLayout.from_tensors`; or a tensor is in no group, or a group names one that is missing;
+                or groups share memory, but not block by block.
             ConfigError: the groups contradict each other, see `GroupSet`.
         """
         if groups is None:
@@ -58,6 +61,8 @@ class PagedCache:
             raise LayoutError(f"the groups name {unknown[0]!r}, which is not among the tensors")
         if left := sorted(set(tensors) - set(named)):
             raise LayoutError(f"tensor {left[0]!r} is in no group of layers: add it to one")
+        if isinstance(block_dim, Mapping) and (unknown := sorted(set(block_dim) - set(tensors))):
+            raise LayoutError(f"block_dim names {unknown[0]!r}, which is not among the tensors")
         layouts = [
             KVLayout.from_tensors(
                 {name: tensors[name] for name in group.layers},
@@ -69,6 +74,7 @@ class PagedCache:
         ]
         if len(devices := {layout.device for layout in layouts}) > 1:
             raise LayoutError(f"the groups are on {' and '.join(sorted(devices))}: register those of each device alone")
+        _refuse_mixed_blocks(group_set, layouts)
         return cls(group_set, layouts)
 
     @classmethod
@@ -113,14 +119,8 @@ class PagedCache:
 
     @cached_property
     def block_spaces(self) -> tuple[int, ...]:
-        """For each group the number of the first group with whose memory its own overlaps: they share block ids."""
-        spans = [_span(layout) for layout in self.layouts]
-        spaces: list[int] = []
-        for number, (start, end) in enumerate(spans):
-            shared = (n for n in range(number) if spans[n][0] < end and start < spans[n][1])
-            first = next(shared, None)
-            spaces.append(number if first is None else spaces[first])
-        return tuple(spaces)
+        """For each group the number of the first group whose memory it shares, or its own: they share block ids."""
+        return block_spaces(self.layouts)
 
     def __repr__(self) -> str:
         return f"<PagedCache: {self.describe()}>"
@@ -139,6 +139,11 @@ def _of_group(block_dim: int | Mapping[str, int] | None, group: KVGroup) -> int 
     return {name: dim for name, dim in block_dim.items() if name in group.layers}
 
 
-def _span(layout: KVLayout) -> tuple[int, int]:
-    ends = [s.address + (layout.num_blocks - 1) * s.block_stride + s.nbytes for s in layout.segments]
-    return min(s.address for s in layout.segments), max(ends)
+def _refuse_mixed_blocks(groups: GroupSet, layouts: Sequence[KVLayout]) -> None:
+    """Refuse groups of which blocks with different ids lie in the same memory: a block's id would not say its place."""
+    for (first, a), (second, b) in itertools.combinations(zip(groups.groups, layouts, strict=True), 2):
+        if sharing(a, b) is Sharing.OTHER_BLOCKS:
+            raise LayoutError(
+                f"groups {first.name!r} and {second.name!r} share memory, but not block by block: give tensors that "
+                "share memory one distance from block to block, or pass the right block_dim="
+            )

@@ -145,6 +145,9 @@ class ControlPlane:
         self._one_group = len(sizes) == 1
         self.has_forms = len(sizes) > 1 or sizes[0].packs
         """Whether blocks can have another form than 0."""
+        self._unusable_bytes = 0
+        """Bytes of holes that were too small for an extent, when that happened last. Where a tier takes what the pacer
+        evicts, they count as used: what has to go at once, because of them, cannot wait until it is written."""
         self._shrunk = False
 
     @classmethod
@@ -249,11 +252,11 @@ class ControlPlane:
             succeeded = within if succeeded is None else succeeded & within
         succeeded = _unless_all(succeeded)
         if succeeded is None:
-            self.allocator.free_many(self._commit(plan, slice(None), digests))
+            self.allocator.free_many(self._commit(plan, digests))
             if len(plan.slots) == len(plan.states):
                 return [SaveOutcome.STORED] * len(plan.states)
             return _save_outcomes(plan, np.ones(len(offsets), dtype=np.bool_), None)
-        unseen = self._commit(plan, succeeded, digests)
+        unseen = self._commit(plan, digests, succeeded)
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
         failed = ~succeeded & ~lossy
@@ -265,28 +268,35 @@ class ControlPlane:
         return _save_outcomes(plan, succeeded, too_lossy)
 
     def _commit(
-        self, plan: SavePlan, which: slice | NDArray[np.bool_], digests: NDArray[np.uint64]
+        self, plan: SavePlan, digests: NDArray[np.uint64], which: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
-        forms, nbytes = plan.transfer.forms, plan.nbytes
-        return self.index.commit(
-            plan.slots[which],
-            plan.transfer.offsets[which],
-            nbytes if len(nbytes) == 1 else nbytes[which],
-            digests[which],
-            FORM_0 if forms is None else forms[which],
-        )
+        """Commit the blocks that move, or those of `which`, `bool [m]`; returns offsets as `CacheIndex.commit` does."""
+        slots, offsets, nbytes = plan.slots, plan.transfer.offsets, plan.nbytes
+        forms = FORM_0 if plan.transfer.forms is None else plan.transfer.forms
+        if which is not None:
+            slots, offsets, digests = slots[which], offsets[which], digests[which]
+            nbytes = nbytes if len(nbytes) == 1 else nbytes[which]
+            forms = forms if len(forms) == 1 else forms[which]
+        return self.index.commit(slots, offsets, nbytes, digests, forms)
 
     def _place(self, nbytes: NDArray[np.int64], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Offsets of extents of different sizes, `int64 [n]`. For blocks without room, of each size the last, -1."""
-        offsets = np.full(nbytes.size, -1, dtype=np.int64)
-        for size in np.unique(nbytes)[::-1].tolist():
-            places = np.flatnonzero(nbytes == size)
-            found = self._make_room(places.size, size, owner, chain)
-            offsets[places[: found.size]] = found
+        """Offsets of extents of different sizes, `int64 [n]`, -1 for blocks without room; the first get room first."""
+        offsets = _by_size(nbytes, lambda count, size: self._make_room(count, size, owner, chain))
+        if (offsets >= 0).all():
+            return offsets
+        # All that can go has gone, and the largest blocks have taken the room: give it to the first blocks instead.
+        self.allocator.free_many(offsets[offsets >= 0])
+        free = self.allocator.capacity_bytes - self.allocator.allocated_bytes
+        fitting = int(np.searchsorted(np.cumsum(nbytes), free, "right"))
+        offsets[:] = -1
+        offsets[:fitting] = _by_size(
+            nbytes[:fitting], lambda count, size: self.allocator.allocate_many(count, size, owner)
+        )
         return offsets
 
     def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
-        paced = self._pacer.step(self.allocator.allocated_bytes, count * nbytes)
+        unusable = self._unusable_bytes if self.on_evicted is not None else 0
+        paced = self._pacer.step(self.allocator.allocated_bytes + unusable, count * nbytes)
         if not paced:
             offsets = self.allocator.allocate_many(count, nbytes, owner)
             if offsets.size == count:
@@ -301,6 +311,8 @@ class ControlPlane:
     def _evict_and_allocate(self, count: int, nbytes: int, owner: str, paced_bytes: int) -> NDArray[np.int64]:
         self._evict(paced_bytes, self.on_evicted)
         offsets = self.allocator.allocate_many(count, nbytes, owner)
+        if offsets.size < count:
+            self._unusable_bytes = self.allocator.capacity_bytes - self.allocator.allocated_bytes
         for _ in range(MAX_EVICTIONS_A_PLAN):
             if offsets.size == count or not self._evict((count - offsets.size) * nbytes):
                 break
@@ -318,23 +330,20 @@ class ControlPlane:
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
         if offsets.size:
-            self._drop_useless(evicted.keys, MissReason.EVICTED)
+            self._drop_companions(evicted)
         return offsets.size
 
-    def _drop_useless(self, keys: NDArray[np.uint64], reason: MissReason) -> None:
-        """Drop the blocks of other groups that end where blocks of the anchor group, which are gone, have ended.
+    def _drop_companions(self, evicted: Evicted) -> None:
+        """Drop the blocks of other groups that end where evicted blocks of the anchor group have ended.
 
-        Args:
-            keys: keys of the blocks that are gone, `uint64 [n, 4]`. Those of other groups than the anchor name nothing.
-            reason: why they are gone.
+        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back.
         """
-        if (
-            self.groups is None or self.groups.is_single or self.on_evicted is not None
-        ):  # the tier keeps what was evicted
+        if self.groups is None or self.groups.is_single or self.on_evicted is not None:
             return
+        hashes = evicted.keys[evicted.forms // 2 == self.groups.anchor]  # the anchor's keys are the hashes
         for number in range(len(self.groups)):
             if number != self.groups.anchor:
-                self._remove(self.index.drop_keys(self.groups.tagged(keys, number), reason))
+                self._remove(self.index.drop_keys(self.groups.tagged(hashes, number), MissReason.EVICTED))
 
     # -- lower tiers -------------------------------------------------------------------------------
 
@@ -508,6 +517,21 @@ def check_blocks_fit(sizes: Sequence[BlockSizes], capacity_bytes: int, piece_byt
             f"a block takes {largest} bytes and must lie in one piece of the pool, which has {piece_bytes}: "
             "raise pool.pin_piece_bytes"
         )
+
+
+def _by_size(nbytes: NDArray[np.int64], allocate: Callable[[int, int], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Offsets of extents of different sizes, `int64 [n]`, the largest first; -1 for blocks that get none.
+
+    Args:
+        nbytes: bytes of each extent, `int64 [n]`.
+        allocate: (number, bytes of each) -> offsets of as many extents as there is room for, `int64 [m]`.
+    """
+    offsets = np.full(nbytes.size, -1, dtype=np.int64)
+    for size in np.unique(nbytes)[::-1].tolist():
+        places = np.flatnonzero(nbytes == size)
+        found = allocate(places.size, size)
+        offsets[places[: found.size]] = found
+    return offsets
 
 
 def _unless_all(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:

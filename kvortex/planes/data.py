@@ -66,8 +66,7 @@ class DataPlane:
         self.cache = cache
         self.pages = pages_of(cache, config.codec.name)
         self.encodings = Encodings(self.pages)
-        # The bound on the error is a part of the name: blocks that were packed with a looser one must not be found.
-        self._codec_name = f"{config.codec.name} within {config.codec.max_error}" if self.packs else RAW
+        self._codec_name = self._name_of_codec(config)
         check_blocks_fit(self.sizes, config.pool.bytes, config.pool.pin_piece_bytes)
         self.device = _device_of(cache.device)
         self._tensors = dict(tensors)
@@ -105,6 +104,19 @@ class DataPlane:
     def packs(self) -> bool:
         """True if blocks of at least one group are packed."""
         return self.encodings.pack_any
+
+    def _name_of_codec(self, config: KVortexConfig) -> str:
+        """The codec as a part of the namespace.
+
+        It names the bound on the error: blocks that were packed with a looser one must not be found. And it names the
+        groups that are packed, so that those of groups that must stay exact are not found either.
+        """
+        if not self.packs:
+            return RAW
+        name = f"{config.codec.name} within {config.codec.max_error}"
+        if self.cache.groups.is_single:
+            return name
+        return f"{name}, groups {' '.join(str(n) for n, packs in enumerate(self.encodings.packs) if packs)}"
 
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         if self._on_pinning_stopped is not None:
