@@ -83,7 +83,7 @@ class WorkerHalf:
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
-        self._reports = ReportBox(by_request=len(kv_cache_config.kv_cache_groups) > 1)
+        self._reports = ReportBox(by_request=not self._groups.is_one_of_full_attention)
         self._pauses_counted = 0
 
     # -- start and end -----------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class WorkerHalf:
         return self._reports.take_finished()
 
     def take_failed_requests(self) -> set[str]:
-        """Requests whose loads have failed since the last call, for models with several groups of layers."""
+        """Requests whose loads have failed since the last call, unless their device blocks are reported."""
         return self._reports.take_failed_requests()
 
     def take_failed_block_ids(self) -> set[int]:
