@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport, config_of_groups
 
+from kvortex.arithmetic import align_up
 from kvortex.codecs import RAW
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
@@ -47,6 +48,7 @@ def model(*groups: Layers, hash_block_size: int | None = None) -> Model:
     return Model(groups, hash_block_size)
 
 
+# vLLM ends chunks of a prompt where a block of the smallest size ends, so states are of that size.
 MODELS = {
     "gpt-oss": model(Layers("full", 16), Layers("window", 16, 40)),
     "Gemma 3": model(*[Layers("window", 16, 50)] * 5, Layers("full", 16)),
@@ -57,9 +59,9 @@ MODELS = {
     "Qwen3-Next": model(*[Layers("state", 32)] * 3, Layers("full", 32)),
     "Kimi-Linear": model(Layers("latent", 32), Layers("state", 32, num_heads=8)),
     "latent attention and a window": model(Layers("latent", 32), Layers("window", 16, 20)),
-    "window, state and full attention": model(Layers("window", 16, 60), Layers("state", 32), Layers("full", 16)),
+    "window, state and full attention": model(Layers("window", 32, 60), Layers("state", 32), Layers("full", 64)),
     "states and finer hashes": model(Layers("full", 32), Layers("state", 32), hash_block_size=16),
-    "states of more tokens": model(Layers("full", 16), Layers("state", 48)),
+    "states of fewer tokens": model(Layers("full", 96), Layers("state", 32)),
     "drafts over a window": model(Layers("full", 16), Layers("window", 16, 40, is_draft=True)),
     "drafts over full attention": model(Layers("full", 16, is_draft=True), Layers("window", 16, 40)),
 }
@@ -328,7 +330,7 @@ def harness_of(
     **options: Any,
 ) -> SchedulerHarness:
     """A scheduler for a model, with prefix caching, over a pool of so many blocks of each group."""
-    nbytes = pool_blocks * sum(sizes.raw for sizes in sizes_of(model))
+    nbytes = align_up(pool_blocks * sum(sizes.raw for sizes in sizes_of(model)), 4096)
     if model.has_drafts:
         options.setdefault("speculative", ("eagle", 2))
     return SchedulerHarness(

@@ -45,7 +45,7 @@ class Life:
         self.random = random = Random(seed)
         self.clock = clock
         block_size = max(group.block_size for group in model.groups)
-        longest = random.choice([4, 7, 9]) * block_size
+        longest = min(random.choice([4, 7, 9]) * block_size, MAX_MODEL_LEN - 60)
         # A request of that length, and a little more, fits the device by itself.
         need = sum(-(-(longest + 70) // group.block_size) + 1 for group in model.groups)
         num_blocks = random.choice([need, need + need // 2, 3 * need])
