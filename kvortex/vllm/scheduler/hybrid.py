@@ -163,8 +163,17 @@ class Hybrid(BlockRules):
             ]
             # Where a draft's layers drop a block, 0.23 may answer more than is there.
             if all(present[number][block] for number, block in needed) and self._has_prefix(present, num_tokens):
-                return int(num_tokens), needed
+                return int(num_tokens), needed + self._seen_by_drafts(present, num_tokens)
             limit = num_tokens - self.alignment
+
+    def _seen_by_drafts(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> list[tuple[int, int]]:
+        """Blocks behind the boundary, which vLLM looks for and does not take where a group has draft layers."""
+        behind = [
+            (number, num_tokens // self._set.groups[number].block_size)
+            for number, manager in enumerate(self._managers)
+            if num_tokens and getattr(manager, "use_eagle", False)
+        ]
+        return [(number, block) for number, block in behind if present[number][block : block + 1].any()]
 
     def _has_prefix(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> bool:
         return all(

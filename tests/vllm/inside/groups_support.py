@@ -166,6 +166,8 @@ class GroupWorkers:
     Attributes:
         fails: the share of blocks whose transfer fails.
         sloth: the share of jobs that do not end in a step.
+        paused: jobs that do not end at all: "save", "write", "load" or "fetch".
+        bad: positions of blocks that do not arrive with a load.
     """
 
     def __init__(self, harness: SchedulerHarness, groups: Sequence[Layers], random: Random) -> None:
@@ -184,6 +186,8 @@ class GroupWorkers:
         self.fetches: list[FetchJob] = []
         self.fails = 0.0
         self.sloth = 0.0
+        self.paused: set[str] = set()
+        self.bad: frozenset[int] = frozenset()
 
     @property
     def half(self) -> SchedulerHalf:
@@ -194,7 +198,21 @@ class GroupWorkers:
     def is_idle(self) -> bool:
         return not (self.unread or self.read or self.unwritten or self.loads or self.fetches)
 
+    @property
+    def saving(self) -> set[int]:
+        """Device blocks that saves have yet to read."""
+        return {block_id for save in self.unread for block_id in save.transfer.block_ids.tolist()}
+
     # -- a step ------------------------------------------------------------------------------------
+
+    def run(self, request_id: str) -> None:
+        """Step until a request has ended, and once more."""
+        for _ in range(400):
+            is_over = self.harness.requests[request_id].is_finished()
+            self.step()
+            if is_over:
+                return
+        raise TimeoutError(request_id)
 
     def step(self) -> Step:
         step = self.harness.schedule()
@@ -205,13 +223,14 @@ class GroupWorkers:
     def execute(self, step: Step) -> None:
         """What a worker does in a step. Saves read as late as they can: when they end."""
         plan: ConnectorPlan = step.metadata
-        saving = {block_id for save in self.unread for block_id in save.transfer.block_ids.tolist()}
         if self.half._is_simple:
             for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
                 self._read(save)
         else:
-            assert saving.isdisjoint(plan.fresh_block_ids), "a block is given away while it is saved"
-            assert saving.isdisjoint(step.output.new_block_ids_to_zero or ()), "a block is zeroed while it is saved"
+            assert self.saving.isdisjoint(plan.fresh_block_ids), "a block is given away while it is saved"
+            assert self.saving.isdisjoint(step.output.new_block_ids_to_zero or ()), (
+                "a block is zeroed while it is saved"
+            )
         self.loads += plan.loads
         self.fetches += plan.fetches
         for load in plan.loads:
@@ -226,11 +245,11 @@ class GroupWorkers:
 
     def report(self) -> WorkerReport:
         """Some jobs have ended."""
-        for save in [save for save in self.unread if self._is_due()]:
+        for save in [save for save in self.unread if self._is_due("save")]:
             self._read(save)
         for outcome in [*self._saves(), *self._writes(), *self._fetches()]:
             self._half._reports.end(outcome)
-        for job in [job for job in self.loads if self._is_due()]:
+        for job in [job for job in self.loads if self._is_due("load")]:
             self.loads.remove(job)
             self._half._reports.end_load(job, self._load(job))
         return self.told()
@@ -249,8 +268,8 @@ class GroupWorkers:
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    def _is_due(self) -> bool:
-        return self.random.random() >= self.sloth
+    def _is_due(self, kind: str) -> bool:
+        return kind not in self.paused and self.random.random() >= self.sloth
 
     def _failed(self, count: int) -> frozenset[int]:
         return frozenset(n for n in range(count) if self.random.random() < self.fails)
@@ -278,7 +297,7 @@ class GroupWorkers:
         return int(self.half._control.extents[form])
 
     def _load(self, job: LoadJob) -> JobOutcome:
-        failed = self._failed(job.transfer.num_blocks)
+        failed = self._failed(job.transfer.num_blocks) | self.bad.intersection(range(job.transfer.num_blocks))
         corrupt = frozenset(n for n in failed if self.random.random() < 0.5)
         for n, block_id in enumerate(job.transfer.block_ids.tolist()):
             content = self._at(int(job.transfer.offsets[n]))
@@ -286,14 +305,14 @@ class GroupWorkers:
         return JobOutcome(job.job_id, tuple(failed - corrupt), tuple(corrupt))
 
     def _saves(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.read if self._is_due()]:
+        for save, failed in [job for job in self.read if self._is_due("save")]:
             self.read.remove((save, failed))
             yield JobOutcome(save.job_id, tuple(failed))
             if save.keys:
                 self.unwritten.append((save, failed))
 
     def _writes(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.unwritten if self._is_due()]:
+        for save, failed in [job for job in self.unwritten if self._is_due("write")]:
             self.unwritten.remove((save, failed))
             lost = failed | self._failed(save.transfer.num_blocks)
             for n, key in enumerate(keys_in(save.keys)):
@@ -302,7 +321,7 @@ class GroupWorkers:
             yield JobOutcome(save.write_id, tuple(lost))
 
     def _fetches(self) -> Iterator[JobOutcome]:
-        for job in [job for job in self.fetches if self._is_due()]:
+        for job in [job for job in self.fetches if self._is_due("fetch")]:
             self.fetches.remove(job)
             keys = keys_in(job.keys)
             lost = self._failed(len(keys)) | {n for n, key in enumerate(keys) if key not in self.disk}

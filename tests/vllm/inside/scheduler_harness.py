@@ -157,6 +157,9 @@ class Step:
 class Speculation:
     """As much of a speculative configuration as the scheduler and a connector ask for."""
 
+    disable_lookahead_block_hashes = True
+    """As vLLM has it beside a connector: there it hashes blocks without the tokens behind them."""
+
     def __init__(self, method: str, num_speculative_tokens: int) -> None:
         self.method = method
         self.num_speculative_tokens = num_speculative_tokens
