@@ -227,10 +227,8 @@ class GroupWorkers:
             for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
                 self._read(save)
         else:
-            assert self.saving.isdisjoint(plan.fresh_block_ids), "a block is given away while it is saved"
-            assert self.saving.isdisjoint(step.output.new_block_ids_to_zero or ()), (
-                "a block is zeroed while it is saved"
-            )
+            written = {*plan.fresh_block_ids, *(step.output.new_block_ids_to_zero or ())}
+            assert self.saving.isdisjoint(written), "a block is given away while it is saved"
         self.loads += plan.loads
         self.fetches += plan.fetches
         for load in plan.loads:
