@@ -29,6 +29,7 @@ from kvortex.vllm.versions import (
     WorkerReports,
     connector_around,
     hit_sources,
+    hold_local_hits,
     pass_reports_through,
     recompute_failed_loads,
     scheduler_binding,
@@ -194,6 +195,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if REPORTS_FAILED_LOADS or not SERVES_GROUPS:
             return
         if (scheduler := scheduler_binding()) is not None:
+            hold_local_hits(scheduler.kv_cache_manager.coordinator)
             self._scheduler.bind(scheduler.kv_cache_manager, scheduler)
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:

@@ -58,7 +58,7 @@ class ServedGroups:
     @property
     def is_one_of_full_attention(self) -> bool:
         """True for the simple case: one group, of full attention."""
-        return self.set.is_single and self.set.groups[0].kind is KVKind.FULL
+        return len(self.every) == 1 and self.set.groups[0].kind is KVKind.FULL
 
     @property
     def facts(self) -> list[tuple[int, int, str | None, int | None]]:

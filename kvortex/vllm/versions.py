@@ -185,6 +185,33 @@ def fail_load(scheduler: Any, request: Any) -> None:
     scheduler.failed_recving_kv_req_ids.add(request.request_id)
 
 
+def hold_local_hits(coordinator: Any) -> None:
+    """0.23: have vLLM hold the blocks that it has found in its own cache while it allocates those that are loaded.
+
+    There each group in turn takes the blocks that were found for it, and then new ones. So a group may be given blocks
+    that were found for a group behind it, and a request would run on KV of another group.
+    """
+    managers, pool = coordinator.single_type_managers, coordinator.block_pool
+    if hasattr(managers[0], "add_local_computed_blocks"):
+        return
+    original = coordinator.allocate_new_computed_blocks
+
+    def allocate_new_computed_blocks(
+        request_id: str, new_computed_blocks: Any, num_local_computed_tokens: int, num_external_computed_tokens: int
+    ) -> None:
+        used = []
+        for manager, found in zip(managers, new_computed_blocks, strict=True):
+            skipped = manager.get_num_skipped_tokens(num_local_computed_tokens + num_external_computed_tokens)
+            used += found[max(skipped, 0) // manager.block_size :]
+        pool.touch(used)
+        try:
+            original(request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens)
+        finally:
+            pool.free_blocks(used)
+
+    vars(coordinator)["allocate_new_computed_blocks"] = allocate_new_computed_blocks
+
+
 def hashes_of_blocks(block_hashes: Sequence[bytes], hash_block_size: int, block_size: int) -> Sequence[bytes]:
     """vLLM's hashes of a group's blocks, from those of a request, which may be finer; evaluated when they are read."""
     if block_size == hash_block_size:

@@ -16,12 +16,18 @@ from vllm_settings import INSIDE, REPOSITORY, set_variables
 VERSIONS = ("0.32.0", "0.15.1")
 # No CPU build: its own scheduler, with played workers.
 SCHEDULER_ONLY = "0.23.0"
-SCHEDULER_FILES = ("test_lookup.py", "test_placement.py", "test_progress.py", "test_room.py", "test_scheduler.py")
+SCHEDULER_FILES = tuple(
+    f"test_{name}.py"
+    for name in ("hybrid_lives", "hybrid_scheduler", "lookup", "placement", "progress", "room", "scheduler")
+)
 # No CPU build either, but it runs on 0.32.0's operators: what sees a difference between versions.
 NEWEST = "0.33.0"
 NEWEST_FILES = tuple(
     f"test_{name}.py"
-    for name in ("engine", "interface", "lookup", "parts", "placement", "pressure", "room", "scheduler", "sleep")
+    for name in (
+        *("engine", "hybrid_lives", "hybrid_scheduler", "interface", "lookup", "parts", "placement", "pressure"),
+        *("room", "scheduler", "sleep"),
+    )
 )
 AT_A_TIME = 2
 """Files. Most of what each takes is one core's."""
@@ -29,7 +35,7 @@ LONGEST_FIRST = tuple(
     f"test_{name}.py"
     for name in (
         *("examples", "progress", "benchmark", "mismatch", "uneven", "shared_pool", "chat", "multi", "tensor_parallel"),
-        *("disk", "placement", "not_reused", "adapters"),
+        *("disk", "hybrid_lives", "placement", "not_reused", "adapters"),
     )
 )
 """So that no long file is left when all others have ended."""

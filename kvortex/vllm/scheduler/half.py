@@ -317,8 +317,13 @@ class SchedulerHalf:
             self._jobs.end(job)
             if isinstance(job, SaveInFlight):
                 self._planners.saves.finish(job)
-            elif self._planners.loads.finish(job) and self._scheduler is not None:
+            elif self._planners.loads.finish(job) and self._fails_loads_itself:
                 fail_load(self._scheduler, self._tracked[job.request_id].request)
+
+    @property
+    def _fails_loads_itself(self) -> bool:
+        """True where workers report failed loads neither by device blocks nor by requests."""
+        return self._scheduler is not None and not self._groups.is_one_of_full_attention
 
     def _shrink(self, pool_bytes: int) -> None:
         allocator = self._control.allocator

@@ -54,14 +54,11 @@ class IndexPool:
         self.null_block = null_block
         self.present: dict[int, set[bytes]] = {}
         """vLLM's group number -> its hashes of the blocks that are there."""
-        self.found: set[bytes] = set()
-        """Hashes of the blocks that a look-up has asked for and found."""
         self._hit = _Hit()
 
     def get_cached_block(self, block_hash: bytes, kv_cache_group_ids: list[int]) -> list[_Hit] | None:
         """A block for each of the groups if all of them are there, else None."""
         if all(block_hash in self.present.get(group, ()) for group in kv_cache_group_ids):
-            self.found.add(block_hash)
             return [self._hit] * len(kv_cache_group_ids)
         return None
 
@@ -132,23 +129,11 @@ class Hybrid(BlockRules):
         if any((mask & (state != COMMITTED)).any() for mask, state in zip(arriving, states, strict=True)):
             further, needed = self._longest(tracked, hashes, arriving)
             if further > found:
-                proof = self._blocks_behind(further, hashes, arriving)
-                wanted = [(number, block) for number, block in needed + proof if states[number][block] != COMMITTED]
+                wanted = [(number, block) for number, block in needed if states[number][block] != COMMITTED]
         return Reach(
             max(found - tracked.local_tokens, 0),
             Wanted([BlockHash(keys[number][block].tobytes()) for number, block in wanted], wanted, is_chain=False),
         )
-
-    def _blocks_behind(
-        self, num_tokens: int, hashes: Sequence[Sequence[bytes]], present: Sequence[NDArray[np.bool_]]
-    ) -> list[tuple[int, int]]:
-        """Blocks right behind a hit that its look-up has found: layers of drafts need one more block than they use."""
-        behind = [(number, num_tokens // group.block_size) for number, group in enumerate(self._set.groups)]
-        return [
-            (number, block)
-            for number, block in behind
-            if block < len(present[number]) and present[number][block] and hashes[number][block] in self._pool.found
-        ]
 
     def _hashes_and_keys(self, request: "Request") -> tuple[list[Sequence[bytes]], list[NDArray[np.uint64]]]:
         """For each group vLLM's hashes of a request's full blocks, and their keys, `uint64 [n, 4]`."""
@@ -176,7 +161,6 @@ class Hybrid(BlockRules):
             vllm_number: {found[n] for n in np.flatnonzero(mask).tolist()}
             for vllm_number, found, mask in zip(self._groups.ids, hashes, present, strict=True)
         }
-        self._pool.found.clear()
         limit = self._limit(tracked.request)
         while True:
             blocks, num_tokens, *_ = self._coordinator.find_longest_cache_hit(tracked.request.block_hashes, limit)
@@ -189,8 +173,17 @@ class Hybrid(BlockRules):
             ]
             # Where a draft's layers drop a block, 0.23 may answer more than is there.
             if all(present[number][block] for number, block in needed) and self._has_prefix(present, num_tokens):
-                return int(num_tokens), needed
+                return int(num_tokens), needed + self._seen_by_drafts(present, num_tokens)
             limit = num_tokens - self.alignment
+
+    def _seen_by_drafts(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> list[tuple[int, int]]:
+        """Blocks behind the boundary, which vLLM looks for and does not take where a group has draft layers."""
+        behind = [
+            (number, num_tokens // self._set.groups[number].block_size)
+            for number, manager in enumerate(self._managers)
+            if num_tokens and getattr(manager, "use_eagle", False)
+        ]
+        return [(number, block) for number, block in behind if present[number][block : block + 1].any()]
 
     def _has_prefix(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> bool:
         return all(

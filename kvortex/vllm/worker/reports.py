@@ -13,8 +13,9 @@ class ReportBox:
     finished loads, so the outcome of a load and the end of its request are reported in the same step.
 
     Args:
-        by_request: False if failed loads are reported by their device blocks, and requests keep what is in front of
-            them, as full attention allows it; True if request by request.
+        by_request: False if failed loads are reported by their device blocks. Then vLLM keeps what is before the first
+            of them, which is of use with full attention alone: a window or a state lacks what came before. True if
+            they are reported request by request.
     """
 
     def __init__(self, *, by_request: bool = False) -> None:

@@ -35,11 +35,22 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVCacheTensor,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -52,6 +63,43 @@ SAMPLED_TOKEN = 7
 NUM_KV_HEADS = 2
 HEAD_SIZE = 64
 LAYER_NAMES = tuple(f"model.layers.{index}.self_attn.attn" for index in range(4))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A group of layers that share a block table.
+
+    Args:
+        kind: full attention, latent (MLA), sliding window, chunked local attention or state (Mamba, mode 'align').
+        block_size: tokens of a block.
+        reach: tokens of a window, the query included, or of a chunk.
+        is_draft: draft layers are among them (EAGLE, MTP).
+        num_heads: so that the specs of groups that are otherwise alike may differ.
+    """
+
+    kind: Literal["full", "latent", "window", "chunk", "state"]
+    block_size: int = 32
+    reach: int = 0
+    is_draft: bool = False
+    num_heads: int = 2
+
+    @property
+    def spec(self) -> KVCacheSpec:
+        if self.kind == "state":
+            shapes, dtypes = ((self.num_heads, HEAD_SIZE),), (torch.float32,)
+            return MambaSpec(block_size=self.block_size, shapes=shapes, dtypes=dtypes, mamba_cache_mode="align")
+        heads = 1 if self.kind == "latent" else self.num_heads
+        attention: dict[str, Any] = {
+            "block_size": self.block_size,
+            "num_kv_heads": heads,
+            "head_size": HEAD_SIZE,
+            "dtype": torch.float32,
+        }
+        if self.kind == "window":
+            return SlidingWindowSpec(**attention, sliding_window=self.reach)
+        if self.kind == "chunk":
+            return ChunkedLocalAttentionSpec(**attention, attention_chunk_size=self.reach)
+        return (MLAAttentionSpec if self.kind == "latent" else FullAttentionSpec)(**attention)
 
 
 @dataclass(frozen=True)
@@ -109,6 +157,9 @@ class Step:
 class Speculation:
     """As much of a speculative configuration as the scheduler and a connector ask for."""
 
+    disable_lookahead_block_hashes = True
+    """As vLLM has it beside a connector: there it hashes blocks without the tokens behind them."""
+
     def __init__(self, method: str, num_speculative_tokens: int) -> None:
         self.method = method
         self.num_speculative_tokens = num_speculative_tokens
@@ -132,9 +183,10 @@ class Speculation:
 
 
 class SchedulerHarness:
-    """A Scheduler of one attention group over `num_blocks` blocks of `block_size` tokens.
+    """A Scheduler over `num_blocks` blocks, of one group of full attention unless other `groups` are named.
 
-    One of the blocks is vLLM's null block: `num_blocks` - 1 can be allocated.
+    One of the blocks is vLLM's null block: `num_blocks` - 1 can be allocated. With `groups`, `block_size` is ignored;
+    `hash_block_size` is what an engine would choose unless it is given. Without a `connector` there is only vLLM.
 
     `model_dir` is a tiny model's folder: only its config is read. `failure_policy` is vLLM's
     ``kv_load_failure_policy``. With `async_scheduling`, vLLM's default on a GPU, the engine schedules the
@@ -147,7 +199,7 @@ class SchedulerHarness:
         model_dir: Path,
         *,
         extra_config: Mapping[str, Any] | None = None,
-        connector: str = "KVortexConnector",
+        connector: str | None = "KVortexConnector",
         module_path: str = "kvortex.vllm",
         block_size: int = 32,
         num_blocks: int = 64,
@@ -160,18 +212,20 @@ class SchedulerHarness:
         kv_events: bool = False,
         kv_role: str = "kv_both",
         speculative: tuple[str, int] | None = None,
+        groups: Sequence[Layers] | None = None,
+        hash_block_size: int | None = None,
     ) -> None:
-        self.block_size = block_size
+        transfer = KVTransferConfig(
+            kv_connector=connector,
+            kv_connector_module_path=module_path,
+            kv_role=kv_role,
+            kv_load_failure_policy=failure_policy,
+            kv_connector_extra_config=dict(extra_config or {}),
+        )
         self.vllm_config = _vllm_config(
             model_dir,
-            KVTransferConfig(
-                kv_connector=connector,
-                kv_connector_module_path=module_path,
-                kv_role=kv_role,
-                kv_load_failure_policy=failure_policy,
-                kv_connector_extra_config=dict(extra_config or {}),
-            ),
-            block_size=block_size,
+            transfer if connector is not None else None,
+            block_size=min(group.block_size for group in groups) if groups else block_size,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -183,16 +237,31 @@ class SchedulerHarness:
             self.vllm_config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         if speculative is not None:
             self.vllm_config.speculative_config = Speculation(*speculative)  # type: ignore[assignment]
-        self.scheduler: Scheduler = (AsyncScheduler if async_scheduling else Scheduler)(
-            vllm_config=self.vllm_config,
-            kv_cache_config=kv_cache_config(block_size, num_blocks),
-            structured_output_manager=StructuredOutputManager(self.vllm_config),
-            block_size=block_size,
-            log_stats=True,
-        )
+        if groups:
+            cache_config = self.vllm_config.cache_config
+            if any(group.kind == "state" for group in groups):
+                cache_config.mamba_cache_mode = "align"
+            name = "prefix_match_unit" if hasattr(cache_config, "prefix_match_unit") else "hash_block_size"
+            setattr(cache_config, name, hash_block_size)
+            self.kv_cache_config = config_of_groups(groups, num_blocks)
+            sizes = kv_cache_utils.resolve_kv_cache_block_sizes(self.kv_cache_config, self.vllm_config)
+            self.block_size, self.hash_block_size = sizes
+        else:
+            self.kv_cache_config = kv_cache_config(block_size, num_blocks)
+            self.block_size = self.hash_block_size = block_size
+        values: dict[str, Any] = {
+            "vllm_config": self.vllm_config,
+            "kv_cache_config": self.kv_cache_config,
+            "structured_output_manager": StructuredOutputManager(self.vllm_config),
+            "block_size": self.block_size,
+            "log_stats": True,
+        }
+        if groups:
+            values["hash_block_size"] = self.hash_block_size
+        self.scheduler: Scheduler = (AsyncScheduler if async_scheduling else Scheduler)(**values)
         hash_function = get_hash_fn_by_name(hash_algorithm)
         init_none_hash(hash_function)
-        self._block_hasher = get_request_block_hasher(block_size, hash_function)
+        self._block_hasher = get_request_block_hasher(self.hash_block_size, hash_function)
         # Requests by id, finished ones too: the scheduler forgets those.
         self.requests: dict[str, Request] = {}
 
@@ -211,8 +280,16 @@ class SchedulerHarness:
         return set(self.scheduler.requests)
 
     def block_ids(self, request_id: str) -> list[int]:
-        (block_ids,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
-        return list(block_ids)
+        (block_ids,) = self.block_tables(request_id)
+        return block_ids
+
+    def block_tables(self, request_id: str) -> list[list[int]]:
+        """A request's device blocks in each group; that of the null block stands for those that it does not have."""
+        return [list(block_ids) for block_ids in self.scheduler.kv_cache_manager.get_block_ids(request_id)]
+
+    @property
+    def null_block_id(self) -> int:
+        return int(self.scheduler.kv_cache_manager.block_pool.null_block.block_id)
 
     def add_request(
         self,
@@ -328,9 +405,23 @@ def kv_cache_config(block_size: int, num_blocks: int) -> KVCacheConfig:
     )
 
 
+def config_of_groups(groups: Sequence[Layers], num_blocks: int) -> KVCacheConfig:
+    """Groups of two layers each. Nobody looks at tensors where no worker is."""
+    specs = [
+        _call_with_known(
+            KVCacheGroupSpec,
+            layer_names=[f"model.layers.{2 * number + layer}" for layer in range(2)],
+            kv_cache_spec=group.spec,
+            is_eagle_group=group.is_draft,
+        )
+        for number, group in enumerate(groups)
+    ]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=specs)
+
+
 def _vllm_config(
     model_dir: Path,
-    kv_transfer_config: KVTransferConfig,
+    kv_transfer_config: KVTransferConfig | None,
     *,
     block_size: int,
     num_blocks: int,

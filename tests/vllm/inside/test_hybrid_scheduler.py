@@ -1,0 +1,157 @@
+"""Models that mix kinds of KV in the real Scheduler, the workers played: what they hit, and what goes wrong."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from groups_support import MODELS, GroupWorkers, greet, harness_of, prompt
+from scheduler_harness import SchedulerHarness
+from vllm.v1.request import RequestStatus
+
+from kvortex.types import MissReason
+from kvortex.vllm.versions import SERVES_GROUPS
+
+pytestmark = pytest.mark.skipif(not SERVES_GROUPS, reason="this vLLM turns its hybrid manager off")
+
+PROMPT = prompt(400, 1)
+
+
+@pytest.fixture
+def workers(llama: Path) -> Iterator[Callable[..., GroupWorkers]]:
+    """Makes workers of one of `MODELS`; at the end they have nothing to do, and nobody holds a block."""
+    made: list[GroupWorkers] = []
+
+    def make(name: str, *, has_disk: bool = False, **options: Any) -> GroupWorkers:
+        harness = harness_of(MODELS[name], llama, **{"num_blocks": 400, **options})
+        greet(harness, MODELS[name], has_disk=has_disk)
+        made.append(GroupWorkers(harness, MODELS[name].groups, Random(0)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.step()
+        assert each.is_idle
+        assert each.harness.num_free_blocks == each.harness.kv_cache_config.num_blocks - 1
+        assert each.half._control.index.num_pending == 0
+        each.harness.shutdown()
+
+
+def reset(harness: SchedulerHarness) -> None:
+    """Empty vLLM's own cache."""
+    assert harness.scheduler.reset_prefix_cache()
+
+
+def served(w: GroupWorkers, name: str, token_ids: list[int]) -> int:
+    """Tokens that a request is given from the pool, before it ends."""
+    w.harness.add_request(name, token_ids, max_tokens=2)
+    step = w.step()
+    loaded = w.harness.requests[name].num_computed_tokens if step.metadata.loads else 0
+    w.run(name)
+    return loaded
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [400, 300, 193, 97])
+def test_hits_are_as_long_as_vllms_own(
+    workers: Callable[..., GroupWorkers], llama: Path, name: str, length: int
+) -> None:
+    """What a twin without a connector finds in its own cache, after the same requests."""
+    w = workers(name, max_num_batched_tokens=96)
+    twin = harness_of(MODELS[name], llama, num_blocks=400, max_num_batched_tokens=96, connector=None)
+    for harness, run in ((w.harness, w.run), (twin, twin.run_until_finished)):
+        harness.add_request("first", PROMPT, max_tokens=40)
+        run("first")
+    token_ids = PROMPT[:length] + prompt(30, 2)
+    found = twin.add_request("again", token_ids)
+    _, expected, *_ = twin.scheduler.kv_cache_manager.get_computed_blocks(found)
+    reset(w.harness)
+    assert served(w, "again", token_ids) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lost", ["all", "the first", "the last"])
+def test_a_failed_load_is_computed(workers: Callable[..., GroupWorkers], name: str, lost: str) -> None:
+    w = workers(name)
+    w.harness.add_request("a", PROMPT, max_tokens=2)
+    w.run("a")
+    reset(w.harness)
+    request = w.harness.add_request("b", PROMPT, max_tokens=2)
+    step = w.harness.schedule()
+    (job,) = step.metadata.loads
+    last = job.transfer.num_blocks - 1
+    w.bad = {"all": frozenset(range(last + 1)), "the first": frozenset({0}), "the last": frozenset({last})}[lost]
+    w.execute(step)
+    w.harness.finish(step, w.report())
+    step = w.step()
+    assert not step.metadata.loads, "a failed load is not offered again"
+    assert request.num_computed_tokens == step.num_scheduled_tokens["b"], "it is computed from the start"
+    w.run("b")
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+    misses = w.half.stats.snapshot().misses
+    assert misses[MissReason.CORRUPT] + misses[MissReason.TRANSFER_FAILED] == len(w.bad)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Qwen3-Next", "Llama 4"])
+def test_what_is_saved_is_not_given_away_before(workers: Callable[..., GroupWorkers], name: str) -> None:
+    w = workers(name)
+    pool: Any = w.harness.scheduler.kv_cache_manager.block_pool
+    w.paused = {"save"}
+    w.harness.add_request("a", PROMPT, max_tokens=1)
+    w.run("a")
+    saving = w.saving
+    assert saving
+    assert w.half.holds_device_blocks()
+    assert w.harness.num_free_blocks == w.harness.kv_cache_config.num_blocks - 1 - len(saving)
+    taken = pool.get_new_blocks(w.harness.num_free_blocks)
+    w.harness.add_request("b", prompt(40, 3), max_tokens=1)
+    for _ in range(3):
+        assert "b" not in w.step().num_scheduled_tokens, "all other blocks are taken"
+    w.paused = set()
+    w.run("b")
+    assert not w.half.holds_device_blocks()
+    pool.free_blocks(taken)
+    reset(w.harness)
+    assert served(w, "c", PROMPT) > 200, "what was saved is whole"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_request_waits_for_blocks_that_are_being_saved(workers: Callable[..., GroupWorkers], name: str) -> None:
+    w = workers(name, extra={"pending_wait_s": 60})
+    w.paused = {"save"}
+    w.harness.add_request("a", PROMPT, max_tokens=1)
+    w.run("a")
+    # Blocks that are saved cannot be evicted from the device; here vLLM has forgotten what they hold.
+    w.harness.scheduler.kv_cache_manager.evict_blocks(w.saving)
+    w.harness.add_request("b", PROMPT, max_tokens=1)
+    for _ in range(3):
+        step = w.step()
+        assert not step.num_scheduled_tokens
+        assert not step.metadata.loads
+    w.paused = set()
+    w.step()
+    assert [job.request_id for job in w.step().metadata.loads] == ["b"]
+    w.run("b")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_lower_tier_brings_blocks_of_all_groups(
+    workers: Callable[..., GroupWorkers], tmp_path: Path, name: str
+) -> None:
+    extra = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": 1 << 30}}
+    w = workers(name, has_disk=True, pool_blocks=200, extra=extra)
+    w.harness.add_request("a", PROMPT, max_tokens=2)
+    w.run("a")
+    w.step()
+    reset(w.harness)
+    from_pool = served(w, "b", PROMPT)
+    w.half._control.clear()
+    reset(w.harness)
+    w.harness.add_request("c", PROMPT, max_tokens=2)
+    (fetch,) = w.step().metadata.fetches
+    (load,) = w.step().metadata.loads
+    assert w.harness.requests["c"].num_computed_tokens == from_pool > 0
+    num_drafts = sum(group.is_draft for group in MODELS[name].groups)  # vLLM looks for their next block, too
+    assert fetch.transfer.num_blocks == load.transfer.num_blocks + num_drafts
+    w.run("c")
