@@ -200,8 +200,10 @@ class GroupWorkers:
 
     @property
     def saving(self) -> set[int]:
-        """Device blocks that saves have yet to read."""
-        return {block_id for save in self.unread for block_id in save.transfer.block_ids.tolist()}
+        """Device blocks that saves have yet to read, but for saves that were given up."""
+        jobs = self.half._jobs
+        unread = [save for save in self.unread if not getattr(jobs[save.job_id], "is_given_up", False)]
+        return {block_id for save in unread for block_id in save.transfer.block_ids.tolist()}
 
     # -- a step ------------------------------------------------------------------------------------
 
