@@ -211,7 +211,7 @@ class ControlPlane:
         else:
             wanted = np.flatnonzero(reservation.states == RESERVED)
             forms = 2 * groups[wanted] if as_is else self.usual_forms[groups[wanted]]
-            offsets = self._place(self.extents[forms], owner, chain)
+            offsets = self._place(forms, owner, chain)
             if (got := offsets >= 0).all():
                 placed = wanted
             else:
@@ -279,9 +279,10 @@ class ControlPlane:
             forms = forms if len(forms) == 1 else forms[which]
         return self.index.commit(slots, offsets, nbytes, digests, forms)
 
-    def _place(self, nbytes: NDArray[np.int64], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Offsets of extents of different sizes, `int64 [n]`, -1 for blocks without room; the first get room first."""
-        offsets = _by_size(nbytes, lambda count, size: self._make_room(count, size, owner, chain))
+    def _place(self, forms: NDArray[np.uint8], owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Offsets of extents for these forms, `int64 [n]`, -1 for blocks without room; the first get room first."""
+        nbytes = self.extents[forms]
+        offsets = _by_size(nbytes, forms, lambda count, size: self._make_room(count, size, owner, chain))
         if (offsets >= 0).all():
             return offsets
         # All that can go has gone, and the largest blocks have taken the room: give it to the first blocks instead.
@@ -290,7 +291,7 @@ class ControlPlane:
         fitting = int(np.searchsorted(np.cumsum(nbytes), free, "right"))
         offsets[:] = -1
         offsets[:fitting] = _by_size(
-            nbytes[:fitting], lambda count, size: self.allocator.allocate_many(count, size, owner)
+            nbytes[:fitting], forms[:fitting], lambda count, size: self.allocator.allocate_many(count, size, owner)
         )
         return offsets
 
@@ -366,7 +367,7 @@ class ControlPlane:
         reservation = self.index.reserve(keys)
         wanted = np.flatnonzero(reservation.states == RESERVED)
         forms = forms[wanted]
-        offsets = self._place(self.extents[forms], owner, keys if chain is None else chain)
+        offsets = self._place(forms, owner, keys if chain is None else chain)
         got = offsets >= 0
         self.index.abort(reservation.slots[wanted[~got]], None)
         return FetchPlan(wanted[got], reservation.slots[wanted[got]], offsets[got], forms[got])
@@ -519,16 +520,22 @@ def check_blocks_fit(sizes: Sequence[BlockSizes], capacity_bytes: int, piece_byt
         )
 
 
-def _by_size(nbytes: NDArray[np.int64], allocate: Callable[[int, int], NDArray[np.int64]]) -> NDArray[np.int64]:
+def _by_size(
+    nbytes: NDArray[np.int64], forms: NDArray[np.uint8], allocate: Callable[[int, int], NDArray[np.int64]]
+) -> NDArray[np.int64]:
     """Offsets of extents of different sizes, `int64 [n]`, the largest first; -1 for blocks that get none.
+
+    Blocks of one form get neighbouring extents where possible: they are moved together.
 
     Args:
         nbytes: bytes of each extent, `int64 [n]`.
+        forms: form of each block, `uint8 [n]`.
         allocate: (number, bytes of each) -> offsets of as many extents as there is room for, `int64 [m]`.
     """
     offsets = np.full(nbytes.size, -1, dtype=np.int64)
     for size in np.unique(nbytes)[::-1].tolist():
         places = np.flatnonzero(nbytes == size)
+        places = places[np.argsort(forms[places], kind="stable")]
         found = allocate(places.size, size)
         offsets[places[: found.size]] = found
     return offsets
