@@ -431,8 +431,9 @@ class Churn:
             count = len(plan.slots)
             succeeded = self.random.random(count) < 0.9
             lossy = self.random.random(count) < 0.5
-            tried = int(self.random.integers(0, count + 1))
-            succeeded[tried:] = lossy[tried:] = False
+            tried = self.random.random(count) < 0.8
+            succeeded &= tried
+            lossy &= tried
             self.control.finish_save(plan, np.zeros(count, np.uint64), succeeded, lossy, tried)
 
     def begin_load(self) -> None:
