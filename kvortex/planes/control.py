@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
-from kvortex.groups import GroupSet
+from kvortex.groups import GroupSet, KVKind
 from kvortex.index import (
     BUSY,
     FORM_0,
@@ -334,11 +334,14 @@ class ControlPlane:
         return offsets.size
 
     def _drop_companions(self, evicted: Evicted) -> None:
-        """Drop the blocks of other groups that end where evicted blocks of the anchor group have ended.
+        """Drop the blocks of other groups that end where evicted blocks of full attention have ended: they are useless.
 
-        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back.
+        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back. They stay as well if no
+        group has full attention: then what ends at a boundary serves other boundaries, too.
         """
         if self.groups is None or self.groups.is_single or self.on_evicted is not None:
+            return
+        if self.groups.groups[self.groups.anchor].kind is not KVKind.FULL:
             return
         hashes = evicted.keys[evicted.forms // 2 == self.groups.anchor]  # the anchor's keys are the hashes
         for number in range(len(self.groups)):
