@@ -84,7 +84,7 @@ def test_what_was_given_up_has_not_failed() -> None:
     control = make_control(10)
     plan = control.plan_save(keys(6), ids(6), "save")
     arrived = np.array([True, False, True, False, False, False])
-    control.finish_save(plan, np.zeros(6, np.uint64), arrived, None, num_tried=4)
+    control.finish_save(plan, np.zeros(6, np.uint64), arrived, None, tried=np.arange(6) < 4)
     reasons = [control.index.miss_reason(key.tobytes()) for key in keys(6)]
     assert there(control, keys(6)) == arrived.tolist()
     assert [reasons[1], reasons[3]] == [MissReason.TRANSFER_FAILED] * 2

@@ -219,16 +219,21 @@ def test_where_a_tier_takes_what_is_evicted_companions_stay() -> None:
     assert control.allocator.leak_report() == ""
 
 
-def test_without_full_attention_the_first_group_is_the_one_that_others_go_with() -> None:
+def test_without_full_attention_the_window_behind_an_evicted_state_stays() -> None:
+    """The block of the window that ends at token 16 is needed to resume at 32, and the state at 16 is not."""
     groups = GroupSet([KVGroup("state", ("s",), 16, "state"), KVGroup("window", ("w",), 16, "window", 40)], 16)
     control = make_control(1 << 20, SIZES[:2], groups)
-    keys = np.concatenate([groups.tagged(hash_at(16), number) for number in (0, 1)])
-    numbers = np.array([0, 1], dtype=np.uint8)
-    plan = control.plan_save(keys, np.arange(2, dtype=np.int32), "save", groups=numbers)
-    control.finish_save(plan, np.zeros(2, np.uint64))
-    control.touch(keys[1:])
+    blocks = [(number, end) for end in (16, 32) for number in (0, 1)]
+    keys = np.concatenate([groups.tagged(hash_at(end), number) for number, end in blocks])
+    numbers = np.array([number for number, _ in blocks], dtype=np.uint8)
+    plan = control.plan_save(keys, np.arange(4, dtype=np.int32), "save", groups=numbers)
+    control.finish_save(plan, np.zeros(4, np.uint64))
+    control.touch(keys[1:])  # all but the state at 16
     control._evict(1)
-    assert not len(control.index)
+    assert control.index.contains_mask(keys).tolist() == [False, True, True, True]
+    found = [control.index.contains_mask(keys[number::2]) for number in (0, 1)]
+    assert groups.longest_match(found, 32).num_tokens == 32
+    control.clear()
 
 
 # -- room --------------------------------------------------------------------------------------------
@@ -431,8 +436,9 @@ class Churn:
             count = len(plan.slots)
             succeeded = self.random.random(count) < 0.9
             lossy = self.random.random(count) < 0.5
-            tried = int(self.random.integers(0, count + 1))
-            succeeded[tried:] = lossy[tried:] = False
+            tried = self.random.random(count) < 0.8
+            succeeded &= tried
+            lossy &= tried
             self.control.finish_save(plan, np.zeros(count, np.uint64), succeeded, lossy, tried)
 
     def begin_load(self) -> None:

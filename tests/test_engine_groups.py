@@ -10,6 +10,7 @@ import torch
 from kvortex import KVortexEngine, MissReason, SaveOutcome
 from kvortex.groups import KVGroup, Match, MissingKV
 from kvortex.index import pack_keys
+from kvortex.sched.batcher import Batch
 from kvortex.testing import Fault
 from tests.engine_support import BLOCK_SIZE
 from tests.groups_support import (
@@ -161,6 +162,21 @@ async def test_a_long_request_is_planned_in_parts() -> None:
         expected = expect(cache, target, content)
         assert (await engine.load_blocks(hashes, target)).num_loaded == 204
         assert cache.snapshot() == expected
+
+
+async def test_a_call_moves_the_blocks_of_each_group_together() -> None:
+    """A request names its blocks from its beginning on; a batch for each of them would take a hundred times as long."""
+    cache = in_shared_pages()
+    batches: list[Batch] = []
+
+    def note(_: int, batch: Batch) -> None:
+        batches.append(batch)
+
+    config = groups_config(transfer={"max_batch_bytes": "64MiB", "linger_s": 0.0})
+    async with grouped_engine(cache, config, note) as engine:
+        assert (await engine.save_blocks(request(), tables(12, places(True, 0)))).ok
+        assert (await engine.load_blocks(request(), tables(12, places(True, 1)))).ok
+    assert [(batch.form, batch.num_blocks) for batch in batches] == [(0, 12), (2, 12), (4, 3)] * 2
 
 
 @pytest.mark.parametrize("call", ["save_blocks", "load_blocks"])

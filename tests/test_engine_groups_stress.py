@@ -43,7 +43,7 @@ class Storm:
         self.chains = [request(BLOCKS, salt) for salt in range(CHAINS)]
         self.content: dict[tuple[BlockHash, str], bytes] = {}
         self.loaded = dict.fromkeys(self.cache.groups, 0)
-        self.missed = self.cancelled = self.cleared = 0
+        self.missed = self.cancelled = 0
 
     # -- the oracle ----------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Storm:
         ]
 
     async def client(self, engine: KVortexEngine, number: int, rounds: int) -> None:
-        for _ in range(rounds):
+        for round_number in range(rounds):
             hashes, tables = self.some_blocks(number)
             call = self.save if self.random.random() < 0.5 else self.load
             task = asyncio.create_task(call(engine, hashes, tables))
@@ -132,9 +132,8 @@ class Storm:
                 self.cancelled += task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            if self.random.random() < 0.02:
+            if number == 0 and round_number % 40 == 39:
                 engine.clear()
-                self.cleared += 1
             for group, _, page in self.named(hashes, tables):  # back in control: these pages are ours again
                 self.cache.write(group, page, bytes([255]) * len(self.cache.block(group, page)))
 
@@ -162,7 +161,7 @@ async def test_storm(seed: int, kind: str) -> None:
     async with storm.engine() as engine:
         async with asyncio.TaskGroup() as group:
             for number in range(CLIENTS):
-                group.create_task(storm.client(engine, number, rounds=60))
+                group.create_task(storm.client(engine, number, rounds=100))
         await engine.flush()
         stats = engine.get_stats()
         assert stats.evicted_blocks > 0
@@ -170,7 +169,7 @@ async def test_storm(seed: int, kind: str) -> None:
         assert (stats.tiering is not None and stats.tiering.fetched_blocks > 0) == ("tier" in kind)
         engine.clear()
         assert engine.get_stats().pools[0].allocated_bytes == 0
-    assert min(storm.loaded.values()) > 10
+    assert sum(storm.loaded.values()) > 100
+    assert min(storm.loaded.values()) > 0
     assert storm.missed > 0
     assert storm.cancelled > 5
-    assert storm.cleared > 0

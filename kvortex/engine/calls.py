@@ -177,7 +177,7 @@ class TransferCall(Generic[T]):
     def _raw_nbytes(self, request: TransferRequest) -> int:
         """Bytes of the moved blocks in the paged cache."""
         of_group = self._data.cache.block_nbytes
-        if request.forms is None or len(of_group) == 1:
+        if len(of_group) == 1 or (forms := request.succeeded_forms) is None:
             return request.num_succeeded * of_group[0]
-        counts = np.bincount(request.forms[request.succeeded] // 2)
+        counts = np.bincount(forms // 2)
         return sum(count * nbytes for count, nbytes in zip(counts.tolist(), of_group, strict=False))

@@ -557,7 +557,7 @@ def _forget_all(control: ControlPlane) -> None:
 def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
     if request.num_succeeded == len(plan.slots):
         return control.finish_save(plan, request.digests)
-    return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy, request.num_tried)
+    return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy, request.tried)
 
 
 def _without_gone(outcomes: Sequence[SaveOutcome], there: NDArray[np.bool_]) -> tuple[SaveOutcome, ...]:

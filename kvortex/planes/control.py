@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
-from kvortex.groups import GroupSet
+from kvortex.groups import GroupSet, KVKind
 from kvortex.index import (
     BUSY,
     FORM_0,
@@ -231,7 +231,7 @@ class ControlPlane:
         digests: NDArray[np.uint64],
         succeeded: NDArray[np.bool_] | None = None,
         too_lossy: NDArray[np.bool_] | None = None,
-        num_tried: int | None = None,
+        tried: NDArray[np.bool_] | None = None,
     ) -> Sequence[SaveOutcome]:
         """Commit the blocks that arrived, and free the extents of the others.
 
@@ -240,7 +240,7 @@ class ControlPlane:
             digests: digests of the `m` blocks that move, `uint64 [m]`.
             succeeded: which of them arrived and may be used, `bool [m]`; None for all.
             too_lossy: which of them did not, because packing would lose too much, `bool [m]`; None for none.
-            num_tried: number of them, from the first on, whose transfer was started; None for all. The others have not
+            tried: which of them were not given up before they moved, `bool [m]`; None for all. The others have not
                 failed, and their keys get no new reason for a miss.
 
         Returns:
@@ -260,9 +260,9 @@ class ControlPlane:
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
         failed = ~succeeded & ~lossy
-        tried = len(failed) if num_tried is None else num_tried
-        self.index.abort(plan.slots[:tried][failed[:tried]], MissReason.TRANSFER_FAILED)
-        self.index.abort(plan.slots[tried:], None)
+        given_up = np.zeros_like(succeeded) if tried is None else failed & ~tried
+        self.index.abort(plan.slots[failed & ~given_up], MissReason.TRANSFER_FAILED)
+        self.index.abort(plan.slots[given_up], None)
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
         return _save_outcomes(plan, succeeded, too_lossy)
@@ -335,11 +335,14 @@ class ControlPlane:
         return offsets.size
 
     def _drop_companions(self, evicted: Evicted) -> None:
-        """Drop the blocks of other groups that end where evicted blocks of the anchor group have ended.
+        """Drop the blocks of other groups that end where evicted blocks of full attention have ended: they are useless.
 
-        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back.
+        If the lower tier keeps what is evicted, they stay: the evicted blocks can come back. They stay as well if no
+        group has full attention: then what ends at a boundary serves other boundaries, too.
         """
         if self.groups is None or self.groups.is_single or self.on_evicted is not None:
+            return
+        if self.groups.groups[self.groups.anchor].kind is not KVKind.FULL:
             return
         hashes = evicted.keys[evicted.forms // 2 == self.groups.anchor]  # the anchor's keys are the hashes
         for number in range(len(self.groups)):

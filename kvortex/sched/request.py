@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.cuda.driver import Event
 from kvortex.types import Direction
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +31,9 @@ class TransferRequest:
         wants_source_released: True to report `source_released` as soon as a save has read the cache; otherwise it is
             reported when the save ends.
 
-    `digests` (`uint64 [n]`), `succeeded` and `too_lossy` (`bool [n]`) say what batches have moved. A request is
+    Blocks move form by form, because a batch holds blocks of one form: `block_ids`, `offsets` and `forms` are in this
+    order. What comes back is in the order in which the blocks were named: `digests` (`uint64 [n]`), `succeeded`,
+    `too_lossy` and `tried` (`bool [n]`) say what batches have moved. A request is
     *settled* when no batch can touch the cache or the extents any more, however the transfer ended.
     `source_released` is set, for a save, when the cache's blocks have been read and may be overwritten.
     """
@@ -51,12 +56,17 @@ class TransferRequest:
     next_block: int = 0  # first block that is in no batch yet
     blocks_in_flight: int = 0
     blocks_unread: int = field(init=False)
+    _order: NDArray[np.intp] | None = None  # the block that moves first, and so on; None: they move as they were named
     _digests: NDArray[np.uint64] | None = None  # None: no block has arrived
     _succeeded: NDArray[np.bool_] | None = None  # None: all blocks have arrived in one batch, or none has
     _too_lossy: NDArray[np.bool_] | None = None  # None: no block is too lossy
 
     def __post_init__(self) -> None:
         self.blocks_unread = len(self.block_ids)
+        forms = self.forms
+        if forms is not None and (forms[1:] < forms[:-1]).any():
+            order = self._order = np.argsort(forms, kind="stable")
+            self.block_ids, self.offsets, self.forms = self.block_ids[order], self.offsets[order], forms[order]
 
     @property
     def num_blocks(self) -> int:
@@ -104,7 +114,7 @@ class TransferRequest:
     @property
     def digests(self) -> NDArray[np.uint64]:
         """Digests, `uint64 [n]`; those of blocks that have not arrived mean nothing."""
-        return np.zeros(len(self.offsets), np.uint64) if self._digests is None else self._digests
+        return np.zeros(len(self.offsets), np.uint64) if self._digests is None else self._as_named(self._digests)
 
     @property
     def num_succeeded(self) -> int:
@@ -115,17 +125,39 @@ class TransferRequest:
     @property
     def succeeded(self) -> NDArray[np.bool_]:
         """Blocks that have arrived and may be used."""
+        return self._as_named(self._succeeded_as_moved)
+
+    @property
+    def succeeded_forms(self) -> NDArray[np.uint8] | None:
+        """The form of each block that has arrived and may be used, in any order; None if all have form 0."""
+        return None if self.forms is None else self.forms[self._succeeded_as_moved]
+
+    @property
+    def _succeeded_as_moved(self) -> NDArray[np.bool_]:
         return np.full(len(self.offsets), self._digests is not None) if self._succeeded is None else self._succeeded
 
     @property
     def too_lossy(self) -> NDArray[np.bool_]:
         """Blocks of a save that have arrived, but lose too much by being packed."""
-        return np.zeros(len(self.offsets), np.bool_) if self._too_lossy is None else self._too_lossy
+        return np.zeros(len(self.offsets), np.bool_) if self._too_lossy is None else self._as_named(self._too_lossy)
 
     @property
     def num_tried(self) -> int:
-        """How many blocks, from the first, were not given up by `cancel`."""
+        """How many blocks were not given up by `cancel`."""
         return self.num_blocks if self.cancelled else len(self.offsets)
+
+    @property
+    def tried(self) -> NDArray[np.bool_]:
+        """Blocks that were not given up by `cancel`."""
+        return self._as_named(np.arange(len(self.offsets)) < self.num_tried)
+
+    def _as_named(self, moved: NDArray[T]) -> NDArray[T]:
+        """What is known of each block, from the order in which they move to that in which they were named."""
+        if self._order is None:
+            return moved
+        named = np.empty_like(moved)
+        named[self._order] = moved
+        return named
 
     def cancel(self) -> None:
         """The caller gives up: drop the blocks that no batch has taken. They count as not tried."""

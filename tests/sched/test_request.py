@@ -93,3 +93,44 @@ def test_a_whole_batch_may_be_lossy() -> None:
     r = request(2, [])
     r.arrived(0, np.array([1, 2], dtype=np.uint64), np.array([True, False]))
     assert (r.num_succeeded, r.too_lossy.tolist()) == (1, [True, False])
+
+
+def mixed(forms: list[int]) -> TransferRequest:
+    ids = np.arange(len(forms), dtype=np.int32)
+    options = {"forms": np.array(forms, dtype=np.uint8)}
+    return TransferRequest(Direction.SAVE, ids, ids.astype(np.int64) * 128, [128] * 6, **options)
+
+
+def test_blocks_move_form_by_form_and_what_comes_back_is_in_the_order_of_their_names() -> None:
+    r = mixed([4, 0, 2, 4, 0, 2])
+    assert r.forms is not None
+    assert r.forms.tolist() == [0, 0, 2, 2, 4, 4]
+    assert r.block_ids.tolist() == [1, 4, 2, 5, 0, 3]
+    assert r.offsets.tolist() == [128 * b for b in (1, 4, 2, 5, 0, 3)]
+    assert r.next_alike() == (2, 0)
+    r.arrived(0, np.array([11, 14], dtype=np.uint64), np.array([False, True]))
+    r.arrived(2, np.array([12, 15], dtype=np.uint64), None)
+    r.next_block = 4
+    r.cancel()
+    assert r.digests.tolist() == [0, 11, 12, 0, 14, 15]
+    assert r.succeeded.tolist() == [False, True, True, False, False, True]
+    assert r.too_lossy.tolist() == [False, False, False, False, True, False]
+    assert r.tried.tolist() == [False, True, True, False, True, True]
+    assert (r.num_succeeded, r.num_tried) == (3, 4)
+    assert r.succeeded_forms is not None
+    assert sorted(r.succeeded_forms.tolist()) == [0, 2, 2]
+
+
+def test_blocks_of_one_form_after_another_stay_as_they_are() -> None:
+    r = mixed([0, 0, 2, 4])
+    assert r.block_ids.tolist() == [0, 1, 2, 3]
+    digests = np.array([7, 8, 9, 10], dtype=np.uint64)
+    r.arrived(0, digests, None)
+    assert r.digests is digests
+    assert r.tried.all()
+
+
+def test_a_request_of_one_form_has_no_forms() -> None:
+    r = request(3, [])
+    assert r.succeeded_forms is None
+    assert r.tried.all()
