@@ -228,6 +228,7 @@ class Engine:
         self._generate([self._prompt(3)], 2)  # and are counted
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache")
+        self._generate([self._prompt(3)], 2)  # after a reset KVortex compares the weights, once
 
     def first_tokens(self, length: int) -> dict[str, Any]:
         """One prompt that is new, then four times as the device's prefix cache and as the connector have it."""
