@@ -229,6 +229,24 @@ async def test_a_load_has_its_blocks_to_itself_in_all_groups(shared: bool) -> No
         assert cache.blocks({"full": [12, 13, 10, 14]}) == cache.blocks({"full": [0, 1, 2, 3]})
 
 
+async def test_a_call_that_is_refused_for_one_group_holds_no_block_of_another() -> None:
+    cache, hashes = apart(), request(4)
+    cache.fill(seed=15)
+    faults: dict[str, Fault | None] = {"now": None}
+    async with grouped_engine(cache, fault_of=lambda *_: faults["now"]) as engine:
+        executor = engine._planes()[1]._scheduler._executor
+        assert (await engine.save_blocks(hashes, tables(4, places(False, 0)))).ok
+        faults["now"] = Fault.HOLD
+        load = asyncio.ensure_future(engine.load_blocks(hashes, {"state": [5]}))
+        await until_held(executor)
+        faults["now"] = None
+        with pytest.raises(InvalidBlockIdError, match="block id 5 is being written by another load"):
+            await engine.load_blocks(hashes, {"full": [20, 21, 22, 23], "window": [20, 21, 22, 23], "state": [5]})
+        assert (await engine.load_blocks(hashes, {"full": [20, 21, 22, 23], "window": [20, 21, 22, 23]})).ok
+        executor.release()
+        assert (await load).ok
+
+
 # -- the blocking face -------------------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ class Encodings:
         self.packs = tuple(p.packing is not None for p in pages)
         """For each group whether its blocks can be packed."""
 
-    @property
+    @cached_property
     def pack_any(self) -> bool:
         """True if blocks of at least one group can be packed."""
         return any(self.packs)

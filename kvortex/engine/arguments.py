@@ -60,12 +60,14 @@ def named_blocks(hashes: BlockHashes, block_ids: BlockTables, cache: PagedCache)
             other way round.
     """
     keys, groups = pack_keys(hashes), cache.groups
-    if isinstance(block_ids, Mapping) is groups.is_single:
-        raise InvalidBlockIdError(_which_form(cache))
     if not isinstance(block_ids, Mapping):
+        if len(groups) > 1:
+            raise InvalidBlockIdError(_which_form(cache))
         ids = copied_block_ids(block_ids, cache.layouts[0].num_blocks)
         _check_pairs(keys, ids)
         return NamedBlocks(keys, ids)
+    if groups.is_single:
+        raise InvalidBlockIdError(_which_form(cache))
     if unknown := set(block_ids) - {group.name for group in groups.groups}:
         raise InvalidBlockIdError(f"{unknown.pop()!r} is no group: {_which_form(cache)}")
     parts = [_blocks_of_group(keys, table, cache, groups.number_of(name)) for name, table in block_ids.items()]

@@ -126,7 +126,7 @@ class TransferCall(Generic[T]):
 
     def parts(self, num_blocks: int) -> Iterator[slice]:
         """Ranges of blocks to plan one after another, so that the first blocks move while the last are looked up."""
-        block_nbytes = max(size.packed for size in self._data.sizes)
+        block_nbytes = self._data.largest_packed_nbytes
         start, step = 0, max(FIRST_PART_BYTES // block_nbytes, FIRST_PART_BLOCKS)
         longest = max(min(MAX_PART_BYTES // block_nbytes, MAX_PART_BLOCKS), step)
         while start < num_blocks:

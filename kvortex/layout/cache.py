@@ -97,7 +97,7 @@ class PagedCache:
         """The distinct dtypes, in the order of the tensors."""
         return tuple(dict.fromkeys(dtype for layout in self.layouts for dtype in layout.dtypes))
 
-    @property
+    @cached_property
     def block_nbytes(self) -> tuple[int, ...]:
         """Bytes of one block's payload, for each group."""
         return tuple(layout.block_nbytes for layout in self.layouts)

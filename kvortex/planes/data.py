@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -95,10 +95,15 @@ class DataPlane:
             self._executor: TransferExecutor | None = executor
             undo.pop_all()
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[BlockSizes, ...]:
         """Bytes of extents, for each group."""
         return tuple(pages.sizes for pages in self.pages)
+
+    @cached_property
+    def largest_packed_nbytes(self) -> int:
+        """Bytes of the largest extent of a block that is packed, if its group is."""
+        return max(size.packed for size in self.sizes)
 
     @property
     def packs(self) -> bool:
