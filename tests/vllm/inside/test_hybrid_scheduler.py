@@ -78,12 +78,12 @@ def test_a_failed_load_is_computed(workers: Callable[..., GroupWorkers], name: s
     w.run("a")
     reset(w.harness)
     request = w.harness.add_request("b", PROMPT, max_tokens=2)
-    step = w.harness.schedule()
-    (job,) = step.metadata.loads
+    w.paused = {"load"}
+    (job,) = w.step().metadata.loads
     last = job.transfer.num_blocks - 1
     w.bad = {"all": frozenset(range(last + 1)), "the first": frozenset({0}), "the last": frozenset({last})}[lost]
-    w.execute(step)
-    w.harness.finish(step, w.report())
+    w.paused = set()
+    w.step()
     step = w.step()
     assert not step.metadata.loads, "a failed load is not offered again"
     assert request.num_computed_tokens == step.num_scheduled_tokens["b"], "it is computed from the start"
