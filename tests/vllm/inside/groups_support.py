@@ -53,7 +53,7 @@ def model(*groups: Layers, hash_block_size: int | None = None) -> Model:
 MODELS = {
     "gpt-oss": model(Layers("full", 16), Layers("window", 16, 40)),
     "Gemma 3": model(*[Layers("window", 16, 50)] * 5, Layers("full", 16)),
-    "Gemma 4": model(Layers("window", 16, 33, num_heads=4), Layers("full", 32)),
+    "Gemma 4": model(Layers("window", 16, 33, num_heads=4), Layers("full", 64)),
     "Llama 4": model(*[Layers("chunk", 16, 64)] * 3, Layers("full", 16)),
     "Mistral with a window": model(Layers("window", 16, 50)),
     "Mamba 2": model(Layers("state", 32)),

@@ -58,6 +58,7 @@ class Life:
             pool_blocks=random.choice([4, 10, 40]),
             num_blocks=num_blocks + 1,
             async_scheduling=is_ahead,
+            retention=random.choice([None, None, "all"]),
             max_num_seqs=random.choice([2, 4, 8]),
             max_num_batched_tokens=random.choice([96, 160, 512]),
             extra={
