@@ -93,7 +93,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler_half = half
             if around is not None:
                 watch_allocations(around, half.allocated_for_others)
-            self._end_watches.callback(watch_resets(half.vllm_was_reset))
+            self._end_watches.callback(watch_resets(half.vllm_will_be_reset, half.vllm_was_reset))
         else:
             worker = importlib.import_module("kvortex.vllm.worker.half")
             ranks = importlib.import_module("kvortex.vllm.worker.ranks")

@@ -361,6 +361,14 @@ class SchedulerHalf:
                 job.is_stale = True
         self.reset_cache()
 
+    def vllm_will_be_reset(self) -> None:
+        """vLLM is about to empty its own prefix cache, which it refuses while blocks are held: let go of them.
+
+        The next step waits for the saves that may still read them.
+        """
+        if self._made is not None and not self._is_simple:
+            self._plan.fresh_block_ids |= self._made.saves.let_go()
+
     def vllm_was_reset(self) -> None:
         """vLLM has emptied its own prefix cache, which one does when weights change: have the workers compare them."""
         self._plan.compare_weights = True
@@ -383,7 +391,7 @@ class SchedulerHalf:
 
     def holds_device_blocks(self) -> bool:
         """True while saves in flight keep device blocks from being given to others."""
-        return not self._is_simple and any(isinstance(job, SaveInFlight) for job in self._jobs)
+        return not self._is_simple and any(isinstance(job, SaveInFlight) and job.holds_blocks for job in self._jobs)
 
     def take_stats(self) -> ConnectorStats | None:
         """Counters since they were last taken; None if there are none. vLLM asks once a step, when the step is over.

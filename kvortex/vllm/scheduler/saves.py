@@ -96,13 +96,26 @@ class SavePlanner:
         plan.saves.append(SaveJob(job_id, save.transfer, tier_keys, write_id))
         logger.debug("job %d saves %d of %d blocks", job_id, save.transfer.num_blocks, len(keys))
 
+    def let_go(self) -> set[int]:
+        """Hold no device blocks any more; returns those that saves in flight may still read."""
+        saves = [job for job in self._context.jobs if isinstance(job, SaveInFlight)]
+        return {block_id for job in saves for block_id in self._let_go_of(job)}
+
+    def _let_go_of(self, job: SaveInFlight) -> list[int]:
+        if not job.holds_blocks:
+            return []
+        job.holds_blocks = False
+        block_ids: list[int] = job.plan.transfer.block_ids.tolist()
+        self._context.rules.release(block_ids)
+        return block_ids
+
     # -- end ---------------------------------------------------------------------------------------
 
     def finish(self, job: SaveInFlight) -> None:
         """Every worker has reported a save: its blocks become visible, or are dropped."""
         context, transfer = self._context, job.plan.transfer
         count = transfer.num_blocks
-        context.rules.release(transfer.block_ids.tolist())
+        self._let_go_of(job)
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
         lossy[list(job.too_lossy)] = True

@@ -105,8 +105,12 @@ class WeightsWatch:
         self._models.clear()
 
 
-def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
-    """Have `on_reset` called after vLLM has emptied its own prefix cache, as one does when weights change.
+def watch_resets(before_reset: Callable[[], None], after_reset: Callable[[], None]) -> Callable[[], None]:
+    """Follow vLLM when it empties its own prefix cache, as one does when weights change.
+
+    Args:
+        before_reset: called before it tries to.
+        after_reset: called after it has tried to.
 
     Returns:
         A function that ends this.
@@ -116,8 +120,9 @@ def watch_resets(on_reset: Callable[[], None]) -> Callable[[], None]:
     method = KVCacheManager.reset_prefix_cache
 
     def watched(manager: Any) -> Any:
+        before_reset()
         done = method(manager)
-        on_reset()
+        after_reset()
         return done
 
     KVCacheManager.reset_prefix_cache = watched

@@ -246,12 +246,10 @@ class GroupWorkers:
     def execute(self, step: Step, works: Sequence[Work]) -> None:
         """What a worker does in a step. Saves read as late as they can: when they end."""
         plan: ConnectorPlan = step.metadata
-        if self.half._is_simple:
-            for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
-                self._read(save)
-        else:
-            written = {*plan.fresh_block_ids, *(step.output.new_block_ids_to_zero or ())}
-            assert self.saving.isdisjoint(written), "a block is given away while it is saved"
+        for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
+            assert not self.half._jobs[save.job_id].holds_blocks, "a block is given away while it is saved"
+            self._read(save)
+        assert self.saving.isdisjoint(step.output.new_block_ids_to_zero or ()), "a block is zeroed while it is saved"
         self.loads += plan.loads
         self.fetches += plan.fetches
         for load in plan.loads:

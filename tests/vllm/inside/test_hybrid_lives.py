@@ -101,11 +101,11 @@ class Life:
         self._end()
 
     def _preempt_all(self) -> None:
-        """Unless somebody holds blocks of whom vLLM takes none: those that wait with them, and saves."""
+        """Unless somebody holds blocks of whom vLLM takes none: those that wait with them."""
         self.workers.drain()
         held = [self.harness.requests[name] for name in self.harness.held_request_ids]
         holders = [request for request in held if any(self.harness.block_tables(request.request_id))]
-        if all(r.status == RequestStatus.RUNNING for r in holders) and not self.half.holds_device_blocks():
+        if all(r.status == RequestStatus.RUNNING for r in holders):
             self.harness.preempt_all()
 
     def _add(self) -> None:

@@ -116,6 +116,25 @@ def test_what_is_saved_is_not_given_away_before(workers: Callable[..., GroupWork
     assert served(w, "c", PROMPT) > 200, "what was saved is whole"
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "Qwen3-Next", "Llama 4"])
+def test_saves_do_not_keep_vllm_from_a_reset(workers: Callable[..., GroupWorkers], name: str) -> None:
+    w = workers(name, num_blocks=120, pool_blocks=400)
+    w.paused = {"save"}
+    w.harness.add_request("a", PROMPT, max_tokens=1)
+    w.run("a")
+    saving = w.saving
+    assert saving
+    reset(w.harness)
+    assert not w.half.holds_device_blocks()
+    assert saving <= w.step().metadata.fresh_block_ids, "the next step waits until the saves have read them"
+    w.paused = set()
+    for seed in range(4):  # their blocks are used again
+        w.harness.add_request(f"other {seed}", prompt(390, 10 + seed), max_tokens=1)
+        w.run(f"other {seed}")
+    reset(w.harness)
+    assert served(w, "b", PROMPT) > 200
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_request_waits_for_blocks_that_are_being_saved(workers: Callable[..., GroupWorkers], name: str) -> None:
     w = workers(name, extra={"pending_wait_s": 60})
