@@ -58,6 +58,7 @@ class Life:
             pool_blocks=random.choice([4, 10, 40]),
             num_blocks=num_blocks + 1,
             async_scheduling=is_ahead,
+            kv_events=True,
             retention=random.choice([None, None, "all"]),
             max_num_seqs=random.choice([2, 4, 8]),
             max_num_batched_tokens=random.choice([96, 160, 512]),
@@ -77,6 +78,9 @@ class Life:
         self.prompts = [base[:cut] + [random.randrange(3, 1000) for _ in range(min(40, longest - cut))] for cut in cuts]
         self.names = 0
         self.hits = 0
+        self.announced: dict[str, set[tuple[int, Any]]] = {"CPU": set(), "STORAGE": set()}
+        self._take_events = self.half.take_events  # vLLM asks for them, in the middle of a step
+        vars(self.half)["take_events"] = self._listen
 
     @property
     def half(self) -> SchedulerHalf:
@@ -115,6 +119,23 @@ class Life:
     def _step(self) -> None:
         self.clock.now_s += STEP_S
         self.workers.step()
+        self._listen()
+        # A block that is dropped while it is read has left when that has ended.
+        told, known = len(self.announced["CPU"]), len(self.half._control.index)
+        assert told >= known if self.half.has_work() else told == known, "events and index differ"
+
+    def _listen(self) -> list[Any]:
+        events = list(self._take_events())
+        for event in events:
+            place, names = self.announced[event.medium], {(event.group_idx, name) for name in event.block_hashes}
+            if hasattr(event, "token_ids"):
+                assert len(event.token_ids) == event.block_size * len(event.block_hashes)
+                assert place.isdisjoint(names), "a block is announced twice"
+                place.update(names)
+            else:
+                assert place.issuperset(names), "a block leaves that was not announced"
+                place.difference_update(names)
+        return events
 
     def _end(self) -> None:
         """Nobody comes any more, jobs end: everybody must, within a bound of steps."""
