@@ -180,6 +180,7 @@ class GroupWorkers:
         fails: the share of blocks whose transfer fails.
         sloth: the share of jobs that do not end in a step.
         paused: jobs that do not end at all: "save", "write", "load" or "fetch".
+        loses: the share of blocks that packing would lose too much of; they are not saved.
         bad: positions of blocks that do not arrive with a load.
         num_ahead: steps that are scheduled before the oldest of them is executed.
     """
@@ -194,11 +195,12 @@ class GroupWorkers:
         """Offset -> bytes, and what they hold."""
         self.disk: dict[bytes, Content] = {}
         self.unread: list[SaveJob] = []
-        self.read: list[tuple[SaveJob, frozenset[int]]] = []
+        self.read: list[tuple[SaveJob, frozenset[int], frozenset[int]]] = []
         self.unwritten: list[tuple[SaveJob, frozenset[int]]] = []
         self.loads: list[LoadJob] = []
         self.fetches: list[FetchJob] = []
         self.fails = 0.0
+        self.loses = 0.0
         self.sloth = 0.0
         self.paused: set[str] = set()
         self.bad: frozenset[int] = frozenset()
@@ -295,11 +297,17 @@ class GroupWorkers:
 
     def _read(self, save: SaveJob) -> None:
         self.unread.remove(save)
-        failed = self._failed(save.transfer.num_blocks)
+        packed = [n for n in range(save.transfer.num_blocks) if self._is_packed(save.transfer, n)]
+        lossy = frozenset(n for n in packed if self.random.random() < self.loses)
+        failed = self._failed(save.transfer.num_blocks) | lossy
         for n, block_id in enumerate(save.transfer.block_ids.tolist()):
             if n not in failed:
                 self._put(save.transfer, n, self.memory.blocks[block_id])
-        self.read.append((save, failed))
+        self.read.append((save, failed, lossy))
+
+    def _is_packed(self, transfer: Any, position: int) -> bool:
+        sizes = self.half._sizes[self._form(transfer, position) // 2]
+        return sizes.packed < sizes.raw and self._nbytes(transfer, position) == sizes.packed
 
     def _put(self, transfer: Any, position: int, content: Content) -> None:
         """Write to the pool. What these bytes held before is gone."""
@@ -312,8 +320,11 @@ class GroupWorkers:
         return self.pool.get(offset, (0, EMPTY))[1]
 
     def _nbytes(self, transfer: Any, position: int) -> int:
-        form = 0 if transfer.forms is None else int(transfer.forms[position])
-        return int(self.half._control.extents[form])
+        return int(self.half._control.extents[self._form(transfer, position)])
+
+    @staticmethod
+    def _form(transfer: Any, position: int) -> int:
+        return 0 if transfer.forms is None else int(transfer.forms[position])
 
     def _load(self, job: LoadJob) -> JobOutcome:
         failed = self._failed(job.transfer.num_blocks) | self.bad.intersection(range(job.transfer.num_blocks))
@@ -324,9 +335,9 @@ class GroupWorkers:
         return JobOutcome(job.job_id, tuple(failed - corrupt), tuple(corrupt))
 
     def _saves(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.read if self._is_due("save")]:
-            self.read.remove((save, failed))
-            yield JobOutcome(save.job_id, tuple(failed))
+        for save, failed, lossy in [job for job in self.read if self._is_due("save")]:
+            self.read.remove((save, failed, lossy))
+            yield JobOutcome(save.job_id, tuple(failed), too_lossy=tuple(lossy))
             if save.keys:
                 self.unwritten.append((save, failed))
 
@@ -381,13 +392,20 @@ def harness_of(
     )
 
 
-def greet(harness: SchedulerHarness, model: Model, *, has_disk: bool) -> None:
+def greet(harness: SchedulerHarness, *, has_disk: bool) -> None:
     """The handshake of a worker that has registered what the scheduler expects."""
     half: SchedulerHalf = harness.connector._scheduler
-    namespace = Namespace(model="played", weights_revision="", layout=b"layout", block_size=16, kv_dtype="float32")
+    namespace = Namespace(
+        model="played",
+        weights_revision="",
+        layout=b"layout",
+        block_size=16,
+        kv_dtype="float32",
+        codec=half._options.engine.codec.name,
+    )
     pool_bytes = half._control.allocator.capacity_bytes
     num_blocks = harness.kv_cache_config.num_blocks
-    hello = WorkerHandshake(b"layout", sizes_of(model), num_blocks, pool_bytes, namespace if has_disk else None)
+    hello = WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes, namespace if has_disk else None)
     half.accept_handshake([hello])
 
 

@@ -64,13 +64,15 @@ class Life:
             max_num_batched_tokens=random.choice([96, 160, 512]),
             extra={
                 "pending_wait_s": random.choice([0.0, 0.1, 1.0]),
+                "codec": random.choice(["raw", "raw", "fp8"]),
                 "min_hit_blocks": random.choice([1, 1, 2]),
                 **({"disk": {"path": str(home), "capacity_bytes": 1 << 30}} if has_disk else {}),
             },
         )
-        greet(self.harness, model, has_disk=has_disk)
+        greet(self.harness, has_disk=has_disk)
         self.workers = GroupWorkers(self.harness, model.groups, random)
         self.workers.num_ahead = int(is_ahead)
+        self.workers.loses = random.choice([0.0, 0.05, 0.5])
         self.workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
         self.workers.sloth = random.choice([0.0, 0.5, 0.9])
         base = [random.randrange(3, 1000) for _ in range(longest)]

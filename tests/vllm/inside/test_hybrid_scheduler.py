@@ -25,7 +25,7 @@ def workers(llama: Path) -> Iterator[Callable[..., GroupWorkers]]:
 
     def make(name: str, *, has_disk: bool = False, **options: Any) -> GroupWorkers:
         harness = harness_of(MODELS[name], llama, **{"num_blocks": 400, **options})
-        greet(harness, MODELS[name], has_disk=has_disk)
+        greet(harness, has_disk=has_disk)
         made.append(GroupWorkers(harness, MODELS[name].groups, Random(0)))
         return made[-1]
 
