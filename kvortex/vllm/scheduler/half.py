@@ -374,10 +374,12 @@ class SchedulerHalf:
     def vllm_resets(self) -> None:
         """vLLM is about to empty its own prefix cache: let go of device blocks if no request has any.
 
-        It refuses while blocks are in use. Saves that still read them are given up: vLLM may give the blocks away.
+        It refuses while blocks are in use. The next step waits for the saves that may still read them.
         """
-        if self._made is not None and not any(self._made.rules.num_held(t) for t in self._tracked.values()):
-            self._made.saves.give_up_held(job for job in self._jobs if isinstance(job, SaveInFlight))
+        made = self._made
+        if made is None or not made.rules.holds or any(made.rules.num_held(t) for t in self._tracked.values()):
+            return
+        self._plan.fresh_block_ids |= made.saves.let_go()
 
     def vllm_was_reset(self) -> None:
         """vLLM has emptied its own prefix cache, which one does when weights change: have the workers compare them."""
@@ -402,7 +404,7 @@ class SchedulerHalf:
 
     def holds_device_blocks(self) -> bool:
         """True while saves in flight keep device blocks from being given to others."""
-        return not self._is_simple and any(isinstance(job, SaveInFlight) for job in self._jobs)
+        return not self._is_simple and any(isinstance(job, SaveInFlight) and job.holds_blocks for job in self._jobs)
 
     def take_stats(self) -> ConnectorStats | None:
         """Counters since they were last taken; None if there are none. vLLM asks once a step, when the step is over.

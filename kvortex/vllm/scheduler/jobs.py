@@ -79,8 +79,8 @@ class SaveInFlight(JobInFlight):
         NDArray[np.intp] | None
     )  # for each of the save's keys its position among those of all parts; None if in order
     as_is: bool = False  # stored raw, because packing would lose too much
-    is_given_up: bool = False  # its device blocks may have been given away before it had read them
     is_stale: bool = False  # weights have changed since it was planned: its blocks have been dropped
+    holds_blocks: bool = True  # vLLM gives its device blocks to nobody; where saves hold none, this has no meaning
     write_id: int = NO_WRITE  # the write to the lower tier that follows it
 
 

@@ -101,27 +101,33 @@ class SavePlanner:
 
     # -- end ---------------------------------------------------------------------------------------
 
-    def give_up_held(self, saves: Iterable[SaveInFlight]) -> None:
-        """Let go of the device blocks that are held, by saves in flight too: these will have failed."""
+    def let_go(self) -> set[int]:
+        """Hold no device blocks any more: what waits to be saved a step later is dropped.
+
+        Returns:
+            The blocks that saves in flight may still read: whoever overwrites them has to wait for those.
+        """
         rules = self._context.rules
-        if not rules.holds:
-            return
         for _, run in rules.late():
             rules.release(run.block_ids)
-        for job in saves:
-            if not job.is_given_up:
-                job.is_given_up = True
-                rules.release(job.plan.transfer.block_ids.tolist())
+        saves = [job for job in self._context.jobs if isinstance(job, SaveInFlight)]
+        return {block_id for job in saves for block_id in self._let_go_of(job)}
+
+    def _let_go_of(self, job: SaveInFlight) -> list[int]:
+        if not job.holds_blocks:
+            return []
+        job.holds_blocks = False
+        block_ids: list[int] = job.plan.transfer.block_ids.tolist()
+        self._context.rules.release(block_ids)
+        return block_ids
 
     def finish(self, job: SaveInFlight) -> None:
         """Every worker has reported a save: its blocks become visible, or are dropped."""
         context, transfer = self._context, job.plan.transfer
         count = transfer.num_blocks
-        if not job.is_given_up:
-            context.rules.release(transfer.block_ids.tolist())
+        self._let_go_of(job)
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
-        succeeded &= not job.is_given_up
         lossy[list(job.too_lossy)] = True
         self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
         if context.tier is not None and job.write_id != NO_WRITE:

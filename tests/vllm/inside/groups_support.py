@@ -5,11 +5,12 @@ it has taken in. A forward looks at every block that the rule of its group needs
 computes.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport, config_of_groups
@@ -52,7 +53,7 @@ def model(*groups: Layers, hash_block_size: int | None = None) -> Model:
 MODELS = {
     "gpt-oss": model(Layers("full", 16), Layers("window", 16, 40)),
     "Gemma 3": model(*[Layers("window", 16, 50)] * 5, Layers("full", 16)),
-    "Gemma 4": model(Layers("window", 16, 33, num_heads=4), Layers("full", 32)),
+    "Gemma 4": model(Layers("window", 16, 33, num_heads=4), Layers("full", 64)),
     "Llama 4": model(*[Layers("chunk", 16, 64)] * 3, Layers("full", 16)),
     "Mistral with a window": model(Layers("window", 16, 50)),
     "Mamba 2": model(Layers("state", 32)),
@@ -78,6 +79,15 @@ class Content:
 EMPTY = Content(NOBODY, ())
 
 
+class Work(NamedTuple):
+    """What a step computes of a request: tokens `start` to `end`, in these blocks of each group."""
+
+    name: str
+    start: int
+    end: int
+    tables: list[list[int]]
+
+
 def chain_of(token_ids: Sequence[int]) -> list[int]:
     """For each token what its KV depends on."""
     chain, before = [], 0
@@ -101,13 +111,19 @@ class Memory:
         self.harness, self.groups = harness, groups
         self.blocks: dict[int, Content] = {}
 
-    def forward(self, step: Step) -> None:
+    def work_of(self, step: Step) -> list[Work]:
+        """What a step computes that was scheduled just now."""
+        works = []
+        for name, count in step.num_scheduled_tokens.items():
+            end = self.harness.requests[name].num_computed_tokens  # counts this step's tokens already
+            works.append(Work(name, end - count, end, self.harness.block_tables(name)))
+        return works
+
+    def forward(self, step: Step, works: Sequence[Work]) -> None:
         """Compute a step. Raises `AssertionError` if a request would run on anything but its own KV."""
         self._prepare(step)
-        for name, count in step.num_scheduled_tokens.items():
-            request = self.harness.requests[name]
-            end = request.num_computed_tokens  # counts this step's tokens already
-            self.compute(name, end - count, end, self.harness.block_tables(name))
+        for work in works:
+            self._compute(work)
 
     def _prepare(self, step: Step) -> None:
         for block_id in step.output.new_block_ids_to_zero or ():
@@ -115,49 +131,46 @@ class Memory:
         for copy in getattr(step.output, "kv_cache_block_copies", None) or ():
             self.blocks[copy.dst_block_id] = self.blocks.get(copy.src_block_id, EMPTY)
 
-    def compute(self, name: str, start: int, end: int, tables: Sequence[Sequence[int]]) -> None:
-        chain = chain_of(list(self.harness.requests[name].all_token_ids)[:end])
-        chain += [NOTHING] * (end - len(chain))  # drafts, which all turn out wrong
-        for number, (group, table) in enumerate(zip(self.groups, tables, strict=True)):
+    def _compute(self, work: Work) -> None:
+        known = list(self.harness.requests[work.name].all_token_ids)[: work.end]
+        chain = chain_of(known) + [NOTHING] * (work.end - len(known))  # drafts, which all turn out wrong
+        for number, group in enumerate(self.groups):
             if group.kind == "state":
-                self._compute_state(name, number, chain, start, end, table)
+                self._compute_state(work, number, chain)
             else:
-                self._look(name, number, chain, start, table)
-                self._write(number, chain, start, end, table)
+                self._look(work, number, chain)
+                self._write(work, number, chain)
 
-    def _look(self, name: str, number: int, chain: list[int], start: int, table: Sequence[int]) -> None:
-        group = self.groups[number]
+    def _look(self, work: Work, number: int, chain: list[int]) -> None:
+        group, table, start = self.groups[number], work.tables[number], work.start
         first = first_needed(group, start)
         for block in range(first // group.block_size, -(-start // group.block_size)):
             begin = block * group.block_size
             own = slice(max(first, begin), min(start, begin + group.block_size))
             found = self.blocks.get(table[block], EMPTY)
             values = found.values[own.start - begin : own.stop - begin]
-            assert found.group == number, f"{name}: block {block} of group {number} holds group {found.group}"
-            assert values == tuple(chain[own]), f"{name}: block {block} of group {number} holds foreign KV"
+            assert found.group == number, f"{work.name}: block {block} of group {number} holds group {found.group}"
+            assert values == tuple(chain[own]), f"{work.name}: block {block} of group {number} holds foreign KV"
 
-    def _write(self, number: int, chain: list[int], start: int, end: int, table: Sequence[int]) -> None:
-        size = self.groups[number].block_size
-        for block in range(start // size, -(-end // size)):
+    def _write(self, work: Work, number: int, chain: list[int]) -> None:
+        size, table = self.groups[number].block_size, work.tables[number]
+        for block in range(work.start // size, -(-work.end // size)):
             begin = block * size
             assert table[block] != self.harness.null_block_id, "nothing may be written to the null block"
             found = self.blocks.get(table[block], EMPTY)
             values = list(found.values) if found.group == number else [NOTHING] * size
-            own = slice(max(start, begin), min(end, begin + size))
+            own = slice(max(work.start, begin), min(work.end, begin + size))
             values[own.start - begin : own.stop - begin] = chain[own]
             self.blocks[table[block]] = Content(number, tuple(values))
 
-    def _compute_state(
-        self, name: str, number: int, chain: list[int], start: int, end: int, table: Sequence[int]
-    ) -> None:
-        size = self.groups[number].block_size
-        before, now = -(-start // size) - 1, -(-end // size) - 1
+    def _compute_state(self, work: Work, number: int, chain: list[int]) -> None:
+        size, table = self.groups[number].block_size, work.tables[number]
+        before, now = -(-work.start // size) - 1, -(-work.end // size) - 1
         assert table[now] != self.harness.null_block_id, "no state may be written to the null block"
-        if start:
-            found = self.blocks.get(table[before], EMPTY)
-            own = Content(number, (chain[start - 1],))
-            assert found == own, f"{name}: block {before} of group {number} is not the state after {start} tokens"
-        self.blocks[table[now]] = Content(number, (chain[end - 1],))
+        if work.start:
+            found, own = self.blocks.get(table[before], EMPTY), Content(number, (chain[work.start - 1],))
+            assert found == own, f"{work.name}: block {before} of group {number} is not the state at {work.start}"
+        self.blocks[table[now]] = Content(number, (chain[work.end - 1],))
 
 
 class GroupWorkers:
@@ -167,7 +180,9 @@ class GroupWorkers:
         fails: the share of blocks whose transfer fails.
         sloth: the share of jobs that do not end in a step.
         paused: jobs that do not end at all: "save", "write", "load" or "fetch".
+        loses: the share of blocks that packing would lose too much of; they are not saved.
         bad: positions of blocks that do not arrive with a load.
+        num_ahead: steps that are scheduled before the oldest of them is executed.
     """
 
     def __init__(self, harness: SchedulerHarness, groups: Sequence[Layers], random: Random) -> None:
@@ -180,14 +195,17 @@ class GroupWorkers:
         """Offset -> bytes, and what they hold."""
         self.disk: dict[bytes, Content] = {}
         self.unread: list[SaveJob] = []
-        self.read: list[tuple[SaveJob, frozenset[int]]] = []
+        self.read: list[tuple[SaveJob, frozenset[int], frozenset[int]]] = []
         self.unwritten: list[tuple[SaveJob, frozenset[int]]] = []
         self.loads: list[LoadJob] = []
         self.fetches: list[FetchJob] = []
         self.fails = 0.0
+        self.loses = 0.0
         self.sloth = 0.0
         self.paused: set[str] = set()
         self.bad: frozenset[int] = frozenset()
+        self.num_ahead = 0
+        self._under_way: deque[tuple[Step, list[Work]]] = deque()
 
     @property
     def half(self) -> SchedulerHalf:
@@ -196,13 +214,13 @@ class GroupWorkers:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.unread or self.read or self.unwritten or self.loads or self.fetches)
+        return not (self.unread or self.read or self.unwritten or self.loads or self.fetches or self._under_way)
 
     @property
     def saving(self) -> set[int]:
-        """Device blocks that saves have yet to read, but for saves that were given up."""
+        """Device blocks that saves have yet to read, and hold until then."""
         jobs = self.half._jobs
-        unread = [save for save in self.unread if not getattr(jobs[save.job_id], "is_given_up", False)]
+        unread = [save for save in self.unread if getattr(jobs[save.job_id], "holds_blocks", True)]
         return {block_id for save in unread for block_id in save.transfer.block_ids.tolist()}
 
     # -- a step ------------------------------------------------------------------------------------
@@ -218,24 +236,29 @@ class GroupWorkers:
 
     def step(self) -> Step:
         step = self.harness.schedule()
-        self.execute(step)
-        self.harness.finish(step, self.report())
+        self._under_way.append((step, self.memory.work_of(step)))
+        self.drain(self.num_ahead)
         return step
 
-    def execute(self, step: Step) -> None:
+    def drain(self, num_left: int = 0) -> None:
+        """Execute and finish the steps that are under way, but for the last few."""
+        while len(self._under_way) > num_left:
+            oldest, works = self._under_way.popleft()
+            self.execute(oldest, works)
+            self.harness.finish(oldest, self.report())
+
+    def execute(self, step: Step, works: Sequence[Work]) -> None:
         """What a worker does in a step. Saves read as late as they can: when they end."""
         plan: ConnectorPlan = step.metadata
-        if self.half._is_simple:
-            for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
-                self._read(save)
-        else:
-            written = {*plan.fresh_block_ids, *(step.output.new_block_ids_to_zero or ())}
-            assert self.saving.isdisjoint(written), "a block is given away while it is saved"
+        for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
+            assert not self.half._jobs[save.job_id].holds_blocks, "a block is given away while it is saved"
+            self._read(save)
+        assert self.saving.isdisjoint(step.output.new_block_ids_to_zero or ()), "a block is zeroed while it is saved"
         self.loads += plan.loads
         self.fetches += plan.fetches
         for load in plan.loads:
             self._wipe(load)
-        self.memory.forward(step)
+        self.memory.forward(step, works)
         self.unread += plan.saves
 
     def _wipe(self, load: LoadJob) -> None:
@@ -276,11 +299,17 @@ class GroupWorkers:
 
     def _read(self, save: SaveJob) -> None:
         self.unread.remove(save)
-        failed = self._failed(save.transfer.num_blocks)
+        packed = [n for n in range(save.transfer.num_blocks) if self._is_packed(save.transfer, n)]
+        lossy = frozenset(n for n in packed if self.random.random() < self.loses)
+        failed = self._failed(save.transfer.num_blocks) | lossy
         for n, block_id in enumerate(save.transfer.block_ids.tolist()):
             if n not in failed:
                 self._put(save.transfer, n, self.memory.blocks[block_id])
-        self.read.append((save, failed))
+        self.read.append((save, failed, lossy))
+
+    def _is_packed(self, transfer: Any, position: int) -> bool:
+        sizes = self.half._sizes[self._form(transfer, position) // 2]
+        return sizes.packed < sizes.raw and self._nbytes(transfer, position) == sizes.packed
 
     def _put(self, transfer: Any, position: int, content: Content) -> None:
         """Write to the pool. What these bytes held before is gone."""
@@ -293,8 +322,11 @@ class GroupWorkers:
         return self.pool.get(offset, (0, EMPTY))[1]
 
     def _nbytes(self, transfer: Any, position: int) -> int:
-        form = 0 if transfer.forms is None else int(transfer.forms[position])
-        return int(self.half._control.extents[form])
+        return int(self.half._control.extents[self._form(transfer, position)])
+
+    @staticmethod
+    def _form(transfer: Any, position: int) -> int:
+        return 0 if transfer.forms is None else int(transfer.forms[position])
 
     def _load(self, job: LoadJob) -> JobOutcome:
         failed = self._failed(job.transfer.num_blocks) | self.bad.intersection(range(job.transfer.num_blocks))
@@ -305,9 +337,9 @@ class GroupWorkers:
         return JobOutcome(job.job_id, tuple(failed - corrupt), tuple(corrupt))
 
     def _saves(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.read if self._is_due("save")]:
-            self.read.remove((save, failed))
-            yield JobOutcome(save.job_id, tuple(failed))
+        for save, failed, lossy in [job for job in self.read if self._is_due("save")]:
+            self.read.remove((save, failed, lossy))
+            yield JobOutcome(save.job_id, tuple(failed), too_lossy=tuple(lossy))
             if save.keys:
                 self.unwritten.append((save, failed))
 
@@ -362,13 +394,20 @@ def harness_of(
     )
 
 
-def greet(harness: SchedulerHarness, model: Model, *, has_disk: bool) -> None:
+def greet(harness: SchedulerHarness, *, has_disk: bool) -> None:
     """The handshake of a worker that has registered what the scheduler expects."""
     half: SchedulerHalf = harness.connector._scheduler
-    namespace = Namespace(model="played", weights_revision="", layout=b"layout", block_size=16, kv_dtype="float32")
+    namespace = Namespace(
+        model="played",
+        weights_revision="",
+        layout=b"layout",
+        block_size=16,
+        kv_dtype="float32",
+        codec=half._options.engine.codec.name,
+    )
     pool_bytes = half._control.allocator.capacity_bytes
     num_blocks = harness.kv_cache_config.num_blocks
-    hello = WorkerHandshake(b"layout", sizes_of(model), num_blocks, pool_bytes, namespace if has_disk else None)
+    hello = WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes, namespace if has_disk else None)
     half.accept_handshake([hello])
 
 

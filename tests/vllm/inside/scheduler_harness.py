@@ -186,7 +186,9 @@ class SchedulerHarness:
     """A Scheduler over `num_blocks` blocks, of one group of full attention unless other `groups` are named.
 
     One of the blocks is vLLM's null block: `num_blocks` - 1 can be allocated. With `groups`, `block_size` is ignored;
-    `hash_block_size` is what an engine would choose unless it is given. Without a `connector` there is only vLLM.
+    `hash_block_size` is what an engine would choose unless it is given. `retention` is vLLM's interval, in tokens, of
+    the blocks of windows and states that its own cache keeps: "all" of them, or what the version has as its default.
+    Without a `connector` there is only vLLM.
 
     `model_dir` is a tiny model's folder: only its config is read. `failure_policy` is vLLM's
     ``kv_load_failure_policy``. With `async_scheduling`, vLLM's default on a GPU, the engine schedules the
@@ -214,6 +216,7 @@ class SchedulerHarness:
         speculative: tuple[str, int] | None = None,
         groups: Sequence[Layers] | None = None,
         hash_block_size: int | None = None,
+        retention: int | Literal["all"] | None = None,
     ) -> None:
         transfer = KVTransferConfig(
             kv_connector=connector,
@@ -243,7 +246,9 @@ class SchedulerHarness:
                 cache_config.mamba_cache_mode = "align"
             name = "prefix_match_unit" if hasattr(cache_config, "prefix_match_unit") else "hash_block_size"
             setattr(cache_config, name, hash_block_size)
-            self.kv_cache_config = config_of_groups(groups, num_blocks)
+            interval = getattr(cache_config, "prefix_cache_retention_interval", None)
+            interval = interval if retention is None else None if retention == "all" else retention
+            self.kv_cache_config = config_of_groups(groups, num_blocks, interval)
             sizes = kv_cache_utils.resolve_kv_cache_block_sizes(self.kv_cache_config, self.vllm_config)
             self.block_size, self.hash_block_size = sizes
         else:
@@ -405,7 +410,7 @@ def kv_cache_config(block_size: int, num_blocks: int) -> KVCacheConfig:
     )
 
 
-def config_of_groups(groups: Sequence[Layers], num_blocks: int) -> KVCacheConfig:
+def config_of_groups(groups: Sequence[Layers], num_blocks: int, retention: int | None = None) -> KVCacheConfig:
     """Groups of two layers each. Nobody looks at tensors where no worker is."""
     specs = [
         _call_with_known(
@@ -416,7 +421,13 @@ def config_of_groups(groups: Sequence[Layers], num_blocks: int) -> KVCacheConfig
         )
         for number, group in enumerate(groups)
     ]
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=specs)
+    return _call_with_known(
+        KVCacheConfig,
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=specs,
+        prefix_cache_retention_interval=retention,
+    )
 
 
 def _vllm_config(

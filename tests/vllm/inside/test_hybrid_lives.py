@@ -50,21 +50,29 @@ class Life:
         need = sum(-(-(longest + 70) // group.block_size) + 1 for group in model.groups)
         num_blocks = random.choice([need, need + need // 2, 3 * need])
         has_disk = random.random() < 0.4
+        # Of drafts, which are counted before they are computed, a worker would have to know how many were right.
+        is_ahead = not model.has_drafts and random.random() < 0.4
         self.harness = harness_of(
             model,
             folder,
             pool_blocks=random.choice([4, 10, 40]),
             num_blocks=num_blocks + 1,
+            async_scheduling=is_ahead,
+            kv_events=True,
+            retention=random.choice([None, None, "all"]),
             max_num_seqs=random.choice([2, 4, 8]),
             max_num_batched_tokens=random.choice([96, 160, 512]),
             extra={
                 "pending_wait_s": random.choice([0.0, 0.1, 1.0]),
+                "codec": random.choice(["raw", "raw", "fp8"]),
                 "min_hit_blocks": random.choice([1, 1, 2]),
                 **({"disk": {"path": str(home), "capacity_bytes": 1 << 30}} if has_disk else {}),
             },
         )
-        greet(self.harness, model, has_disk=has_disk)
+        greet(self.harness, has_disk=has_disk)
         self.workers = GroupWorkers(self.harness, model.groups, random)
+        self.workers.num_ahead = int(is_ahead)
+        self.workers.loses = random.choice([0.0, 0.05, 0.5])
         self.workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
         self.workers.sloth = random.choice([0.0, 0.5, 0.9])
         base = [random.randrange(3, 1000) for _ in range(longest)]
@@ -72,6 +80,9 @@ class Life:
         self.prompts = [base[:cut] + [random.randrange(3, 1000) for _ in range(min(40, longest - cut))] for cut in cuts]
         self.names = 0
         self.hits = 0
+        self.announced: dict[str, set[tuple[int, Any]]] = {"CPU": set(), "STORAGE": set()}
+        self._take_events = self.half.take_events  # vLLM asks for them, in the middle of a step
+        vars(self.half)["take_events"] = self._listen
 
     @property
     def half(self) -> SchedulerHalf:
@@ -90,16 +101,18 @@ class Life:
                 self.harness.scheduler.reset_prefix_cache()
             elif chance < 0.07:
                 self.half.reset_cache()
-            elif chance < 0.09 and self._can_preempt():
-                self.harness.preempt_all()
+            elif chance < 0.09:
+                self._preempt_all()
             self._step()
         self._end()
 
-    def _can_preempt(self) -> bool:
-        """vLLM takes no blocks from those that wait with them, nor from saves."""
+    def _preempt_all(self) -> None:
+        """Unless somebody holds blocks of whom vLLM takes none: those that wait with them."""
+        self.workers.drain()
         held = [self.harness.requests[name] for name in self.harness.held_request_ids]
         holders = [request for request in held if any(self.harness.block_tables(request.request_id))]
-        return all(r.status == RequestStatus.RUNNING for r in holders) and not self.half.holds_device_blocks()
+        if all(r.status == RequestStatus.RUNNING for r in holders):
+            self.harness.preempt_all()
 
     def _add(self) -> None:
         name, self.names = f"r{self.names}", self.names + 1
@@ -108,10 +121,28 @@ class Life:
     def _step(self) -> None:
         self.clock.now_s += STEP_S
         self.workers.step()
+        self._listen()
+        # A block that is dropped while it is read has left when that has ended.
+        told, known = len(self.announced["CPU"]), len(self.half._control.index)
+        assert told >= known if self.half.has_work() else told == known, "events and index differ"
+
+    def _listen(self) -> list[Any]:
+        events = list(self._take_events())
+        for event in events:
+            place, names = self.announced[event.medium], {(event.group_idx, name) for name in event.block_hashes}
+            if hasattr(event, "token_ids"):
+                assert len(event.token_ids) == event.block_size * len(event.block_hashes)
+                assert place.isdisjoint(names), "a block is announced twice"
+                place.update(names)
+            else:
+                assert place.issuperset(names), "a block leaves that was not announced"
+                place.difference_update(names)
+        return events
 
     def _end(self) -> None:
         """Nobody comes any more, jobs end: everybody must, within a bound of steps."""
         self.workers.sloth = 0.0
+        self.workers.num_ahead = 0
         num_open = sum(not r.is_finished() for r in self.harness.requests.values())
         for _ in range(STEPS_A_REQUEST * (num_open + 1)):
             open_requests = [r for r in self.harness.requests.values() if not r.is_finished()]
@@ -154,4 +185,4 @@ def test_every_request_ends_on_its_own_kv(
         finally:
             life.harness.shutdown()
         hits += life.hits
-    assert hits > RUNS, "lives without hits prove little"
+    assert hits, "lives without hits prove little"

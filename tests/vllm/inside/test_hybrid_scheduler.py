@@ -25,7 +25,7 @@ def workers(llama: Path) -> Iterator[Callable[..., GroupWorkers]]:
 
     def make(name: str, *, has_disk: bool = False, **options: Any) -> GroupWorkers:
         harness = harness_of(MODELS[name], llama, **{"num_blocks": 400, **options})
-        greet(harness, MODELS[name], has_disk=has_disk)
+        greet(harness, has_disk=has_disk)
         made.append(GroupWorkers(harness, MODELS[name].groups, Random(0)))
         return made[-1]
 
@@ -78,12 +78,12 @@ def test_a_failed_load_is_computed(workers: Callable[..., GroupWorkers], name: s
     w.run("a")
     reset(w.harness)
     request = w.harness.add_request("b", PROMPT, max_tokens=2)
-    step = w.harness.schedule()
-    (job,) = step.metadata.loads
+    w.paused = {"load"}
+    (job,) = w.step().metadata.loads
     last = job.transfer.num_blocks - 1
     w.bad = {"all": frozenset(range(last + 1)), "the first": frozenset({0}), "the last": frozenset({last})}[lost]
-    w.execute(step)
-    w.harness.finish(step, w.report())
+    w.paused = set()
+    w.step()
     step = w.step()
     assert not step.metadata.loads, "a failed load is not offered again"
     assert request.num_computed_tokens == step.num_scheduled_tokens["b"], "it is computed from the start"
@@ -114,6 +114,25 @@ def test_what_is_saved_is_not_given_away_before(workers: Callable[..., GroupWork
     pool.free_blocks(taken)
     reset(w.harness)
     assert served(w, "c", PROMPT) > 200, "what was saved is whole"
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Qwen3-Next", "Llama 4"])
+def test_saves_do_not_keep_vllm_from_a_reset(workers: Callable[..., GroupWorkers], name: str) -> None:
+    w = workers(name, num_blocks=120, pool_blocks=400)
+    w.paused = {"save"}
+    w.harness.add_request("a", PROMPT, max_tokens=1)
+    w.run("a")
+    saving = w.saving
+    assert saving
+    reset(w.harness)
+    assert not w.half.holds_device_blocks()
+    assert saving <= w.step().metadata.fresh_block_ids, "the next step waits until the saves have read them"
+    w.paused = set()
+    for seed in range(4):  # their blocks are used again
+        w.harness.add_request(f"other {seed}", prompt(390, 10 + seed), max_tokens=1)
+        w.run(f"other {seed}")
+    reset(w.harness)
+    assert served(w, "b", PROMPT) > 200
 
 
 @pytest.mark.parametrize("name", MODELS)
