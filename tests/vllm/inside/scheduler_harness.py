@@ -217,6 +217,7 @@ class SchedulerHarness:
         groups: Sequence[Layers] | None = None,
         hash_block_size: int | None = None,
         retention: int | Literal["all"] | None = None,
+        max_model_len: int = 512,
     ) -> None:
         transfer = KVTransferConfig(
             kv_connector=connector,
@@ -235,6 +236,7 @@ class SchedulerHarness:
             enable_prefix_caching=enable_prefix_caching,
             async_scheduling=async_scheduling,
             hash_algorithm=hash_algorithm,
+            max_model_len=max_model_len,
         )
         if kv_events:
             self.vllm_config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
@@ -441,8 +443,8 @@ def _vllm_config(
     enable_prefix_caching: bool,
     async_scheduling: bool,
     hash_algorithm: str,
+    max_model_len: int,
 ) -> VllmConfig:
-    max_model_len = 512
     cache_config = _call_with_known(
         CacheConfig,
         block_size=block_size,
