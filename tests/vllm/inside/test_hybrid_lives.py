@@ -49,7 +49,7 @@ class Life:
         # A request of that length, and a little more, fits the device by itself.
         need = sum(-(-(longest + 70) // group.block_size) + 1 for group in model.groups)
         num_blocks = random.choice([need, need + need // 2, 3 * need])
-        has_disk = random.random() < 0.4
+        self.has_disk = has_disk = random.random() < 0.4
         # Of drafts, which are counted before they are computed, a worker would have to know how many were right.
         is_ahead = not model.has_drafts and random.random() < 0.4
         self.harness = harness_of(
@@ -103,6 +103,8 @@ class Life:
                 self.half.reset_cache()
             elif chance < 0.09:
                 self._preempt_all()
+            elif chance < 0.13 and self.has_disk:
+                self.half._control._evict(1 << 40)  # the pool has evicted all that it may, the disk nothing
             self._step()
         self._end()
 
