@@ -39,8 +39,11 @@ class BlockKeys:
 
     def from_hashes(self, request: "Request", hashes: Sequence[bytes]) -> list[BlockHash]:
         """Keys of blocks of a request from vLLM's hashes of them."""
-        adapter = self._digest_of(request.lora_request) if request.lora_request is not None else b""
-        return as_keys(hashes, adapter)
+        return as_keys(hashes, self.adapter_of(request))
+
+    def adapter_of(self, request: "Request") -> bytes:
+        """What stands for the contents of a request's adapter in its keys; empty without an adapter."""
+        return self._digest_of(request.lora_request) if request.lora_request is not None else b""
 
     def forget_adapters(self) -> None:
         """Read the files of every adapter again: they may have changed."""

@@ -49,12 +49,12 @@ class Admission:
             request: the one that vLLM wants to schedule.
             tracked: all requests that are known, itself among them.
         """
-        others = [t for t in tracked if t.request is not request and self.rules.num_held(t)]
-        waiting = [t for t in others if t.request.status in WAITING_WITH_BLOCKS]
+        others = [t for t in tracked if t.request is not request]
+        waiting = self._waiting(others)
         if not waiting:
             return False
-        held = sum(self._to_go_on(t) for t in waiting)
-        held += sum(self.rules.num_held(t) for t in others if t.request.status == RequestStatus.RUNNING)
+        running = [t for t in others if t.request.status == RequestStatus.RUNNING]
+        held = sum(map(self._to_go_on, waiting)) + self.rules.num_held_beside(waiting, running)
         return held + self.needs(request) > self._num_blocks
 
     def may_load(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
@@ -64,8 +64,7 @@ class Admission:
             request: the one that could load.
             tracked: all requests that are known, itself among them.
         """
-        waiting = [t for t in tracked if t.request is not request and self.rules.num_held(t)]
-        taken = sum(self._to_go_on(t) for t in waiting if t.request.status in WAITING_WITH_BLOCKS)
+        taken = sum(map(self._to_go_on, self._waiting(t for t in tracked if t.request is not request)))
         for name, needed in self._passed_over.items():
             if name == request.request_id:
                 break
@@ -79,6 +78,9 @@ class Admission:
     def settle(self, request_id: str) -> None:
         """Forget that a request was passed over: it has got its answer, or has ended."""
         self._passed_over.pop(request_id, None)
+
+    def _waiting(self, tracked: Iterable[TrackedRequest]) -> list[TrackedRequest]:
+        return [t for t in tracked if t.request.status in WAITING_WITH_BLOCKS and self.rules.num_held(t)]
 
     def _to_go_on(self, tracked: TrackedRequest) -> int:
         return max(self.needs(tracked.request), self.rules.num_held(tracked))

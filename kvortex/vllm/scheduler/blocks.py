@@ -42,13 +42,13 @@ class BlockRun(NamedTuple):
     Attributes:
         group: the group's number.
         blocks: their numbers in the request.
-        keys: their keys, 32 bytes each.
+        keys: their keys, `uint64 [n, 4]`.
         block_ids: their device blocks.
     """
 
     group: int
     blocks: slice
-    keys: list[BlockHash]
+    keys: NDArray[np.uint64]
     block_ids: list[int]
 
 
@@ -112,8 +112,11 @@ class BlockRules(ABC):
         """The blocks of `too_lossy` that are still on the device; that set is emptied."""
 
     @abstractmethod
-    def used(self, tracked: TrackedRequest) -> list[BlockHash]:
-        """Keys of the blocks that a later request with the same beginning would need, what is worth more first."""
+    def used(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
+        """Keys of the blocks that a later request with the same beginning would need, what is worth more first.
+
+        `uint64 [n, 4]`.
+        """
 
     @abstractmethod
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
@@ -121,7 +124,11 @@ class BlockRules(ABC):
 
     @abstractmethod
     def num_held(self, tracked: TrackedRequest) -> int:
-        """Device blocks that a request holds."""
+        """Device blocks that a request holds which waits for its turn; of another one whether it holds any."""
+
+    @abstractmethod
+    def num_held_beside(self, waiting: Sequence[TrackedRequest], running: Sequence[TrackedRequest]) -> int:
+        """Device blocks that are in use, without those of requests that wait for their turn."""
 
     @abstractmethod
     def num_needed(self, num_tokens: int) -> int:
@@ -219,10 +226,10 @@ class FullAttention(BlockRules):
         return [self._run(tracked, slice(number, number + 1)) for number in numbers]
 
     def _run(self, tracked: TrackedRequest, blocks: slice) -> BlockRun:
-        return BlockRun(0, blocks, self._keys.of(tracked.request, blocks), tracked.block_ids[blocks])
+        return BlockRun(0, blocks, pack_keys(self._keys.of(tracked.request, blocks)), tracked.block_ids[blocks])
 
-    def used(self, tracked: TrackedRequest) -> list[BlockHash]:
-        return self._keys.of(tracked.request, slice(tracked.num_planned[0]))
+    def used(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
+        return pack_keys(self._keys.of(tracked.request, slice(tracked.num_planned[0])))
 
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
         return list(blocks.get_block_ids()[0])
@@ -241,6 +248,9 @@ class FullAttention(BlockRules):
 
     def num_held(self, tracked: TrackedRequest) -> int:
         return len(tracked.block_ids)
+
+    def num_held_beside(self, waiting: Sequence[TrackedRequest], running: Sequence[TrackedRequest]) -> int:
+        return sum(map(self.num_held, running))
 
     def num_needed(self, num_tokens: int) -> int:
         return num_tokens // self.alignment + 1

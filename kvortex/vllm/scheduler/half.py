@@ -11,9 +11,9 @@ from vllm.v1.request import RequestStatus
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.hashing import Namespace
-from kvortex.index import pack_keys
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
+from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
@@ -355,9 +355,9 @@ class SchedulerHalf:
         if tracked is None:
             return False
         used = self._planners.rules.used(tracked)
-        self._control.touch(pack_keys(used))
+        self._control.touch(used)
         if self._tier is not None:
-            self._plan.used_keys += self._tier.keys_to_touch(used)
+            self._plan.used_keys += self._tier.keys_to_touch(split_keys(used))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from kvortex.vllm.scheduler.lookup import RequestKeys
+
 
 @dataclass
 class TrackedRequest:
@@ -20,6 +22,7 @@ class TrackedRequest:
     too_lossy: set[tuple[int, int]] = field(default_factory=set)  # (group, block): to save raw, packing loses too much
     num_full: int = 0  # blocks that the last planned step has completed, with one group
     disk_tokens: int = 0  # tokens of its last load that came from the lower tier
+    keys: "RequestKeys | None" = None  # of its blocks, where there are several groups
     loading: int | None = None  # the number of its load job in flight
     computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
     first_plan: int | None = None  # number of the first plan that computes or loads its KV

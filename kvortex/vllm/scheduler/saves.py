@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.index import pack_keys
+from kvortex.tiering.keys import split_keys
 from kvortex.vllm.plans import NO_WRITE, ConnectorPlan, SaveJob
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.context import PlannerContext
@@ -72,14 +72,14 @@ class SavePlanner:
 
     def _plan_save(self, parts: list[SavePart], plan: ConnectorPlan, *, as_is: bool = False) -> None:
         context, runs = self._context, [part.run for part in parts]
-        keys = [key for run in runs for key in run.keys]
+        keys = np.concatenate([run.keys for run in runs])
         block_ids = np.array([block_id for run in runs for block_id in run.block_ids], dtype=np.int32)
         groups = None
         if (order := context.rules.order(runs)) is not None:
             numbers = np.repeat([run.group for run in runs], [len(run.keys) for run in runs])
-            keys, block_ids = [keys[n] for n in order.tolist()], block_ids[order]
+            keys, block_ids = keys[order], block_ids[order]
             groups = numbers[order].astype(np.uint8)
-        save = self._control.plan_save(pack_keys(keys), block_ids, "save", groups=groups, as_is=as_is)
+        save = self._control.plan_save(keys, block_ids, "save", groups=groups, as_is=as_is)
         if not save.transfer.num_blocks:
             return
         job_id = next(context.job_ids)
@@ -90,7 +90,7 @@ class SavePlanner:
             if events and order is not None:
                 events = [events[n] for n in order.tolist()]
             tier_keys, write_id = context.tier.plan_write(
-                [keys[position] for position in positions], [events[position] for position in positions if events]
+                split_keys(keys[save.positions]), [events[position] for position in positions if events]
             )
         context.jobs.add(
             SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is, write_id=write_id)
