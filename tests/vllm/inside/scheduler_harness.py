@@ -413,7 +413,19 @@ def kv_cache_config(block_size: int, num_blocks: int) -> KVCacheConfig:
 
 
 def config_of_groups(groups: Sequence[Layers], num_blocks: int, retention: int | None = None) -> KVCacheConfig:
-    """Groups of two layers each. Nobody looks at tensors where no worker is."""
+    """Groups of two layers each, in two tensors, each of which serves a layer of every group."""
+    page_bytes = max(group.spec.page_size_bytes for group in groups)
+    tensors = [
+        _call_with_known(
+            KVCacheTensor,
+            size=page_bytes * num_blocks,
+            shared_by=names,
+            layers=names,
+            layer_stride=page_bytes * num_blocks,
+            block_stride=page_bytes,
+        )
+        for names in [[f"model.layers.{2 * n + layer}" for n in range(len(groups))] for layer in range(2)]
+    ]
     specs = [
         _call_with_known(
             KVCacheGroupSpec,
@@ -426,7 +438,7 @@ def config_of_groups(groups: Sequence[Layers], num_blocks: int, retention: int |
     return _call_with_known(
         KVCacheConfig,
         num_blocks=num_blocks,
-        kv_cache_tensors=[],
+        kv_cache_tensors=tensors,
         kv_cache_groups=specs,
         prefix_cache_retention_interval=retention,
     )
