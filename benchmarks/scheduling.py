@@ -28,16 +28,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # The scheduler without workers is a part of the tests.
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests/vllm/inside")]
 
-from groups_support import Model, greet, harness_of, model
-from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport
-from vllm import __version__ as vllm_version
+from groups_support import Model, greet, harness_of, model  # noqa: E402
+from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport  # noqa: E402
+from vllm import __version__ as vllm_version  # noqa: E402
 
-from kvortex.testing.dummy_model import write_config
-from kvortex.vllm.metrics import ConnectorStats
-from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import JobOutcome
-from kvortex.vllm.versions import SERVES_GROUPS
-from kvortex.vllm.worker.half import WorkerHalf
+from kvortex.testing.dummy_model import write_config  # noqa: E402
+from kvortex.vllm.metrics import ConnectorStats  # noqa: E402
+from kvortex.vllm.options import ConnectorOptions  # noqa: E402
+from kvortex.vllm.plans import JobOutcome  # noqa: E402
+from kvortex.vllm.versions import SERVES_GROUPS  # noqa: E402
+from kvortex.vllm.worker.half import WorkerHalf  # noqa: E402
 
 MODELS = {
     "gemma-3": model(*[Layers("window", 16, 1024)] * 6, Layers("full", 16)),
@@ -130,7 +130,11 @@ class Row:
             "max_model_len": num_tokens + 64,
         }
         if name == "native":
-            options |= {"connector": "OffloadingConnector", "module_path": None, "extra": {"cpu_bytes_to_use": 16 << 30}}
+            options |= {
+                "connector": "OffloadingConnector",
+                "module_path": None,
+                "extra": {"cpu_bytes_to_use": 16 << 30},
+            }
         elif name == "none":
             options["connector"] = None
         self._harness = harness_of(of_model, folder, pool_blocks=2 * blocks, **options)
@@ -210,7 +214,9 @@ def main() -> None:
         parser.error(f"no row is named {unknown[0]!r}; there are {', '.join(ROWS)}")
     if not SERVES_GROUPS:
         parser.error(f"vLLM {vllm_version} turns its hybrid manager off: take 0.23 or newer")
-    print(f"vLLM {vllm_version}, {arguments.requests} prompts of {arguments.tokens} tokens, answers of {arguments.answer}")
+    print(
+        f"vLLM {vllm_version}, {arguments.requests} prompts of {arguments.tokens} tokens, answers of {arguments.answer}"
+    )
     print(f"  {'':<16} {'batch ms':>9} {'a request':>9} {'steps':>6} {'a step':>8} {'longest':>8} {'hit tokens':>10}")
     random, found = np.random.default_rng(0), {}
     with tempfile.TemporaryDirectory() as folder:

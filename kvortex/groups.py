@@ -137,6 +137,10 @@ class GroupSet:
         self.tags = np.stack([self._tag(number) for number in range(len(self.groups))])
         """`uint64 [num_groups, 4]`: a block's key is its hash XOR the tag of its group. That of the anchor is zero."""
         self.tags.flags.writeable = False
+        rules: dict[tuple[KVKind, int, int], list[int]] = {}
+        for number, group in enumerate(self.groups):
+            rules.setdefault((group.kind, group.block_size, group.reach), []).append(number)
+        self._alike = [(self.groups[numbers[0]], numbers) for numbers in rules.values()]  # need the same blocks
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -182,7 +186,9 @@ class GroupSet:
 
     def resumable(self, found: Sequence[NDArray[np.bool_]], num_tokens: int) -> NDArray[np.int64]:
         """All boundaries, in tokens, at which every group has what it needs; arguments as in `longest_match`."""
-        boundaries, served = self._boundaries(found, num_tokens)
+        alike = [np.logical_and.reduce([found[number] for number in numbers]) for _, numbers in self._alike]
+        boundaries = np.arange(num_tokens // self.alignment + 1, dtype=np.int64) * self.alignment
+        served = [self._served(group, mask, boundaries) for (group, _), mask in zip(self._alike, alike, strict=True)]
         return boundaries[np.logical_and.reduce(served)]
 
     def _boundaries(

@@ -9,6 +9,7 @@ frees them, and the scheduler is stuck. Two rules prevent that in every version 
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
@@ -36,11 +37,12 @@ class Admission:
         self._num_blocks = num_blocks
         self.rules = rules
         self._num_lookahead_tokens = num_lookahead_tokens
+        self._num_needed = lru_cache(maxsize=4096)(rules.num_needed)
         self._passed_over: dict[str, int] = {}  # request -> blocks that it needs, in order
 
     def needs(self, request: "Request") -> int:
         """Device blocks that a request needs to compute its known tokens and one more."""
-        return self.rules.num_needed(int(request.num_tokens) + self._num_lookahead_tokens)
+        return self._num_needed(int(request.num_tokens) + self._num_lookahead_tokens)
 
     def must_let_pass(self, request: "Request", tracked: Iterable[TrackedRequest]) -> bool:
         """Rule 1: True if other requests wait with blocks and this one does not fit beside them.

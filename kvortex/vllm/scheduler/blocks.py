@@ -214,10 +214,11 @@ class FullAttention(BlockRules):
             computed = min(computed, request.num_prompt_tokens)
         full = int(min(computed // self.alignment, len(request.block_hashes), len(tracked.block_ids)))
         tracked.num_full = full
-        blocks = slice(tracked.num_planned[0], full)
-        if blocks.stop > blocks.start:
+        planned = tracked.num_planned[0]
+        if full > planned:
             tracked.num_planned[0] = full
-            yield self._run(tracked, blocks)
+            for blocks in tracked.to_save(planned, full, self.alignment):
+                yield self._run(tracked, slice(blocks.start, blocks.stop))
 
     def again(self, tracked: TrackedRequest) -> Iterable[BlockRun]:
         # A request that was preempted in the meantime may not have computed all of its blocks again.

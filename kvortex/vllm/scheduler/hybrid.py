@@ -12,7 +12,6 @@ before these blocks have their final bytes: states, which move to their blocks w
 accepted, and all blocks where layers of a draft compute their KV after the forward.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,8 @@ class Hybrid(BlockRules):
         self._all_managers = coordinator.single_type_managers
         self._device_pool = manager.block_pool
         self._num_device_blocks = int(manager.block_pool.num_gpu_blocks) - 1  # without the null block
-        self._max_blocks = max_blocks
+        sizes = [int(manager.block_size) for manager in self._all_managers]
+        self._most_blocks = list(zip(sizes, max_blocks, strict=True))
         self._save_decoded = save_decoded
         self._hash_block_size = int(getattr(manager.block_pool, "hash_block_size", groups.set.hash_block_size))
         self._is_late = [drafts or group.kind is KVKind.STATE for group in groups.set.groups]
@@ -97,12 +97,15 @@ class Hybrid(BlockRules):
         keys = self._keys_of(tracked)
         of_groups = [keys.keys(number) for number in range(self.num_groups)]
         states = self._states(of_groups, tracked.local_tokens)
-        found = self._longest(tracked, keys, [state == COMMITTED for state in states])
         arriving = [state != 0 for state in states]
         if in_tier is not None:
             for mask, of_group in zip(arriving, of_groups, strict=True):
                 absent = np.flatnonzero(~mask)
                 mask[absent] = in_tier(split_keys(of_group[absent]))
+        behind = [tracked.local_tokens // group.block_size for group in self._set.groups]
+        if not any(mask[first:].any() for mask, first in zip(arriving, behind, strict=True)):
+            return Reach(0, Wanted([], [], is_chain=False))
+        found = self._longest(tracked, keys, [state == COMMITTED for state in states])
         wanted: list[NDArray[np.intp]] = [np.empty(0, np.intp)] * self.num_groups
         if any((mask & (state != COMMITTED)).any() for mask, state in zip(arriving, states, strict=True)):
             further = self._longest(tracked, keys, arriving)
@@ -170,14 +173,16 @@ class Hybrid(BlockRules):
             if not self._save_decoded:
                 cached = min(cached, tracked.request.num_prompt_tokens // self._set.groups[number].block_size)
             table = manager.req_to_blocks.get(request_id, ())
-            runs = self._runs(tracked, number, range(planned[number], min(cached, len(table))), table)
-            planned[number] = max(cached, planned[number])
-            if not self._is_late[number]:
-                yield from runs
-                continue
-            for run in runs:
-                self.hold(run.block_ids)
-                self._late.append((tracked, run))
+            start, planned[number] = planned[number], max(cached, planned[number])
+            block_size = self._set.groups[number].block_size
+            for blocks in tracked.to_save(start, min(cached, len(table)), block_size):
+                runs = self._runs(tracked, number, blocks, table)
+                if not self._is_late[number]:
+                    yield from runs
+                    continue
+                for run in runs:
+                    self.hold(run.block_ids)
+                    self._late.append((tracked, run))
 
     def late(self) -> list[tuple[TrackedRequest, BlockRun]]:
         late, self._late = self._late, []
@@ -227,8 +232,10 @@ class Hybrid(BlockRules):
     def used(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
         keys = self._keys_of(tracked)
         of_groups = [keys.keys(number) for number in range(self.num_groups)]
-        found = self._longest(tracked, keys, [state == COMMITTED for state in self._states(of_groups, 0)])
-        return self._in_order(keys, found.needed)[0]
+        there = [state == COMMITTED for state in self._states(of_groups, 0)]
+        # Any boundary will do to count blocks as used, so vLLM, which takes longer, is not asked.
+        boundary = int(self._set.resumable(there, self._limit(tracked.request))[-1])
+        return self._in_order(keys, [np.array(group.needed(boundary), dtype=np.intp) for group in self._set.groups])[0]
 
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
         return [block.block_id for table in blocks.blocks for block in table if not block.is_null]
@@ -243,7 +250,4 @@ class Hybrid(BlockRules):
         return max(int(in_use) - sum(map(self.num_held, waiting)), 0)
 
     def num_needed(self, num_tokens: int) -> int:
-        return sum(
-            min(math.ceil((num_tokens + 1) / manager.block_size), most)
-            for manager, most in zip(self._all_managers, self._max_blocks, strict=True)
-        )
+        return sum(min(num_tokens // block_size + 1, most) for block_size, most in self._most_blocks)

@@ -128,6 +128,7 @@ class LoadPlanner:
             LoadInFlight(job_id=job_id, plan=load, request_id=request_id, started_s=time.perf_counter())
         )
         tracked.loading = job_id
+        tracked.loaded = range(tracked.local_tokens, tracked.local_tokens + num_tokens)
         tracked.disk_tokens = self._disk_tokens(tracked, num_tokens)
         tracked.has_kv_from(plan.number)
 
@@ -167,6 +168,8 @@ class LoadPlanner:
         if tracked is not None:
             tracked.loading = None
             tracked.computes = any(outcome is not None for outcome in outcomes)
+            if tracked.computes:
+                tracked.loaded = range(0)
         self._stats.record_outcomes(outcomes)
         seconds = time.perf_counter() - job.started_s
         nbytes = self._context.bytes_moved(job.plan.transfer.forms, succeeded & intact)

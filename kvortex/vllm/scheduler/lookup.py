@@ -121,15 +121,21 @@ class IndexPool:
     def _there_in(self, groups: tuple[int, ...]) -> set[bytes]:
         """Hashes of the blocks that all of these groups have."""
         if groups not in self._sets:
-            shown = [self._present.get(group) for group in groups]
-            sets = [set(itertools.compress(found[0], found[1].tolist())) if found else set() for found in shown]
-            self._sets[groups] = set.intersection(*sets)
+            shown = [self._present[group] for group in groups if group in self._present]
+            hashes = shown[0][0] if len(shown) == len(groups) else []
+            # vLLM asks for several groups together if their blocks are alike, and so have the same hashes.
+            there = np.logical_and.reduce([mask for _, mask in shown]) if hashes else np.empty(0, np.bool_)
+            self._sets[groups] = set(itertools.compress(hashes, there.tolist()))
         return self._sets[groups]
 
     def hits(self, blocks: Sequence[Any]) -> NDArray[np.intp]:
         """Numbers of the blocks in an answer of the coordinator that a request needs."""
         hit = self._hit
-        return np.flatnonzero(np.fromiter((block is hit for block in blocks), np.bool_, len(blocks)))
+        if (count := blocks.count(hit)) == 0:
+            return np.empty(0, np.intp)
+        if blocks[-count] is hit and blocks.index(hit) == len(blocks) - count:  # a prefix, or the end of one
+            return np.arange(len(blocks) - count, len(blocks))
+        return np.flatnonzero([block is hit for block in blocks])
 
 
 class Found(NamedTuple):

@@ -23,6 +23,7 @@ class TrackedRequest:
     num_full: int = 0  # blocks that the last planned step has completed, with one group
     disk_tokens: int = 0  # tokens of its last load that came from the lower tier
     keys: "RequestKeys | None" = None  # of its blocks, where there are several groups
+    loaded: range = range(0)  # tokens whose KV was loaded from the pool, so that it need not be saved
     loading: int | None = None  # the number of its load job in flight
     computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
     first_plan: int | None = None  # number of the first plan that computes or loads its KV
@@ -36,6 +37,12 @@ class TrackedRequest:
     def plan_saves_again(self) -> None:
         """Note that none of its blocks is stored any more."""
         self.num_planned = [0] * len(self.num_planned)
+        self.loaded = range(0)
+
+    def to_save(self, start: int, stop: int, block_size: int) -> list[range]:
+        """Of the blocks from `start` to `stop`, of so many tokens each, those that were not loaded."""
+        first, last = -(-self.loaded.start // block_size), self.loaded.stop // block_size
+        return [blocks for blocks in (range(start, min(stop, first)), range(max(start, last), stop)) if blocks]
 
     def gives_token_after(self, num_tokens: int) -> bool:
         """True if a step that computes so many tokens, drafts included, gives the request a new one."""

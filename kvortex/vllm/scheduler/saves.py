@@ -17,8 +17,9 @@ from kvortex.vllm.scheduler.requests import TrackedRequest
 logger = logging.getLogger(__name__)
 
 MIN_SAVE_BLOCKS: Final = 64
-"""A step's smaller saves are put together up to this many blocks. A job has a fixed cost here and in the workers, and
-a step of decoding may complete a block of every request. Larger saves gain nothing by being put together."""
+"""A step's smaller saves are put together up to this many blocks of each group. A job has a fixed cost here and in
+the workers, and a step of decoding may complete a block of every request. Larger saves gain nothing by being put
+together."""
 
 
 class SavePlanner:
@@ -58,10 +59,11 @@ class SavePlanner:
             new += [self._part(tracked, run) for run in rules.completed(tracked, without_drafts)]
             if tracked.too_lossy:
                 as_is += [self._part(tracked, run) for run in rules.again(tracked)]
-        for group in _groups(new):
-            self._plan_save(group, plan)
-        for group in _groups(as_is):
-            self._plan_save(group, plan, as_is=True)
+        least = MIN_SAVE_BLOCKS * rules.num_groups
+        for parts in _jobs(new, least):
+            self._plan_save(parts, plan)
+        for parts in _jobs(as_is, least):
+            self._plan_save(parts, plan, as_is=True)
         for _, run in late:
             rules.release(run.block_ids)  # those that move are held by their saves
 
@@ -165,15 +167,15 @@ class SavePlanner:
             events.add_stored(part.event, numbers[there][order].tolist(), offsets[there][order].tolist())
 
 
-def _groups(parts: Iterable[SavePart]) -> Iterator[list[SavePart]]:
-    """Parts that are saved by one job, in order."""
-    group: list[SavePart] = []
+def _jobs(parts: Iterable[SavePart], least: int) -> Iterator[list[SavePart]]:
+    """Parts that are saved by one job, of at least so many blocks if there are as many, in order."""
+    together: list[SavePart] = []
     count = 0
     for part in parts:
-        group.append(part)
+        together.append(part)
         count += len(part.run.keys)
-        if count >= MIN_SAVE_BLOCKS:
-            yield group
-            group, count = [], 0
-    if group:
-        yield group
+        if count >= least:
+            yield together
+            together, count = [], 0
+    if together:
+        yield together
