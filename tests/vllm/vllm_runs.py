@@ -25,8 +25,8 @@ NEWEST = "0.33.0"
 NEWEST_FILES = tuple(
     f"test_{name}.py"
     for name in (
-        *("engine", "hybrid_lives", "hybrid_scheduler", "interface", "lookup", "parts", "placement", "pressure"),
-        *("room", "scheduler", "sleep"),
+        *("engine", "hybrid_lives", "hybrid_scheduler", "interface", "lookup", "models", "parts", "placement"),
+        *("pressure", "room", "scheduler", "sleep"),
     )
 )
 AT_A_TIME = 2
@@ -34,7 +34,18 @@ AT_A_TIME = 2
 LONGEST_FIRST = tuple(
     f"test_{name}.py"
     for name in (
-        *("examples", "progress", "benchmark", "mismatch", "uneven", "shared_pool", "chat", "multi", "tensor_parallel"),
+        *(
+            "models",
+            "examples",
+            "progress",
+            "benchmark",
+            "mismatch",
+            "uneven",
+            "shared_pool",
+            "chat",
+            "multi",
+            "tensor_parallel",
+        ),
         *("disk", "hybrid_lives", "placement", "not_reused", "adapters"),
     )
 )
