@@ -104,6 +104,25 @@ def own_hits(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[int]:
         half._may_load = True
 
 
+def abandon_loads(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Requests that are aborted while the pool gives them their KV, or soon after; they hold nothing then."""
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    vllm_engine, hits = engine.llm.llm_engine, engine.loaded_blocks
+    for steps in range(3):
+        names = [f"abandoned {steps} {number}" for number in range(len(prompts))]
+        known = [
+            vllm_engine.add_request(name, {"prompt_token_ids": list(tokens)}, parameters)
+            for name, tokens in zip(names, prompts, strict=True)
+        ]
+        for _ in range(steps + 1):
+            vllm_engine.step()
+        vllm_engine.abort_request([name for name in known if name is not None] or names)
+        while vllm_engine.has_unfinished_requests():
+            vllm_engine.step()
+        engine.settle()
+    assert engine.loaded_blocks > hits
+
+
 @pytest.fixture
 def engine(options: dict[str, Any], tmp_path: Path) -> Iterator[Engine]:
     disk = {"path": str(tmp_path), "capacity_bytes": "1GiB"}
@@ -144,6 +163,8 @@ def test_turns_crowds_and_a_restart(shape: str, options: dict[str, Any], answers
             said_to_all = engine.generate(CROWD, 40)
             assert answers.crowd in (None, said_to_all)
         engine.settle()
+        assert engine.llm.reset_prefix_cache()
+        abandon_loads(engine, CROWD)
         assert engine.llm.reset_prefix_cache()
         again, longest = hit(engine, OLD + turn + LATER)
         assert answers.next_turn in (None, again) or not exact
