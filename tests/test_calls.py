@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def parts(num_blocks: int, block_nbytes: int) -> list[slice]:
-    data: Any = SimpleNamespace(sizes=[SimpleNamespace(packed=block_nbytes)])
+    data: Any = SimpleNamespace(largest_packed_nbytes=block_nbytes)
     call: TransferCall[None] = TransferCall(
         CallQueue(1), data, EngineStats(), None, Direction.SAVE, np.empty(0, np.int32)
     )
