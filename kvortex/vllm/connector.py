@@ -234,6 +234,16 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.request_finished(request), None
 
+    def register_finished_partial_tail(
+        self,
+        request: "Request",
+        block_ids: tuple[list[int], ...],
+        partial_tail_offloads: list[tuple[int, int, int]],
+    ) -> bool:
+        """False: the tail's blocks are held by themselves, so the others need not stay."""
+        self._scheduler.add_finished_tail(request, block_ids, partial_tail_offloads)
+        return False
+
     def take_events(self) -> Iterable["KVCacheEvent"]:
         return self._scheduler.take_events()
 

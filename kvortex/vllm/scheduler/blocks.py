@@ -37,11 +37,11 @@ class RequestBlocks(NamedTuple):
 
 
 class BlockRun(NamedTuple):
-    """Consecutive blocks of one group of a request.
+    """Consecutive blocks of one group of a request, or a tail: one block that vLLM resumes from before it is full.
 
     Attributes:
         group: the group's number.
-        blocks: their numbers in the request.
+        blocks: their numbers in the request. A tail has `~n`, if it ends with block hash `n` of the request.
         keys: their keys, `uint64 [n, 4]`.
         block_ids: their device blocks.
     """
@@ -51,13 +51,18 @@ class BlockRun(NamedTuple):
     keys: NDArray[np.uint64]
     block_ids: list[int]
 
+    @property
+    def is_tail(self) -> bool:
+        """True for a block that is not full."""
+        return bool(self.blocks.start < 0)
+
 
 class Wanted(NamedTuple):
     """Blocks that are not in the pool, and with which a request could resume later than with what is there.
 
     Attributes:
         keys: their keys, 32 bytes each.
-        numbers: the group and the number in the request of each.
+        numbers: the group and the number in the request of each; `~n` for a tail, as in `BlockRun`.
         is_chain: True if only a leading part of them is of use, too.
     """
 
@@ -133,6 +138,24 @@ class BlockRules(ABC):
     @abstractmethod
     def num_needed(self, num_tokens: int) -> int:
         """Device blocks that a request needs for so many tokens."""
+
+    def tails(
+        self, tracked: Mapping[str, TrackedRequest], scheduler_output: "SchedulerOutput"
+    ) -> Iterable[tuple[TrackedRequest, BlockRun]]:
+        """Tails of prompts that vLLM hands over with a step, for requests that may resume inside of a block."""
+        return ()
+
+    @abstractmethod
+    def add_finished_tail(
+        self, tracked: TrackedRequest, block_ids: Sequence[Sequence[int]], tails: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """A request has ended just where its prompt's last block hash does: its tail is one of the next `late`.
+
+        Args:
+            tracked: the request.
+            block_ids: its device blocks, for each of vLLM's groups.
+            tails: vLLM's number of a group, a device block with a state, and the tokens after which it is that state.
+        """
 
     def late(self) -> list[tuple[TrackedRequest, BlockRun]]:
         """Blocks that were completed by the step before this one, and are held since then; each is named once."""
@@ -240,6 +263,11 @@ class FullAttention(BlockRules):
 
     def fresh_ids(self, tracked: TrackedRequest) -> Sequence[int]:
         return tracked.block_ids[tracked.local_tokens // self.alignment :]
+
+    def add_finished_tail(
+        self, tracked: TrackedRequest, block_ids: Sequence[Sequence[int]], tails: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Do nothing: only states have tails."""
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """Do nothing: a step that overwrites the blocks waits."""

@@ -134,9 +134,13 @@ class EventLog:
         Args:
             request: the request.
             group: number of their group among those whose blocks are cached.
-            blocks: their numbers in the request.
+            blocks: their numbers in the request; `~n` for a block that is not full and ends with block hash `n`. As in
+                vLLM's own events such a block is told by the tokens of that hash.
         """
-        return PlannedBlocks.of(request, blocks, self._groups[group], self.hash_block_size)
+        of_group = self._groups[group]
+        if blocks.start < 0:
+            of_group, blocks = of_group._replace(block_size=self.hash_block_size), slice(~blocks.start, -blocks.start)
+        return PlannedBlocks.of(request, blocks, of_group, self.hash_block_size)
 
     # -- pool --------------------------------------------------------------------------------------
 

@@ -285,7 +285,8 @@ class SchedulerHalf:
         for tracked, _ in computing:
             tracked.has_kv_from(plan.number)
         if self._ready and self._may_save:
-            self._planners.saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, plan)
+            tails = self._planners.rules.tails(self._tracked, scheduler_output)
+            self._planners.saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, tails, plan)
         plan.has_forward = bool(scheduler_output.num_scheduled_tokens)
         if plan.has_forward:
             self._stale.step_computes(plan.number)
@@ -344,6 +345,14 @@ class SchedulerHalf:
         return self._events.take() if self._events is not None else ()
 
     # -- ends --------------------------------------------------------------------------------------
+
+    def add_finished_tail(
+        self, request: "Request", block_ids: Sequence[Sequence[int]], tails: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Save the tail of a prompt whose request ends right there; see `BlockRules.add_finished_tail`."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and self._ready and self._may_save:
+            self._planners.rules.add_finished_tail(tracked, block_ids, tails)
 
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; returns True if its device blocks must be held, because a load still writes into them."""

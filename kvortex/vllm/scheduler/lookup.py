@@ -44,20 +44,25 @@ class _SizeKeys:
 class RequestKeys:
     """vLLM's hashes of a request's full blocks, and their keys: worked out once, and added to as the request grows.
 
+    A group has one entry for each of its blocks; or, where a request may resume inside of a block, one for each block
+    hash: the last of a block stands for the full block, the others for tails that end there.
+
     Args:
         groups: the groups whose blocks are cached.
         hash_block_size: tokens of one of vLLM's block hashes.
+        entry_tokens: tokens of an entry of each group.
     """
 
-    def __init__(self, groups: GroupSet, hash_block_size: int) -> None:
+    def __init__(self, groups: GroupSet, hash_block_size: int, entry_tokens: Sequence[int]) -> None:
         self._set = groups
         self._hash_block_size = hash_block_size
+        self._entry_tokens = entry_tokens
         self._restart(b"")
 
     def _restart(self, adapter: bytes) -> None:
         self._adapter = adapter
         self._num_hashes, self._last_hash = 0, b""
-        self._sizes = {group.block_size: _SizeKeys() for group in self._set.groups}
+        self._sizes = {num_tokens: _SizeKeys() for num_tokens in self._entry_tokens}
 
     def follow(self, request: "Request", block_keys: BlockKeys) -> None:
         """Take in the hashes that vLLM has made since, and all of them again if they are others."""
@@ -68,26 +73,34 @@ class RequestKeys:
             self._restart(adapter)
         if len(hashes) == self._num_hashes:
             return
-        for block_size, of_size in self._sizes.items():
-            found = hashes_of_blocks(hashes, self._hash_block_size, block_size)
+        for num_tokens, of_size in self._sizes.items():
+            found = hashes_of_blocks(hashes, self._hash_block_size, num_tokens)
             new = [found[n] for n in range(len(of_size.hashes), len(found))]
             of_size.add(new, pack_keys(block_keys.from_hashes(request, new)))
         self._num_hashes, self._last_hash = len(hashes), hashes[-1]
 
     def hashes(self, number: int) -> list[bytes]:
-        """vLLM's hashes of a group's blocks."""
-        return self._sizes[self._set.groups[number].block_size].hashes
+        """vLLM's hashes of a group's entries."""
+        return self._sizes[self._entry_tokens[number]].hashes
 
-    def keys(self, number: int, blocks: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint64]:
-        """Keys of a group's blocks, of all or of some, `uint64 [n, 4]`."""
-        return self._set.tagged(self._sizes[self._set.groups[number].block_size].packed[blocks], number)
+    def keys(self, number: int, entries: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint64]:
+        """Keys of a group's entries, of all or of some, `uint64 [n, 4]`."""
+        return self._set.tagged(self._sizes[self._entry_tokens[number]].packed[entries], number)
 
 
 class _Hit:
-    """Stands for a block that is there. vLLM's managers only tell it from the null block."""
+    """Stands for a block that is there. vLLM's managers only tell it from the null block.
+
+    Args:
+        entry: its number among the entries of its group; not known where a block can only be in its own place.
+    """
 
     is_null = False
     block_hash = None
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: int = -1) -> None:
+        self.entry = entry
 
 
 class IndexPool:
@@ -96,40 +109,47 @@ class IndexPool:
     Args:
         hash_block_size: tokens of one block hash.
         null_block: vLLM's; it stands for blocks that a request does not need.
+        has_tails: True if a request may resume inside of a block.
     """
 
-    def __init__(self, hash_block_size: int, null_block: Any) -> None:
+    def __init__(self, hash_block_size: int, null_block: Any, *, has_tails: bool) -> None:
         self.hash_block_size = hash_block_size
         self.null_block = null_block
+        self._has_tails = has_tails
         self._hit = _Hit()
         self.show({})
 
     def show(self, present: Mapping[int, tuple[Sequence[bytes], NDArray[np.bool_]]]) -> None:
-        """Have the blocks of one request: for each of vLLM's groups its hashes of them, and which of them are there."""
+        """Have the blocks of one request: for each of vLLM's groups the hashes of its entries, and which are there."""
         self._present = present
         self._asked: list[int] | None = None
-        self._sets: dict[tuple[int, ...], set[bytes]] = {}
+        self._answers: dict[tuple[int, ...], dict[bytes, list[_Hit]]] = {}
 
     def get_cached_block(self, block_hash: bytes, kv_cache_group_ids: list[int]) -> list[_Hit] | None:
         """A block for each of the groups if all of them are there, else None. The answer is not to be changed."""
         if kv_cache_group_ids is not self._asked:  # vLLM passes the same list for all blocks of a look-up
             self._asked = kv_cache_group_ids
-            self._there = self._there_in(tuple(kv_cache_group_ids))
-            self._answer = [self._hit] * len(kv_cache_group_ids)
-        return self._answer if block_hash in self._there else None
+            self._answers_now = self._answers_for(tuple(kv_cache_group_ids))
+        return self._answers_now.get(block_hash)
 
-    def _there_in(self, groups: tuple[int, ...]) -> set[bytes]:
-        """Hashes of the blocks that all of these groups have."""
-        if groups not in self._sets:
+    def _answers_for(self, groups: tuple[int, ...]) -> dict[bytes, list[_Hit]]:
+        """Answers by the hashes of the blocks that all of these groups have."""
+        if groups not in self._answers:
             shown = [self._present[group] for group in groups if group in self._present]
             hashes = shown[0][0] if len(shown) == len(groups) else []
             # vLLM asks for several groups together if their blocks are alike, and so have the same hashes.
             there = np.logical_and.reduce([mask for _, mask in shown]) if hashes else np.empty(0, np.bool_)
-            self._sets[groups] = set(itertools.compress(hashes, there.tolist()))
-        return self._sets[groups]
+            if self._has_tails:
+                answers = {hashes[entry]: [_Hit(entry)] * len(groups) for entry in np.flatnonzero(there).tolist()}
+            else:
+                answers = dict.fromkeys(itertools.compress(hashes, there.tolist()), [self._hit] * len(groups))
+            self._answers[groups] = answers
+        return self._answers[groups]
 
-    def hits(self, blocks: Sequence[Any]) -> NDArray[np.intp]:
-        """Numbers of the blocks in an answer of the coordinator that a request needs."""
+    def hits(self, blocks: list[Any]) -> NDArray[np.intp]:
+        """Entries of the blocks in an answer of the coordinator that a request needs."""
+        if self._has_tails:
+            return np.array([block.entry for block in blocks if block is not self.null_block], dtype=np.intp)
         hit = self._hit
         if (count := blocks.count(hit)) == 0:
             return np.empty(0, np.intp)
@@ -143,7 +163,7 @@ class Found(NamedTuple):
 
     Attributes:
         num_tokens: the boundary.
-        needed: for each group the numbers of the blocks that it needs there, `intp [n]`.
+        needed: for each group the entries that it needs there, `intp [n]`.
     """
 
     num_tokens: int
@@ -157,16 +177,24 @@ class PrefixLookup:
         groups: the groups whose blocks are cached.
         coordinator: vLLM's, over its own pool of device blocks.
         block_pool: that pool.
+
+    Attributes:
         alignment: tokens between two boundaries at which a request can resume.
+        strides: for each group how many entries a block has, see `RequestKeys`.
+        entry_tokens: tokens of an entry of each group.
     """
 
-    def __init__(self, groups: ServedGroups, coordinator: Any, block_pool: Any, alignment: int) -> None:
+    def __init__(self, groups: ServedGroups, coordinator: Any, block_pool: Any) -> None:
         self._groups = groups
         self._set = groups.set
-        self._alignment = alignment
-        self._pool = IndexPool(
-            int(getattr(block_pool, "hash_block_size", groups.set.hash_block_size)), block_pool.null_block
-        )
+        hash_block_size = int(getattr(block_pool, "hash_block_size", groups.set.hash_block_size))
+        has_tails = bool(getattr(coordinator, "enable_partial_hash_hits", False))
+        sizes = [group.block_size for group in groups.set.groups]
+        self.strides = [block_size // hash_block_size if has_tails else 1 for block_size in sizes]
+        self.entry_tokens = [size // stride for size, stride in zip(sizes, self.strides, strict=True)]
+        aligned = hash_block_size if has_tails else getattr(coordinator, "scheduler_block_size", groups.set.alignment)
+        self.alignment = int(aligned)
+        self._pool = IndexPool(hash_block_size, block_pool.null_block, has_tails=has_tails)
         self._coordinator = coordinator_over(coordinator, self._pool)
         self._has_draft_layers = [
             getattr(coordinator.single_type_managers[number], "use_eagle", False) for number in groups.ids
@@ -180,7 +208,7 @@ class PrefixLookup:
         Args:
             block_hashes: the request's, as vLLM has them.
             keys: of the same blocks.
-            present: for each group which of its blocks are there, `bool [n]`.
+            present: for each group which of its entries are there, `bool [n]`.
             limit: the most tokens that it may resume behind.
         """
         self._pool.show(
@@ -191,21 +219,21 @@ class PrefixLookup:
         )
         while True:
             blocks, num_tokens, *_ = self._coordinator.find_longest_cache_hit(block_hashes, limit)
-            num_tokens = int(num_tokens) // self._alignment * self._alignment
+            num_tokens = int(num_tokens) // self.alignment * self.alignment
             needed = [
-                self._pool.hits(blocks[vllm_number][: num_tokens // group.block_size])
+                self._pool.hits(list(blocks[vllm_number][: -(-num_tokens // group.block_size)]))
                 for vllm_number, group in zip(self._groups.ids, self._set.groups, strict=True)
             ]
             # Where a draft's layers drop a block, 0.23 may answer more than is there.
             are_there = all(mask[numbers].all() for mask, numbers in zip(present, needed, strict=True))
             if are_there and self._has_prefix(present, num_tokens):
                 return Found(num_tokens, self._with_seen_by_drafts(needed, present, num_tokens))
-            limit = num_tokens - self._alignment
+            limit = num_tokens - self.alignment
 
     def _has_prefix(self, present: Sequence[NDArray[np.bool_]], num_tokens: int) -> bool:
         return all(
-            bool(mask[: num_tokens // group.block_size].all())
-            for mask, group in zip(present, self._set.groups, strict=True)
+            bool(mask[stride - 1 :: stride][: num_tokens // group.block_size].all())
+            for mask, stride, group in zip(present, self.strides, self._set.groups, strict=True)
             if group.kind is KVKind.FULL
         )
 
@@ -215,8 +243,8 @@ class PrefixLookup:
         """With the blocks behind the boundary which vLLM looks for and does not take where a group has draft layers."""
         if not num_tokens:
             return needed
-        behind = [num_tokens // group.block_size for group in self._set.groups]
+        behind = [num_tokens // entry_tokens for entry_tokens in self.entry_tokens]
         return [
-            np.append(numbers, block) if has_drafts and mask[block : block + 1].any() else numbers
-            for numbers, mask, block, has_drafts in zip(needed, present, behind, self._has_draft_layers, strict=True)
+            np.append(entries, next_one) if has_drafts and mask[next_one : next_one + 1].any() else entries
+            for entries, mask, next_one, has_drafts in zip(needed, present, behind, self._has_draft_layers, strict=True)
         ]

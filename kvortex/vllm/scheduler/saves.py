@@ -39,6 +39,7 @@ class SavePlanner:
         self,
         computing: Iterable[tuple[TrackedRequest, int]],
         drafts: Mapping[str, Sequence[int]],
+        tails: Iterable[tuple[TrackedRequest, BlockRun]],
         plan: ConnectorPlan,
     ) -> None:
         """Plan to save every block that a step completes.
@@ -46,11 +47,12 @@ class SavePlanner:
         Args:
             computing: the step's requests, each with the number of tokens that it computes.
             drafts: the draft tokens among these, by request; they may be rejected, so they complete no block.
+            tails: blocks that are not full, and from which a request may resume.
             plan: the plan of this step; the jobs are added to it.
         """
         rules = self._context.rules
         late = rules.late()
-        new = [self._part(tracked, run) for tracked, run in late if not tracked.has_stale_kv]
+        new = [self._part(tracked, run) for tracked, run in [*late, *tails] if not tracked.has_stale_kv]
         as_is: list[SavePart] = []
         for tracked, num_tokens in computing:
             if tracked.has_stale_kv:
@@ -140,8 +142,9 @@ class SavePlanner:
         context.stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), nbytes)
         if job.is_stale:  # requests whose KV is not stale save their blocks again
             for part in job.parts:
-                planned = part.tracked.num_planned
-                planned[part.run.group] = min(planned[part.run.group], part.run.blocks.start)
+                planned, run = part.tracked.num_planned, part.run
+                if not run.is_tail:
+                    planned[run.group] = min(planned[run.group], run.blocks.start)
         if job.too_lossy or context.events is not None:
             self._finish_parts(job, succeeded, lossy)
 

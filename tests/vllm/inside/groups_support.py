@@ -62,6 +62,7 @@ MODELS = {
     "latent attention and a window": model(Layers("latent", 32), Layers("window", 16, 20)),
     "window, state and full attention": model(Layers("window", 32, 60), Layers("state", 32), Layers("full", 64)),
     "states and finer hashes": model(Layers("full", 32), Layers("state", 32), hash_block_size=16),
+    "states and much finer hashes": model(*[Layers("state", 96)] * 2, Layers("full", 96), hash_block_size=16),
     "states of fewer tokens": model(Layers("full", 96), Layers("state", 32)),
     "drafts over a window": model(Layers("full", 16), Layers("window", 16, 40, is_draft=True)),
     "drafts over full attention": model(Layers("full", 16, is_draft=True), Layers("window", 16, 40)),

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from groups_support import MODELS, GroupWorkers, greet, harness_of, prompt
 from scheduler_harness import SchedulerHarness
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.request import RequestStatus
 
 from kvortex.types import MissReason
@@ -59,15 +61,64 @@ def test_hits_are_as_long_as_vllms_own(
 ) -> None:
     """What a twin without a connector finds in its own cache, after the same requests."""
     w = workers(name, max_num_batched_tokens=96)
+    ours, own = hits_after(w, llama, name, PROMPT, PROMPT[:length] + prompt(30, 2))
+    assert ours == own
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [310, 205, 170, 107])
+def test_a_next_turn_hits_as_much_as_in_vllms_own_cache(
+    workers: Callable[..., GroupWorkers], llama: Path, name: str, length: int
+) -> None:
+    """Also where vLLM resumes inside of a block, at the end of the prompt before."""
+    w = workers(name, max_num_batched_tokens=96)
+    ours, own = hits_after(w, llama, name, PROMPT[:length], PROMPT[:length] + prompt(60, 2))
+    assert ours == own
+
+
+@pytest.mark.parametrize("name", ["states and finer hashes", "states and much finer hashes"])
+@pytest.mark.skipif(
+    not hasattr(KVConnectorBase_V1, "register_finished_partial_tail"), reason="this vLLM hands no such tail over"
+)
+def test_a_request_that_ends_at_its_last_hash_leaves_its_tail(workers: Callable[..., GroupWorkers], name: str) -> None:
+    w = workers(name, max_num_batched_tokens=96)
+    request = w.harness.add_request("a", PROMPT[:310], max_tokens=9)
+    while request.num_computed_tokens < 304:
+        w.step()
+    assert request.num_computed_tokens == 304
+    w.harness.abort("a")
+    w.step()
+    w.step()
+    reset(w.harness)
+    assert served(w, "b", PROMPT[:310]) == 304
+
+
+@pytest.mark.parametrize("name", ["Qwen3-Next", "gpt-oss", "states and finer hashes"])
+def test_what_the_device_has_lost_of_one_group_comes_from_the_pool(
+    workers: Callable[..., GroupWorkers], name: str
+) -> None:
+    """The device still has one group's blocks of the prompt and not the other's: the hit is as long as before."""
+    w = workers(name)
+    w.harness.add_request("a", PROMPT, max_tokens=2)
+    w.run("a")
+    pool: Any = w.harness.scheduler.kv_cache_manager.block_pool
+    lost = next(number for number, group in enumerate(MODELS[name].groups) if group.kind != "full")
+    for block in pool.blocks:
+        if block.block_hash is not None and get_group_id(block.block_hash) == lost:
+            pool._maybe_evict_cached_block(block)
+    assert served(w, "b", PROMPT) == 384
+
+
+def hits_after(w: GroupWorkers, llama: Path, name: str, first: list[int], again: list[int]) -> tuple[int, int]:
+    """Tokens that a second prompt is given from the pool, and from the own cache of a twin without a connector."""
     twin = harness_of(MODELS[name], llama, num_blocks=400, max_num_batched_tokens=96, connector=None)
     for harness, run in ((w.harness, w.run), (twin, twin.run_until_finished)):
-        harness.add_request("first", PROMPT, max_tokens=40)
+        harness.add_request("first", first, max_tokens=40)
         run("first")
-    token_ids = PROMPT[:length] + prompt(30, 2)
-    found = twin.add_request("again", token_ids)
-    _, expected, *_ = twin.scheduler.kv_cache_manager.get_computed_blocks(found)
+    found = twin.add_request("again", again)
+    _, own, *_ = twin.scheduler.kv_cache_manager.get_computed_blocks(found)
     reset(w.harness)
-    assert served(w, "again", token_ids) == expected
+    return served(w, "again", again), own
 
 
 @pytest.mark.parametrize("name", MODELS)

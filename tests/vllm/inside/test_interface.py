@@ -18,6 +18,7 @@ ONLY_NEWER = {
     "handle_preemptions",
     "has_pending_block_frees",
     "has_pending_push_work",
+    "register_finished_partial_tail",
     "request_finished_all_groups",  # of `SupportsHMA`
     "requires_kv_delivery",
     "restore_kv_caches",
@@ -36,12 +37,11 @@ LEFT_ALONE = {
     "on_new_request",
     "prefer_cross_layer_blocks",
     "register_cross_layers_kv_cache",
-    "register_finished_partial_tail",
     "requires_piecewise_for_cudagraph",
     "reset_capture_state",
     "role",
     "set_host_xfer_buffer_ops",  # KVortex copies by itself
-    "supports_divergent_local_hybrid_hits",
+    "supports_divergent_local_hybrid_hits",  # with it a hit is lost unless it reaches behind what the device has
     "supports_sleep_mode",  # True is the default
 }
 
