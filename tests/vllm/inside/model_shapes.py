@@ -250,6 +250,9 @@ SHAPES: dict[str, Shape] = {
     ),
 }
 
+# vLLM resumes at every 8th token here, inside of blocks, where a prompt has ended.
+SHAPES["granite4_tails"] = replace(SHAPES["granite4"], options=ONE_BLOCK_A_STEP | {"prefix_match_unit": 8})
+
 
 def make_shape(directory: Path, shape: str, *, dtype: torch.dtype | None = None) -> Path:
     """Write ``config.json`` and ``model.safetensors`` of ``SHAPES[shape]`` into `directory` and return it.
