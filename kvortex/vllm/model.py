@@ -198,10 +198,11 @@ def expected_sizes(groups: ServedGroups, codec: str) -> tuple[BlockSizes, ...]:
 
 def _expected_sizes(group: Any, codec: str) -> BlockSizes:
     specs = layer_specs(group)
-    pages = [int(spec.page_size_bytes) for spec in specs] * (len(group.layer_names) if len(specs) == 1 else 1)
+    # The stage whose layers the scheduler sees may have none of a group, and the spec of a layer nevertheless.
+    pages = [int(spec.page_size_bytes) for spec in specs] * (max(len(group.layer_names), 1) if len(specs) == 1 else 1)
     dtypes = {str(getattr(spec, "dtype", "")).removeprefix("torch.") for spec in specs}
     packed = packed_nbytes(pages, codec, dtypes.pop()) if len(dtypes) == 1 else None
-    raw = align_up(sum(pages), EXTENT_ALIGNMENT_BYTES)
+    raw = align_up(max(sum(pages), 1), EXTENT_ALIGNMENT_BYTES)
     return BlockSizes(raw, raw if packed is None else align_up(packed, EXTENT_ALIGNMENT_BYTES))
 
 
