@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from kvortex import KVortexEngine
+from kvortex import KVortexEngine, MissReason, SyncEngine
 from kvortex.errors import EngineStateError, LayoutError
 from kvortex.testing import Fault
 from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
@@ -28,6 +28,21 @@ def test_an_engine_on_a_thread_of_its_own() -> None:
     with pytest.raises(EngineStateError, match="shut down"):
         engine.save_blocks(chain(4), range(4))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kvortex")]
+
+
+def test_it_has_all_that_an_engine_has() -> None:
+    of_engine = {name for name in dir(KVortexEngine) if not name.startswith("_")}
+    of_loops = {"create", "create_sync", "sync", "current_stream", "is_shut_down", "namespace"}
+    assert of_engine - {name for name in dir(SyncEngine) if not name.startswith("_")} == of_loops
+
+
+def test_misses_have_reasons() -> None:
+    with KVortexEngine.create_sync(small_config()) as engine:
+        engine.register_kv_caches(make_cache(), BLOCK_SIZE)
+        engine.wait_pinned()
+        hashes = chain(2)
+        engine.save_blocks(hashes[:1], [0])
+        assert [engine.miss_reason(block_hash) for block_hash in hashes] == [None, MissReason.NEVER_STORED]
 
 
 def test_errors_come_through() -> None:

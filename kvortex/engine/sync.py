@@ -24,7 +24,7 @@ from kvortex.groups import KVGroup, Match
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.runtime.loop_thread import LoopThread, running_loop
 from kvortex.stats import StatsSnapshot
-from kvortex.types import LoadResult, SaveResult
+from kvortex.types import BlockHash, LoadResult, MissReason, SaveResult
 
 T = TypeVar("T")
 
@@ -139,6 +139,14 @@ class SyncEngine:
     def match_prefix(self, hashes: BlockHashes) -> int:
         """As `KVortexEngine.match_prefix`; does not go through the loop."""
         return self._engine.match_prefix(hashes)
+
+    def miss_reason(self, block_hash: BlockHash, group: str | None = None) -> MissReason | None:
+        """As `KVortexEngine.miss_reason`; does not go through the loop."""
+        return self._engine.miss_reason(block_hash, group)
+
+    def wait_pinned(self, *, timeout_s: float | None = None) -> None:
+        """As `KVortexEngine.wait_pinned`."""
+        self._wait(self._engine.wait_pinned(), timeout_s)
 
     def get_stats(self) -> StatsSnapshot:
         """As `KVortexEngine.get_stats`."""
