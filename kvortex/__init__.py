@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvortex.config import KVortexConfig, ModelIdentity
-    from kvortex.engine import EngineCreation, EngineParts, KVortexEngine, SyncEngine
+    from kvortex.engine import EngineCreation, EngineParts, KVortexEngine, Lease, SyncEngine
     from kvortex.errors import KVortexError
     from kvortex.groups import KVGroup, KVKind, Match, MissingKV
     from kvortex.hashing import Namespace, cache_key, hash_blocks
@@ -25,6 +25,7 @@ __all__ = [
     "KVortexConfig",
     "KVortexEngine",
     "KVortexError",
+    "Lease",
     "LoadResult",
     "Match",
     "MissReason",
@@ -50,6 +51,7 @@ _HOME = {
     "KVLayout": "layout",
     "KVortexConfig": "config",
     "KVortexEngine": "engine",
+    "Lease": "engine",
     "KVortexError": "errors",
     "LoadResult": "types",
     "Match": "groups",

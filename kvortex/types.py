@@ -58,6 +58,7 @@ class MissReason(StrEnum):
     TRANSFER_FAILED = "transfer_failed"
     TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
     DEADLINE = "deadline"  # a tier did not deliver it in time
+    INVALIDATED = "invalidated"  # the caller has asked to forget it
     NOT_FETCHED = "not_fetched"  # a tier has it, but the pool has no room, or the use of the tier is paused
 
 

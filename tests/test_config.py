@@ -315,6 +315,7 @@ def test_from_env(tmp_path: Path) -> None:
 
 
 OTHER_VALUES = {
+    "pool.lease_share": 0.25,
     "eviction.policy": "arc",
     "codec.name": "fp8",
     "tier.inclusion": "exclusive",

@@ -65,6 +65,7 @@ class PoolConfig(Section):
         bytes: pinned host memory for cached blocks, taken exactly (rounded up to whole pages).
         pin_piece_bytes: the pool is pinned in the background in pieces of this size; no extent crosses one.
         numa_aware: place the pool on the GPU's NUMA node; no effect on a machine with one node.
+        lease_share: share of the pool that leases (`KVortexEngine.pin`) may keep from eviction.
     """
 
     section: ClassVar[str] = "pool"
@@ -73,11 +74,13 @@ class PoolConfig(Section):
     bytes: int = 4 * GIB
     pin_piece_bytes: int = 256 * MIB
     numa_aware: bool = True
+    lease_share: float = 0.5
 
     def _check(self) -> None:
         self._require_size("bytes", "GiB")
         self._require_size("pin_piece_bytes", "MiB")
         self._require("pin_piece_bytes", self.pin_piece_bytes % 4096 == 0, "be a multiple of the page size 4096")
+        self._require("lease_share", 0 <= self.lease_share < 1, "lie in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

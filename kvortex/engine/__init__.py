@@ -4,7 +4,8 @@ Private: it may change in any release; docs/api.md lists what is public.
 """
 
 from kvortex.engine.engine import EngineCreation, KVortexEngine
+from kvortex.engine.leases import Lease
 from kvortex.engine.parts import EngineParts
 from kvortex.engine.sync import SyncEngine
 
-__all__ = ["EngineCreation", "EngineParts", "KVortexEngine", "SyncEngine"]
+__all__ = ["EngineCreation", "EngineParts", "KVortexEngine", "Lease", "SyncEngine"]

@@ -5,9 +5,10 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import EllipsisType
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from kvortex.config import KVortexConfig, format_bytes
 from kvortex.engine.arguments import BlockHashes, BlockTables, NamedBlocks, named_blocks
 from kvortex.engine.calls import CallQueue, TransferCall
+from kvortex.engine.leases import Lease, Leases, leading_in_pool
 from kvortex.engine.parts import EngineParts
 from kvortex.errors import ConfigError, EngineStateError
 from kvortex.groups import KVGroup, Match
@@ -51,6 +53,7 @@ class EngineCore:
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
         self._tiering: Tiering | None = None
+        self._leases: Leases | None = None
         self._shutdown: asyncio.Task[None] | None = None
         self._released = False
 
@@ -136,6 +139,7 @@ class EngineCore:
             self._control = ControlPlane.from_config(
                 self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
             )
+            self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
             self._namespace = self._data.namespace(self.config.identity)
             tier = self._parts.make_tier(self.config, self._namespace)
             if tier is not None:
@@ -156,7 +160,7 @@ class EngineCore:
             self._control.shrink(pinned_bytes)
 
     def _unregister(self) -> None:
-        self._data = self._control = self._namespace = self._tiering = None
+        self._data = self._control = self._namespace = self._tiering = self._leases = None
 
     @property
     def namespace(self) -> Namespace:
@@ -361,10 +365,7 @@ class EngineCore:
             except asyncio.CancelledError:
                 fetch.cancel()
                 raise
-        if groups.is_single:
-            return control.index.prefix_length(hashes)
-        in_pool = [control.index.contains_mask(groups.keys(hashes, number)) for number in range(len(groups))]
-        return groups.longest_match(in_pool, len(hashes) * data.cache.block_size).num_tokens // data.cache.block_size
+        return leading_in_pool(control, groups, hashes)[0]
 
     def check_blocks(self, hashes: BlockHashes, group: str | None = None) -> NDArray[np.bool_]:
         """Blocks that could be loaded from the pool or the lower tier. From any thread; does not wait.
@@ -469,13 +470,81 @@ class EngineCore:
         self._planes()
         return self._tiering is not None and await self._tiering.ready()
 
-    def clear(self) -> None:
-        """Forget every block of the pool; the lower tier keeps what it has.
+    def pin(self, hashes: BlockHashes, *, ttl_s: float) -> Lease:
+        """Keep the leading blocks of `hashes` that are in the pool from eviction. On the engine's loop.
 
-        Transfers under way end as usual; their saves stay invisible, and say so. On the engine's loop.
+        Blocks that only the lower tier has are not leased: `prefetch` brings them. Of a cache with groups, the lease
+        has what is needed to resume as late as possible. All leases together keep at most `pool.lease_share` of the
+        pool; what is beyond that is left out, and `Lease.num_blocks` says so.
+
+        Args:
+            hashes: `[n]` block hashes from the beginning of a request.
+            ttl_s: seconds after which the lease ends by itself.
+
+        Raises:
+            ConfigError: `ttl_s` is not a positive number.
+        """
+        self._check_loop()
+        self._planes()
+        assert self._leases is not None
+        return self._leases.pin(pack_keys(hashes), ttl_s)
+
+    def invalidate(self, hashes: BlockHashes) -> Coroutine[Any, Any, bool]:
+        """Forget blocks, in the pool and in the lower tier. Await it: from then on none that was saved before is found.
+
+        Blocks that are being saved meanwhile, or on their way to or from the lower tier, are forgotten as well; such a
+        save says `GONE`. Leases do not keep them. Blocks behind them in a chain stay, and are of no use.
+
+        Args:
+            hashes: `[n]` block hashes; of a cache with groups, those of a request from its beginning, and the blocks of
+                all groups are forgotten.
+
+        Returns:
+            False if the lower tier may have some of them still, because it does not answer or cannot be used.
+        """
+        self._planes()
+        return self._invalidate(pack_keys(hashes))
+
+    async def _invalidate(self, hashes: NDArray[np.uint64]) -> bool:
+        self._check_loop()
+        control, data = self._planes()
+        groups = data.cache.groups
+        keys = np.concatenate([groups.keys(hashes, number) for number in range(len(groups))])
+        control.invalidate(keys)
+        if self._tiering is None:
+            return True
+        try:
+            return await self._tiering.invalidate(keys)
+        finally:
+            control.invalidate(keys)  # what was read from the tier before it was deleted there
+
+    @overload
+    def clear(self) -> None: ...
+
+    @overload
+    def clear(self, *, tiers: Literal[True]) -> Coroutine[Any, Any, bool]: ...
+
+    def clear(self, *, tiers: bool = False) -> Coroutine[Any, Any, bool] | None:
+        """Forget every block of the pool, at once. On the engine's loop.
+
+        Transfers under way end as usual; their saves stay invisible, and say so.
+
+        Args:
+            tiers: forget the blocks of the lower tier, too: await the result, which is as that of `invalidate`. By
+                default the lower tier keeps what it has.
         """
         control, _ = self._planes()
         control.clear()
+        return self._clear_tiers(control) if tiers else None
+
+    async def _clear_tiers(self, control: ControlPlane) -> bool:
+        self._check_loop()
+        if self._tiering is None:
+            return True
+        try:
+            return await self._tiering.clear()
+        finally:
+            control.clear()  # what was read from the tier before it was deleted there
 
     async def flush(self) -> None:
         """Wait until every block queued for the lower tier is written or dropped."""
@@ -495,8 +564,9 @@ class EngineCore:
         pools = []
         evicted = 0
         if self._control is not None and self._data is not None:
+            figures = self._control.allocator.figures(pinned_bytes=self._data.pool.pinned_bytes)
             pools = [
-                self._control.allocator.figures(pinned_bytes=self._data.pool.pinned_bytes),
+                replace(figures, leased_bytes=self._leases.nbytes if self._leases is not None else 0),
                 *self._data.figures(),
             ]
             evicted = self._control.index.evicted_blocks
@@ -539,6 +609,8 @@ class EngineCore:
             if self._data is not None and self._control is not None:
                 stack.push_async_callback(self._data.aclose)
                 stack.callback(_forget_all, self._control)
+                if self._leases is not None:
+                    stack.callback(self._leases.end_all)
             if self._tiering is not None:
                 stack.push_async_callback(self._tiering.aclose)
             await self._queue.wait_empty()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kvortex.engine.arguments import BlockHashes, BlockTables
 from kvortex.engine.core import EngineCore
+from kvortex.engine.leases import Lease
 from kvortex.errors import EngineStateError
 from kvortex.groups import KVGroup, Match
 from kvortex.layout import KVLayout, PagedCache
@@ -148,13 +149,21 @@ class SyncEngine:
         """As `KVortexEngine.wait_pinned`."""
         self._wait(self._engine.wait_pinned(), timeout_s)
 
+    def pin(self, hashes: BlockHashes, *, ttl_s: float) -> Lease:
+        """As `KVortexEngine.pin`."""
+        return self._wait(_on_loop(partial(self._engine.pin, hashes, ttl_s=ttl_s)), None)
+
+    def invalidate(self, hashes: BlockHashes, *, timeout_s: float | None = None) -> bool:
+        """As `KVortexEngine.invalidate`."""
+        return self._wait(self._engine.invalidate(hashes), timeout_s)
+
     def get_stats(self) -> StatsSnapshot:
         """As `KVortexEngine.get_stats`."""
         return self._engine.get_stats()
 
-    def clear(self) -> None:
-        """As `KVortexEngine.clear`."""
-        self._wait(_on_loop(self._engine.clear), None)
+    def clear(self, *, tiers: bool = False, timeout_s: float | None = None) -> bool:
+        """As `KVortexEngine.clear`; True if nothing that was to be forgotten may be left."""
+        return self._wait(_clear(self._engine, tiers), timeout_s)
 
     def wait_tier(self, *, timeout_s: float | None = None) -> bool:
         """As `KVortexEngine.wait_tier`."""
@@ -231,3 +240,10 @@ class SyncEngine:
 
 async def _on_loop(function: Callable[[], T]) -> T:
     return function()
+
+
+async def _clear(engine: EngineCore, tiers: bool) -> bool:
+    if tiers:
+        return await engine.clear(tiers=True)
+    engine.clear()
+    return True

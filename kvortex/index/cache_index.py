@@ -136,9 +136,9 @@ class CacheIndex:
         free      --reserve-->       pending
         pending   --commit-->        committed
         pending   --abort-->         ghost if a reason is given or the slot was a ghost before, else free
-        pending   --clear-->         orphaned   --commit, abort-->  free
+        pending   --clear, invalidate-->  orphaned   --commit, abort-->  free
         committed --pin, unpin-->    committed, with a count of pins
-        committed --evict, drop-->   ghost, if it is not pinned
+        committed --evict, drop, invalidate-->  ghost, if it is not pinned
         committed --clear-->         free, if it is not pinned
         committed --drop, clear-->   dropped, if it is pinned; `drop` puts a ghost in another slot
         dropped   --last unpin-->    free
@@ -146,11 +146,11 @@ class CacheIndex:
         ghost     --ring is full, clear-->  free
 
     A *ghost* is not a block any more: the slot keeps the key and the reason why the block is gone. A *dropped* block
-    cannot be found, but a reader still has it pinned. An *orphaned* reservation was made before a `clear`: its commit
-    does not make the block visible and returns the offset.
+    cannot be found, but a reader still has it pinned. An *orphaned* reservation was made before a `clear`, or before
+    its block was invalidated: its commit does not make the block visible and returns the offset.
 
-    The methods `commit`, `unpin`, `drop`, `evict` and `clear` return offsets. The caller then owns the extents at these
-    offsets and must free them. Each offset is returned exactly once.
+    The methods `commit`, `unpin`, `drop`, `invalidate`, `evict` and `clear` return offsets. The caller then owns the
+    extents at these offsets and must free them. Each offset is returned exactly once.
 
     A chain gets its place in the eviction order when it is reserved, not when its batches are committed one by one:
     otherwise the tail of a long save would be more recent than its head. So the policy holds reserved slots too. If an
@@ -280,8 +280,8 @@ class CacheIndex:
                 numbers and returns them.
 
         Returns:
-            Offsets of the blocks that did not become visible because of a `clear` after their reservation; usually
-            none.
+            Offsets of the blocks that did not become visible because of a `clear` or `invalidate` after their
+            reservation; usually none.
 
         Raises:
             EngineStateError: a slot is not reserved, or is named twice; nothing is committed.
@@ -386,6 +386,21 @@ class CacheIndex:
         keys = as_packed(keys)
         with self._lock:
             return self._drop(steps.committed_slots(*self._table[:2], keys), reason)
+
+    def invalidate(self, keys: Keys) -> Offsets:
+        """Remove blocks by their keys, and orphan their reservations, so that what is being stored is not seen either.
+
+        Returns:
+            Offsets that are free now. The last `unpin` of a pinned block returns its offset, and the commit of an
+            orphaned reservation the one that it was given.
+
+        Raises:
+            InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is removed.
+        """
+        keys = as_packed(keys)
+        with self._lock:
+            self._policy.remove(steps.orphan(self._table.rows, self._table.buckets, self._table.totals, keys))
+            return self._drop(steps.committed_slots(*self._table[:2], keys), MissReason.INVALIDATED)
 
     def drop_beyond(self, end: int, reason: MissReason) -> Offsets:
         """Remove every committed block whose extent ends after offset `end`, like `drop`."""

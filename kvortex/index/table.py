@@ -28,7 +28,7 @@ Offsets = NDArray[np.int64]
 # States of a slot. A reservation counts as one pin, so a slot is busy exactly while it has pins.
 FREE = np.uint8(0)
 PENDING = np.uint8(1)  # reserved: not visible yet
-ORPHANED = np.uint8(2)  # reserved before a `clear`: will never become visible
+ORPHANED = np.uint8(2)  # reserved before a `clear` or `orphan`: will never become visible
 COMMITTED = np.uint8(3)
 DROPPED = np.uint8(4)  # removed from the buckets, but still pinned
 GHOST = np.uint8(5)  # the block is gone; the slot keeps the key and the reason
@@ -46,6 +46,7 @@ MISS_REASONS = (
     MissReason.DEADLINE,
     MissReason.TOO_LOSSY,
     MissReason.NOT_FETCHED,
+    MissReason.INVALIDATED,
 )
 """The miss reasons; arrays hold positions in this tuple."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2
@@ -520,6 +521,24 @@ def drop(
             num_offsets += 1
         _retire(rows, buckets, ring, totals, slot, reason)
     return offsets[:num_offsets], gone[:num_gone]
+
+
+@njit(cache=True)
+def orphan(rows: Rows, buckets: Buckets, totals: Totals, keys: Keys) -> Slots:
+    """Orphan the reservations of these keys. Returns their slots, to take out of the eviction order."""
+    slots = np.empty(len(keys), np.int64)
+    length = 0
+    for i in range(len(keys)):
+        slot = np.int64(_find(rows, buckets, keys, i))
+        if slot < 0 or rows[slot].state != PENDING:
+            continue
+        rows[slot].state = ORPHANED
+        rows[slot].ring_at = -1
+        rows[slot].parked = 0
+        totals[REMOVED_BLOCKS] += 1
+        slots[length] = slot
+        length += 1
+    return slots[:length]
 
 
 @njit(cache=True)

@@ -30,5 +30,6 @@ def warm_up(eviction_policy: str = "lru") -> None:
     index.touch(keys[:1])
     index.drop(pinned, MissReason.CORRUPT)
     index.unpin(pinned)
+    index.invalidate(keys[1:2])
     index.evict(1)
     index.clear()

@@ -493,6 +493,12 @@ class ControlPlane:
         within: NDArray[np.bool_] = offsets + nbytes <= self.allocator.capacity_bytes
         return within
 
+    def invalidate(self, keys: NDArray[np.uint64]) -> None:
+        """Drop blocks, `uint64 [n, 4]`; those that are being stored will not be seen. As in `clear`, extents that are
+        pinned or in flight are freed when their transfers end.
+        """
+        self._remove(self.index.invalidate(keys))
+
     def clear(self) -> None:
         """Drop every block. Extents that are pinned or in flight are freed when their transfers end."""
         self._remove(self.index.clear())

@@ -49,7 +49,10 @@ class TieringFigures:
 
 @dataclass(frozen=True, slots=True)
 class PoolFigures:
-    """Occupancy of one memory pool. `fragmentation` is 1 - largest free range / free bytes, 0.0 when full."""
+    """Occupancy of one memory pool. `fragmentation` is 1 - largest free range / free bytes, 0.0 when full.
+
+    `pinned_bytes` are page-locked; `leased_bytes` belong to blocks that leases keep from eviction.
+    """
 
     name: str
     capacity_bytes: int
@@ -58,6 +61,7 @@ class PoolFigures:
     fragmentation: float
     num_extents: int
     pinned_bytes: int
+    leased_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,7 @@ def metrics_of(snapshot: StatsSnapshot) -> list[Metric]:
         ("pool_fragmentation", gauge, "0 is none.", [("", ls, p.fragmentation) for ls, p in pools]),
         ("pool_extents", gauge, "Extents in use.", [("", ls, p.num_extents) for ls, p in pools]),
         ("pool_pinned_bytes", gauge, "Page-locked bytes.", [("", ls, p.pinned_bytes) for ls, p in pools]),
+        ("pool_leased_bytes", gauge, "Bytes kept by leases.", [("", ls, p.leased_bytes) for ls, p in pools]),
     ]
 
 

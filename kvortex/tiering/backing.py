@@ -134,10 +134,15 @@ class BackingTier:
 
     async def delete(self, hashes: NDArray[np.uint64]) -> None:
         """Delete blocks, `uint64 [n, 4]`, from the tier in both encodings."""
+        await self.guard.delete(self._in_both_encodings(hashes))
+
+    async def delete_surely(self, hashes: NDArray[np.uint64]) -> bool:
+        """The same; False if the tier may have some of them still."""
+        return await self.guard.delete_surely(self._in_both_encodings(hashes))
+
+    def _in_both_encodings(self, hashes: NDArray[np.uint64]) -> list[bytes]:
         keys = split_keys(hashes)
-        if self.encodings.pack_any:
-            keys += split_keys(keys_as_is(hashes))
-        await self.guard.delete(keys)
+        return keys + split_keys(keys_as_is(hashes)) if self.encodings.pack_any else keys
 
     async def touch(self, hashes: NDArray[np.uint64], found: NDArray[np.int8], used_s: NDArray[np.float64]) -> None:
         """Count blocks as used.

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from kvortex.errors import KVortexError
 from kvortex.runtime.blocking import interpreter_ends
-from kvortex.tiers import Cause, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
+from kvortex.tiers import Cause, ReadOutcome, ReadRequest, StoredBlock, Tier, WriteOutcome, WriteRequest
 from kvortex.tiers.breaker import CircuitBreaker
 from kvortex.types import MissReason, SaveOutcome
 
@@ -17,6 +17,7 @@ GRACE_S: Final = 1.0
 """Seconds that a tier may take beyond the deadline it was given. After that the call is abandoned."""
 
 CLOSE_TIMEOUT_S: Final = 30.0
+DELETE_BATCH: Final = 1024
 
 Request = TypeVar("Request", ReadRequest, WriteRequest)
 Outcome = TypeVar("Outcome", ReadOutcome, WriteOutcome)
@@ -24,6 +25,15 @@ Result = TypeVar("Result")
 
 _UNREAD: Final = ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.IO_ERROR)
 _UNWRITTEN: Final = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR)
+
+
+async def _next_keys(stored: AsyncIterator[StoredBlock]) -> list[bytes]:
+    keys: list[bytes] = []
+    async for block in stored:
+        keys.append(block.key)
+        if len(keys) == DELETE_BATCH:
+            break
+    return keys
 
 
 class GuardedTier:
@@ -45,6 +55,11 @@ class GuardedTier:
         self.reads = CircuitBreaker(f"reads of the {tier.name} tier", clock)
         self.writes = CircuitBreaker(f"writes to the {tier.name} tier", clock)
         self._timeout_s = timeout_s
+
+    @property
+    def longest_call_s(self) -> float:
+        """Seconds after which a call is abandoned."""
+        return self._timeout_s + GRACE_S
 
     async def read(self, requests: Sequence[ReadRequest]) -> list[ReadOutcome]:
         """Read blocks. Returns outcomes in the order of the requests; an empty list if the tier has given none."""
@@ -70,6 +85,29 @@ class GuardedTier:
     async def delete(self, keys: Sequence[bytes]) -> None:
         """Delete blocks; failures are logged and counted only."""
         await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
+
+    async def delete_surely(self, keys: Sequence[bytes]) -> bool:
+        """Delete blocks, and ask the store about those that it does not say are gone; False if any may be left."""
+        deleted = await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
+        if deleted is None:
+            return False
+        doubtful = [key for key, is_gone in zip(keys, deleted, strict=True) if not is_gone]
+        if not doubtful:
+            return True
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        there = await self._call(self.reads, self.tier.contains(doubtful, deadline_s=self._timeout_s))
+        return there is not None and not any(there) and loop.time() - began_s < self._timeout_s
+
+    async def delete_all(self) -> bool:
+        """Delete every block of the namespace that is in the store now; False if any may be left."""
+        stored = self.tier.scan()
+        while True:
+            keys = await self._call(self.writes, _next_keys(stored))
+            if not keys:
+                return keys is not None
+            if not await self.delete_surely(keys):
+                return False
 
     async def touch(self, keys: Sequence[bytes], used_s: Sequence[float]) -> None:
         """Count blocks as used at these times, in seconds since the epoch."""
@@ -104,7 +142,7 @@ class GuardedTier:
         self, breaker: CircuitBreaker, call: Awaitable[Result], requests: Sequence[Any] = (), failure: Any = None
     ) -> Result | None:
         try:
-            async with asyncio.timeout(self._timeout_s + GRACE_S):
+            async with asyncio.timeout(self.longest_call_s):
                 return await call
         except TimeoutError:
             logger.warning("the %s tier does not keep its deadlines", self.tier.name)

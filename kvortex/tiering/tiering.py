@@ -174,6 +174,20 @@ class Tiering:
         if len(keys) and self.backing.state.usable and not self.backing.state.closing:
             self.backing.tasks.spawn(self.backing.delete(keys))
 
+    async def invalidate(self, keys: NDArray[np.uint64]) -> bool:
+        """Delete blocks, `uint64 [n, 4]`, from the tier, and those on their way to it; False if some may be left."""
+        settled = await self.writes.withdraw(set(split_keys(keys)))
+        return await self._becomes_usable() and await self.backing.delete_surely(keys) and settled
+
+    async def clear(self) -> bool:
+        """Delete every block of the namespace, and those on their way to the tier; False if some may be left."""
+        settled = await self.writes.withdraw()
+        return await self._becomes_usable() and await self.backing.guard.delete_all() and settled
+
+    async def _becomes_usable(self) -> bool:
+        await self.backing.state.wait_known()
+        return self.backing.state.usable and not self.backing.state.closing
+
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which blocks the tier is known to have; see `Fetches.known`."""
         return self.fetches.known(keys)

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -35,6 +35,15 @@ class _Demoted:
     used_s: float
 
 
+class _Moving:
+    """Writes of one block that the tier has not settled."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.settled = asyncio.get_running_loop().create_future()
+        self.is_withdrawn = False
+
+
 class WriteBehind:
     """A bounded queue of blocks for one tier, and the task that writes them.
 
@@ -52,6 +61,7 @@ class WriteBehind:
         self._demoted: deque[_Demoted] = deque()
         self._demoted_bytes = 0
         self._demoted_limit = int(DEMOTED_SHARE * backing.pool.bytes.size)
+        self._moving: dict[bytes, _Moving] = {}  # by block hash
         self._has_work = asyncio.Event()
         self._writing = 0
         self._idle = asyncio.Event()
@@ -129,6 +139,34 @@ class WriteBehind:
             self._free_demoted(self._demoted.popleft())
         self._note_idle()
 
+    async def withdraw(self, keys: Collection[bytes] | None = None) -> bool:
+        """Have no block waiting or in flight to the tier. What comes to be stored nevertheless is deleted then.
+
+        Args:
+            keys: block hashes; None for all.
+
+        Returns:
+            True once none of these blocks is in flight; False if that takes longer than a call of the tier may take.
+        """
+        for key in list(self._queue) if keys is None else keys:
+            self._queue.pop(key, None)
+        for _ in range(len(self._demoted)):
+            block = self._demoted.popleft()
+            if keys is None or block.key in keys:
+                self.demoted_blocks -= 1
+                self._free_demoted(block)
+            else:
+                self._demoted.append(block)
+        self._note_idle()
+        moving = [move for key, move in self._moving.items() if keys is None or key in keys]
+        for move in moving:
+            move.is_withdrawn = True
+        if not moving:
+            return True
+        settled = [move.settled for move in moving]
+        _, late = await asyncio.wait(settled, timeout=self._backing.guard.longest_call_s)
+        return not late
+
     def _note_idle(self) -> None:
         if not self._queue and not self._demoted and not self._writing:
             self._idle.set()
@@ -179,7 +217,7 @@ class WriteBehind:
         columns = (held.positions, held.slots, held.offsets, held.forms, held.digests)
         return [
             self._write_request(
-                key := keys[position], offset, form, digest, used_s[key], partial(self._queued_done, slot)
+                key := keys[position], offset, form, digest, used_s[key], partial(self._queued_done, key, slot)
             )
             for position, slot, offset, form, digest in zip(*(c.tolist() for c in columns), strict=True)
         ]
@@ -194,21 +232,32 @@ class WriteBehind:
         done: Callable[[WriteOutcome], None],
     ) -> WriteRequest:
         backing = self._backing
+        self._moving.setdefault(key, _Moving()).count += 1
         raw_nbytes, codec = backing.encodings.raw_nbytes(form), backing.encodings.codec_number(form)
         tier_key = backing.key_of(key, form)
         return WriteRequest(tier_key, backing.pool.payload(offset, form), digest, raw_nbytes, codec, done, used_s)
 
-    def _queued_done(self, slot: int, outcome: WriteOutcome) -> None:
+    def _queued_done(self, key: bytes, slot: int, outcome: WriteOutcome) -> None:
         self._backing.control.release(np.array([slot]))
-        self._count_write(outcome)
+        self._settled(key, outcome)
 
     def _demoted_done(self, block: _Demoted, outcome: WriteOutcome) -> None:
         self._free_demoted(block)
-        self._count_write(outcome)
+        self._settled(block.key, outcome)
 
     def _free_demoted(self, block: _Demoted) -> None:
         self._demoted_bytes -= block.nbytes
         self._backing.control.free(block.offset)
+
+    def _settled(self, key: bytes, outcome: WriteOutcome) -> None:
+        self._count_write(outcome)
+        move = self._moving[key]
+        move.count -= 1
+        if not move.count:
+            del self._moving[key]
+            move.settled.set_result(None)
+        if move.is_withdrawn and outcome.outcome.is_stored and not self._backing.state.closing:
+            self._backing.tasks.spawn(self._backing.delete(join_keys([key])))
 
     def _count_write(self, outcome: WriteOutcome) -> None:
         if outcome.outcome.is_stored:

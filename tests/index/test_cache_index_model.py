@@ -175,6 +175,28 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 expected.append(entry[0])
         assert freed.tolist() == expected
 
+    @rule(chain=chains)
+    def invalidate(self, chain: list[int]) -> None:
+        freed = self.index.invalidate(pack_keys([KEYS[k] for k in chain]))
+        expected = []
+        slots = {k: slot for slot, (k, orphaned) in self.reserved.items() if not orphaned}
+        for k in dict.fromkeys(chain):
+            if k in slots:
+                self.reserved[slots[k]] = (k, True)
+                self._forget_order(k)
+                self.ghosts.pop(k, None)
+                self.ring = [-1 if name == k else name for name in self.ring]
+        for k in dict.fromkeys(chain):
+            if (entry := self.committed.pop(k, None)) is None:
+                continue
+            self._remember(k, MissReason.INVALIDATED)
+            self._forget_order(k)
+            if entry[2]:
+                self.dropped.append(entry)
+            else:
+                expected.append(entry[0])
+        assert freed.tolist() == expected
+
     @rule(nbytes=st.integers(0, 12))
     def evict(self, nbytes: int) -> None:
         freed = self.index.evict(nbytes).offsets

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvortex import BlockHash, KVortexConfig, KVortexEngine
 from kvortex.hashing import Namespace
-from kvortex.index import table
+from kvortex.index import Reservation, table
 from kvortex.planes.control import FetchPlan, LoadPlan
 from kvortex.sched import HostExecutor, TransferExecutor
 from kvortex.tiering.keys import key_as_is
@@ -55,6 +56,8 @@ class Life:
         self._harm = harm
         self._complain = complain
         self._seen = -1
+        self._forgotten: Counter[bytes] = Counter()  # how often each block was
+        self._forgotten_before: dict[int, int] = {}  # slot -> how often its block was, when it was reserved
         common = KVortexConfig(transfer={"self_test": False}, pool={"numa_aware": False}, tier={"timeout_s": TIMEOUT_S})
         parts = Parts(wrap_executor=self._wrap, make_tier=self._make_tier)
         self.engine = KVortexEngine(common.replace(**scenario.settings), parts)
@@ -80,6 +83,8 @@ class Life:
         self.executor.watch(self.pool, self._cache, self.ledger, data.encodings.payloads)
         self._plan_fetch, control.plan_fetch = control.plan_fetch, self._watch_fetch  # type: ignore[method-assign]
         self._finish_load, control.finish_load = control.finish_load, self._watch_load  # type: ignore[method-assign]
+        self._reserve, control.index.reserve = control.index.reserve, self._watch_reserve  # type: ignore[method-assign]
+        self._forget, control.invalidate = control.invalidate, self._watch_forget  # type: ignore[method-assign]
         if self.store is None:
             self.store = Store(self._scenario.store_blocks * BLOCK_NBYTES, namespace=namespace.digest)
         names = {key: h for chain in chains() for h in chain for key in (h, key_as_is(h))}
@@ -105,6 +110,16 @@ class Life:
             span = [asyncio.get_running_loop().time(), np.inf]
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
         return plan
+
+    def _watch_reserve(self, keys: NDArray[np.uint64]) -> Reservation:
+        reservation = self._reserve(keys)
+        for key, slot in zip(keys, reservation.slots.tolist(), strict=True):
+            self._forgotten_before[slot] = self._forgotten[key.tobytes()]
+        return reservation
+
+    def _watch_forget(self, keys: NDArray[np.uint64]) -> None:
+        self._forgotten.update(key.tobytes() for key in keys)
+        self._forget(keys)
 
     def _watch_load(
         self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
@@ -140,6 +155,9 @@ class Life:
         sizes = np.array(self.encodings.payloads)[np.broadcast_to(forms, (len(slots),))]
         for slot, offset, nbytes, digest in zip(slots, offsets, sizes.tolist(), digests, strict=True):
             block_hash = rows[slot]["key"].tobytes()
+            is_visible = rows[slot]["state"] == table.COMMITTED and rows[slot]["offset"] == offset
+            if is_visible and self._forgotten_before[int(slot)] < self._forgotten[block_hash]:
+                self._complain(f"block {name_of(block_hash)} was forgotten while it was being stored, and is visible")
             if block_hash in self._harm.corrupted:
                 continue
             payload = self.pool[offset : offset + nbytes]
@@ -182,6 +200,7 @@ class Life:
             loads = [r for r in data._scheduler._unsettled if r.direction is Direction.LOAD]
             pinned = sum(len(r.offsets) for r in loads)
             pinned += 0 if tiering.is_exclusive else sum(not move.reads for move in moving)
+            pinned += sum(len(lease._slots) for lease in engine._leases.open) if engine._leases is not None else 0
             if int(pins[committed | (state == table.DROPPED)].sum()) != pinned:
                 complain(f"{int(pins[visible].sum())} pins for {pinned} blocks that move")
         self._check_bounds()

@@ -10,26 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.engine.leases import Leases
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import LoadFetch
 from kvortex.tiering.fetches import Fetches
 from kvortex.tiering.write_behind import WriteBehind
+from kvortex.types import MissReason
 from tests.simulation.run import run_seeds, run_side_by_side
 from tests.simulation.world import World
 
 SEEDS = 2000
 FEWEST = {
     "cancelled flush": 50,
+    "cancelled invalidate": 100,
     "cancelled load": 500,
     "cancelled prefetch": 200,
     "cancelled save": 500,
+    "clear True": 300,
     "demoted_blocks": 1000,
     "evicted": 10000,
     "failed_writes": 500,
     "fetched_blocks": 2000,
+    "invalidate True": 1000,
+    "leased": 2000,
     "load corrupt": 100,
     "load deadline": 1000,
     "load hit": 10000,
+    "load invalidated": 50,
     "load pending": 500,
     "load too_lossy": 20,
     "load transfer_failed": 200,
@@ -152,6 +159,32 @@ def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WriteBehind, "_count_write", twice)
 
 
+def what_is_on_its_way_is_not_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def withdraw(self: WriteBehind, keys: Any = None) -> bool:
+        return True
+
+    monkeypatch.setattr(WriteBehind, "withdraw", withdraw)
+
+
+def what_is_being_stored_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def invalidate(self: ControlPlane, keys: Any) -> None:
+        self._remove(self.index.drop_keys(keys, MissReason.INVALIDATED))
+
+    monkeypatch.setattr(ControlPlane, "invalidate", invalidate)
+
+
+def leases_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = Leases.pin
+
+    def pin_nothing(self: Leases, hashes: Any, ttl_s: float) -> Any:
+        lease = pin(self, hashes, ttl_s)
+        self._control.release(lease._slots)
+        lease._slots = lease._slots[:0]
+        return lease
+
+    monkeypatch.setattr(Leases, "pin", pin_nothing)
+
+
 @pytest.mark.leaves_extents
 @pytest.mark.parametrize(
     ("broken", "complaint"),
@@ -164,6 +197,9 @@ def writes_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         (what_is_wrong_is_loaded, "wrong bytes|can still be loaded"),
         (nobody_is_told_that_nothing_comes, "come to an end|waits for"),
         (writes_are_counted_twice, "counted"),
+        (what_is_on_its_way_is_not_withdrawn, "forgotten blocks are still in the tier"),
+        (what_is_being_stored_is_not_forgotten, "forgotten while it was being stored"),
+        (leases_keep_nothing, "have left the pool"),
     ],
 )
 def test_a_broken_engine_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: Patch, complaint: str) -> None:

@@ -70,6 +70,8 @@ class World:
         self._cache = backing.numpy().view(np.uint8).reshape(len(backing), BLOCK_NBYTES)
         self._save_spans: dict[bytes, list[list[float]]] = {}
         self._last_asked_s: dict[bytes, float] = {}  # by a load or a prefetch
+        self._invalidated: set[bytes] = set()
+        self._num_forgotten = 0  # calls that have taken blocks from the pool
         self._complaints: list[str] = []
         self._lives: list[Life] = []
         self._passes = 0
@@ -262,12 +264,13 @@ class World:
 
     async def _client(self, life: Life, number: int, dice: random.Random) -> None:
         mine = range(number * BLOCKS_EACH, (number + 1) * BLOCKS_EACH)
-        calls = [self._save, self._load, self._prefetch, self._look, self._flush, self._clear]
+        calls = [self._save, self._load, self._prefetch, self._look, self._flush, self._clear, self._pin]
+        calls += [self._invalidate, self._clear_tiers]
         with contextlib.suppress(EngineStateError):  # the engine has been shut down
             for _ in range(self.scenario.rounds):
                 if dice.random() < 0.3:
                     await asyncio.sleep(dice.choice((0.0, 0.001, 0.1)))
-                (call,) = dice.choices(calls, (35, 35, 12, 6, 4, 1))
+                (call,) = dice.choices(calls, (35, 35, 12, 6, 4, 1, 8, 3, 1))
                 chain = chains()[dice.randrange(CHAINS)]
                 start = dice.choice((0, 0, 0, 3))
                 hashes = list(chain[start : start + dice.randint(1, len(chain) - start)])
@@ -371,6 +374,7 @@ class World:
             MissReason.TOO_LOSSY: is_lossy(block_hash) and self.scenario.settings["codec"]["name"] != "raw",
             MissReason.DEADLINE: overdue or block_hash in self._harm.late,
             MissReason.NOT_FETCHED: block_hash in life.tier.said_there,
+            MissReason.INVALIDATED: block_hash in self._invalidated,
             MissReason.EVICTED: life.control.index.evicted_blocks > 0,
             MissReason.PENDING: bool(reads or saves),
         }
@@ -401,9 +405,59 @@ class World:
 
     async def _clear(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._note("clear")
+        self._num_forgotten += 1
         life.engine.clear()
         if len(life.control.index):
             self._complain("a cleared engine still has blocks")
+
+    async def _pin(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        ttl_s, before = dice.choice((0.01, 0.5, 2.0)), self._num_forgotten
+        lease = life.engine.pin(hashes, ttl_s=ttl_s)
+        self._note(f"lease of {lease.num_blocks} of {span_of(hashes)} for {ttl_s} s")
+        self.tally["leased"] += lease.num_blocks
+        await asyncio.sleep(dice.uniform(0.0, 0.9) * ttl_s)
+        leased = hashes[: lease.num_blocks]
+        is_lost = life.control.index.prefix_length(leased) < lease.num_blocks
+        if is_lost and before == self._num_forgotten and self._harm.corrupted.isdisjoint(leased) and not lease.is_over:
+            self._complain(f"leased blocks of {span_of(leased)} have left the pool")
+        if dice.random() < 0.5:
+            lease.release()
+
+    async def _invalidate(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._note(f"invalidate {span_of(hashes)}")
+        await self._forget(life, dice, "invalidate", partial(life.engine.invalidate, hashes), hashes)
+
+    async def _clear_tiers(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
+        self._note("clear all")
+        every = [block_hash for chain in chains()[:CHAINS] for block_hash in chain]
+        await self._forget(life, dice, "clear", partial(life.engine.clear, tiers=True), every)
+
+    async def _forget(
+        self,
+        life: Life,
+        dice: random.Random,
+        name: str,
+        call: Callable[[], Awaitable[Any]],
+        hashes: Sequence[BlockHash],
+    ) -> None:
+        """What was saved before is not found any more."""
+        began_s = self._loop.time()
+        self._num_forgotten += 1
+        self._invalidated.update(hashes)
+        is_sure = await self._perhaps_cancelled(dice, name, call, (), LONGEST_S)
+        self._num_forgotten += 1
+        self._note(f"{name} is {'done' if is_sure else 'not sure'}")
+        self.tally[f"{name} {is_sure}"] += 1
+        if is_sure is None or life.engine.is_shut_down:
+            return
+        now_s = self._loop.time()
+        spans = self._save_spans
+        old = [h for h in hashes if not any(s[0] <= now_s and s[1] >= began_s for s in spans.get(h, []))]
+        if life.control.index.contains_mask(pack_keys(old)).any():
+            self._complain(f"{name}: forgotten blocks are still in the pool")
+        earlier = any(other.tier.moving for other in self._lives if other is not life)
+        if is_sure and not earlier and not self.scenario.tier_faults.stale and life.tiering.known(pack_keys(old)).any():
+            self._complain(f"{name}: forgotten blocks are still in the tier")
 
     # -- the cache -------------------------------------------------------------------------------------
 
