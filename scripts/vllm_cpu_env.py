@@ -10,7 +10,8 @@ makes none. A venv has its own path written into it and cannot be renamed: a mar
 says that it is complete, and a half-made one is made again. A lock file keeps two runs apart.
 
 0.23.0 and 0.33.0 have no CPU build: their environments have the Python of their wheel above the packages of 0.32.0's
-environment. 0.33.0 takes the compiled operators of 0.32.0 and runs whole; of 0.23.0 only the scheduler runs.
+environment. 0.33.0 takes the compiled operators of 0.32.0 and runs whole; of 0.23.0 only the scheduler runs. Beside
+0.33.0 there are vLLM's own tests of its scheduler and connectors, from its source distribution, in ``vllm-tests``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -42,6 +45,20 @@ NUMPY = "numpy<2.5"
 PYTHON_ONLY = {"0.23.0": "0.32.0", "0.33.0": "0.32.0"}
 # Those of them that run on the other version's compiled operators. vLLM takes "+cpu" in its version for a CPU build.
 WITH_OPERATORS = ("0.33.0",)
+# Versions whose own tests are put beside their environments, and what of these.
+WITH_TESTS = ("0.33.0",)
+TESTS = ("tests/__init__.py", "tests/v1/__init__.py", "tests/v1/core/", "tests/v1/kv_connector/")
+# pip asks a source distribution's build backend for its metadata before it hands the archive over. This one stands in
+# for setuptools, so that nothing has to be installed or built for that.
+BUILD_BACKEND = """
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    metadata = Path(directory, "vllm-{version}.dist-info", "METADATA")
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\\nName: vllm\\nVersion: {version}\\n")
+    return metadata.parent.name
+"""
 # Shown for a failed pip: enough for a resolver's explanation.
 PIP_TAIL_LINES = 40
 
@@ -96,28 +113,38 @@ def python_of(env_dir: Path) -> Path:
     return env_dir / "bin" / "python"
 
 
+def tests_of(env_dir: Path) -> Path:
+    """The folder of vLLM's own tests; it is there when all of them are."""
+    return env_dir / "vllm-tests"
+
+
 def marker_of(env_dir: Path) -> Path:
     return env_dir / ".done"
 
 
 def ensure_environment(version: str, env_dir: Path) -> None:
     """Make the environment unless it is there. Raises `EnvError`; leaves no marker then."""
-    if marker_of(env_dir).exists():
+    if is_complete(version, env_dir):
         return
     env_dir.parent.mkdir(parents=True, exist_ok=True)
     if version in PYTHON_ONLY:
         ensure_environment(PYTHON_ONLY[version], environment_dir(PYTHON_ONLY[version]))
     with locked(env_dir.with_name(env_dir.name + ".lock")):
-        if marker_of(env_dir).exists():  # made by the run that held the lock
-            return
-        if env_dir.exists():
-            report(f"{env_dir} is incomplete: made again")
-            shutil.rmtree(env_dir)
-        if version in PYTHON_ONLY:
-            build_above(version, environment_dir(PYTHON_ONLY[version]), env_dir)
-        else:
-            build_environment(version, env_dir)
-        marker_of(env_dir).touch()
+        if not marker_of(env_dir).exists():  # it does if the run that held the lock has made it
+            if env_dir.exists():
+                report(f"{env_dir} is incomplete: made again")
+                shutil.rmtree(env_dir)
+            if version in PYTHON_ONLY:
+                build_above(version, environment_dir(PYTHON_ONLY[version]), env_dir)
+            else:
+                build_environment(version, env_dir)
+            marker_of(env_dir).touch()
+        if not is_complete(version, env_dir):
+            add_tests(version, env_dir)
+
+
+def is_complete(version: str, env_dir: Path) -> bool:
+    return marker_of(env_dir).exists() and (version not in WITH_TESTS or tests_of(env_dir).exists())
 
 
 @contextmanager
@@ -171,6 +198,25 @@ def build_above(version: str, base_dir: Path, env_dir: Path) -> None:
     (packages / "beneath.pth").write_text(f"{beneath}\n")
 
 
+def add_tests(version: str, env_dir: Path) -> None:
+    """Put vLLM's own tests from its source distribution beside an environment that lies above another one."""
+    report(f"  tests of vllm {version} ...")
+    with tempfile.TemporaryDirectory(dir=env_dir) as work:
+        backend, tests = Path(work, "backend"), Path(work, "tests")
+        (backend / "setuptools").mkdir(parents=True)
+        (backend / "setuptools" / "__init__.py").touch()
+        (backend / "setuptools" / "build_meta.py").write_text(BUILD_BACKEND.format(version=version))
+        pip = [str(python_of(environment_dir(PYTHON_ONLY[version]))), "-m", "pip", "--no-input"]
+        wanted = ["--no-deps", "--no-build-isolation", "--no-binary=vllm", "-d", work, f"vllm=={version}"]
+        run_step(f"pip download of vllm {version}'s source", [*pip, "download", *wanted], PYTHONPATH=str(backend))
+        (source,) = Path(work).glob("*.tar.gz")
+        top = source.name.removesuffix(".tar.gz")
+        with tarfile.open(source) as archive:
+            kept = [member for member in archive if member.name.removeprefix(f"{top}/").startswith(TESTS)]
+            archive.extractall(tests, kept, filter="data")
+        (tests / top).rename(tests_of(env_dir))
+
+
 def site_packages_of(env_dir: Path) -> Path:
     (found,) = (env_dir / "lib").glob("python*/site-packages")
     return found
@@ -188,9 +234,10 @@ def pip_install(env_dir: Path, title: str, arguments: list[str]) -> None:
     run_step(f"pip install of {title}", [*pip, "install", "--progress-bar", "off", *arguments])
 
 
-def run_step(title: str, command: list[str]) -> str:
+def run_step(title: str, command: list[str], **variables: str) -> str:
     """Run `command` and return its stdout. Raises `EnvError` with the end of its output."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = inherited | variables
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-PIP_TAIL_LINES:])

@@ -143,3 +143,4 @@ def test_every_test_function_is_collected_for_each_version() -> None:
         assert f"test_engine.py::test_a_conversation[{version}]" in names
     assert any(name.startswith("test_scheduler.py::") and name.endswith("[0.23.0]") for name in names)
     assert not any(name.startswith("test_engine.py::") and name.endswith("[0.23.0]") for name in names)
+    assert {name.split("[")[1] for name in names if name.startswith("test_vllms_own.py::")} == {"0.33.0]"}
