@@ -193,7 +193,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.when == "call" or not report.passed:
         figures = {
             name: sum(getattr(worker, name) for worker in WORKERS)
-            for name in ("num_steps", "num_saved", "num_loaded", "num_not_loaded")
+            for name in ("num_steps", "num_saved", "num_loaded", "num_not_loaded", "num_checked")
         }
         line = {"test": item.nodeid, "outcome": report.outcome, "reason": "", "raised_in": "", **figures}
         if report.skipped:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 from groups_support import EMPTY, NOTHING, Content, GroupWorkers, Memory, Work, chain_of
+from numpy.typing import NDArray
 from scheduler_harness import Layers, SchedulerHarness, Step
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,6 +23,7 @@ from kvortex.index import pack_keys
 from kvortex.vllm import KVortexConnector
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 from kvortex.vllm.scheduler.half import SchedulerHalf
+from kvortex.vllm.scheduler.jobs import SaveInFlight
 
 Told = tuple[int | None, bool]
 """What a test has a connector say of a request: tokens that it can load, and whether that is asynchronous."""
@@ -120,6 +122,7 @@ class Worker(GroupWorkers):
         num_saved: blocks saved.
         num_loaded: blocks loaded.
         num_not_loaded: blocks of loads that did not arrive.
+        num_checked: blocks of requests that were found in the pool at the end.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -127,7 +130,7 @@ class Worker(GroupWorkers):
         groups = [_layers_of(group) for group in scheduler.kv_cache_config.kv_cache_groups]
         super().__init__(cast(SchedulerHarness, Harness(scheduler)), groups, Random(0))
         self.memory: ServedMemory = ServedMemory(self.harness, groups, self.half._groups.ids)
-        self.num_steps = self.num_saved = self.num_loaded = self.num_not_loaded = 0
+        self.num_steps = self.num_saved = self.num_loaded = self.num_not_loaded = self.num_checked = 0
         self._steps: deque[tuple[Step, list[Work]]] = deque()
         self._planned: list[SaveJob] = []
         self._unfilled: set[int] = set()  # device blocks that the test says were not filled
@@ -144,23 +147,32 @@ class Worker(GroupWorkers):
 
     def store(self, request: Request, start: int, end: int) -> None:
         """Have the pool hold the blocks of these tokens of a request."""
-        half, chain = self.half, chain_of(request.all_token_ids)
-        for number, vllm_number in enumerate(half._groups.ids):
-            group = self.memory.groups[vllm_number]
-            blocks = range(start // group.block_size, end // group.block_size)
-            which = slice(blocks.start, blocks.stop)
-            if half._is_simple:
-                keys = pack_keys(half._keys.of(request, which))
-            else:
-                rules: Any = half._planners.rules
-                keys = rules._keys_of(SimpleNamespace(request=request, keys=None)).keys(number, which)
+        control = self.half._control
+        for number, vllm_number in enumerate(self.half._groups.ids):
+            size = self.memory.groups[vllm_number].block_size
+            blocks = slice(start // size, end // size)
+            keys, contents = self._keys(request, number)[blocks], self._contents(request, vllm_number)[blocks]
             groups = np.full(len(keys), number, np.uint8)
-            save = half._control.plan_save(keys, np.zeros(len(keys), np.int32), "save", groups=groups)
+            save = control.plan_save(keys, np.zeros(len(keys), np.int32), "save", groups=groups)
             for n, position in enumerate(save.positions.tolist()):
-                stop = (blocks[position] + 1) * group.block_size
-                first = stop - 1 if group.kind == "state" else stop - group.block_size
-                self._put(save.transfer, n, Content(vllm_number, tuple(chain[first:stop])))
-            half._control.finish_save(save, np.zeros(len(save.slots), np.uint64))
+                self._put(save.transfer, n, contents[position])
+            control.finish_save(save, np.zeros(len(save.slots), np.uint64))
+
+    def _keys(self, request: Request, number: int) -> NDArray[np.uint64]:
+        """Keys of a request's full blocks, `uint64 [n, 4]`."""
+        if self.half._is_simple:
+            return pack_keys(self.half._keys.of(request))
+        rules: Any = self.half._planners.rules
+        stride = rules._strides[number]
+        keys: NDArray[np.uint64] = rules._keys_of(SimpleNamespace(request=request, keys=None)).keys(number)
+        return keys[stride - 1 :: stride]
+
+    def _contents(self, request: Request, vllm_number: int) -> list[Content]:
+        """What these blocks hold."""
+        group, chain = self.memory.groups[vllm_number], chain_of(request.all_token_ids)
+        ends = range(group.block_size, len(chain) + 1, group.block_size)
+        length = 1 if group.kind == "state" else group.block_size
+        return [Content(vllm_number, tuple(chain[end - length : end])) for end in ends]
 
     @property
     def is_alone(self) -> bool:
@@ -235,11 +247,22 @@ class Worker(GroupWorkers):
         self._planned = []
 
     def check(self) -> None:
-        """The pool holds what its index and the jobs in flight say."""
+        """When the saves have ended that have begun, each block that a request would find is its own."""
+        self._read_all()
+        for outcome in self._saves():
+            self.half._take_outcome(outcome)
         control = self.half._control
-        plans = [job.plan for job in self.half._jobs if hasattr(job.plan, "states")]
+        plans = [job.plan for job in self.half._jobs if isinstance(job, SaveInFlight)]
         in_flight = sum(int(np.broadcast_to(plan.nbytes, len(plan.slots)).sum()) for plan in plans)
-        assert control.allocator.allocated_bytes == control.index.committed_bytes + in_flight
+        assert control.allocator.allocated_bytes == control.index.committed_bytes + in_flight, "the pool leaks"
+        for request in self.harness.requests.values() if self._knows_tokens else ():
+            for number, vllm_number in enumerate(self.half._groups.ids):
+                pins = control.index.hold(self._keys(request, number))
+                own = self._contents(request, vllm_number)
+                for position, offset in zip(np.flatnonzero(pins.slots >= 0), pins.offsets.tolist(), strict=True):
+                    assert self._at(offset) == own[position], f"block {position} of {request.request_id} is not its own"
+                self.num_checked += pins.num_hits
+                control.index.unpin(pins.hits)
 
 
 def _layers_of(group: Any) -> Layers:
