@@ -152,7 +152,7 @@ def put_workers_beside_schedulers() -> None:
         works = worker.begin(output)
         told = worker.tell(runner.kv_connector_output)
         answer = update(self, output, dataclasses.replace(runner, kv_connector_output=told))
-        worker.finish(works)
+        worker.finish(works, output, runner)
         return answer
 
     Scheduler.__init__ = __init__

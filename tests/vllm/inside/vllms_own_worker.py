@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec, SlidingWindowMLASpec, SlidingWindowSpec
-from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from kvortex.index import pack_keys
@@ -134,9 +134,9 @@ class Worker(GroupWorkers):
         self._steps: deque[tuple[Step, list[Work]]] = deque()
         self._planned: list[SaveJob] = []
         self._unfilled: set[int] = set()  # device blocks that the test says were not filled
-        # Steps with drafts are scheduled before it is known at which tokens they start.
+        # Steps with drafts may be scheduled before it is known where they start: a worker goes by its own count.
         has_drafts = scheduler.vllm_config.speculative_config is not None
-        self._knows_tokens = not (has_drafts and isinstance(scheduler, AsyncScheduler))
+        self._counts: dict[str, int] | None = {} if has_drafts and isinstance(scheduler, AsyncScheduler) else None
 
     @property
     def connector(self) -> TestedConnector:
@@ -203,8 +203,14 @@ class Worker(GroupWorkers):
                     self._wipe(load)
                 self.loads += plan.loads
                 self._planned += plan.saves
+            self._count_anew(step.output, of_step)
             if step.output is output:
                 return works
+
+    def _count_anew(self, output: SchedulerOutput, works: Iterable[Work]) -> None:
+        anew = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        if self._counts is not None:
+            self._counts |= {work.name: work.start for work in works if work.name in anew}
 
     def _read_all(self) -> None:
         for save in list(self.unread):
@@ -239,12 +245,22 @@ class Worker(GroupWorkers):
         self.num_not_loaded += len(self.bad)
         return self._load(job)
 
-    def finish(self, works: Iterable[Work]) -> None:
+    def finish(self, works: Iterable[Work], output: SchedulerOutput, runner: ModelRunnerOutput) -> None:
         """The forward of steps, of which the tokens are known now."""
-        for work in works if self._knows_tokens else ():
-            self.memory.compute(work)
+        for work in works:
+            self.memory.compute(work if self._counts is None else self._as_counted(work, self._counts, output, runner))
         self.unread += self._planned
         self._planned = []
+
+    def _as_counted(
+        self, work: Work, counts: dict[str, int], output: SchedulerOutput, runner: ModelRunnerOutput
+    ) -> Work:
+        start = counts[work.name]
+        end = start + work.end - work.start
+        sampled = runner.sampled_token_ids[runner.req_id_to_index[work.name]]
+        num_drafts = len(output.scheduled_spec_decode_tokens.get(work.name, ()))
+        counts[work.name] = end - (num_drafts + 1 - len(sampled) if sampled else 0)
+        return work._replace(start=start, end=end)
 
     def check(self) -> None:
         """When the saves have ended that have begun, each block that a request would find is its own."""
@@ -255,7 +271,7 @@ class Worker(GroupWorkers):
         plans = [job.plan for job in self.half._jobs if isinstance(job, SaveInFlight)]
         in_flight = sum(int(np.broadcast_to(plan.nbytes, len(plan.slots)).sum()) for plan in plans)
         assert control.allocator.allocated_bytes == control.index.committed_bytes + in_flight, "the pool leaks"
-        for request in self.harness.requests.values() if self._knows_tokens else ():
+        for request in self.harness.requests.values():
             for number, vllm_number in enumerate(self.half._groups.ids):
                 pins = control.index.hold(self._keys(request, number))
                 own = self._contents(request, vllm_number)
