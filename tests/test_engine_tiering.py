@@ -437,15 +437,15 @@ class CountingTier(LastingTier):
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(TIER_BYTES, namespace=namespace.digest)
-        self.asked = {"lookup": 0, "contains": 0, "read": 0, "write": 0}
+        self.asked = {"lookup": 0, "find": 0, "read": 0, "write": 0}
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         self.asked["lookup"] += 1
         return super().lookup(keys)
 
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
-        self.asked["contains"] += 1
-        return await super().contains(keys, deadline_s=deadline_s)
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
+        self.asked["find"] += 1
+        return await super().find(keys, deadline_s=deadline_s)
 
     async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
         self.asked["read"] += len(requests)
@@ -468,10 +468,10 @@ async def test_what_nobody_has_is_one_question() -> None:
         engine.register_kv_caches(cache, BLOCK_SIZE)
         assert await engine.wait_tier()
         assert (await engine.load_blocks(hashes, range(2048))).num_loaded == 0
-        assert tiers[0].asked == {"lookup": 1, "contains": 0, "read": 0, "write": 0}
+        assert tiers[0].asked == {"lookup": 1, "find": 0, "read": 0, "write": 0}
         assert not engine.check_blocks(hashes).any()
         assert await engine.prefetch(hashes) == 0
-        assert tiers[0].asked == {"lookup": 3, "contains": 0, "read": 0, "write": 0}
+        assert tiers[0].asked == {"lookup": 3, "find": 0, "read": 0, "write": 0}
 
 
 async def test_what_the_tier_has_is_not_offered_to_it_again() -> None:

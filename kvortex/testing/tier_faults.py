@@ -54,6 +54,7 @@ class FaultInjectingTier(Tier):
     ) -> None:
         self.name = inner.name
         self.outlives_process = inner.outlives_process
+        self.finds_more = inner.finds_more
         self._inner = inner
         self._fault_of = fault_of
         self._delay_s = delay_s
@@ -86,8 +87,8 @@ class FaultInjectingTier(Tier):
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         return self._inner.lookup(keys)
 
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
-        return await self._inner.contains(keys, deadline_s=deadline_s)
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
+        return await self._inner.find(keys, deadline_s=deadline_s)
 
     def scan(self) -> AsyncIterator[StoredBlock]:
         return self._inner.scan()

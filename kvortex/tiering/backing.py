@@ -119,13 +119,18 @@ class BackingTier:
         found = self.tier.lookup(split_keys(keys))
         return np.array(found, dtype=np.int64) > 0 if any(found) else np.zeros(len(keys), dtype=np.bool_)
 
+    @property
+    def asks_store(self) -> bool:
+        """True if the store may have blocks that are not known to be there."""
+        return self.tier.finds_more or not self.tier.stats().scan.complete
+
     async def ask_encodings(self, hashes: Sequence[bytes]) -> list[int]:
         """The same as `encodings_known`, from the store itself, for blocks that are not known to be there."""
-        usual = await self.guard.contains(hashes)
+        usual = await self.guard.find(hashes)
         found = [USUAL if there else NOT_KNOWN for there in usual]
         others = [i for i, encoding in enumerate(found) if encoding == NOT_KNOWN]
         if self.encodings.pack_any and others and not self.guard.reads.refuses:
-            as_is = await self.guard.contains([key_as_is(hashes[i]) for i in others])
+            as_is = await self.guard.find([key_as_is(hashes[i]) for i in others])
             for i, there in zip(others, as_is, strict=True):
                 found[i] = AS_IS if there else NOT_KNOWN
         return found

@@ -158,7 +158,7 @@ class Fetches:
         asks = not refuses
         if backing.state.usable and positions.size:
             found = backing.encodings_known(keys[positions])
-            asks = asks and not backing.tier.stats().scan.complete
+            asks = asks and backing.asks_store
         fetch.in_tier.update(positions[found != NOT_KNOWN].tolist())
         if refuses:
             found[:] = NOT_KNOWN
@@ -194,9 +194,9 @@ class Fetches:
         """Look up the blocks that calls have asked for while the tier was opening."""
         keys = list(self._unknown)
         found = self._backing.encodings_known(join_keys(keys)).tolist() if keys else []
-        complete = self._backing.tier.stats().scan.complete
+        is_final = not self._backing.asks_store
         self._queue_found(
-            [(key, encoding) for key, encoding in zip(keys, found, strict=True) if encoding != NOT_KNOWN or complete]
+            [(key, encoding) for key, encoding in zip(keys, found, strict=True) if encoding != NOT_KNOWN or is_final]
         )
         self._pump()
 

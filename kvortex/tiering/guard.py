@@ -69,13 +69,13 @@ class GuardedTier:
         """Write blocks. Returns outcomes in the order of the requests; an empty list if the tier has given none."""
         return await self._move(self.writes, self.tier.write, requests, _UNWRITTEN)
 
-    async def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """For each key whether the store itself has the block; False for all if it does not answer in time."""
+    async def find(self, keys: Sequence[bytes]) -> list[int]:
+        """What the store itself says of each key, as `Tier.find`; 0 for all if it does not answer in time."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        there = await self._call(self.reads, self.tier.contains(keys, deadline_s=self._timeout_s))
+        there = await self._call(self.reads, self.tier.find(keys, deadline_s=self._timeout_s))
         if there is None:
-            return [False] * len(keys)
+            return [0] * len(keys)
         if not any(there) and loop.time() - began_s >= self._timeout_s:
             self.reads.hung()
         else:
@@ -96,7 +96,7 @@ class GuardedTier:
             return True
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        there = await self._call(self.reads, self.tier.contains(doubtful, deadline_s=self._timeout_s))
+        there = await self._call(self.reads, self.tier.find(doubtful, deadline_s=self._timeout_s))
         return there is not None and not any(there) and loop.time() - began_s < self._timeout_s
 
     async def delete_all(self) -> bool:

@@ -11,10 +11,12 @@ from kvortex.tiers.base import (
     WriteOutcome,
     WriteRequest,
 )
+from kvortex.tiers.base_tier import BaseTier
 from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.memory import MemoryTier
 
 __all__ = [
+    "BaseTier",
     "Cause",
     "DiskTier",
     "DiskTierConfig",

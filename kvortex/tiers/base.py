@@ -37,7 +37,7 @@ settle. A block that is written in part never becomes visible.
 
 **Two ways to look up.** `lookup` is for the control plane: synchronous, from memory, without I/O, from any thread. It
 may miss a block that is there (another process wrote it, or the start-up scan has not reached it), and may report a
-block that is gone. `contains` asks the store itself. Neither guarantees that a read will succeed.
+block that is gone. `find` asks the store itself. Neither guarantees that a read will succeed.
 
 `kvortex.testing.tier_conformance` tests all of this; the tests of a new tier subclass it.
 """
@@ -232,6 +232,10 @@ class Tier(ABC):
     outlives_process: bool = True
     """True if blocks may come from, or go to, other processes: then the namespace has to name the model."""
 
+    finds_more: bool = False
+    """True if others write to the store all the time: `find` may know blocks that `lookup` does not, even after the
+    scan. Loads ask it then."""
+
     # -- life ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -274,8 +278,8 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
-        """For each key whether the store itself has the block; False also if it could not be found out in time."""
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
+        """The same as `lookup`, from the store itself; 0 also if it could not be found out in time."""
 
     @abstractmethod
     def scan(self) -> AsyncIterator[StoredBlock]:

@@ -80,9 +80,9 @@ class MemoryTier(Tier):
         get = self._kept.get
         return [kept.payload.size if (kept := get(key)) is not None else 0 for key in keys]
 
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         self._check(keys)
-        return [key in self._kept for key in keys]
+        return self.lookup(keys)
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())

@@ -133,9 +133,9 @@ class SimulatedTier(Tier):
             return nbytes
         return 0 if nbytes else self._dice.choice((0, 1024))
 
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         await asyncio.sleep(self._dice.uniform(0, SHORT_S))
-        there = await self._store.contains(keys)
+        there = await self._store.find(keys)
         self.said_there.update(self._hash_of(key) for key, is_there in zip(keys, there, strict=True) if is_there)
         return there
 

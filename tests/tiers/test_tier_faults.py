@@ -75,7 +75,7 @@ async def test_a_cancelled_caller_of_a_hung_block(tmp_path: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert settled == []
-        assert await tier.contains([key_of(0)]) == [False]
+        assert await tier.find([key_of(0)]) == [0]
         tier.release()
         await until(lambda: settled == [WriteOutcome(SaveOutcome.STORED)])
 
@@ -91,7 +91,7 @@ async def test_a_refused_write(fault: TierFault, outcome: SaveOutcome, cause: Ca
     async with faulty(Direction.SAVE, fault) as tier:
         (refused,) = await tier.write([write_request(0)])
         assert (refused.outcome, refused.cause) == (outcome, cause)
-        assert await tier.contains([key_of(0)]) == [False]
+        assert await tier.find([key_of(0)]) == [0]
         assert (await tier.write([write_request(0)]))[0].outcome is SaveOutcome.STORED
 
 
@@ -114,7 +114,7 @@ async def test_a_lying_read_differs_from_its_digest() -> None:
 async def test_a_lying_write_keeps_nothing() -> None:
     async with faulty(Direction.SAVE, TierFault.LIE) as tier:
         assert (await tier.write([write_request(0)]))[0].outcome is SaveOutcome.STORED
-        assert await tier.contains([key_of(0)]) == [False]
+        assert await tier.find([key_of(0)]) == [0]
 
 
 async def test_short_reads_and_writes() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from kvortex.testing.tier_conformance import NAMESPACE, NBYTES, key_of, read_request, write_request
 from kvortex.tiers import MemoryTier, Tier, WriteRequest
-from kvortex.tiers.disk.index import Admission, DiskIndex
 from kvortex.tiers.frame import frame_bytes
+from kvortex.tiers.store_index import Admission, StoreIndex
 from kvortex.tiers.uses import UseClock
 from kvortex.types import SaveOutcome
 from tests.tiers.disk_support import disk_tier, file_of, read_one
@@ -133,7 +133,7 @@ def test_a_clock_that_is_set_back_changes_no_order(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_order_of_use_keeps_no_more_than_it_needs() -> None:
-    index, clock = DiskIndex(4 * FRAME), UseClock()
+    index, clock = StoreIndex(4 * FRAME), UseClock()
     for number in range(1000):
         key = key_of(number % 5)
         admission, victims = index.reserve(key, FRAME, clock.now())

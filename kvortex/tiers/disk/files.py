@@ -13,37 +13,20 @@ from numpy.typing import NDArray
 
 from kvortex.config import DiskTierConfig
 from kvortex.tiers.base import Cause
+from kvortex.tiers.causes import cause_of
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.disk.direct import DirectIO, Scratch, read_fully
 from kvortex.tiers.disk.directories import directory
-from kvortex.tiers.disk.index import DiskIndex, IndexedBlock, Victims
 from kvortex.tiers.disk.layout import DiskLayout, name_of
 from kvortex.tiers.disk.os_calls import OsCalls
 from kvortex.tiers.disk.scan import ScanPart, read_part
 from kvortex.tiers.frame import HEADER_BYTES, FrameHeader, decode_header
 from kvortex.tiers.payload import address_of
+from kvortex.tiers.store_index import IndexedBlock, StoreIndex, Victims
 from kvortex.types import BLOCK_HASH_BYTES
-
-_CAUSES: Final = {
-    errno.ENOENT: Cause.ABSENT,
-    errno.ENOTDIR: Cause.ABSENT,
-    errno.ENOSPC: Cause.NO_SPACE,
-    errno.EDQUOT: Cause.NO_SPACE,
-    errno.EFBIG: Cause.NO_SPACE,
-    errno.EMFILE: Cause.OPEN_FILES,
-    errno.ENFILE: Cause.OPEN_FILES,
-    errno.EACCES: Cause.PERMISSION,
-    errno.EPERM: Cause.PERMISSION,
-    errno.EROFS: Cause.READ_ONLY,
-}
 
 _EVICTION_ATTEMPTS: Final = 8
 _USED_ELSEWHERE_S: Final = 1.0  # coarser than the timestamps of every file system
-
-
-def cause_of(error: OSError) -> Cause:
-    """Our cause for an error of the system, from the only table of these."""
-    return _CAUSES.get(error.errno or 0, Cause.IO_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +46,7 @@ class DiskFiles:
     layout: DiskLayout
     config: DiskTierConfig
     direct: DirectIO
-    index: DiskIndex
+    index: StoreIndex
     counters: TierCounters
     calls: OsCalls
     scratch: Scratch = field(default_factory=Scratch)
@@ -104,8 +87,8 @@ class DiskFiles:
         with self.directory_of(key) as fd:
             return self.calls.open(name_of(key), os.O_RDONLY | self.direct.flags, dir_fd=fd)
 
-    def look_for(self, key: bytes) -> bool:
-        """Look for a file in the file system, and update the index; False also on an error, which is counted."""
+    def look_for(self, key: bytes) -> int:
+        """The length of a file in bytes; updates the index. 0 also on an error, which is counted."""
         known = self.index.get(key)
         with self.index.watching() as removed:
             try:
@@ -116,9 +99,9 @@ class DiskFiles:
                     self.index.discard(key, known)
                 else:
                     self.counters.record_cause(cause)
-                return False
+                return 0
             self.index.merge([(key, self.seen(status.st_size, status.st_mtime))], removed)
-            return True
+            return int(status.st_size)
 
     def delete(self, key: bytes) -> bool:
         """Remove the file; True if it was there and is gone. A block that is being written is not there yet."""

@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, as_bytes
+from kvortex.tiers.causes import cause_of
 from kvortex.tiers.disk.direct import read_fully
-from kvortex.tiers.disk.files import DiskFiles, cause_of
-from kvortex.tiers.disk.index import IndexedBlock
+from kvortex.tiers.disk.files import DiskFiles
 from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES, FrameHeader, frame_bytes, padded
 from kvortex.tiers.payload import copy_payload, payload_digest
+from kvortex.tiers.store_index import IndexedBlock
 from kvortex.types import MissReason
 
 

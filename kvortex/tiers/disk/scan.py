@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvortex.tiers.disk.directories import directory, names_in
-from kvortex.tiers.disk.index import IndexedBlock
 from kvortex.tiers.disk.layout import DiskLayout, is_fan_out_name, is_namespace_name, key_of
 from kvortex.tiers.disk.os_calls import OsCalls
+from kvortex.tiers.store_index import IndexedBlock
 
 
 @dataclass(frozen=True, slots=True)

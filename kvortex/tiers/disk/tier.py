@@ -29,7 +29,6 @@ from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.disk.direct import BUFFERED, DirectIO, probe
 from kvortex.tiers.disk.directories import check_owned, make_directories
 from kvortex.tiers.disk.files import DiskFiles
-from kvortex.tiers.disk.index import DiskIndex
 from kvortex.tiers.disk.layout import DiskLayout
 from kvortex.tiers.disk.os_calls import OsCalls
 from kvortex.tiers.disk.reader import DiskReader
@@ -39,6 +38,7 @@ from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.disk.writer import DiskWriter
 from kvortex.tiers.frame import HEADER_BYTES
 from kvortex.tiers.payload import warm_up
+from kvortex.tiers.store_index import StoreIndex
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DiskTier(Tier):
     """Blocks of one namespace under `config.path`.
 
     It opens at once, and scans the directory in the background. Until the scan is complete `lookup` knows only blocks
-    that this process wrote or read, and those that the scan has reached; `contains` and `read` ask the file system.
+    that this process wrote or read, and those that the scan has reached; `find` and `read` ask the file system.
 
     Args:
         config: directory, capacity and other settings.
@@ -72,7 +72,7 @@ class DiskTier(Tier):
         self._config = config
         self._calls = calls or OsCalls()
         self._layout = DiskLayout(config.path, namespace)
-        self._index = DiskIndex(config.capacity_bytes)
+        self._index = StoreIndex(config.capacity_bytes)
         self._counters = TierCounters()
         self._temp = TempSpace(self._layout.temp, self._calls)
         self._direct = BUFFERED
@@ -150,16 +150,16 @@ class DiskTier(Tier):
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         stored = self._index.stored_bytes(keys)
-        return [max(0, nbytes - HEADER_BYTES) if nbytes else 0 for nbytes in stored] if any(stored) else stored
+        return [_room_for(nbytes) for nbytes in stored] if any(stored) else stored
 
-    async def contains(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         self._check(keys)
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._on_thread(_each, self._files.look_for, keys)
+                return [_room_for(nbytes) for nbytes in await self._on_thread(_each, self._files.look_for, keys)]
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
-            return [False] * len(keys)
+            return [0] * len(keys)
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
@@ -299,8 +299,13 @@ class DiskTier(Tier):
         return result
 
 
-def _each(function: Callable[[bytes], bool], keys: Sequence[bytes]) -> list[bool]:
+def _each(function: Callable[[bytes], Result], keys: Sequence[bytes]) -> list[Result]:
     return [function(key) for key in keys]
+
+
+def _room_for(file_nbytes: int) -> int:
+    """Bytes of a buffer that is large enough for the block in a file of this length; 0 if there is none."""
+    return max(file_nbytes - HEADER_BYTES, 0)
 
 
 def _unread(cause: Cause, settled: bool) -> ReadOutcome:

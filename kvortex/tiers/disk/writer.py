@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.tiers.base import Cause, WriteOutcome, WriteRequest, as_bytes
+from kvortex.tiers.causes import cause_of
 from kvortex.tiers.disk.direct import write_fully
 from kvortex.tiers.disk.directories import directory, make_directories
-from kvortex.tiers.disk.files import DiskFiles, cause_of
-from kvortex.tiers.disk.index import Admission, Victims
+from kvortex.tiers.disk.files import DiskFiles
 from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.frame import ALIGNMENT_BYTES, FrameHeader, encode_header, frame_bytes, padded
 from kvortex.tiers.payload import copy_payload
+from kvortex.tiers.store_index import Admission, Victims
 from kvortex.types import SaveOutcome
 
 _STORED: Final = WriteOutcome(SaveOutcome.STORED)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.testing.tier_conformance import key_of
-from kvortex.tiers.disk.index import Admission, DiskIndex, IndexedBlock
+from kvortex.tiers.store_index import Admission, IndexedBlock, StoreIndex
 
 CAPACITY = 10
 
@@ -18,7 +18,7 @@ def indexed(nbytes: int = 1, last_use_s: float = 0.0, namespace: str = "ns") -> 
     return IndexedBlock(namespace, nbytes, last_use_s, last_use_s)
 
 
-def store(index: DiskIndex, key: bytes, nbytes: int = 1) -> list[bytes]:
+def store(index: StoreIndex, key: bytes, nbytes: int = 1) -> list[bytes]:
     """Write a block whole; the evicted keys."""
     admission, victims = index.reserve(key, nbytes)
     assert admission is Admission.RESERVED
@@ -35,7 +35,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_the_index_is_an_lru_of_bytes(steps: list[tuple[str, int, int]]) -> None:
-    index, model = DiskIndex(CAPACITY), dict[bytes, int]()  # a dict keeps the order of insertion
+    index, model = StoreIndex(CAPACITY), dict[bytes, int]()  # a dict keeps the order of insertion
     for kind, number, nbytes in steps:
         key = key_of(number)
         if kind == "write" and key not in model:
@@ -66,7 +66,7 @@ def test_the_index_is_an_lru_of_bytes(steps: list[tuple[str, int, int]]) -> None
 
 
 def test_a_key_has_one_owner() -> None:
-    index = DiskIndex(CAPACITY)
+    index = StoreIndex(CAPACITY)
     store(index, key_of(0))
     [(victim, block)] = index.evict(1)
     assert victim == key_of(0)
@@ -81,7 +81,7 @@ def test_a_key_has_one_owner() -> None:
 
 
 def test_what_is_being_written_is_not_there_yet() -> None:
-    index = DiskIndex(CAPACITY)
+    index = StoreIndex(CAPACITY)
     assert index.reserve(key_of(0), 4)[0] is Admission.RESERVED
     assert index.stored_bytes([key_of(0)]) == [0]
     assert index.used_bytes == 4
@@ -93,7 +93,7 @@ def test_what_is_being_written_is_not_there_yet() -> None:
 
 
 def test_what_was_removed_since_it_was_seen_does_not_come_back() -> None:
-    index = DiskIndex(CAPACITY)
+    index = StoreIndex(CAPACITY)
     store(index, key_of(0))
     with index.watching() as early, index.watching() as other:
         assert index.claim(key_of(0))
@@ -108,7 +108,7 @@ def test_what_was_removed_since_it_was_seen_does_not_come_back() -> None:
 
 
 def test_a_missing_file_is_not_held_against_its_successor() -> None:
-    index = DiskIndex(CAPACITY)
+    index = StoreIndex(CAPACITY)
     store(index, key_of(0))
     known = index.get(key_of(0))
     index.claim(key_of(0))
@@ -121,7 +121,7 @@ def test_a_missing_file_is_not_held_against_its_successor() -> None:
 
 
 def test_a_scan_sorts_by_last_use_and_drops_what_it_does_not_see() -> None:
-    index = DiskIndex(100)
+    index = StoreIndex(100)
     index.begin_scan()
     index.merge([(key_of(n), indexed(last_use_s=time)) for n, time in enumerate((3.0, 1.0, 2.0))], set())
     index.end_scan()
@@ -139,7 +139,7 @@ def test_a_scan_sorts_by_last_use_and_drops_what_it_does_not_see() -> None:
 
 
 def test_a_file_that_changed_its_length_is_counted_anew() -> None:
-    index = DiskIndex(100)
+    index = StoreIndex(100)
     store(index, key_of(0), 3)
     index.merge([(key_of(0), indexed(5))], set())
     assert index.stored_bytes([key_of(0)]) == [5]
@@ -147,7 +147,7 @@ def test_a_file_that_changed_its_length_is_counted_anew() -> None:
 
 
 def test_use_asks_for_a_touch_once_an_interval() -> None:
-    index = DiskIndex(100)
+    index = StoreIndex(100)
     index.merge([(key_of(0), indexed(last_use_s=time.time() - 100))], set())
     assert index.use(key_of(0), indexed(), set(), 60.0)
     assert not index.use(key_of(0), indexed(), set(), 60.0)
@@ -155,7 +155,7 @@ def test_use_asks_for_a_touch_once_an_interval() -> None:
 
 @pytest.mark.parametrize("num_threads", [4])
 def test_threads_leave_the_books_balanced(num_threads: int) -> None:
-    index = DiskIndex(CAPACITY)
+    index = StoreIndex(CAPACITY)
     files: set[bytes] = set()
 
     def work(seed: int) -> None:

@@ -1,4 +1,7 @@
-"""The index of the disk tier: the files that this process knows of, and the order in which they are evicted."""
+"""The index of a store: the blocks in it that this process knows of, and the order in which they are evicted.
+
+It speaks of files, which may be objects as well.
+"""
 
 import contextlib
 import heapq
@@ -23,7 +26,7 @@ class IndexedBlock:
 
 
 class Admission(Enum):
-    """The answer of `DiskIndex.reserve`."""
+    """The answer of `StoreIndex.reserve`."""
 
     RESERVED = auto()
     STORED = auto()
@@ -38,7 +41,7 @@ _STALE_SLACK = 64
 """The heap is built again when it has more entries than factor times the number of blocks, plus slack."""
 
 
-class DiskIndex:
+class StoreIndex:
     """Key -> file, within `capacity_bytes`; evicts the least recently used. Thread-safe; look-ups take no lock.
 
     The writer of a block states the time at which it counts as used. The block evicts no blocks that were used after
@@ -78,6 +81,10 @@ class DiskIndex:
     def get(self, key: bytes) -> IndexedBlock | None:
         """The entry of a block, which may change; two calls that return the same object saw the same file."""
         return self._blocks.get(key)
+
+    def blocks(self) -> list[tuple[bytes, IndexedBlock]]:
+        """All known blocks, with their keys."""
+        return list(self._blocks.items())
 
     @property
     def used_bytes(self) -> int:
