@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from kvortex.config.fields import changed_fields, conform, from_text, hints_of, nearest, section_fields
+from kvortex.config.fields import changed_fields, conform, from_text, hints_of, nearest, require, section_fields
 from kvortex.config.renamed import RENAMED, warn_of_old_name
 from kvortex.config.sections import (
     CodecConfig,
@@ -44,7 +44,7 @@ class KVortexConfig:
         eviction: which blocks are evicted from a full pool; a plain name sets `policy`.
         transfer: how blocks move between the paged cache and the pool.
         codec: how blocks are encoded; a plain name sets `name`.
-        tier: what is written to a lower tier, and how long calls wait for it.
+        tier: a lower tier by its URL, what is written to it, and how long calls wait for it; a plain URL sets `url`.
         disk: the disk below the pool; a plain path sets `path`. It needs the model's name in `identity`.
         identity: model, weights revision and ranks.
         renamed: settings under their old names, such as `cpu_pool_bytes`; they override the others, with a
@@ -78,6 +78,10 @@ class KVortexConfig:
         for name, value in zip(SECTIONS, given, strict=True):
             object.__setattr__(self, name, value)
         conform(self)
+        require(
+            not (self.tier.url and self.disk.path),
+            f"there is one lower tier: give tier.url ({self.tier.url}) or disk.path ({self.disk.path}), not both",
+        )
         _require_settings(renamed)
         for old, value in renamed.items():
             section, name = RENAMED[old]
@@ -96,6 +100,11 @@ class KVortexConfig:
         changes = {name: changed_fields(getattr(self, name)) for name in SECTIONS}
         shown = {name: _short(values, SECTIONS[name]) for name, values in changes.items() if values}
         return f"KVortexConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def lower_tier(self) -> str:
+        """The URL or the directory of the lower tier; empty if there is none."""
+        return self.tier.url or str(self.disk.path)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed. Settings that a section's mapping or plain value does not name are kept.

@@ -81,7 +81,7 @@ def conform(settings: Any, *, prefix: str = "", paths: Iterable[str] = ()) -> No
     for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
         shown = prefix + name
-        held = _path(shown, value) if name in paths else _conformed(shown, value, hint)
+        held = _path(shown, value) if name in paths else conformed(shown, value, hint)
         if held is not value:
             object.__setattr__(settings, name, held)
 
@@ -152,7 +152,12 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _conformed(name: str, value: Any, hint: Any) -> Any:
+def conformed(name: str, value: Any, hint: Any) -> Any:
+    """A value as its type, as `conform` does with each field.
+
+    Raises:
+        ConfigError: it has the wrong type; the message has its name.
+    """
     kind, is_optional = _without_none(hint)
     if value is None and is_optional:
         return None

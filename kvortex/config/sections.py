@@ -168,9 +168,11 @@ class CodecConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TierConfig(Section):
-    """What is written to the lower tier, and how long calls wait for it; for any kind of tier.
+    """Which lower tier there is, what is written to it, and how long calls wait for it. A plain URL sets `url`.
 
     Args:
+        url: the lower tier, such as "disk:///var/cache/kvortex?capacity_bytes=500GiB"; empty for that of `disk`, or for
+            none. Other packages may add schemes, see docs/own-tier.md.
         inclusion: "inclusive" writes blocks to the lower tier after they are saved; "exclusive" writes them when they
             are evicted, and deletes them from the tier when they come back.
         admission: "always", or "second_touch", which writes only blocks that are requested again and spares the device.
@@ -183,7 +185,9 @@ class TierConfig(Section):
     """
 
     section: ClassVar[str] = "tier"
+    plain: ClassVar[str] = "url"
 
+    url: str = ""
     inclusion: str = "inclusive"
     admission: str = "always"
     queue_blocks: int = 4096

@@ -19,7 +19,7 @@ from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
 from kvortex.tiering.write_behind import WriteBehind
-from kvortex.tiers import DiskTier, Tier
+from kvortex.tiers import DiskTier, Tier, tier_from_url
 from kvortex.types import MissReason
 
 logger = logging.getLogger(__name__)
@@ -253,6 +253,8 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
     Raises:
         ConfigError: the settings of the tier are invalid.
     """
+    if config.tier.url:
+        return tier_from_url(config.tier.url, namespace.digest)
     if not config.disk.path:
         return None
     return DiskTier(config.disk, namespace=namespace.digest)

@@ -14,6 +14,7 @@ from kvortex.tiers.base import (
 from kvortex.tiers.base_tier import BaseTier
 from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.memory import MemoryTier
+from kvortex.tiers.urls import TierUrl, tier_from_url
 
 __all__ = [
     "BaseTier",
@@ -27,6 +28,8 @@ __all__ = [
     "StoredBlock",
     "Tier",
     "TierStats",
+    "TierUrl",
     "WriteOutcome",
     "WriteRequest",
+    "tier_from_url",
 ]

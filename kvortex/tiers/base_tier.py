@@ -80,6 +80,8 @@ class BaseTier(Tier):
     """Objects that are read or written at a time."""
     lists_objects: ClassVar[bool] = True
     """False if the store cannot tell what it has: `list_objects` is not called then."""
+    rescan_s: ClassVar[float | None] = 300.0
+    """Seconds between two listings: so this process learns what others have stored and deleted. None lists once."""
 
     def __init__(self, *, namespace: bytes, capacity_bytes: int | None = None) -> None:
         if capacity_bytes is not None and capacity_bytes < 1:
@@ -147,7 +149,7 @@ class BaseTier(Tier):
                 raise
             self._is_open = True
             if self.lists_objects:
-                self._scan_task = asyncio.create_task(self._scan_all(), name=f"kvortex-{self.name}-scan")
+                self._scan_task = asyncio.create_task(self._keep_scanning(), name=f"kvortex-{self.name}-scan")
             else:
                 self._scanned.set()
 
@@ -206,20 +208,30 @@ class BaseTier(Tier):
             if (key := _key_in(name, prefix)) is not None:
                 yield StoredBlock(key, nbytes, last_use_s)
 
-    async def _scan_all(self) -> None:
+    async def _keep_scanning(self) -> None:
+        while True:
+            await self._scan_once()
+            self._scanned.set()
+            if self.rescan_s is None:
+                return
+            await asyncio.sleep(self.rescan_s)
+
+    async def _scan_once(self) -> None:
         count = 0
+        self._index.begin_scan()
         try:
             with self._index.watching() as removed:
                 async for block in self.scan():
                     count += 1
                     self._index.merge([(block.key, _seen(block.stored_bytes, block.last_use_s))], removed)
-                    self._progress = ScanProgress(0, 1, count, complete=False)
+                    if not self._progress.complete:
+                        self._progress = ScanProgress(0, 1, count, complete=False)
+            self._index.end_scan()
         except Exception as error:  # whatever the store raises
             self._failed(error)
             logger.debug("the %s tier cannot tell what it has", self.name, exc_info=error)
         else:
             self._progress = ScanProgress(1, 1, count, complete=True)
-        self._scanned.set()
 
     # -- moving ----------------------------------------------------------------------------------------
 

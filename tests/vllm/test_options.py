@@ -70,9 +70,11 @@ def test_names_from_before_the_sections_are_read_with_a_warning() -> None:
 def test_every_setting_either_has_an_effect_or_is_refused() -> None:
     text = "".join(path.read_text() for path in OF_THE_CONNECTOR if path.name != "options.py")
     on_disk = "".join(path.read_text() for path in PACKAGE.glob("tiers/disk/*.py"))
-    assert "DiskTier(config.disk," in (PACKAGE / "tiering" / "tiering.py").read_text()
+    tiering = (PACKAGE / "tiering" / "tiering.py").read_text()
+    assert "DiskTier(config.disk," in tiering
     settings = {f"{section}.{name}" for section, kind in SECTIONS.items() for name in hints_of(kind)}
     settings -= {name for name in settings if name.startswith("identity.")}  # all of it, or refused: see above
     read = {name for name in settings if re.search(rf"\b{re.escape(name)}\b", text)}
     read |= {name for name in settings if re.search(rf"\b_?config\.{name.removeprefix('disk.')}\b", on_disk)}
+    read |= {"tier.url"} if "tier_from_url(config.tier.url," in tiering else set()
     assert read == settings - set(WITHOUT_MEANING)

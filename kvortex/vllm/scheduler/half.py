@@ -203,8 +203,8 @@ class SchedulerHalf:
         if self._made is not None:
             self._make_planners()
         self._ready = True
-        disk = f"disk at {self._options.engine.disk.path}" if self._tier is not None else "no disk"
-        logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), disk)
+        tier = self._options.engine.lower_tier if self._tier is not None else "no lower tier"
+        logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), tier)
 
     def _plan_with(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):

@@ -114,7 +114,7 @@ class WorkerHalf:
             raise
         self._thread = thread
         self._share = share
-        if self._options.engine.disk.path:
+        if self._options.engine.lower_tier:
             self._open_mover(self._data, thread)
         placed = RankPlaces(self._places, share, here)
         self._jobs = JobRunner(self._data, thread.loop, share, placed, self._mover, self._reports)

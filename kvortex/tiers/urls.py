@@ -1,0 +1,125 @@
+"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB`, from this package and from others.
+
+Another package adds a scheme by an entry point of the group `kvortex.tiers`, whose name is the scheme:
+
+    [project.entry-points."kvortex.tiers"]
+    mystore = "my_package:make_tier"
+
+It names a function `make_tier(url: TierUrl, namespace: bytes) -> Tier`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from kvortex.config import DiskTierConfig
+from kvortex.config.fields import conformed, from_text, hints_of, nearest, require_known
+from kvortex.errors import ConfigError
+from kvortex.tiers.base import Tier
+from kvortex.tiers.disk import DiskTier
+
+ENTRY_POINTS: Final = "kvortex.tiers"
+
+
+@dataclass(frozen=True, slots=True)
+class TierUrl:
+    """A URL of a lower tier, in parts.
+
+    Attributes:
+        text: all of it.
+        scheme: the kind of tier.
+        host: host, port and user, as written; empty if there are none.
+        path: the path, with its leading slash if it has one.
+        options: the query, name -> text.
+    """
+
+    text: str
+    scheme: str
+    host: str
+    path: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> "TierUrl":
+        """Take a URL apart.
+
+        Raises:
+            ConfigError: no URL, or an option is given twice.
+        """
+        try:
+            parts = urlsplit(text)
+            pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is no URL of a tier: {error}") from error
+        if not parts.scheme or parts.fragment:
+            raise ConfigError(
+                f"{text!r} is no URL of a tier; write it as disk:///var/cache/kvortex?capacity_bytes=64GiB"
+            )
+        names = [name for name, _ in pairs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"{text!r} gives {', '.join(sorted(twice))} twice")
+        return cls(text, parts.scheme, parts.netloc, unquote(parts.path), dict(pairs))
+
+    def values(self, hints: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as values of types: numbers, true and false, sizes ("64GiB" for a name that ends in `bytes`).
+
+        Args:
+            hints: the type of each option that there is.
+
+        Raises:
+            ConfigError: an option is unknown, or has no such value.
+        """
+        require_known(self.options, hints, f"{self.scheme}:", "option")
+        values = {}
+        for name, text in self.options.items():
+            shown = f"{self.scheme}.{name}"
+            values[name] = conformed(shown, from_text(shown, text, hints[name]), hints[name])
+        return values
+
+
+TierMaker: TypeAlias = Callable[[TierUrl, bytes], Tier]
+"""URL and namespace digest of 32 bytes -> the tier, not opened."""
+
+
+def _make_disk(url: TierUrl, namespace: bytes) -> Tier:
+    if url.host:
+        raise ConfigError(f"{url.text!r} names a host; a directory has three slashes: disk:///{url.host}{url.path}")
+    hints = {name: hint for name, hint in hints_of(DiskTierConfig).items() if name != "path"}
+    return DiskTier(DiskTierConfig(path=url.path, **url.values(hints)), namespace=namespace)
+
+
+OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk}
+"""The schemes of this package."""
+
+
+def tier_from_url(text: str, namespace: bytes) -> Tier:
+    """Make the tier of a URL, not opened.
+
+    Args:
+        text: the URL.
+        namespace: digest of the namespace, 32 bytes.
+
+    Raises:
+        ConfigError: no URL, no package knows its scheme, or its options are invalid.
+    """
+    url = TierUrl.parse(text)
+    if url.scheme in OWN:
+        return OWN[url.scheme](url, namespace)
+    others = entry_points(group=ENTRY_POINTS)
+    found = [entry for entry in others if entry.name == url.scheme]
+    if not found:
+        raise ConfigError(_unknown(url, others))
+    try:
+        make: TierMaker = found[0].load()
+    except Exception as error:  # another package's module can raise anything
+        raise ConfigError(f"the package of {url.scheme}: tiers cannot be imported: {error}") from error
+    return make(url, namespace)
+
+
+def _unknown(url: TierUrl, others: Iterable[EntryPoint]) -> str:
+    known = sorted({*OWN, *(entry.name for entry in others)})
+    guess = nearest(url.scheme, known)
+    hint = f"did you mean {guess}:?" if guess else "is its package installed?"
+    return f"no tier has the scheme {url.scheme!r}: {hint} There are {', '.join(f'{name}:' for name in known)}"
