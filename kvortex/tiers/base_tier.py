@@ -35,6 +35,8 @@ from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 logger = logging.getLogger(__name__)
 
 FIND_BATCH: Final = 256
+CLOSE_TIMEOUT_S: Final = 5.0
+"""Seconds that calls of the store may take to notice that they are cancelled."""
 UNBOUNDED: Final = 1 << 62
 """Capacity of a tier whose store bounds itself."""
 
@@ -60,7 +62,8 @@ class BaseTier(Tier):
     A subclass has `get_object`, `put_object`, `find_objects`, `delete_objects` and, if the store can tell what it has,
     `list_objects`; `connect` and `disconnect` if there is something to open. All run on the event loop, and use
     `asyncio.to_thread` for what blocks. They may raise anything: a failure is counted, and costs a miss. Each may be
-    cancelled at any time, when a deadline passes: what it was given or returns is not used then.
+    cancelled at any time, when a deadline passes: what it was given or returns is not used then. (A thread goes on
+    after that; what it stores may be found later.)
 
     The name of an object is the namespace and the key of its block. An object is a frame (`kvortex.tiers.frame`): what
     is damaged, cut or another block's is noticed when it is read.
@@ -159,12 +162,15 @@ class BaseTier(Tier):
         self._is_closed = True
         if not self._is_open:
             return
-        for move, task in list(self._moves.items()):
+        tasks = list(self._moves.values())
+        for move in list(self._moves):
             move.end(_unfinished(move.request, Cause.CLOSED))
-            task.cancel()
         if self._scan_task is not None:
-            self._scan_task.cancel()
-            await asyncio.wait([self._scan_task])
+            tasks.append(self._scan_task)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
         self._scanned.set()
         await self.disconnect()
 
