@@ -20,13 +20,12 @@ def mapped_by(process: str | int = "self") -> set[str]:
     return found
 
 
-def left_since(before: set[str], wait_s: float = 10.0) -> set[str]:
-    """Names that were not there before and that no living process uses: what somebody has left behind."""
+def left_of(names: set[str], wait_s: float = 10.0) -> set[str]:
+    """Those of the names that are still there, and that no living process uses."""
     due_s = time.monotonic() + wait_s
     while True:
-        new = set(os.listdir(SHM)) - before
         used = {name for process in os.listdir("/proc") if process.isdigit() for name in mapped_by(process)}
-        left = {name for name in new - used if os.path.exists(f"{SHM}/{name}")}
+        left = {name for name in names - used if os.path.exists(f"{SHM}/{name}")}
         if not left or time.monotonic() > due_s:
             return left
         time.sleep(0.2)

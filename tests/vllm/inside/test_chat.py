@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from shared_memory import left_since
+from shared_memory import left_of, mapped_by
 from tiny_model import VOCAB_SIZE, make_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -85,7 +85,6 @@ def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) 
     options += ["--no-enable-prefix-caching", "--chat-template", TEMPLATE]
     # At a temperature the word that stops an answer comes sooner or later: too soon for who wants to cut it short.
     options += ["--override-generation-config", '{"temperature": 0.0}']
-    names = set(os.listdir("/dev/shm"))
     with log.open("w") as output:
         process = subprocess.Popen(
             [EXAMPLES / "vllm_chat_server.sh", model, *options],
@@ -97,10 +96,11 @@ def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) 
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
+        names = {name for member in members_of(process.pid) for name in mapped_by(member)}
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
         wait_for_end(process.pid)
-        assert not left_since(names)
+        assert not left_of(names)
     finally:
         if members_of(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
@@ -123,13 +123,13 @@ def wait_for_end(group: int) -> None:
     """The engine's own process may end a moment after the server's."""
     deadline_s = time.monotonic() + 60
     while left := members_of(group):
-        assert time.monotonic() < deadline_s, f"still running a minute after Ctrl-C: {left}"
+        assert time.monotonic() < deadline_s, f"still running a minute after Ctrl-C: {list(left.values())}"
         time.sleep(0.1)
 
 
-def members_of(group: int) -> list[str]:
-    """Names of a process group's living members."""
-    found = []
+def members_of(group: int) -> dict[int, str]:
+    """A process group's living members: process -> name."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
@@ -137,7 +137,7 @@ def members_of(group: int) -> list[str]:
             continue
         state, _, member_of = rest.split()[:3]
         if int(member_of) == group and state != "Z":
-            found.append(name)
+            found[int(stat.parent.name)] = name
     return found
 
 
