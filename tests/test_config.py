@@ -318,7 +318,7 @@ OTHER_VALUES = {
     "pool.lease_share": 0.25,
     "eviction.policy": "arc",
     "codec.name": "fp8",
-    "tier.url": "disk:///somewhere",
+    "tier.urls": "disk:///somewhere disk:///elsewhere",
     "tier.inclusion": "exclusive",
     "tier.admission": "second_touch",
     "tier.shed": "oldest",

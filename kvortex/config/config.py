@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -44,7 +44,7 @@ class KVortexConfig:
         eviction: which blocks are evicted from a full pool; a plain name sets `policy`.
         transfer: how blocks move between the paged cache and the pool.
         codec: how blocks are encoded; a plain name sets `name`.
-        tier: a lower tier by its URL, what is written to it, and how long calls wait for it; a plain URL sets `url`.
+        tier: lower tiers by their URLs, what is written to them, and how long calls wait; plain URLs set `urls`.
         disk: the disk below the pool; a plain path sets `path`. It needs the model's name in `identity`.
         identity: model, weights revision and ranks.
         renamed: settings under their old names, such as `cpu_pool_bytes`; they override the others, with a
@@ -69,7 +69,7 @@ class KVortexConfig:
         eviction: EvictionConfig | Settings | str = EvictionConfig(),
         transfer: TransferConfig | Settings = TransferConfig(),
         codec: CodecConfig | Settings | str = CodecConfig(),
-        tier: TierConfig | Settings = TierConfig(),
+        tier: TierConfig | Settings | str | Sequence[str] = TierConfig(),
         disk: DiskTierConfig | Settings | str | os.PathLike[str] = DiskTierConfig(),
         identity: ModelIdentity | Settings = ModelIdentity(),
         **renamed: Any,
@@ -79,8 +79,8 @@ class KVortexConfig:
             object.__setattr__(self, name, value)
         conform(self)
         require(
-            not (self.tier.url and self.disk.path),
-            f"there is one lower tier: give tier.url ({self.tier.url}) or disk.path ({self.disk.path}), not both",
+            not (self.tier.urls and self.disk.path),
+            f"give lower tiers as tier.urls ({' '.join(self.tier.urls)}) or as disk.path ({self.disk.path}), not both",
         )
         _require_settings(renamed)
         for old, value in renamed.items():
@@ -103,8 +103,8 @@ class KVortexConfig:
 
     @property
     def lower_tier(self) -> str:
-        """The URL or the directory of the lower tier; empty if there is none."""
-        return self.tier.url or str(self.disk.path)
+        """The URLs or the directory of the lower tiers; empty if there is none."""
+        return " ".join(self.tier.urls) or str(self.disk.path)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed. Settings that a section's mapping or plain value does not name are kept.

@@ -173,6 +173,8 @@ def conformed(name: str, value: Any, hint: Any) -> Any:
             return None
         require(math.isfinite(seconds), f"{name} must be a finite number, not {value!r}")
         return seconds
+    if get_origin(kind) is tuple:
+        return _texts(name, value)
     is_section: bool = is_dataclass(kind)
     if is_section and not isinstance(value, kind):
         return kind(**section_fields(name, value, kind))
@@ -190,7 +192,8 @@ def section_fields(name: str, value: Any, kind: Any) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         require_known(value, hints_of(kind), kind.__name__)
         return value
-    is_plain = isinstance(value, str | os.PathLike | Real)
+    is_list = bool(plain) and get_origin(hints_of(kind)[plain]) is tuple
+    is_plain = isinstance(value, (list | tuple | str) if is_list else (str | os.PathLike | Real))
     if plain and is_plain and value is not True and value is not False:
         return {plain: value}
     ways = f"a mapping of its settings, or its {plain} alone" if plain else "a mapping of its settings"
@@ -217,6 +220,13 @@ def _number(name: str, value: Any) -> float:
         isinstance(value, Real) and not isinstance(value, bool), f"{name} must be a number (float), not {_shown(value)}"
     )
     return float(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = value.split() if isinstance(value, str) else value
+    is_list = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    require(is_list, f"{name} must be a list of texts, or a text with spaces between them; not {_shown(value)}")
+    return tuple(texts)
 
 
 def _path(name: str, value: Any) -> str:

@@ -168,11 +168,12 @@ class CodecConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TierConfig(Section):
-    """Which lower tier there is, what is written to it, and how long calls wait for it. A plain URL sets `url`.
+    """Which lower tiers there are, what is written to them, and how long calls wait. Plain URLs set `urls`.
 
     Args:
-        url: the lower tier, such as "disk:///var/cache/kvortex?capacity_bytes=500GiB"; empty for that of `disk`, or for
-            none. Other packages may add schemes, see docs/own-tier.md.
+        urls: the lower tiers, the fastest first, such as "disk:///var/cache/kvortex?capacity_bytes=500GiB"; a list, or
+            text with spaces between them. Empty for the tier of `disk`, or for none. Other packages may add schemes,
+            see docs/own-tier.md.
         inclusion: "inclusive" writes blocks to the lower tier after they are saved; "exclusive" writes them when they
             are evicted, and deletes them from the tier when they come back.
         admission: "always", or "second_touch", which writes only blocks that are requested again and spares the device.
@@ -185,9 +186,9 @@ class TierConfig(Section):
     """
 
     section: ClassVar[str] = "tier"
-    plain: ClassVar[str] = "url"
+    plain: ClassVar[str] = "urls"
 
-    url: str = ""
+    urls: tuple[str, ...] = ()
     inclusion: str = "inclusive"
     admission: str = "always"
     queue_blocks: int = 4096

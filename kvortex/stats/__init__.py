@@ -4,7 +4,7 @@ Private: it may change in any release; docs/api.md lists what is public.
 """
 
 from kvortex.stats.counters import EngineStats, MissCounters, TransferStats
-from kvortex.stats.figures import BreakerFigures, PoolFigures, TieringFigures, TransferSnapshot
+from kvortex.stats.figures import BreakerFigures, LinkFigures, PoolFigures, TieringFigures, TransferSnapshot
 from kvortex.stats.histogram import LatencyHistogram
 from kvortex.stats.snapshot import StatsSnapshot
 
@@ -12,6 +12,7 @@ __all__ = [
     "BreakerFigures",
     "EngineStats",
     "LatencyHistogram",
+    "LinkFigures",
     "MissCounters",
     "PoolFigures",
     "StatsSnapshot",

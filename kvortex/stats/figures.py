@@ -15,6 +15,28 @@ class BreakerFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """One tier of several.
+
+    Attributes:
+        tier: its name.
+        usable: False if it has failed to open, or is not open yet.
+        hits: blocks that were read from it.
+        num_blocks: blocks that it is known to have.
+        used_bytes, capacity_bytes: bytes that it uses, and may use.
+        breakers: its breakers of `reads` and `writes`.
+    """
+
+    tier: str
+    usable: bool
+    hits: int
+    num_blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    breakers: Mapping[str, BreakerFigures]
+
+
+@dataclass(frozen=True, slots=True)
 class TieringFigures:
     """Transfers between the pool and a lower tier, in blocks.
 
@@ -30,6 +52,7 @@ class TieringFigures:
         used_bytes, capacity_bytes: bytes that the tier uses, and may use, for all processes that share it.
         causes: number of misses and refused writes of the tier, by cause.
         breakers: the breakers of `reads` and `writes`. While one is open the tier is not called, and nothing waits.
+        links: the tiers one by one, if there are several.
     """
 
     tier: str
@@ -45,6 +68,7 @@ class TieringFigures:
     capacity_bytes: int
     causes: Mapping[str, int]
     breakers: Mapping[str, BreakerFigures]
+    links: tuple[LinkFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

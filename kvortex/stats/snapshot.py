@@ -1,12 +1,12 @@
 """All counters of an engine at one moment, as text, as JSON and as metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvortex.stats.figures import PoolFigures, TieringFigures, TransferSnapshot
+from kvortex.stats.figures import LinkFigures, PoolFigures, TieringFigures, TransferSnapshot
 from kvortex.stats.prometheus import Metric, Sample, prometheus_text
-from kvortex.stats.table import pool_lines, tiering_line, transfer_lines
+from kvortex.stats.table import pool_lines, tiering_lines, transfer_lines
 from kvortex.types import Direction, MissReason
 
 
@@ -108,7 +108,7 @@ class StatsSnapshot:
         ]
         lines += transfer_lines(self.transfers) + pool_lines(self.pools)
         if self.tiering is not None:
-            lines.append(tiering_line(self.tiering))
+            lines += tiering_lines(self.tiering)
         return "\n".join(lines)
 
     def _lookup_lines(self) -> list[str]:
@@ -168,6 +168,29 @@ def metrics_of(snapshot: StatsSnapshot) -> list[Metric]:
     ]
 
 
+def _link_metrics(links: Sequence[tuple[dict[str, str], LinkFigures]]) -> list[Metric]:
+    """Those of the tiers of a chain, with a label `link` that has place and name; none where there is one tier."""
+    if not links:
+        return []
+    return [
+        (
+            "tier_link_hits_total",
+            "counter",
+            "Blocks read from one of the tiers.",
+            [("", ls, x.hits) for ls, x in links],
+        ),
+        ("tier_link_usable", "gauge", "1 if the tier is open.", [("", ls, int(x.usable)) for ls, x in links]),
+        ("tier_link_blocks", "gauge", "Blocks that it is known to have.", [("", ls, x.num_blocks) for ls, x in links]),
+        ("tier_link_used_bytes", "gauge", "Bytes that it uses.", [("", ls, x.used_bytes) for ls, x in links]),
+        (
+            "tier_link_capacity_bytes",
+            "gauge",
+            "Bytes that it may use.",
+            [("", ls, x.capacity_bytes) for ls, x in links],
+        ),
+    ]
+
+
 def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
     if figures is None:
         return []
@@ -187,6 +210,8 @@ def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
     }
     causes: list[Sample] = [("", labels | {"cause": cause}, n) for cause, n in figures.causes.items()]
     breakers = [(labels | {"calls": calls}, breaker) for calls, breaker in figures.breakers.items()]
+    links = [({"tier": figures.tier, "link": f"{n} {link.tier}"}, link) for n, link in enumerate(figures.links, 1)]
+    breakers += [(ls | {"calls": calls}, breaker) for ls, link in links for calls, breaker in link.breakers.items()]
     refusing: list[Sample] = [("", ls, int(b.state != "closed")) for ls, b in breakers]
     opened: list[Sample] = [("", ls, b.opened) for ls, b in breakers]
     return [
@@ -195,4 +220,5 @@ def _tiering_metrics(figures: TieringFigures | None) -> list[Metric]:
         ("tier_breaker_opened_total", "counter", "Times that the use of a tier was paused.", opened),
         ("tier_breaker_open", "gauge", "1 while the use of a tier is paused.", refusing),
         *((name, "gauge", text, [("", labels, value)]) for name, (text, value) in gauges.items()),
+        *_link_metrics(links),
     ]

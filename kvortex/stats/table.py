@@ -1,7 +1,9 @@
 """Figures as tables of text."""
 
+from collections.abc import Mapping
+
 from kvortex.config import format_bytes
-from kvortex.stats.figures import PoolFigures, TieringFigures, TransferSnapshot
+from kvortex.stats.figures import BreakerFigures, LinkFigures, PoolFigures, TieringFigures, TransferSnapshot
 
 _TRANSFER_HEAD = ("transfer", "tier", "blocks", "bytes", "failed", "p50 ms", "p90 ms", "p99 ms")
 _POOL_HEAD = ("pool", "capacity", "allocated", "largest free", "fragmented", "extents", "pinned")
@@ -19,15 +21,31 @@ def pool_lines(pools: tuple[PoolFigures, ...]) -> list[str]:
     return _aligned([_POOL_HEAD, *rows], num_left=1) if rows else []
 
 
-def tiering_line(t: TieringFigures) -> str:
-    """The transfers to and from the lower tier, its occupancy, and its failures."""
+def tiering_lines(t: TieringFigures) -> list[str]:
+    """The transfers to and from the lower tier, its occupancy and its failures; a further line for each of several."""
+    return [_tiering_line(t), *(_link_line(link) for link in t.links)]
+
+
+def _link_line(link: LinkFigures) -> str:
+    state = "" if link.usable else " (cannot be used)"
+    return (
+        f"  {link.tier}{state}: {link.hits} read, {link.num_blocks} blocks, {format_bytes(link.used_bytes)} of "
+        f"{format_bytes(link.capacity_bytes)}{_breakers(link.breakers)}"
+    )
+
+
+def _breakers(breakers: Mapping[str, BreakerFigures]) -> str:
+    return "".join(f", {what} are {b.state}, {b.opened} times so far" for what, b in breakers.items() if b.opened)
+
+
+def _tiering_line(t: TieringFigures) -> str:
     state = "" if t.usable else " (cannot be used)"
     return (
         f"{t.tier}{state}: {t.written_blocks} written, {t.failed_writes} refused, {t.fetched_blocks} fetched, "
         f"{t.shed_blocks} shed, {t.waiting_blocks} waiting, {format_bytes(t.used_bytes)} of "
         f"{format_bytes(t.capacity_bytes)}"
         + "".join(f", {count} {cause}" for cause, count in t.causes.items() if count)
-        + "".join(f", {what} are {b.state}, {b.opened} times so far" for what, b in t.breakers.items() if b.opened)
+        + _breakers(t.breakers)
     )
 
 

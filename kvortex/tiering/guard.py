@@ -82,13 +82,13 @@ class GuardedTier:
             self.reads.worked()
         return there
 
-    async def delete(self, keys: Sequence[bytes]) -> None:
-        """Delete blocks; failures are logged and counted only."""
-        await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
+    async def delete(self, keys: Sequence[bytes]) -> list[bool] | None:
+        """Delete blocks, as `Tier.delete`; None if the tier has failed, which is logged and counted."""
+        return await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
 
     async def delete_surely(self, keys: Sequence[bytes]) -> bool:
         """Delete blocks, and ask the store about those that it does not say are gone; False if any may be left."""
-        deleted = await self._call(self.writes, self.tier.delete(keys, deadline_s=self._timeout_s))
+        deleted = await self.delete(keys)
         if deleted is None:
             return False
         doubtful = [key for key, is_gone in zip(keys, deleted, strict=True) if not is_gone]

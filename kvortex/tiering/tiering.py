@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.errors import KVortexError
+from kvortex.config.sections import TIER_ADMISSIONS
+from kvortex.errors import ConfigError, KVortexError
 from kvortex.hashing import Namespace
-from kvortex.stats import TieringFigures
+from kvortex.stats import LinkFigures, TieringFigures
 from kvortex.tiering.backing import NOT_KNOWN, BackingTier
+from kvortex.tiering.chain import ALWAYS, ChainTier
 from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
 from kvortex.tiering.write_behind import WriteBehind
-from kvortex.tiers import DiskTier, Tier, tier_from_url
+from kvortex.tiers import DiskTier, Tier, TierUrl, tier_from_url
 from kvortex.types import MissReason
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,12 @@ class Tiering:
             capacity_bytes=tier.capacity_bytes,
             causes={cause.value: count for cause, count in tier.causes.items()},
             breakers={"reads": self.backing.guard.reads.figures(), "writes": self.backing.guard.writes.figures()},
+            links=self._links(),
         )
+
+    def _links(self) -> tuple[LinkFigures, ...]:
+        tier = self.backing.tier
+        return tuple(link.figures() for link in tier.links) if isinstance(tier, ChainTier) else ()
 
     # -- blocks --------------------------------------------------------------------------------
 
@@ -251,10 +258,18 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
     """Make the lower tier that the configuration asks for, not opened; None if it asks for none.
 
     Raises:
-        ConfigError: the settings of the tier are invalid.
+        ConfigError: the settings of a tier are invalid.
     """
-    if config.tier.url:
-        return tier_from_url(config.tier.url, namespace.digest)
-    if not config.disk.path:
-        return None
-    return DiskTier(config.disk, namespace=namespace.digest)
+    if not config.tier.urls:
+        return DiskTier(config.disk, namespace=namespace.digest) if config.disk.path else None
+    tiers = []
+    for number, text in enumerate(config.tier.urls):
+        url, admission = TierUrl.parse(text).without("admission")
+        if admission is not None and not number:
+            raise ConfigError(f"{text!r}: what the first tier takes is set by tier.admission; leave the option out")
+        if admission not in (None, *TIER_ADMISSIONS):
+            raise ConfigError(f"{text!r}: admission must be one of {', '.join(TIER_ADMISSIONS)}")
+        tiers.append((tier_from_url(url, namespace.digest), admission or ALWAYS))
+    if len(tiers) == 1:
+        return tiers[0][0]
+    return ChainTier(tiers, config.tier.timeout_s, copies_forward=config.tier.inclusion == "inclusive")

@@ -9,7 +9,7 @@ It names a function `make_tier(url: TierUrl, namespace: bytes) -> Tier`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -62,6 +62,11 @@ class TierUrl:
             raise ConfigError(f"{text!r} gives {', '.join(sorted(twice))} twice")
         return cls(text, parts.scheme, parts.netloc, unquote(parts.path), dict(pairs))
 
+    def without(self, name: str) -> tuple["TierUrl", str | None]:
+        """The same URL without an option, and that option's text; None if it has none."""
+        options = {other: text for other, text in self.options.items() if other != name}
+        return replace(self, options=options), self.options.get(name)
+
     def values(self, hints: Mapping[str, Any]) -> dict[str, Any]:
         """The options as values of types: numbers, true and false, sizes ("64GiB" for a name that ends in `bytes`).
 
@@ -94,17 +99,18 @@ OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk}
 """The schemes of this package."""
 
 
-def tier_from_url(text: str, namespace: bytes) -> Tier:
+def tier_from_url(url: TierUrl | str, namespace: bytes) -> Tier:
     """Make the tier of a URL, not opened.
 
     Args:
-        text: the URL.
+        url: the URL.
         namespace: digest of the namespace, 32 bytes.
 
     Raises:
         ConfigError: no URL, no package knows its scheme, or its options are invalid.
     """
-    url = TierUrl.parse(text)
+    if isinstance(url, str):
+        url = TierUrl.parse(url)
     if url.scheme in OWN:
         return OWN[url.scheme](url, namespace)
     others = entry_points(group=ENTRY_POINTS)

@@ -86,8 +86,8 @@ def test_another_package_adds_a_tier(other_package: Path) -> None:
     assert tier.url.values({"capacity_bytes": int, "fast": bool}) == {"capacity_bytes": 1 << 20, "fast": True}
 
 
-def test_one_tier_is_enough() -> None:
-    with pytest.raises(ConfigError, match=r"give tier\.url \(disk:///a\) or disk\.path \(/b\), not both"):
+def test_one_way_is_enough() -> None:
+    with pytest.raises(ConfigError, match=r"as tier\.urls \(disk:///a\) or as disk\.path \(/b\), not both"):
         KVortexConfig(tier="disk:///a", disk="/b")
     assert KVortexConfig(tier="disk:///a").lower_tier == "disk:///a"
     assert KVortexConfig(disk="/b").lower_tier == "/b"

@@ -76,5 +76,5 @@ def test_every_setting_either_has_an_effect_or_is_refused() -> None:
     settings -= {name for name in settings if name.startswith("identity.")}  # all of it, or refused: see above
     read = {name for name in settings if re.search(rf"\b{re.escape(name)}\b", text)}
     read |= {name for name in settings if re.search(rf"\b_?config\.{name.removeprefix('disk.')}\b", on_disk)}
-    read |= {"tier.url"} if "tier_from_url(config.tier.url," in tiering else set()
+    read |= {"tier.urls"} if "config.tier.urls)" in tiering else set()
     assert read == settings - set(WITHOUT_MEANING)

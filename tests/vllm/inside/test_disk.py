@@ -68,7 +68,9 @@ def test_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[l
         data = bytearray(path.read_bytes())
         data[6000] ^= 4
         path.write_bytes(data)
-    with running(model, options={"tier": f"disk://{tmp_path}?capacity_bytes=1GiB"}) as engine:  # the same, as a URL
+    behind = tmp_path / "behind"
+    urls = [f"disk://{tmp_path}?capacity_bytes=1GiB", f"disk://{behind}?capacity_bytes=1GiB"]
+    with running(model, options={"tier": urls}) as engine:  # the same directory as a URL, and another one behind it
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         engine.settle()
         assert 0 < engine.loaded_blocks < num_blocks("long")
