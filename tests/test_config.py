@@ -331,7 +331,7 @@ def other_value(setting: str) -> object:
     """A value that is not the default, and in range."""
     default = operator.attrgetter(setting)(KVortexConfig())
     by_type = {bool: not default, int: 8192, float: 0.5, str: "/somewhere", type(None): 0.5}
-    return OTHER_VALUES.get(setting, by_type[type(default)])
+    return OTHER_VALUES[setting] if setting in OTHER_VALUES else by_type[type(default)]
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if not name.endswith("_rank")])  # these need a size too
