@@ -33,7 +33,8 @@ class ConnectorOptions:
         engine: the sections of `KVortexConfig`, given beside the options below: `pool` (for each worker, or for all
             ranks that share one; write "16GiB") and every other setting that has an effect in vLLM.
         min_hit_blocks: blocks that a hit must have; shorter ones are computed, because a load costs a step of waiting.
-        pending_wait_s: seconds that a request may wait for blocks whose save is in flight, before it computes them.
+        pending_wait_s: seconds that a request may wait for blocks whose save is in flight, or for the answer of a store
+            that may have more than is known, before it computes them.
         save_decoded: save blocks that fill up during decoding, too: the prompt of the next turn begins with them.
     """
 

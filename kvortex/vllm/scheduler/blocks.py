@@ -101,6 +101,10 @@ class BlockRules(ABC):
         """Boundaries behind what the device has, up to the last one at which the request could resume."""
 
     @abstractmethod
+    def keys_ahead(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
+        """Keys of all blocks behind what the device has, `uint64 [n, 4]`."""
+
+    @abstractmethod
     def reach(self, tracked: TrackedRequest, in_tier: InTier | None) -> Reach:
         """How far a request could resume behind what the device has, with what is in the pool and in the lower tier."""
 
@@ -215,6 +219,9 @@ class FullAttention(BlockRules):
 
     def num_ahead(self, tracked: TrackedRequest) -> int:
         return len(tracked.request.block_hashes) - tracked.local_tokens // self.alignment
+
+    def keys_ahead(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
+        return pack_keys(self._keys.of(tracked.request, slice(tracked.local_tokens // self.alignment, None)))
 
     def reach(self, tracked: TrackedRequest, in_tier: InTier | None) -> Reach:
         first = tracked.local_tokens // self.alignment

@@ -221,7 +221,9 @@ class SchedulerHalf:
         except ConfigError as error:
             logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
             return None
-        return TierPlanner(engine, self._control, index, self._num_workers, self._job_ids, self._stats, self._events)
+        wait_s = self._options.pending_wait_s
+        jobs = self._num_workers, self._job_ids
+        return TierPlanner(engine, self._control, index, *jobs, self._stats, self._events, wait_s)
 
     # -- look-up and load --------------------------------------------------------------------------
 

@@ -95,6 +95,11 @@ class Hybrid(BlockRules):
         tracked.keys.follow(tracked.request, self._keys)
         return tracked.keys
 
+    def keys_ahead(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
+        keys = self._keys_of(tracked)
+        behind = [tracked.local_tokens // entry_tokens for entry_tokens in self._entry_tokens]
+        return np.concatenate([keys.keys(number, slice(first, None)) for number, first in enumerate(behind)])
+
     def reach(self, tracked: TrackedRequest, in_tier: InTier | None) -> Reach:
         keys = self._keys_of(tracked)
         of_groups = [keys.keys(number) for number in range(self.num_groups)]

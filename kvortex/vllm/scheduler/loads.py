@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvortex.stats import EngineStats
-from kvortex.types import MissReason
+from kvortex.tiering.keys import split_keys
+from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, LoadJob
 from kvortex.vllm.scheduler.admission import Admission
@@ -61,7 +62,8 @@ class LoadPlanner:
             plan: the plan of the next step; a job that fetches more blocks from the lower tier is added to it.
 
         Returns:
-            None while the request should wait, because more blocks are in flight to the pool.
+            None while the request should wait, because more blocks are in flight to the pool, or the lower tier is
+            being asked for them.
         """
         request, rules = tracked.request, self._context.rules
         if tracked.computes or request.skip_reading_prefix_cache:
@@ -71,6 +73,8 @@ class LoadPlanner:
         if rules.num_ahead(tracked) < least:
             return 0
         tier = self._context.tier
+        if tier is not None and tier.waits_for_answer(request.request_id, lambda: self._not_in_pool(tracked)):
+            return None
         found, wanted = rules.reach(tracked, tier.known if tier is not None else None)
         if wanted.keys and (
             self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted, plan)
@@ -79,6 +83,11 @@ class LoadPlanner:
         if found < least * rules.alignment or not self._admission.may_load(request, self._tracked.values()):
             return 0
         return found
+
+    def _not_in_pool(self, tracked: TrackedRequest) -> list[BlockHash]:
+        keys = self._context.rules.keys_ahead(tracked)
+        mask = self._control.index.contains_mask(keys)
+        return [BlockHash(key) for key in split_keys(keys[~mask])]
 
     def _wait_for_blocks(self, request_id: str, wanted: Wanted) -> bool:
         """Begin, or continue, to wait for blocks that are in flight to the pool; False if that is not worthwhile."""

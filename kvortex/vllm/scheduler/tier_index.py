@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from kvortex.codecs import RAW
@@ -12,6 +13,7 @@ from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.runtime.loop_thread import LoopThread
 from kvortex.tiering import tier_of
+from kvortex.tiering.guard import GuardedTier
 from kvortex.tiering.keys import key_as_is
 from kvortex.vllm.epoch import in_epoch, new_epoch
 
@@ -75,8 +77,10 @@ class TierIndex:
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._tier = tier
+        self._guard = GuardedTier(tier, config.tier.timeout_s, time.monotonic)
         self._packs = namespace.codec != RAW
         self._timeout_s = config.tier.timeout_s
+        self._knows_all = False
         self._epoch = b""
         # Key -> whether in its usual form, of blocks that the workers have written. The tier's own index has them
         # after its next scan.
@@ -135,6 +139,25 @@ class TierIndex:
                 break
             run.append(found)
         return run
+
+    @property
+    def asks_store(self) -> bool:
+        """True if the store may have blocks that are not known here, and answers."""
+        if not self._knows_all:
+            self._knows_all = not self._tier.finds_more and self._tier.stats().scan.complete
+        return not self._knows_all and not self._guard.reads.refuses
+
+    def ask(self, hashes: Sequence[bytes]) -> "Future[None]":
+        """Ask the store itself for blocks; what it has is known when the answer is there. Does not wait."""
+        keys = self.keys_of(hashes)
+        if self._packs:
+            keys += [key_as_is(key) for key in keys]
+        assert self._thread is not None
+        return self._thread.submit(self._ask(keys))
+
+    async def _ask(self, keys: Sequence[bytes]) -> None:
+        if self._guard.reads.admit(1):
+            await self._guard.find(keys)
 
     def add_written(self, keys: Sequence[bytes], usual: bool) -> None:
         """The workers have written these blocks, in their usual form or raw although their group's are packed."""

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,11 @@ USED_AGAIN_S = 30.0
 """Seconds between two reports of the same chain's use to the workers, at least."""
 
 
+class _Question(NamedTuple):
+    answer: "Future[None]"
+    due_s: float
+
+
 class TierPlanner:
     """Plans writes and fetches over one pool and one tier.
 
@@ -42,6 +48,7 @@ class TierPlanner:
         job_ids: numbers for jobs, shared with loads and saves.
         stats: counts for vLLM's metrics.
         events: takes note of what enters pool and disk; None where vLLM publishes no events.
+        ask_wait_s: seconds that a request waits for the answer of a store that may have more than is known.
     """
 
     def __init__(
@@ -53,8 +60,12 @@ class TierPlanner:
         job_ids: Iterator[int],
         stats: ConnectorStats,
         events: EventLog | None,
+        ask_wait_s: float,
     ) -> None:
         self._events = events
+        self._ask_wait_s = ask_wait_s
+        self._questions: dict[str, _Question] = {}  # by request
+        self._overdue: list[_Question] = []
         self._control = control
         self._index = index
         self._writes = JobsInFlight[WriteInFlight](num_workers)
@@ -131,6 +142,34 @@ class TierPlanner:
         """Which blocks the tier is known to have, `bool [n]`."""
         found = self._index.known(self._index.keys_of(keys))
         return np.array([there is not None for there in found], dtype=np.bool_)
+
+    def waits_for_answer(self, request_id: str, blocks: Callable[[], Sequence[bytes]]) -> bool:
+        """True while the store is asked which blocks of a request it has, unless that takes too long.
+
+        A request asks once, for all its blocks together. While a store does not keep up, nobody asks it.
+
+        Args:
+            request_id: the request.
+            blocks: gives the block hashes in question; called when it asks.
+        """
+        if (question := self._questions.get(request_id)) is None:
+            self._overdue = [late for late in self._overdue if not late.answer.done()]
+            if self._overdue or not self._index.asks_store:
+                return False
+            hashes = blocks()
+            known = self._index.known(self._index.keys_of(hashes))
+            unknown = [block_hash for block_hash, there in zip(hashes, known, strict=True) if there is None]
+            if not unknown:
+                return False
+            question = _Question(self._index.ask(unknown), time.monotonic() + self._ask_wait_s)
+            self._questions[request_id] = question
+        if question.answer.done():
+            return False
+        if time.monotonic() < question.due_s:
+            return True
+        if question not in self._overdue:
+            self._overdue.append(question)
+        return False
 
     def plan_fetch(self, request: "Request", wanted: Wanted) -> FetchJob | None:
         """Have the workers fetch blocks from the tier into the pool.
@@ -281,6 +320,7 @@ class TierPlanner:
     def forget_request(self, request_id: str) -> None:
         """A request has ended: forget which blocks were fetched for it."""
         self._asked.pop(request_id, None)
+        self._questions.pop(request_id, None)
 
     def forget_all(self) -> None:
         """The weights have changed: no block that the tier has now is found again."""

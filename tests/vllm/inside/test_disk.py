@@ -1,12 +1,14 @@
 """Blocks on disk: a killed server starts warm, and what the pool lost comes back; tokens as without a cache."""
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, settle_disk
@@ -14,6 +16,7 @@ from inside_fixtures import PROMPTS
 
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
+from kvortex.tiers import BaseTier, urls
 from kvortex.types import MissReason
 from kvortex.vllm.scheduler import tier_index
 
@@ -164,3 +167,72 @@ def test_a_killed_server_starts_warm(model: str, expected: dict[str, list[list[i
             assert engine.generate([PROMPTS[name]]) == expected[name]
         assert fetched(engine) == total
         assert engine.misses(MissReason.CORRUPT) == 0
+
+
+class SharedTier(BaseTier):
+    """A store that many hosts write to and nobody can list."""
+
+    name = "shared"
+    lists_objects = False
+    objects: ClassVar[dict[str, bytes]] = {}
+    questions: ClassVar[list[int]] = []
+    answer_after_s: ClassVar[float] = 0.0
+
+    async def get_object(self, name: str) -> bytes | None:
+        return self.objects.get(name)
+
+    async def put_object(self, name: str, data: bytes) -> None:
+        self.objects[name] = data
+
+    async def find_objects(self, names: Sequence[str]) -> list[int]:
+        if len(names) > 1:  # a writer asks for one
+            self.questions.append(len(names))
+            await asyncio.sleep(self.answer_after_s)
+        return [len(self.objects.get(name, b"")) for name in names]
+
+    async def delete_objects(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.objects.pop(name, None)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> type[SharedTier]:
+    monkeypatch.setitem(urls.OWN, "shared", lambda url, namespace: SharedTier(namespace=namespace))  # type: ignore[arg-type]
+    monkeypatch.setattr(SharedTier, "objects", {})
+    monkeypatch.setattr(SharedTier, "questions", [])
+    monkeypatch.setattr(SharedTier, "answer_after_s", 0.0)
+    return SharedTier
+
+
+def wait_for_objects(shared: type[SharedTier], engine: Engine, count: int) -> None:
+    due_s = time.monotonic() + 20
+    while len(shared.objects) < count:
+        assert time.monotonic() < due_s, f"{len(shared.objects)} of {count} blocks in the store"
+        engine.settle()
+
+
+def test_a_store_that_others_write_to_is_asked_for_a_whole_prompt(
+    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier]
+) -> None:
+    options = {"tier": "shared:", "pending_wait_s": 10.0}
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        wait_for_objects(shared, engine, num_blocks("long"))
+    shared.questions.clear()
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        assert engine.loaded_blocks == num_blocks("long")
+        assert len(shared.questions) == 1
+
+
+def test_a_store_that_does_not_answer_costs_one_wait(
+    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier]
+) -> None:
+    shared.answer_after_s = 60.0
+    options = {"tier": {"urls": ["shared:"], "timeout_s": 60.0}, "pending_wait_s": 0.05}
+    with running(model, options=options) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+            engine.settle()
+        assert len(shared.questions) == 1
