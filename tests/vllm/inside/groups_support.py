@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
+from lives import NOTHING, chain_of
 from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport, config_of_groups
 
 from kvortex.arithmetic import align_up
@@ -27,8 +28,6 @@ from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 from kvortex.vllm.worker.half import WorkerHalf
 
-NOTHING = -1
-"""In place of a token's KV: no KV."""
 NOBODY = -1
 """In place of a group: the block holds nothing."""
 
@@ -87,15 +86,6 @@ class Work(NamedTuple):
     start: int
     end: int
     tables: list[list[int]]
-
-
-def chain_of(token_ids: Sequence[int]) -> list[int]:
-    """For each token what its KV depends on."""
-    chain, before = [], 0
-    for token in token_ids:
-        before = hash((before, token))
-        chain.append(before)
-    return chain
 
 
 def first_needed(group: Layers, position: int) -> int:

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from lives import NOTHING, Clock, Life, chain_of, stop_the_clock
 from scheduler_harness import SchedulerHarness, Step, WorkerReport
 from tiny_model import make_tiny_model
 from vllm.v1.request import RequestStatus
@@ -20,43 +21,17 @@ from vllm.v1.request import RequestStatus
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
 from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
-from kvortex.vllm.scheduler import loads, tier_planner
-from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32
 BLOCK_NBYTES = BLOCK_SIZE * 4096
 RUNS = int(os.environ.get("KVORTEX_HUNT_RUNS", "400"))
-STEPS_A_REQUEST = 100  # for its tokens, one after the other, its prompt in pieces, its load and those of others
-STEP_S = 0.02
 MAX_MODEL_LEN = 512
-NOTHING = -1
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-class Clock:
-    """Time goes by with steps."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    perf_counter = monotonic
-
-
-def chain_of(token_ids: list[int]) -> list[int]:
-    """For each token what its KV depends on."""
-    chain, before = [], 0
-    for token in token_ids:
-        before = hash((before, token))
-        chain.append(before)
-    return chain
 
 
 class Workers:
@@ -165,17 +140,16 @@ def block_ids(save: SaveJob) -> list[int]:
     return [int(n) for n in save.transfer.block_ids]
 
 
-class Run:
-    """A server's life, from one seed."""
+class LlamaLife(Life):
+    """The life of a server whose model has full attention."""
 
     def __init__(self, model: Path, home: Path, seed: int, clock: Clock) -> None:
-        self.random = random = Random(seed)
-        self.clock = clock
+        random = Random(seed)
         num_blocks = random.choice([6, 9, 12, 20])
         pool_blocks = random.choice([6, 12, 40])
         disk = {"disk": {"path": str(home), "capacity_bytes": 1 << 30}} if random.random() < 0.4 else {}
-        self.lookahead = random.choice([0, 0, 1, 3, 8])
-        self.harness = SchedulerHarness(
+        lookahead = random.choice([0, 0, 1, 3, 8])
+        harness = SchedulerHarness(
             model,
             num_blocks=num_blocks + 1,
             max_num_seqs=random.choice([2, 4, 8]),
@@ -189,9 +163,11 @@ class Run:
                 **disk,
             },
         )
-        self.workers = Workers(self.harness, random)
-        self.workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
-        self.workers.sloth = random.choice([0.0, 0.5, 0.9])
+        workers = Workers(harness, random)
+        workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
+        workers.sloth = random.choice([0.0, 0.5, 0.9])
+        longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - lookahead
+        super().__init__(random, clock, harness, workers, longest)
         sizes = (BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES),)
         namespace = Namespace(
             model="played", weights_revision="", layout=b"layout", block_size=BLOCK_SIZE, kv_dtype="float32"
@@ -201,46 +177,17 @@ class Run:
         )
         self.half.accept_handshake([hello])
         # No model here drafts: only the room for it is asked for.
-        self.harness.scheduler.num_lookahead_tokens = self.lookahead
-        self.half._planners.admission._num_lookahead_tokens = self.lookahead
-        # Prompts with common beginnings, none too long for the device by itself.
-        longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - self.lookahead
-        self.base = base = [random.randrange(3, 1000) for _ in range(longest)]
-        cuts = [random.randrange(1, longest) for _ in range(6)]
-        self.prompts = [base[:cut] + [random.randrange(3, 1000) for _ in range(min(40, longest - cut))] for cut in cuts]
-        self.names = 0
+        self.harness.scheduler.num_lookahead_tokens = lookahead
+        self.half._planners.admission._num_lookahead_tokens = lookahead
         self.sessions: list[Any] = []  # requests whose input goes on
-        self.in_pool: set[Any] = set()
-        self.on_disk: set[Any] = set()
-        self._take_events = self.half.take_events  # vLLM asks for them, in the middle of a step
-        vars(self.half)["take_events"] = self._listen
 
-    @property
-    def half(self) -> SchedulerHalf:
-        half: SchedulerHalf = self.harness.connector._scheduler
-        return half
+    def disturb(self, chance: float) -> None:
+        if chance < 0.05 and all(request.status == RequestStatus.RUNNING for request in self.holders()):
+            self.harness.preempt_all()
+        elif chance < 0.06:
+            self.half.reset_cache()
 
-    def live(self) -> None:
-        for _ in range(self.random.choice([10, 40, 80])):
-            for _ in range(self.random.choice([0, 0, 1, 2])):
-                self._add()
-            chance = self.random.random()
-            running = [name for name, request in self.harness.requests.items() if not request.is_finished()]
-            if chance < 0.04 and running:
-                self.harness.abort(self.random.choice(running))
-            elif chance < 0.05 and all(r.status == RequestStatus.RUNNING for r in self._holders()):
-                self.harness.preempt_all()
-            elif chance < 0.06:
-                self.half.reset_cache()
-            self._step()
-        self._end()
-
-    def _holders(self) -> list[Any]:
-        """Requests with blocks; vLLM takes none from those that wait with them."""
-        held = [self.harness.requests[name] for name in self.harness.held_request_ids]
-        return [request for request in held if self.harness.block_ids(request.request_id)]
-
-    def _add(self) -> None:
+    def add(self) -> None:
         open_sessions = [session for session in self.sessions if not session.is_finished()]
         if self.random.random() < 0.2:
             self._add_session(f"s{len(self.sessions)}", self.random.choice(self.prompts)[:60])
@@ -249,76 +196,31 @@ class Run:
             if not session.streaming_queue and session.num_tokens + 110 < len(self.base):  # its last token is dropped
                 self._add_session(session.request_id, self.base[: self.random.choice([1, 5, 32, 40])])
         else:
-            self._add_request()
+            super().add()
 
     def _add_session(self, name: str, token_ids: list[int]) -> None:
         request = self.harness.add_request(name, token_ids, max_tokens=self.random.choice([1, 3, 4]), resumable=True)
         if request is self.harness.requests[name]:
             self.sessions.append(request)
 
-    def _add_request(self) -> None:
-        name, self.names = f"r{self.names}", self.names + 1
-        self.harness.add_request(name, self.random.choice(self.prompts), max_tokens=self.random.choice([1, 3, 50]))
-
-    def _step(self) -> None:
-        self.clock.now_s += STEP_S
-        self.workers.step()
-        self._listen()
-        # A block that is dropped while it is read has left when that has ended.
-        told, known = len(self.in_pool), len(self.half._control.index)
-        assert told >= known if self.half.has_work() else told == known, "events and index differ"
-
-    def _listen(self) -> list[Any]:
-        events = list(self._take_events())
-        for event in events:
-            place = self.in_pool if event.medium == "CPU" else self.on_disk
-            if hasattr(event, "token_ids"):
-                assert place.isdisjoint(event.block_hashes)
-                place.update(event.block_hashes)
-            else:
-                assert place.issuperset(event.block_hashes)
-                place.difference_update(event.block_hashes)
-        return events
-
-    def _end(self) -> None:
-        """Nobody comes any more, jobs end: everybody must, within a bound of steps."""
-        self.workers.sloth = 0.0
+    def before_end(self) -> None:
         self.harness.abort(session.request_id for session in self.sessions if not session.is_finished())
-        num_open = sum(not r.is_finished() for r in self.harness.requests.values())
-        for _ in range(STEPS_A_REQUEST * (num_open + 1)):
-            open_requests = [r for r in self.harness.requests.values() if not r.is_finished()]
-            if not open_requests and self.workers.is_idle and not self.half.has_work():
-                break
-            self._step()
-        else:
-            states = {r.request_id: r.status.name for r in open_requests}
-            raise AssertionError(f"no end: {states}, {self.harness.num_free_blocks} blocks free")
-        assert self.harness.num_free_blocks == self.harness.vllm_config.cache_config.num_gpu_blocks - 1
-        control = self.half._control
-        assert control.allocator.allocated_bytes == control.index.committed_bytes
-        assert control.index.num_pending == 0
-        assert not self.half._jobs
-        assert not self.half._aborted
-        assert not self.half._tracked
-        assert not self.half._planners.admission._passed_over
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_every_request_ends_on_its_own_kv(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    clock = Clock()
-    for module in (loads, tier_planner):
-        monkeypatch.setattr(module, "time", clock)
+    clock = stop_the_clock(monkeypatch)
     for seed in range(part, RUNS, 8):
         home = tmp_path / str(seed)
-        run = Run(model, home, seed, clock)
+        life = LlamaLife(model, home, seed, clock)
         try:
-            run.live()
+            life.live()
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         finally:
-            run.harness.shutdown()
+            life.harness.shutdown()
 
 
 def test_hunts_are_not_empty() -> None:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from groups_support import EMPTY, NOTHING, Content, GroupWorkers, Memory, Work, chain_of
+from groups_support import EMPTY, Content, GroupWorkers, Memory, Work
+from lives import NOTHING, chain_of
 from numpy.typing import NDArray
 from scheduler_harness import Layers, SchedulerHarness, Step
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
