@@ -119,11 +119,6 @@ class BackingTier:
         found = self.tier.lookup(split_keys(keys))
         return np.array(found, dtype=np.int64) > 0 if any(found) else np.zeros(len(keys), dtype=np.bool_)
 
-    @property
-    def asks_store(self) -> bool:
-        """True if the store may have blocks that are not known to be there."""
-        return self.tier.finds_more or not self.tier.stats().scan.complete
-
     async def ask_encodings(self, hashes: Sequence[bytes]) -> list[int]:
         """The same as `encodings_known`, from the store itself, for blocks that are not known to be there."""
         usual = await self.guard.find(hashes)

@@ -2,23 +2,18 @@
 
 import asyncio
 import itertools
-import logging
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from kvortex.errors import ConfigError, EngineStateError, KVortexError
-from kvortex.stats import LinkFigures
-from kvortex.tiering.guard import GuardedTier
+from kvortex.errors import ConfigError, EngineStateError
+from kvortex.tiering.chain_parts import ABSENT, REFUSED, ChainRead, ChainWrite, Link, unread
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, StoredBlock, Tier, TierStats, WriteOutcome, WriteRequest
 from kvortex.tiers.base import ScanProgress, as_bytes, check_keys, check_reads, check_writes
 from kvortex.tiers.counters import TierCounters
 from kvortex.types import MissReason, SaveOutcome
-
-logger = logging.getLogger(__name__)
 
 COPY_BYTES: Final = 256 << 20
 """Bytes of blocks that may be on their way from one tier to another; further ones are not copied."""
@@ -29,119 +24,6 @@ SETTLE_S: Final = 0.2
 
 ALWAYS: Final = "always"
 SECOND_TOUCH: Final = "second_touch"
-
-_ABSENT: Final = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT)
-_REFUSED: Final = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR)
-
-
-class Link:
-    """One tier of a chain, behind circuit breakers of its own.
-
-    Args:
-        tier: the tier, not opened.
-        admission: "always", or "second_touch" for a tier that gets only blocks that are used again.
-        timeout_s: seconds that one of its calls may take.
-    """
-
-    def __init__(self, tier: Tier, admission: str, timeout_s: float) -> None:
-        self.tier = tier
-        self.admission = admission
-        self.guard = GuardedTier(tier, timeout_s, time.monotonic)
-        self.is_open = False
-        self.error = ""
-
-    @property
-    def reads(self) -> bool:
-        """True if it is worth asking for blocks."""
-        return self.is_open and not self.guard.reads.refuses
-
-    @property
-    def writes(self) -> bool:
-        """True if it takes blocks."""
-        return self.is_open and not self.guard.writes.refuses
-
-    @property
-    def asks_store(self) -> bool:
-        """True if it may have blocks that its look-up does not know."""
-        return self.tier.finds_more or not self.tier.stats().scan.complete
-
-    async def open(self) -> None:
-        """Open the tier. A failure is logged, and the chain goes on without it."""
-        try:
-            await self.tier.open()
-            self.is_open = True
-        except KVortexError as error:
-            self.error = str(error)
-            logger.error("the %s tier cannot be used: %s", self.tier.name, error)
-        except Exception as error:  # tiers can be third-party code, and must not stop the others
-            self.error = f"{type(error).__name__}: {error}"
-            logger.exception("the %s tier cannot be used", self.tier.name)
-
-    def figures(self) -> LinkFigures:
-        """What statistics say of it."""
-        stats = self.tier.stats()
-        return LinkFigures(
-            tier=self.tier.name,
-            usable=self.is_open,
-            hits=stats.hits,
-            num_blocks=stats.num_blocks,
-            used_bytes=stats.used_bytes,
-            capacity_bytes=stats.capacity_bytes,
-            breakers={"reads": self.guard.reads.figures(), "writes": self.guard.writes.figures()},
-        )
-
-
-class _Read:
-    """One block of a read: the tiers to try, and what came of those that were tried."""
-
-    def __init__(self, request: ReadRequest, links: list[Link]) -> None:
-        self.request = request
-        self.links = links
-        self.miss = _ABSENT
-        self.in_flight = False
-        self.over: Cause | None = None  # why the call does not wait for it any more
-        self.outcome: ReadOutcome | None = None
-
-    def end(self, outcome: ReadOutcome) -> None:
-        if self.outcome is None:
-            self.outcome = outcome
-            self.request.settle(outcome)
-
-    def give_up(self, cause: Cause) -> None:
-        """The call is over. What is in flight ends when it settles."""
-        self.over = cause
-        self.links.clear()
-        if not self.in_flight:
-            self.end(_unread(cause))
-
-
-class _Write:
-    """One block of a write, and the tiers that have not settled it."""
-
-    def __init__(self, request: WriteRequest, num_links: int) -> None:
-        self.request = request
-        self.left = num_links
-        self.outcomes: list[WriteOutcome | None] = [None] * num_links
-        self.over: Cause | None = None
-        self.outcome: WriteOutcome | None = None
-
-    def settled(self, position: int, outcome: WriteOutcome) -> None:
-        """One of the tiers is done. The outcome is that of the first tier that has the block, or is about to."""
-        self.outcomes[position] = outcome
-        self.left -= 1
-        if self.left:
-            return
-        told = [outcome for outcome in self.outcomes if outcome is not None]
-        good = [outcome for outcome in told if outcome.outcome.is_stored or outcome.outcome is SaveOutcome.PENDING]
-        outcome = (good or told)[0]
-        if outcome.cause is Cause.CANCELLED and self.over is not None:
-            outcome = WriteOutcome(SaveOutcome.FAILED, cause=self.over)
-        self.end(outcome)
-
-    def end(self, outcome: WriteOutcome) -> None:
-        if self.outcome is None:
-            self.outcome = outcome
-            self.request.settle(outcome)
 
 
 class ChainTier(Tier):
@@ -263,20 +145,20 @@ class ChainTier(Tier):
         self._counters.record_reads(outcomes)
         return outcomes
 
-    def _reads_of(self, requests: Sequence[ReadRequest]) -> list[_Read]:
+    def _reads_of(self, requests: Sequence[ReadRequest]) -> list[ChainRead]:
         links = [link for link in self.links if link.reads]
         known = [link.tier.lookup([request.key for request in requests]) for link in links]
-        asks = [link.asks_store for link in links]
+        asks = [link.tier.may_have_unknown for link in links]
         reads = []
         for position, request in enumerate(requests):
             have = [link for link, sizes in zip(links, known, strict=True) if sizes[position]]
             may_have = [link for link, asks_store in zip(links, asks, strict=True) if asks_store and link not in have]
-            reads.append(_Read(request, have + may_have))
+            reads.append(ChainRead(request, have + may_have))
         return reads
 
-    def _try_next(self, reads: Iterable[_Read]) -> list[asyncio.Task[None]]:
+    def _try_next(self, reads: Iterable[ChainRead]) -> list[asyncio.Task[None]]:
         """Have the next tier of each block read it; blocks without one are misses."""
-        batches: dict[Link, list[_Read]] = {}
+        batches: dict[Link, list[ChainRead]] = {}
         for read in reads:
             if read.links and not self._is_closed:
                 batches.setdefault(read.links.pop(0), []).append(read)
@@ -284,12 +166,12 @@ class ChainTier(Tier):
                 self._end_miss(read)
         return [asyncio.create_task(self._read_from(link, batch)) for link, batch in batches.items()]
 
-    def _end_miss(self, read: _Read) -> None:
+    def _end_miss(self, read: ChainRead) -> None:
         if read.outcome is None and read.miss.cause is Cause.CORRUPT:
             self._counters.record_removed_corrupt()
         read.end(read.miss)
 
-    async def _read_from(self, link: Link, batch: list[_Read]) -> None:
+    async def _read_from(self, link: Link, batch: list[ChainRead]) -> None:
         admitted = link.guard.reads.admit(len(batch))
         tried = [read for read in batch[:admitted] if read.outcome is None]
         if tried:
@@ -313,15 +195,15 @@ class ChainTier(Tier):
             for task in further:
                 task.cancel()
 
-    def _arrived(self, link: Link, read: _Read, outcome: ReadOutcome) -> None:
+    def _arrived(self, link: Link, read: ChainRead, outcome: ReadOutcome) -> None:
         read.in_flight = False
         if outcome.reason is None:
             if self._copies_forward:
                 self._copy_forward(link, read.request, outcome)
             read.end(outcome)
         elif read.over is not None:
-            read.end(_unread(read.over) if outcome.cause is Cause.CANCELLED else outcome)
-        elif outcome.cause is not Cause.ABSENT and read.miss is _ABSENT:
+            read.end(unread(read.over) if outcome.cause is Cause.CANCELLED else outcome)
+        elif outcome.cause is not Cause.ABSENT and read.miss is ABSENT:
             read.miss = outcome
 
     # -- writing ---------------------------------------------------------------------------------------
@@ -330,10 +212,10 @@ class ChainTier(Tier):
         self._check(())
         sizes = check_writes(requests)
         links = [link for link in self.links if link.writes and (link.admission == ALWAYS or link is self.links[0])]
-        writes = [_Write(request, len(links)) for request in requests]
+        writes = [ChainWrite(request, len(links)) for request in requests]
         if not links:
             for write in writes:
-                write.end(_REFUSED)
+                write.end(REFUSED)
         not_begun = set(range(len(links)))
 
         def give_up(cause: Cause) -> None:
@@ -350,11 +232,11 @@ class ChainTier(Tier):
         self._counters.record_writes(outcomes, sizes)
         return outcomes
 
-    async def _write_to(self, link: Link, number: int, writes: Sequence[_Write], not_begun: set[int]) -> None:
+    async def _write_to(self, link: Link, number: int, writes: Sequence[ChainWrite], not_begun: set[int]) -> None:
         not_begun.remove(number)
         admitted = link.guard.writes.admit(len(writes))
         for write in writes[admitted:]:
-            write.settled(number, _REFUSED)
+            write.settled(number, REFUSED)
         if admitted:
             await link.guard.write([_with(w.request, partial(w.settled, number)) for w in writes[:admitted]])
 
@@ -487,10 +369,6 @@ class ChainTier(Tier):
             give_up(cause)
             for task in tasks:
                 task.cancel()
-
-
-def _unread(cause: Cause) -> ReadOutcome:
-    return ReadOutcome(MissReason.DEADLINE if cause is Cause.DEADLINE else MissReason.TRANSFER_FAILED, cause=cause)
 
 
 def _with(request: WriteRequest, on_settled: Callable[[WriteOutcome], None]) -> WriteRequest:

@@ -158,7 +158,7 @@ class Fetches:
         asks = not refuses
         if backing.state.usable and positions.size:
             found = backing.encodings_known(keys[positions])
-            asks = asks and backing.asks_store
+            asks = asks and backing.tier.may_have_unknown
         fetch.in_tier.update(positions[found != NOT_KNOWN].tolist())
         if refuses:
             found[:] = NOT_KNOWN
@@ -194,7 +194,7 @@ class Fetches:
         """Look up the blocks that calls have asked for while the tier was opening."""
         keys = list(self._unknown)
         found = self._backing.encodings_known(join_keys(keys)).tolist() if keys else []
-        is_final = not self._backing.asks_store
+        is_final = not self._backing.tier.may_have_unknown
         self._queue_found(
             [(key, encoding) for key, encoding in zip(keys, found, strict=True) if encoding != NOT_KNOWN or is_final]
         )

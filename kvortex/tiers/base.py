@@ -311,6 +311,11 @@ class Tier(ABC):
     # -- figures ---------------------------------------------------------------------------------------
 
     @property
+    def may_have_unknown(self) -> bool:
+        """True if the store may have blocks that `lookup` does not know: loads ask it then, with `find`."""
+        return self.finds_more or not self.stats().scan.complete
+
+    @property
     @abstractmethod
     def capacity_bytes(self) -> int:
         """Bytes that the tier may use, overhead included."""

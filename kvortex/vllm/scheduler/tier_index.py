@@ -144,7 +144,7 @@ class TierIndex:
     def asks_store(self) -> bool:
         """True if the store may have blocks that are not known here, and answers."""
         if not self._knows_all:
-            self._knows_all = not self._tier.finds_more and self._tier.stats().scan.complete
+            self._knows_all = not self._tier.may_have_unknown
         return not self._knows_all and not self._guard.reads.refuses
 
     def ask(self, hashes: Sequence[bytes]) -> "Future[None]":
