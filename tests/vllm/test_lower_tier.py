@@ -1,7 +1,9 @@
 """Both halves' sides of the lower tier, without vLLM: encodings, breakers, tiers that do not open."""
 
 import asyncio
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiering import guard
-from kvortex.tiers import MemoryTier, Tier, breaker
+from kvortex.tiers import MemoryTier, ScanProgress, Tier, TierStats, breaker
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction, TransferPlan
 from kvortex.vllm.scheduler import tier_index
@@ -118,6 +120,51 @@ async def test_the_scheduler_half_knows_the_form_of_what_is_on_disk_and_of_what_
 
     assert await asyncio.to_thread(known) == packed
     await bench.mover.aclose()
+
+
+class Unscanned(MemoryTier):
+    """Knows only what it was asked for, until its scan is over."""
+
+    is_scanned = False
+
+    def __init__(self, capacity_bytes: int, *, namespace: bytes) -> None:
+        super().__init__(capacity_bytes, namespace=namespace)
+        self._seen: set[bytes] = set()
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        return [nbytes if key in self._seen else 0 for key, nbytes in zip(keys, super().lookup(keys), strict=True)]
+
+    async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
+        self._seen.update(keys)
+        return self.lookup(keys)
+
+    def stats(self) -> TierStats:
+        return replace(super().stats(), scan=ScanProgress(0, 1, 0, complete=self.is_scanned))
+
+
+async def test_a_store_is_asked_until_its_scan_is_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = [n % 3 > 0 for n in range(NUM_BLOCKS)]
+    tier = Unscanned(1 << 30, namespace=namespace().digest)
+    for module in (tier_index, tier_mover):
+        monkeypatch.setattr(module, "tier_of", lambda *_: tier)
+    mover = TierMover(config(), namespace(), bench.pool, ENCODINGS)
+    await mover.open()
+    await mover.write(KEYS, plan_of(packed), bench.digests(packed))
+
+    def ask() -> None:
+        index = TierIndex(config(), namespace())
+        assert index.asks_store
+        assert index.known_prefix(KEYS) == []
+        index.ask(KEYS[:30]).result(5)
+        assert index.known_prefix(KEYS) == packed[:30]
+        index._guard.reads.hung()
+        assert not index.asks_store
+        index._guard = type(index._guard)(tier, TIMEOUT_S, time.monotonic)
+        tier.is_scanned = True
+        assert not index.asks_store
+        index.close()
+
+    await asyncio.to_thread(ask)
 
 
 async def test_what_was_lost_is_asked_for_again_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
