@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -177,14 +178,7 @@ class ChainTier(Tier):
         if tried:
             for read in tried:
                 read.in_flight = True
-            await link.guard.read(
-                [
-                    ReadRequest(
-                        read.request.key, read.request.buffer, partial(self._arrived, link, read), read.request.used_s
-                    )
-                    for read in tried
-                ]
-            )
+            await link.guard.read([replace(r.request, on_settled=partial(self._arrived, link, r)) for r in tried])
         elif admitted:
             link.guard.reads.give_up()
         further = self._try_next(read for read in batch if not read.in_flight and read.outcome is None)
@@ -238,7 +232,9 @@ class ChainTier(Tier):
         for write in writes[admitted:]:
             write.settled(number, REFUSED)
         if admitted:
-            await link.guard.write([_with(w.request, partial(w.settled, number)) for w in writes[:admitted]])
+            await link.guard.write(
+                [replace(w.request, on_settled=partial(w.settled, number)) for w in writes[:admitted]]
+            )
 
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         self._check(keys)
@@ -353,28 +349,18 @@ class ChainTier(Tier):
         Returns:
             Why blocks are late, if some are: that one tier hangs is no deadline that the others have missed.
         """
-        cause = Cause.CANCELLED
+        cause, running = Cause.CANCELLED, set[asyncio.Task[None]]()
         try:
-            running: set[asyncio.Task[None]] = set()
             if tasks:
                 _, running = await asyncio.wait(tasks, timeout=deadline_s)
             cause = Cause.CLOSED if self._is_closed else Cause.DEADLINE if running else Cause.IO_ERROR
-            give_up(cause)
-            for task in running:
-                task.cancel()
-            if running:
-                await asyncio.wait(running, timeout=SETTLE_S)
-            return cause
         finally:
             give_up(cause)
             for task in tasks:
                 task.cancel()
-
-
-def _with(request: WriteRequest, on_settled: Callable[[WriteOutcome], None]) -> WriteRequest:
-    return WriteRequest(
-        request.key, request.payload, request.digest, request.raw_bytes, request.codec, on_settled, request.used_s
-    )
+        if running:
+            await asyncio.wait(running, timeout=SETTLE_S)
+        return cause
 
 
 def _first_of(answers: Sequence[Sequence[int]], count: int) -> list[int]:

@@ -57,6 +57,17 @@ class AgainstNaiveModel(RuleBasedStateMachine):
         self.order.remove([self.slots.pop(k)])
         self.parked.discard(k)
 
+    def _drop(self, k: int, reason: MissReason) -> list[int]:
+        """Drop a block; returns its offset if nobody has it pinned, nothing if it is not there."""
+        if (entry := self.committed.pop(k, None)) is None:
+            return []
+        self._remember(k, reason)
+        self._forget_order(k)
+        if entry[2]:
+            self.dropped.append(entry)
+            return []
+        return [entry[0]]
+
     # -- rules
 
     @rule(chain=chains)
@@ -164,21 +175,12 @@ class AgainstNaiveModel(RuleBasedStateMachine):
     @rule(k=st.sampled_from(range(len(KEYS))), reason=reasons)
     def drop(self, k: int, reason: MissReason) -> None:
         freed = self.index.drop_keys(pack_keys([KEYS[k]]), reason)
-        entry = self.committed.pop(k, None)
-        expected = []
-        if entry is not None:
-            self._remember(k, reason)
-            self._forget_order(k)
-            if entry[2]:
-                self.dropped.append(entry)
-            else:
-                expected.append(entry[0])
-        assert freed.tolist() == expected
+        assert freed.tolist() == self._drop(k, reason)
 
     @rule(chain=chains)
     def invalidate(self, chain: list[int]) -> None:
         freed = self.index.invalidate(pack_keys([KEYS[k] for k in chain]))
-        expected = []
+        expected: list[int] = []
         slots = {k: slot for slot, (k, orphaned) in self.reserved.items() if not orphaned}
         for k in dict.fromkeys(chain):
             if k in slots:
@@ -187,14 +189,7 @@ class AgainstNaiveModel(RuleBasedStateMachine):
                 self.ghosts.pop(k, None)
                 self.ring = [-1 if name == k else name for name in self.ring]
         for k in dict.fromkeys(chain):
-            if (entry := self.committed.pop(k, None)) is None:
-                continue
-            self._remember(k, MissReason.INVALIDATED)
-            self._forget_order(k)
-            if entry[2]:
-                self.dropped.append(entry)
-            else:
-                expected.append(entry[0])
+            expected += self._drop(k, MissReason.INVALIDATED)
         assert freed.tolist() == expected
 
     @rule(nbytes=st.integers(0, 12))
