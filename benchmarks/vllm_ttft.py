@@ -11,9 +11,10 @@ on any device.
 For each length the time to first token of a prompt that is new (cold), that the device's own prefix cache still has
 (the floor), and that only the connector has (hit); then tokens per second of batches of prompts that are all new, and
 of the same prompts when only the connector has them. Medians are printed, all samples are in the file of `--json`.
-Answers after a hit are compared with those after the floor. `--together` starts that many engines at once and measures
-them in turns, so that what the machine does meanwhile meets them alike; `--engine` has to say how much memory each may
-take.
+Answers after a hit are compared with those after the floor. Where a prompt ends with a block of the cache, connectors
+differ in what they leave to compute, one token or the block; lengths that are no multiples of it, such as 8187, compare
+the rest. `--together` starts that many engines at once and measures them in turns, so that what the machine does
+meanwhile meets them alike; `--engine` has to say how much memory each may take.
 """
 
 import argparse
@@ -367,7 +368,7 @@ def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.N
             in_turns(partial(RunningRow.warm_up, length=length))
             for _ in range(arguments.repeats):
                 in_turns(RunningRow.add_first_tokens)
-        length = min(2048, max(arguments.lengths))
+        length = min(arguments.batch_tokens, max(arguments.lengths))
         for _ in range(arguments.batches):
             in_turns(partial(RunningRow.add_throughput, length=length, prompts=arguments.prompts))
         in_turns(RunningRow.end)
@@ -440,6 +441,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=3, help="prompts of a length, each hit four times")
     parser.add_argument("--prompts", type=int, default=64, help="of a batch for throughput")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="of each of these prompts")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--pool", type=parse_bytes, default=40 * GIB)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")

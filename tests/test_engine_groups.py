@@ -179,6 +179,30 @@ async def test_a_call_moves_the_blocks_of_each_group_together() -> None:
     assert [(batch.form, batch.num_blocks) for batch in batches] == [(0, 12), (2, 12), (4, 3)] * 2
 
 
+async def test_windows_over_the_same_pages_move_in_one_batch() -> None:
+    """Their blocks have the same bytes at the same addresses, so a load is not a batch a group."""
+    pages = torch.zeros(64, 2, BLOCK_SIZE, 2, 64, dtype=torch.bfloat16)
+    groups = [KVGroup("full", ("full",), BLOCK_SIZE)]
+    groups += [KVGroup(name, (name,), BLOCK_SIZE, "window", reach) for name, reach in (("near", 40), ("far", 80))]
+    names = [group.name for group in groups]
+    cache = GroupedCache(dict.fromkeys(names, pages), dict.fromkeys(names, 0), groups)
+    cache.fill(seed=6)
+    batches: list[Batch] = []
+
+    def note(_: int, batch: Batch) -> None:
+        batches.append(batch)
+
+    source = {name: list(range(8 * n, 8 * n + 8)) for n, name in enumerate(names)}
+    target = {name: list(range(56 - 8 * n, 64 - 8 * n)) for n, name in enumerate(names)}
+    config = groups_config(transfer={"max_batch_bytes": "64MiB", "linger_s": 0.0})
+    async with grouped_engine(cache, config, note) as engine:
+        assert (await engine.save_blocks(request(8), source)).ok
+        content = cache.blocks(source)
+        assert (await engine.load_blocks(request(8), target)).ok
+    assert cache.blocks(target) == content
+    assert [(batch.form, batch.num_blocks) for batch in batches] == [(0, 24)] * 2
+
+
 @pytest.mark.parametrize("call", ["save_blocks", "load_blocks"])
 @pytest.mark.parametrize(
     "named", [{}, {"full": [-1] * 12}, {"full": [-1] * 12, "window": [-1] * 12, "state": [-1] * 3}]

@@ -127,6 +127,16 @@ class Encodings:
         self.packs = tuple(p.packing is not None for p in pages)
         """For each group whether its blocks can be packed."""
 
+        self._moved_as = _moved_as(pages)
+
+    def moved_as(self, forms: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+        """For blocks of these forms the forms in whose batches they move, `uint8 [n]`; None if `forms` is.
+
+        Groups of layers that lie in the same memory, as those of windows do, move together: the addresses of a block,
+        its bytes and how they are packed are the same. A load of such a model is one batch then, and not one a group.
+        """
+        return None if forms is None else self._moved_as[forms]
+
     @cached_property
     def pack_any(self) -> bool:
         """True if blocks of at least one group can be packed."""
@@ -147,6 +157,17 @@ class Encodings:
     def codec_number(self, form: int) -> Codec:
         """The codec's number in the frame of a block of this form."""
         return Codec[self._codecs[form].upper()]
+
+
+def _moved_as(pages: Sequence[Pages]) -> NDArray[np.uint8]:
+    """For each form the first form with the same addresses and packing, `uint8 [forms]`."""
+    places = [[(s.address, s.block_stride, s.nbytes) for s in p.layout.segments] for p in pages]
+    kinds = [
+        (segments, packing and packing.format)
+        for segments, p in zip(places, pages, strict=True)
+        for packing in (None, p.packing)
+    ]
+    return np.array([kinds.index(kind) for kind in kinds], dtype=np.uint8)
 
 
 def block_sizes(layout: KVLayout, packing: Packing | None) -> BlockSizes:

@@ -237,7 +237,7 @@ class DataPlane:
             on_settled,
             more_follows=more_follows,
             wants_source_released=wants_source_released,
-            forms=plan.forms,
+            forms=self.encodings.moved_as(plan.forms),
         )
         try:
             if claim is None:

@@ -31,10 +31,11 @@ class TransferRequest:
         wants_source_released: True to report `source_released` as soon as a save has read the cache; otherwise it is
             reported when the save ends.
 
-    Blocks move form by form, because a batch holds blocks of one form: `block_ids`, `offsets` and `forms` are in this
-    order. What comes back is in the order in which the blocks were named: `digests` (`uint64 [n]`), `succeeded`,
-    `too_lossy` and `tried` (`bool [n]`) say what batches have moved. A request is
-    *settled* when no batch can touch the cache or the extents any more, however the transfer ended.
+    Blocks move form by form, because a batch holds blocks of one form, and within a form in the order of their extents,
+    because neighbours in the pool are one copy: `block_ids`, `offsets` and `forms` are in this order. What comes back
+    is in the order in which the blocks were named: `digests` (`uint64 [n]`), `succeeded`, `too_lossy` and `tried`
+    (`bool [n]`) say what batches have moved. A request is *settled* when no batch can touch the cache or the extents
+    any more, however the transfer ended.
     `source_released` is set, for a save, when the cache's blocks have been read and may be overwritten.
     """
 
@@ -63,10 +64,15 @@ class TransferRequest:
 
     def __post_init__(self) -> None:
         self.blocks_unread = len(self.block_ids)
-        forms = self.forms
-        if forms is not None and (forms[1:] < forms[:-1]).any():
-            order = self._order = np.argsort(forms, kind="stable")
-            self.block_ids, self.offsets, self.forms = self.block_ids[order], self.offsets[order], forms[order]
+        forms, offsets = self.forms, self.offsets
+        if forms is not None:
+            falls = (forms[1:] < forms[:-1]) | ((forms[1:] == forms[:-1]) & (offsets[1:] < offsets[:-1]))
+        else:
+            falls = offsets[1:] < offsets[:-1]
+        if falls.any():
+            order = self._order = np.argsort(offsets) if forms is None else np.lexsort((offsets, forms))
+            self.block_ids, self.offsets = self.block_ids[order], offsets[order]
+            self.forms = None if forms is None else forms[order]
 
     @property
     def num_blocks(self) -> int:

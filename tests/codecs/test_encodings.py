@@ -85,3 +85,30 @@ def test_the_forms_of_most_groups_fit_a_byte() -> None:
     encodings = Encodings(pages_of(cache, "fp8"))
     assert len(encodings.payloads) == len(encodings.extents) == 2 * MAX_GROUPS
     assert encodings.usual_form(MAX_GROUPS - 1) == 255
+
+
+@pytest.mark.parametrize("codec", ["raw", "fp8"])
+def test_groups_in_the_same_memory_move_together(codec: str) -> None:
+    """Windows over the same pages are one kind of transfer, whatever their reach; a smaller block is another."""
+    pages = torch.zeros(8, 1 << 14, dtype=torch.uint8)
+    whole = pages.view(torch.bfloat16).unflatten(1, (2, 16, 2, 128))
+    tensors = {
+        "full": whole,
+        "near": whole.clone(),  # elsewhere
+        "window": whole,
+        "wide": whole,
+        "short": pages[:, : 1 << 13].view(torch.bfloat16).unflatten(1, (2, 16, 2, 64)),
+    }
+    groups = [
+        KVGroup(name, (name,), 16, *(() if name == "full" else ("window", 32 + n))) for n, name in enumerate(tensors)
+    ]
+    encodings = Encodings(pages_of(PagedCache.from_tensors(tensors, 16, block_dim=0, groups=groups), codec))
+    forms = np.arange(10, dtype=np.uint8)
+    raw, packed = ([0, 0], [0, 1])
+    of_group = raw if codec == "raw" else packed
+    moved = encodings.moved_as(forms)
+    assert moved is not None
+    assert moved.dtype == np.uint8
+    assert moved.reshape(5, 2).tolist() == [[first + n for n in of_group] for first in (0, 2, 0, 0, 8)]
+    assert [encodings.extents[form] for form in moved.tolist()] == list(encodings.extents)
+    assert encodings.moved_as(None) is None

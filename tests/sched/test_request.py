@@ -121,6 +121,20 @@ def test_blocks_move_form_by_form_and_what_comes_back_is_in_the_order_of_their_n
     assert sorted(r.succeeded_forms.tolist()) == [0, 2, 2]
 
 
+@pytest.mark.parametrize("forms", [None, [0, 0, 0, 0, 0], [0, 2, 0, 2, 0]])
+def test_blocks_of_a_form_move_in_the_order_of_their_extents(forms: list[int] | None) -> None:
+    """Neighbours in the pool are one copy then, in whatever order a call names them."""
+    ids, places = np.arange(5, dtype=np.int32), np.array([3, 9, 1, 8, 2], dtype=np.int64)
+    of_each = None if forms is None else np.array(forms, dtype=np.uint8)
+    r = TransferRequest(Direction.LOAD, ids, places * 128, [128] * 3, forms=of_each)
+    order = [2, 4, 0, 3, 1]
+    assert r.block_ids.tolist() == order
+    assert r.offsets.tolist() == [128 * place for place in (1, 2, 3, 8, 9)]
+    digests = np.array(order, dtype=np.uint64) + 10
+    r.arrived(0, digests, None)
+    assert r.digests.tolist() == [10, 11, 12, 13, 14]
+
+
 def test_blocks_of_one_form_after_another_stay_as_they_are() -> None:
     r = mixed([0, 0, 2, 4])
     assert r.block_ids.tolist() == [0, 1, 2, 3]
