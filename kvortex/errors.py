@@ -7,6 +7,7 @@
     ├── InvalidBlockIdError    a block id is out of range, or occurs twice in one call   (also ValueError)
     ├── InvalidHashError       a block hash has the wrong type or length, or lists do not match   (also ValueError)
     ├── EngineStateError       a call before registration, after shutdown, or on the wrong thread   (also RuntimeError)
+    ├── OwnerError             the owner of a shared pool refuses this client, or something that it asks for
     ├── MemoryPoolError
     │   ├── OutOfPoolMemoryError   no extent of that size is free   (also MemoryError)
     │   ├── DoubleFreeError        an extent was freed before
@@ -46,6 +47,10 @@ class InvalidHashError(KVortexError, ValueError):
 
 class EngineStateError(KVortexError, RuntimeError):
     """The engine cannot do this now: no caches are registered yet, it is shut down, or the thread is the wrong one."""
+
+
+class OwnerError(KVortexError):
+    """The owner of a shared pool refuses this client, or something that it asks for."""
 
 
 class MemoryPoolError(KVortexError):

@@ -59,6 +59,7 @@ class MissReason(StrEnum):
     TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
     DEADLINE = "deadline"  # a tier did not deliver it in time
     INVALIDATED = "invalidated"  # the caller has asked to forget it
+    OWNER_LOST = "owner_lost"  # the owner of the shared pool does not answer
     NOT_FETCHED = "not_fetched"  # a tier has it, but the pool has no room, or the use of the tier is paused
 
 

@@ -1,4 +1,4 @@
-"""`kvortex demo` and `kvortex replay`."""
+"""`kvortex demo`, `kvortex replay` and `kvortex serve`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from kvortex import __version__
 from kvortex.cli import REPLAY_BLOCK_BYTES
-from kvortex.config import EVICTION_POLICIES, GIB, format_bytes, parse_bytes
+from kvortex.config import EVICTION_POLICIES, GIB, KVortexConfig, format_bytes, parse_bytes
 from kvortex.errors import ConfigError, KVortexError
 
 
@@ -18,6 +18,8 @@ def run(argv: Sequence[str]) -> int:
     """Parse arguments and run the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "serve":
+            return _run_serve(arguments)
         report = None if arguments.json else _report()
         return _run_demo(arguments, report) if arguments.command == "demo" else _run_replay(arguments, report)
     except (KVortexError, OSError) as error:
@@ -58,6 +60,18 @@ def _run_replay(arguments: argparse.Namespace, report: ModuleType | None) -> int
     return 0 if figures["mismatches"] == 0 else 1
 
 
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from kvortex.cli import serve
+
+    config = KVortexConfig.from_file(arguments.config) if arguments.config else KVortexConfig.from_env()
+    if arguments.pool is not None:
+        config = config.replace(pool=arguments.pool)
+    if arguments.eviction is not None:
+        config = config.replace(eviction=arguments.eviction)
+    serve.run(config, Path(arguments.socket or config.owner.socket or serve.default_socket()), as_json=arguments.json)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvortex", description="A KV-cache store for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
@@ -66,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_replay_options(demo)
     replay = commands.add_parser("replay", help="replay a request trace through an engine")
     _add_replay_options(replay)
+    serve = commands.add_parser("serve", help="hold one pool for all engines of this machine, until Ctrl-C")
+    add = serve.add_argument
+    add("--pool", type=_size, help="size of the pool, e.g. 64GiB (default: KVORTEX_POOL, or 4GiB)")
+    add("--socket", metavar="PATH", help="where engines find it (default: kvortex.sock in XDG_RUNTIME_DIR)")
+    add("--eviction", choices=EVICTION_POLICIES, help="eviction policy (default lru)")
+    add("--config", type=Path, metavar="FILE", help="settings as TOML, instead of KVORTEX_* of the environment")
+    add("--json", action="store_true", help="say where it listens as one JSON document")
     return parser
 
 

@@ -16,6 +16,7 @@ from kvortex.config.sections import (
     DiskTierConfig,
     EvictionConfig,
     ModelIdentity,
+    OwnerConfig,
     PoolConfig,
     Section,
     TierConfig,
@@ -47,6 +48,7 @@ class KVortexConfig:
         tier: lower tiers by their URLs, what is written to them, and how long calls wait; plain URLs set `urls`.
         disk: the disk below the pool; a plain path sets `path`. It needs the model's name in `identity`.
         identity: model, weights revision and ranks.
+        owner: the owner of a pool that several engines share; a plain path sets `socket`.
         renamed: settings under their old names, such as `cpu_pool_bytes`; they override the others, with a
             `FutureWarning`.
 
@@ -61,6 +63,7 @@ class KVortexConfig:
     tier: TierConfig
     disk: DiskTierConfig
     identity: ModelIdentity
+    owner: OwnerConfig
 
     def __init__(
         self,
@@ -72,15 +75,20 @@ class KVortexConfig:
         tier: TierConfig | Settings | str | Sequence[str] = TierConfig(),
         disk: DiskTierConfig | Settings | str | os.PathLike[str] = DiskTierConfig(),
         identity: ModelIdentity | Settings = ModelIdentity(),
+        owner: OwnerConfig | Settings | str | os.PathLike[str] = OwnerConfig(),
         **renamed: Any,
     ) -> None:
-        given = (pool, eviction, transfer, codec, tier, disk, identity)
+        given = (pool, eviction, transfer, codec, tier, disk, identity, owner)
         for name, value in zip(SECTIONS, given, strict=True):
             object.__setattr__(self, name, value)
         conform(self)
         require(
             not (self.tier.urls and self.disk.path),
             f"give lower tiers as tier.urls ({' '.join(self.tier.urls)}) or as disk.path ({self.disk.path}), not both",
+        )
+        require(
+            not (self.owner.socket and self.lower_tier),
+            f"an engine with an owner ({self.owner.socket}) has no lower tiers of its own: leave {self.lower_tier} out",
         )
         _require_settings(renamed)
         for old, value in renamed.items():

@@ -16,6 +16,23 @@ MAX_GHOST_ENTRIES = 1 << 28  # 72 bytes each
 UNNAMED_MODEL = "unnamed"
 
 
+def require_named_model(what: str, model: str) -> None:
+    """Refuse a store that other processes share if the model has no name: blocks of two models would have equal keys.
+
+    Args:
+        what: the store, for the message.
+        model: name of the model, as `ModelIdentity` has it.
+
+    Raises:
+        ConfigError: the message says what to set.
+    """
+    require(
+        model != UNNAMED_MODEL,
+        f"{what} keeps blocks for other processes, which may run another model: name this one, e.g. "
+        'KVortexConfig(..., identity=ModelIdentity(model="meta-llama/Llama-3.1-8B", weights_revision="0e9e39f"))',
+    )
+
+
 class Section:
     """Base of all sections: converts values to their types; messages name `section.field`."""
 
@@ -251,6 +268,28 @@ class DiskTierConfig(Section):
         self._require_not_negative("touch_interval_s", "close_timeout_s")
         interval_s = self.rescan_interval_s
         self._require("rescan_interval_s", interval_s is None or interval_s > 0, "be positive or None")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class OwnerConfig(Section):
+    """The owner of a pool that all engines of a machine share, see docs/deploy.md. A plain path sets `socket`.
+
+    Args:
+        socket: path of the owner's Unix socket; empty for a pool of this engine alone. With an owner, the size of the
+            pool and its eviction are the owner's settings.
+        deadline_s: seconds that a call to the owner may take. After that the engine goes on without the pool, and tries
+            to connect again.
+    """
+
+    section: ClassVar[str] = "owner"
+    plain: ClassVar[str] = "socket"
+    paths: ClassVar[tuple[str, ...]] = ("socket",)
+
+    socket: str | os.PathLike[str] = ""
+    deadline_s: float = 1.0
+
+    def _check(self) -> None:
+        self._require("deadline_s", self.deadline_s > 0, "be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig, format_bytes
+from kvortex.config.sections import require_named_model
 from kvortex.engine.arguments import BlockHashes, BlockTables, NamedBlocks, named_blocks
 from kvortex.engine.calls import CallQueue, TransferCall
 from kvortex.engine.leases import Lease, Leases, leading_in_pool
@@ -25,6 +26,9 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import check_memory
+from kvortex.owner import OwnerClient, RemoteControl
+from kvortex.owner.control import scratch_of
+from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
 from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import running_loop
@@ -49,7 +53,7 @@ class EngineCore:
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
         self._queue = CallQueue(config.transfer.max_outstanding_requests)
-        self._control: ControlPlane | None = None
+        self._control: ControlPlane | RemoteControl | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
         self._tiering: Tiering | None = None
@@ -125,29 +129,51 @@ class EngineCore:
         cache = PagedCache.from_tensors(
             kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim, groups=groups
         )
-        check_memory(self.config.pool.bytes)
         with contextlib.ExitStack() as undo:
-            self._data = DataPlane(
-                self.config,
-                kv_caches,
-                cache,
-                wrap_executor=self._parts.wrap_executor,
-                on_pinning_stopped=self._shrink,
-            )
+            owner = self._connect_owner(undo)
+            self._data = self._make_data(kv_caches, cache, owner)
             undo.callback(self._data.close)
             undo.callback(self._unregister)
-            self._control = ControlPlane.from_config(
-                self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
-            )
-            self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
             self._namespace = self._data.namespace(self.config.identity)
+            if owner is not None:
+                owner.tell(Kind.SCRATCH_DONE)
+                namespace = self._namespace.digest
+                self._control = RemoteControl(owner, namespace, self._data.sizes, cache.groups)
+            else:
+                self._control = ControlPlane.from_config(
+                    self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
+                )
+            self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
             tier = self._parts.make_tier(self.config, self._namespace)
             if tier is not None:
+                if not isinstance(self._control, ControlPlane):
+                    raise ConfigError("an engine with an owner has no lower tiers of its own")
                 self._tiering = self._tiering_over(tier, self._control, self._data, self._namespace)
                 self._tiering.start()
             undo.pop_all()
         logger.info("registered %s", cache.describe())
         return cache if groups is not None else cache.layouts[0]
+
+    def _connect_owner(self, undo: contextlib.ExitStack) -> OwnerClient | None:
+        settings = self.config.owner
+        if not settings.socket:
+            check_memory(self.config.pool.bytes)
+            return None
+        require_named_model("the owner of a shared pool", self.config.identity.model)
+        owner = OwnerClient(settings.socket, settings.deadline_s)
+        undo.callback(owner.close)
+        return owner
+
+    def _make_data(
+        self, kv_caches: Mapping[str, torch.Tensor], cache: PagedCache, owner: OwnerClient | None
+    ) -> DataPlane:
+        make = partial(DataPlane, wrap_executor=self._parts.wrap_executor, on_pinning_stopped=self._shrink)
+        if owner is None:
+            return make(self.config, kv_caches, cache)
+        pool = {"bytes": owner.pool_bytes, "pin_piece_bytes": owner.piece_bytes}
+        return make(
+            self.config.replace(pool=pool), kv_caches, cache, memory=owner.memory, scratch=partial(scratch_of, owner)
+        )
 
     def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
         # No local variable: the traceback of an error would keep it, and the pool's memory with it.
@@ -169,7 +195,7 @@ class EngineCore:
             raise EngineStateError("no caches are registered yet: call register_kv_caches first")
         return self._namespace
 
-    def _planes(self) -> tuple[ControlPlane, DataPlane]:
+    def _planes(self) -> tuple[ControlPlane | RemoteControl, DataPlane]:
         self._check_running()
         if self._control is None or self._data is None:
             raise EngineStateError("no caches are registered yet: call register_kv_caches first")
@@ -251,7 +277,7 @@ class EngineCore:
 
     async def _save_again_raw(
         self,
-        control: ControlPlane,
+        control: ControlPlane | RemoteControl,
         call: TransferCall[SaveOutcome],
         blocks: NamedBlocks,
         outcomes: tuple[SaveOutcome, ...],
@@ -537,7 +563,7 @@ class EngineCore:
         control.clear()
         return self._clear_tiers(control) if tiers else None
 
-    async def _clear_tiers(self, control: ControlPlane) -> bool:
+    async def _clear_tiers(self, control: ControlPlane | RemoteControl) -> bool:
         self._check_loop()
         if self._tiering is None:
             return True
@@ -608,7 +634,7 @@ class EngineCore:
             stack.callback(setattr, self, "_released", True)
             if self._data is not None and self._control is not None:
                 stack.push_async_callback(self._data.aclose)
-                stack.callback(_forget_all, self._control)
+                stack.callback(self._control.close)
                 if self._leases is not None:
                     stack.callback(self._leases.end_all)
             if self._tiering is not None:
@@ -620,13 +646,9 @@ class EngineCore:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
-def _forget_all(control: ControlPlane) -> None:
-    control.clear()
-    if leak := control.allocator.leak_report():
-        logger.error("extents still held at shutdown: %s", leak)
-
-
-def _finish_save(control: ControlPlane, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
+def _finish_save(
+    control: ControlPlane | RemoteControl, plan: SavePlan, request: TransferRequest
+) -> Sequence[SaveOutcome]:
     if request.num_succeeded == len(plan.slots):
         return control.finish_save(plan, request.digests)
     return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy, request.tried)
@@ -639,7 +661,9 @@ def _without_gone(outcomes: Sequence[SaveOutcome], there: NDArray[np.bool_]) -> 
     )
 
 
-def _finish_load(control: ControlPlane, plan: LoadPlan, request: TransferRequest) -> Sequence[MissReason | None]:
+def _finish_load(
+    control: ControlPlane | RemoteControl, plan: LoadPlan, request: TransferRequest
+) -> Sequence[MissReason | None]:
     digests, expected = request.digests, plan.pins.digests
     if request.num_succeeded == plan.pins.num_hits and digests.tobytes() == expected.tobytes():
         return control.finish_load(plan)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet
+from kvortex.owner import RemoteControl
 from kvortex.planes.control import ControlPlane
 from kvortex.runtime.loop_thread import running_loop
 
@@ -64,7 +65,7 @@ class Leases:
         share: share of the pool that leases may keep together. A block that several of them have counts once.
     """
 
-    def __init__(self, control: ControlPlane, groups: GroupSet, share: float) -> None:
+    def __init__(self, control: ControlPlane | RemoteControl, groups: GroupSet, share: float) -> None:
         self.open: set[Lease] = set()
         self.nbytes = 0
         """Bytes of the pool that they keep."""
@@ -134,7 +135,7 @@ class Leases:
 
 
 def leading_in_pool(
-    control: ControlPlane, groups: GroupSet, hashes: NDArray[np.uint64]
+    control: ControlPlane | RemoteControl, groups: GroupSet, hashes: NDArray[np.uint64]
 ) -> tuple[int, NDArray[np.uint64]]:
     """How far a request can resume with what is in the pool.
 

@@ -409,6 +409,13 @@ class CacheIndex:
             beyond = (rows["state"] == steps.COMMITTED) & (rows["offset"] + rows["nbytes"] > end)
             return self._drop(np.flatnonzero(beyond), reason)
 
+    def drop_forms(self, first: int, stop: int, reason: MissReason) -> Offsets:
+        """Remove every committed block whose form is in `[first, stop)`, like `drop`."""
+        with self._lock:
+            rows = self._table.rows[: self._table.totals[steps.SLOTS_USED]]
+            meant = (rows["state"] == steps.COMMITTED) & (rows["form"] >= first) & (rows["form"] < stop)
+            return self._drop(np.flatnonzero(meant), reason)
+
     def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest idle blocks until `nbytes` are free, or no idle block is left.
 

@@ -47,6 +47,7 @@ MISS_REASONS = (
     MissReason.TOO_LOSSY,
     MissReason.NOT_FETCHED,
     MissReason.INVALIDATED,
+    MissReason.OWNER_LOST,
 )
 """The miss reasons; arrays hold positions in this tuple."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2

@@ -52,11 +52,13 @@ class SharedMemory:
         label = f"kvortex-{secrets.token_hex(8)}"
         size = align_up(nbytes, mmap.PAGESIZE)
         try:
-            descriptor = os.memfd_create(label)
+            descriptor = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise ConfigError(f"cannot create shared memory: {error}") from error
         try:
             os.ftruncate(descriptor, size)
+            # Without these a process that truncates it would kill all others at their next access.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except (OSError, OverflowError) as error:
             os.close(descriptor)
             raise ConfigError(f"cannot share {nbytes} bytes: {error}") from error
@@ -73,6 +75,27 @@ class SharedMemory:
             return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), ticket)
         except OSError:
             return None
+
+    @classmethod
+    def received(cls, descriptor: int, label: str, nbytes: int) -> Self:
+        """The memory behind a descriptor that another process has sent; it is closed with this object.
+
+        Raises:
+            ConfigError: the memory is smaller, or may shrink while it is used.
+        """
+        try:
+            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            if not sealed or os.fstat(descriptor).st_size < nbytes:
+                raise ConfigError(f"the memory is not sealed, or has less than {nbytes} bytes")
+        except (ConfigError, OSError) as error:
+            os.close(descriptor)
+            raise ConfigError(f"the shared memory that was received cannot be used: {error}") from error
+        return cls(descriptor, SharedTicket(os.getpid(), descriptor, label, nbytes))
+
+    @property
+    def descriptor(self) -> int:
+        """The file descriptor, to send it to another process; `ConfigError` if it was closed."""
+        return self._open_descriptor()
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
         """Map a part of the memory. The mapping stays valid after `close`.

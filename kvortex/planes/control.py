@@ -5,6 +5,7 @@ a data plane carries it out, in this process or another. The caller passes the o
 `finish_load`. Not thread-safe, except for the reads of the index.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
@@ -29,15 +30,28 @@ from kvortex.index import (
     warm_up,
 )
 from kvortex.memory import ExtentAllocator
-from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
+from kvortex.types import MAX_GROUPS, BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
+
+logger = logging.getLogger(__name__)
 
 CPU_TIER: Final = "cpu"
+
+UNKNOWN_BLOCK_BYTES: Final = 256 << 10
+"""Bytes of a block, for the size of the index, as long as no cache is known. The index grows when it is full."""
 
 MAX_EVICTIONS_A_PLAN: Final = 4
 """Rounds of eviction in one plan. One may not be enough: with blocks of two sizes, freed extents may be too small."""
 
+NOT_PLANNED: Final = -1
+"""The state of a block for which nobody could be asked."""
+
 # Outcomes of a save's blocks that do not move. A reservation without room is aborted.
-_NOT_MOVED = {RESERVED: SaveOutcome.NO_SPACE, STORED: SaveOutcome.ALREADY_STORED, BUSY: SaveOutcome.PENDING}
+_NOT_MOVED = {
+    RESERVED: SaveOutcome.NO_SPACE,
+    STORED: SaveOutcome.ALREADY_STORED,
+    BUSY: SaveOutcome.PENDING,
+    NOT_PLANNED: SaveOutcome.FAILED,
+}
 
 
 class SavePlan(NamedTuple):
@@ -111,12 +125,15 @@ class HeldBlocks:
 class ControlPlane:
     """Plans saves and loads over one index and one range of extents.
 
+    A pool may hold blocks of several caches: `add_cache` adds one. Their groups have consecutive numbers, which calls
+    name, and their keys must differ.
+
     Args:
-        index: the blocks of one namespace.
+        index: the blocks.
         allocator: allocates extents of the pool.
         pacer: decides how much to evict as the pool fills.
-        sizes: bytes that a block takes in the pool, for each group.
-        groups: the groups of the cache; None if it has one, of which nothing else needs to be known.
+        sizes: bytes that a block takes in the pool, for each group of the first cache; empty if there is none yet.
+        groups: the groups of that cache; None if it has one, of which nothing else needs to be known.
 
     Attributes:
         on_removed: called with the offsets, `int64 [n]`, of visible blocks that have left the pool.
@@ -134,17 +151,19 @@ class ControlPlane:
     ) -> None:
         self.index = index
         self.allocator = allocator
-        self.groups = groups
+        self.groups: GroupSet | None = None
+        """The groups of the first cache."""
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
         self.on_evicted: Callable[[Evicted], int] | None = None
         self._pacer = pacer
-        self.extents = np.array([nbytes for s in sizes for nbytes in (s.raw, s.packed)], dtype=np.int64)
+        self.extents = np.empty(0, dtype=np.int64)
         """Bytes of an extent, by form, `int64 [2 * num_groups]`."""
-        self.usual_forms = np.array([form_of(n, s.packs) for n, s in enumerate(sizes)], dtype=np.uint8)
+        self.usual_forms = np.empty(0, dtype=np.uint8)
         """The form in which blocks of each group are stored: packed if they can be, `uint8 [num_groups]`."""
-        self._one_group = len(sizes) == 1
-        self.has_forms = len(sizes) > 1 or sizes[0].packs
-        """Whether blocks can have another form than 0."""
+        self._caches: list[tuple[int, GroupSet]] = []  # those with several groups, with the number of their first one
+        if sizes:
+            self.add_cache(sizes, groups)
+            self.groups = groups
         self._unusable_bytes = 0
         """Bytes of holes that were too small for an extent, when that happened last. Where a tier takes what the pacer
         evicts, they count as used: what has to go at once, because of them, cannot wait until it is written."""
@@ -163,16 +182,53 @@ class ControlPlane:
         Raises:
             ConfigError: a block does not fit the pool or a piece of it, or the eviction policy is unknown.
         """
-        check_blocks_fit(sizes, capacity_bytes, config.pool.pin_piece_bytes)
+        if sizes:
+            check_blocks_fit(sizes, capacity_bytes, config.pool.pin_piece_bytes)
         warm_up(config.eviction.policy)
         allocator = ExtentAllocator(capacity_bytes, config.pool.pin_piece_bytes, name=CPU_TIER)
+        smallest = min((s.packed for s in sizes), default=UNKNOWN_BLOCK_BYTES)
         index = CacheIndex(
             make_policy(config.eviction.policy),
             ghost_entries=config.eviction.ghost_entries,
-            expected_entries=allocator.capacity_bytes // min(s.packed for s in sizes) + config.eviction.ghost_entries,
+            expected_entries=allocator.capacity_bytes // smallest + config.eviction.ghost_entries,
         )
         pacer = EvictionPacer(allocator.capacity_bytes, config.eviction.watermark, config.eviction.ratio)
         return cls(index, allocator, pacer, sizes, groups)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of all caches."""
+        return len(self.usual_forms)
+
+    @property
+    def has_forms(self) -> bool:
+        """Whether blocks can have another form than 0."""
+        return self.num_groups > 1 or self.usual_forms[0] != 0
+
+    def add_cache(self, sizes: Sequence[BlockSizes], groups: GroupSet | None = None) -> int:
+        """Let blocks of another cache into the pool.
+
+        Args:
+            sizes: bytes that a block takes in the pool, for each of its groups.
+            groups: its groups; None if it has one, of which nothing else needs to be known.
+
+        Returns:
+            The number of its first group.
+
+        Raises:
+            ConfigError: there are too many groups; or a block does not fit the pool or a piece of it.
+        """
+        first = self.num_groups
+        if first + len(sizes) > MAX_GROUPS:
+            raise ConfigError(f"the caches of a pool have more than {MAX_GROUPS} groups of layers together")
+        check_blocks_fit(sizes, self.allocator.capacity_bytes, self.allocator.piece_bytes)
+        extents = [nbytes for s in sizes for nbytes in (s.raw, s.packed)]
+        forms = [form_of(first + n, s.packs) for n, s in enumerate(sizes)]
+        self.extents = np.append(self.extents, np.array(extents, dtype=np.int64))
+        self.usual_forms = np.append(self.usual_forms, np.array(forms, dtype=np.uint8))
+        if groups is not None and not groups.is_single:
+            self._caches.append((first, groups))
+        return first
 
     # -- save --------------------------------------------------------------------------------------
 
@@ -200,7 +256,7 @@ class ControlPlane:
         """
         reservation = self.index.reserve(keys)
         slots, chain = reservation.owned, keys if chain is None else chain
-        if self._one_group or groups is None:
+        if self.num_groups == 1 or groups is None:
             form = 0 if as_is else int(self.usual_forms[0])
             nbytes, placed = self.extents[form : form + 1], None
             offsets = self._make_room(reservation.num_owned, int(nbytes[0]), owner, chain)
@@ -253,9 +309,7 @@ class ControlPlane:
         succeeded = _unless_all(succeeded)
         if succeeded is None:
             self.allocator.free_many(self._commit(plan, digests))
-            if len(plan.slots) == len(plan.states):
-                return [SaveOutcome.STORED] * len(plan.states)
-            return _save_outcomes(plan, np.ones(len(offsets), dtype=np.bool_), None)
+            return save_outcomes(plan)
         unseen = self._commit(plan, digests, succeeded)
         lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy & ~succeeded
         self.index.abort(plan.slots[lossy], MissReason.TOO_LOSSY)
@@ -265,7 +319,7 @@ class ControlPlane:
         self.index.abort(plan.slots[given_up], None)
         self.allocator.free_many(unseen)
         self.allocator.free_many(offsets[~succeeded])
-        return _save_outcomes(plan, succeeded, too_lossy)
+        return save_outcomes(plan, succeeded, too_lossy)
 
     def _commit(
         self, plan: SavePlan, digests: NDArray[np.uint64], which: NDArray[np.bool_] | None = None
@@ -340,14 +394,15 @@ class ControlPlane:
         If the lower tier keeps what is evicted, they stay: the evicted blocks can come back. They stay as well if no
         group has full attention: then what ends at a boundary serves other boundaries, too.
         """
-        if self.groups is None or self.groups.is_single or self.on_evicted is not None:
+        if self.on_evicted is not None:
             return
-        if self.groups.groups[self.groups.anchor].kind is not KVKind.FULL:
-            return
-        hashes = evicted.keys[evicted.forms // 2 == self.groups.anchor]  # the anchor's keys are the hashes
-        for number in range(len(self.groups)):
-            if number != self.groups.anchor:
-                self._remove(self.index.drop_keys(self.groups.tagged(hashes, number), MissReason.EVICTED))
+        for first, groups in self._caches:
+            if groups.groups[groups.anchor].kind is not KVKind.FULL:
+                continue
+            hashes = evicted.keys[evicted.forms // 2 == first + groups.anchor]  # the anchor's keys are the hashes
+            for number in range(len(groups)):
+                if number != groups.anchor and len(hashes):
+                    self._remove(self.index.drop_keys(groups.tagged(hashes, number), MissReason.EVICTED))
 
     # -- lower tiers -------------------------------------------------------------------------------
 
@@ -416,8 +471,17 @@ class ControlPlane:
         self._remove(self.index.unpin(slots))
 
     def free(self, offset: int) -> None:
-        """Free the extent of a block that was taken over when it was evicted."""
+        """Free an extent that holds no block: of one that was taken over when it was evicted, or of `scratch`."""
         self.allocator.free_many([offset])
+
+    def scratch(self, nbytes: int) -> int | None:
+        """Allocate an extent that holds no block, and evict for it; give it back with `free`.
+
+        Returns:
+            Its offset in bytes; None if there is no room.
+        """
+        offsets = self._make_room(1, nbytes, "scratch", np.empty((0, 4), dtype=np.uint64))
+        return int(offsets[0]) if offsets.size else None
 
     # -- load --------------------------------------------------------------------------------------
 
@@ -448,22 +512,20 @@ class ControlPlane:
         Returns:
             The outcomes of all `n` blocks of the call, `None` for a hit.
         """
-        pins, intact, succeeded = plan.pins, _unless_all(intact), _unless_all(succeeded)
-        if intact is None and succeeded is None and pins.num_hits == len(pins):
-            self._remove(self.index.unpin(pins.hits))
-            return [None] * pins.num_hits
-        everything = np.ones(pins.num_hits, dtype=np.bool_)
-        intact, succeeded = everything if intact is None else intact, everything if succeeded is None else succeeded
-        corrupt = succeeded & ~intact
-        if corrupt.any():
-            self.index.drop(pins.hits[corrupt], MissReason.CORRUPT)
-        self._remove(self.index.unpin(pins.hits))
-        outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in pins.reasons.tolist()]
-        good = (succeeded & intact).tolist()
-        for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
-            failure = MissReason.CORRUPT if damaged else MissReason.TRANSFER_FAILED
-            outcomes[position] = None if hit else failure
+        outcomes, corrupt = load_outcomes(plan, intact, succeeded)
+        self.unpin(plan.pins.hits, corrupt)
         return outcomes
+
+    def unpin(self, slots: NDArray[np.int64], corrupt: NDArray[np.bool_] | None = None) -> None:
+        """Unpin blocks after a load.
+
+        Args:
+            slots: their slots, `int64 [m]`.
+            corrupt: which of them did not arrive as they were saved, `bool [m]`; None for none. They are dropped.
+        """
+        if corrupt is not None and corrupt.any():
+            self.index.drop(slots[corrupt], MissReason.CORRUPT)
+        self._remove(self.index.unpin(slots))
 
     # -- all ---------------------------------------------------------------------------------------
 
@@ -502,6 +564,20 @@ class ControlPlane:
     def clear(self) -> None:
         """Drop every block. Extents that are pinned or in flight are freed when their transfers end."""
         self._remove(self.index.clear())
+
+    def forget(self) -> None:
+        """Find nothing from now on of what is stored now: here the same as `clear`."""
+        self.clear()
+
+    def clear_cache(self, first_group: int, num_groups: int) -> None:
+        """Drop every visible block of one cache, like `invalidate`; the arguments are those of its groups."""
+        self._remove(self.index.drop_forms(2 * first_group, 2 * (first_group + num_groups), MissReason.INVALIDATED))
+
+    def close(self) -> None:
+        """Drop every block at the end; extents that are still held are logged."""
+        self.clear()
+        if leak := self.allocator.leak_report():
+            logger.error("extents still held at shutdown: %s", leak)
 
     def _remove(self, offsets: NDArray[np.int64]) -> None:
         self.allocator.free_many(offsets)
@@ -550,13 +626,41 @@ def _by_size(
     return offsets
 
 
+def load_outcomes(
+    plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
+) -> tuple[Sequence[MissReason | None], NDArray[np.bool_] | None]:
+    """The outcomes of a load; arguments as in `ControlPlane.finish_load`.
+
+    Returns:
+        The outcomes of all `n` blocks of the call, None for a hit; and which of the `m` blocks that moved are corrupt,
+        `bool [m]`, None if none is.
+    """
+    pins, intact, succeeded = plan.pins, _unless_all(intact), _unless_all(succeeded)
+    if intact is None and succeeded is None and pins.num_hits == len(pins):
+        return [None] * pins.num_hits, None
+    everything = np.ones(pins.num_hits, dtype=np.bool_)
+    intact, succeeded = everything if intact is None else intact, everything if succeeded is None else succeeded
+    corrupt = succeeded & ~intact
+    outcomes: list[MissReason | None] = [MISS_REASONS[reason] for reason in pins.reasons.tolist()]
+    good = (succeeded & intact).tolist()
+    for position, hit, damaged in zip(plan.positions.tolist(), good, corrupt.tolist(), strict=True):
+        failure = MissReason.CORRUPT if damaged else MissReason.TRANSFER_FAILED
+        outcomes[position] = None if hit else failure
+    return outcomes, corrupt
+
+
 def _unless_all(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
     return None if mask is None or np.count_nonzero(mask) == len(mask) else mask
 
 
-def _save_outcomes(
-    plan: SavePlan, succeeded: NDArray[np.bool_], too_lossy: NDArray[np.bool_] | None
+def save_outcomes(
+    plan: SavePlan, succeeded: NDArray[np.bool_] | None = None, too_lossy: NDArray[np.bool_] | None = None
 ) -> list[SaveOutcome]:
+    """The outcomes of all `n` blocks of a save; arguments as in `ControlPlane.finish_save`."""
+    if succeeded is None:
+        if len(plan.slots) == len(plan.states):
+            return [SaveOutcome.STORED] * len(plan.states)
+        succeeded = np.ones(len(plan.slots), dtype=np.bool_)
     outcomes = [_NOT_MOVED[state] for state in plan.states.tolist()]
     lossy = np.zeros_like(succeeded) if too_lossy is None else too_lossy
     for position, stored, lost in zip(plan.positions.tolist(), succeeded.tolist(), lossy.tolist(), strict=True):

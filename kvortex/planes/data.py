@@ -38,8 +38,10 @@ class DataPlane:
         config: the engine's settings.
         tensors: layer name -> tensor of the paged cache, all on one device; kept alive until `aclose`.
         cache: the groups of layers and their layouts, derived from these tensors.
-        memory: shared memory for the pool, of processes whose caches have the same layout; None for a private pool. The
-            self-test overwrites its first extents, so nothing may be saved before all processes have come so far.
+        memory: shared memory for the pool, of processes whose caches have the same layout; None for a private pool.
+        scratch: called with a number of bytes; returns the offset of that much of the pool, which the self-test
+            overwrites. By default it is the start of the pool, where nothing may be saved before all processes that
+            share it have come so far.
         wrap_executor: returns another executor that wraps the device's, for tests.
         on_pinning_stopped: called on the loop, at most once, if no more of the pool can be pinned, with the number of
             bytes that are pinned, from the start of the pool. Plans must not use the rest; transfers to it fail.
@@ -60,6 +62,7 @@ class DataPlane:
         cache: PagedCache,
         *,
         memory: SharedMemory | None = None,
+        scratch: Callable[[int], int] = lambda nbytes: 0,
         wrap_executor: Callable[[TransferExecutor], TransferExecutor] | None = None,
         on_pinning_stopped: Callable[[int], None] | None = None,
     ) -> None:
@@ -88,7 +91,7 @@ class DataPlane:
             undo.callback(executor.close)
             if config.transfer.self_test:
                 with self.pool.exclusive():
-                    self._self_test(executor)
+                    self._self_test(executor, scratch)
             self._scheduler = TransferScheduler(
                 _make_batcher(config), wrap_executor(executor) if wrap_executor else executor
             )
@@ -146,18 +149,23 @@ class DataPlane:
             max_pack_error=config.codec.max_error,
         )
 
-    def _self_test(self, executor: TransferExecutor) -> None:
+    def _self_test(self, executor: TransferExecutor, scratch: Callable[[int], int]) -> None:
         piece_nbytes = min(self.pool.piece_bytes, self.pool.capacity_bytes)
-        for group, (pages, size) in enumerate(zip(self.pages, self.sizes, strict=True)):
-            count = min(SELF_TEST_BLOCKS, pages.layout.num_blocks, piece_nbytes // size.raw)
-            self.pool.wait_ready(count * size.raw)
+        counts = [
+            min(SELF_TEST_BLOCKS, pages.layout.num_blocks, piece_nbytes // size.raw)
+            for pages, size in zip(self.pages, self.sizes, strict=True)
+        ]
+        nbytes = max(count * size.raw for count, size in zip(counts, self.sizes, strict=True))
+        start = scratch(nbytes)
+        self.pool.wait_ready(start + nbytes)
+        for group, (pages, size, count) in enumerate(zip(self.pages, self.sizes, counts, strict=True)):
             run_self_test(
                 pages,
                 group,
                 self._tensors,
                 [b * (pages.layout.num_blocks - 1) for b in range(count)],  # the first and the last
                 executor,
-                np.arange(count, dtype=np.int64) * size.raw,
+                start + np.arange(count, dtype=np.int64) * size.raw,
                 self.pool.bytes,
                 self.record_event,
             )

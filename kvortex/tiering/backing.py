@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
-from kvortex.config.sections import UNNAMED_MODEL
-from kvortex.errors import ConfigError
+from kvortex.config.sections import require_named_model
 from kvortex.hashing import Namespace
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
@@ -169,8 +168,5 @@ def check_model_is_named(tier: Tier, namespace: Namespace) -> None:
     Raises:
         ConfigError: the message says what to set.
     """
-    if tier.outlives_process and namespace.model == UNNAMED_MODEL:
-        raise ConfigError(
-            f"the {tier.name} tier keeps blocks for other processes, which may run another model: name this one, e.g. "
-            'KVortexConfig(..., identity=ModelIdentity(model="meta-llama/Llama-3.1-8B", weights_revision="0e9e39f"))'
-        )
+    if tier.outlives_process:
+        require_named_model(f"the {tier.name} tier", namespace.model)

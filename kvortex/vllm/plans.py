@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from kvortex.hashing import Namespace
@@ -39,12 +41,16 @@ class LoadJob:
         transfer: which blocks move between which pool offsets and device blocks.
         missing_block_ids: device blocks without a source, because the pool lost them between look-up and plan. They
             are reported as failed together with those whose transfer fails.
+        digests: of the blocks, `uint64 [n]`, where the owner of the pool keeps them; None where the workers do.
+        num_weights: how many changes of the weights were known when it was planned.
     """
 
     job_id: int
     request_id: str
     transfer: TransferPlan
     missing_block_ids: tuple[int, ...] = ()
+    digests: NDArray[np.uint64] | None = None
+    num_weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,14 @@ class JobOutcome:
         failed: blocks that were not moved.
         corrupt: blocks of a load whose bytes did not match their digest.
         too_lossy: blocks of a save that failed because packing would lose too much; they are in `failed` as well.
+        digests: of the blocks of a save, `uint64 [n]`, where the owner of the pool keeps them; else None.
     """
 
     job_id: int
     failed: tuple[int, ...] = ()
     corrupt: tuple[int, ...] = ()
     too_lossy: tuple[int, ...] = ()
+    digests: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
         sizes: bytes of a block for each group of layers, large enough for those of every pipeline stage.
         num_blocks: device blocks.
         pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
-        namespace: the namespace of its blocks in the lower tier; None without a lower tier.
+        namespace: the namespace of its blocks in the lower tier, or in the pool of an owner; None without either.
+        writer: the name under which it writes to the pool of an owner; empty without one.
     """
 
     layout_digest: bytes
@@ -143,3 +152,4 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     num_blocks: int
     pool_bytes: int
     namespace: Namespace | None = None
+    writer: str = ""

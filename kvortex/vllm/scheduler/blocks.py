@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index import CacheIndex, pack_keys
+from kvortex.owner.control import RemoteIndex
 from kvortex.types import BlockHash
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.scheduler.requests import TrackedRequest, follow_block_tables
@@ -211,7 +212,9 @@ class FullAttention(BlockRules):
     num_groups = 1
     holds = False
 
-    def __init__(self, index: CacheIndex, keys: BlockKeys, block_size: int, *, save_decoded: bool) -> None:
+    def __init__(
+        self, index: CacheIndex | RemoteIndex, keys: BlockKeys, block_size: int, *, save_decoded: bool
+    ) -> None:
         self.alignment = block_size
         self._index = index
         self._keys = keys

@@ -1,11 +1,12 @@
 """What the planner of loads and the planner of saves both work on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.owner import RemoteControl
 from kvortex.planes.control import ControlPlane
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler.blocks import BlockRules
@@ -26,15 +27,22 @@ class PlannerContext:
         job_ids: numbers for jobs.
         stats: counts for vLLM's metrics.
         events: takes note of what enters the pool; None where vLLM publishes no events.
+        num_weights: says how many changes of the weights are known.
     """
 
     rules: BlockRules
-    control: ControlPlane
+    control: ControlPlane | RemoteControl
     tier: TierPlanner | None
     jobs: JobsInFlight[LoadInFlight | SaveInFlight]
     job_ids: Iterator[int]
     stats: ConnectorStats
     events: EventLog | None
+    num_weights: Callable[[], int]
+
+    @property
+    def keeps_digests(self) -> bool:
+        """True if the pool's index has the digests of its blocks; otherwise the workers have them."""
+        return isinstance(self.control, RemoteControl)
 
     def bytes_moved(self, forms: NDArray[np.uint8] | None, moved: NDArray[np.bool_]) -> int:
         """Bytes of blocks in a worker's paged cache, padding included.

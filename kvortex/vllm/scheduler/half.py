@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from kvortex.config import format_bytes
-from kvortex.errors import ConfigError, EngineStateError
+from kvortex.errors import ConfigError, EngineStateError, KVortexError
 from kvortex.hashing import Namespace
+from kvortex.owner import OwnerClient, RemoteControl
+from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
 from kvortex.tiering.keys import split_keys
@@ -57,6 +59,19 @@ MAX_STEPS: Final = 64
 """Steps that are remembered until they are over. vLLM has two or three in flight at a time."""
 
 
+def check_can_share(vllm_config: "VllmConfig") -> None:
+    """Refuse what an owner does not serve yet.
+
+    Raises:
+        ConfigError: the engine has several workers, or publishes KV events.
+    """
+    events = vllm_config.kv_events_config
+    if vllm_config.parallel_config.world_size > 1:
+        raise ConfigError("the owner of a shared pool serves engines with one worker each so far: leave owner out")
+    if events is not None and events.enable_kv_cache_events:
+        raise ConfigError("KV events do not tell yet what the owner of a shared pool evicts: turn off one of the two")
+
+
 class _Planners(NamedTuple):
     rules: BlockRules
     admission: Admission
@@ -96,11 +111,15 @@ class SchedulerHalf:
         self._may_save = transfer is None or transfer.is_kv_producer
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._ready = not handshake_in_step
+        self._has_owner = bool(options.engine.owner.socket)
+        self._ready = not handshake_in_step and not self._has_owner
+        self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
         self._sizes = expected_sizes(self._groups, options.engine.codec.name)
-        self._control = self._make_control(options.engine.pool.bytes)
+        self._control: ControlPlane | RemoteControl = self._make_control(options.engine.pool.bytes)
         check_supported(options.engine)
+        if self._has_owner:
+            check_can_share(vllm_config)
         self._tier: TierPlanner | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._jobs = JobsInFlight[LoadInFlight | SaveInFlight](self._num_workers)
@@ -117,7 +136,7 @@ class SchedulerHalf:
         if events is not None and events.enable_kv_cache_events:
             described = [EventGroup(*facts) for facts in self._groups.facts]
             self._events = EventLog(described, self._groups.set.hash_block_size)
-        if self._events is not None:
+        if self._events is not None and isinstance(self._control, ControlPlane):
             self._control.on_removed = self._events.add_removed
         self._made: _Planners | None = None
         self._is_simple = self._groups.is_one_of_full_attention
@@ -159,6 +178,7 @@ class SchedulerHalf:
             job_ids=self._job_ids,
             stats=self._stats,
             events=self._events,
+            num_weights=lambda: self._num_weights,
         )
         admission = Admission(self._num_device_blocks, rules, num_lookahead_tokens(self._vllm_config))
         loads = LoadPlanner(context, self._options, admission, self._tracked, self.stats)
@@ -196,6 +216,9 @@ class SchedulerHalf:
         if len(sizes) > 1:
             found = sorted([(s.raw, s.packed) for s in of_worker] for of_worker in sizes)
             raise ConfigError(f"workers registered blocks of {found} bytes (raw, packed): they must agree")
+        if self._has_owner:
+            self._ready = self._join_owner(handshakes[0])
+            return
         self._plan_with(sizes.pop(), min(handshake.pool_bytes for handshake in handshakes))
         namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
         if self._tier is None and len(namespaces) == len(handshakes):
@@ -206,16 +229,37 @@ class SchedulerHalf:
         tier = self._options.engine.lower_tier if self._tier is not None else "no lower tier"
         logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), tier)
 
+    def _join_owner(self, handshake: WorkerHandshake) -> bool:
+        """Plan in the pool of the owner from now on; False if it cannot be used."""
+        settings = self._options.engine.owner
+        if handshake.namespace is None or isinstance(self._control, RemoteControl):
+            return self._ready
+        try:
+            client = OwnerClient(settings.socket, settings.deadline_s)
+            client.ask(Kind.WRITERS, handshake.writer.encode())
+            self._control = RemoteControl(client, handshake.namespace.digest, handshake.sizes, self._groups.set)
+        except KVortexError as error:
+            logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)
+            return False
+        self._sizes = handshake.sizes
+        if self._made is not None:
+            self._make_planners()
+        logger.info(
+            "KVortexConnector is ready: the pool of the owner at %s, %s", settings.socket, self._describe_pool()
+        )
+        return True
+
     def _plan_with(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
             return
-        removed = self._control.on_removed
-        self._sizes = sizes
-        self._control = self._make_control(pool_bytes)
-        self._control.on_removed = removed
+        assert isinstance(self._control, ControlPlane)
+        control = self._make_control(pool_bytes)
+        control.on_removed = self._control.on_removed
+        self._sizes, self._control = sizes, control
 
     def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
         engine = self._options.engine
+        assert isinstance(self._control, ControlPlane)
         try:
             index = TierIndex(engine, namespace)
         except ConfigError as error:
@@ -303,6 +347,7 @@ class SchedulerHalf:
         reports = reports_in(connector_output)
         self.accept_handshake([report for report in reports if isinstance(report, WorkerHandshake)])
         if changes := [report.last_plan for report in reports if isinstance(report, WeightsChanged)]:
+            self._num_weights += len(changes) // self._num_workers
             self._stale.weights_changed(max(changes), self._tracked.values())
             self._drop_stale()
         for report in reports:
@@ -403,7 +448,7 @@ class SchedulerHalf:
         """Drop every cached block, those of the lower tier too; jobs in flight end as usual."""
         if self._events is not None:
             self._events.add_all_removed()
-        self._control.clear()
+        self._control.forget()
         if self._tier is not None:
             self._tier.forget_all()
         return True
@@ -429,6 +474,9 @@ class SchedulerHalf:
 
     def shutdown(self) -> None:
         """Drop everything but what the lower tier keeps; idempotent."""
-        self._control.clear()
+        if isinstance(self._control, RemoteControl):
+            self._control.close()
+        else:
+            self._control.clear()
         if self._tier is not None:
             self._tier.close()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvortex.groups import GroupSet, KVKind
 from kvortex.index import COMMITTED, CacheIndex
+from kvortex.owner.control import RemoteIndex
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash
 from kvortex.vllm.identity.adapters import BlockKeys
@@ -51,7 +52,7 @@ class Hybrid(BlockRules):
 
     def __init__(
         self,
-        index: CacheIndex,
+        index: CacheIndex | RemoteIndex,
         keys: BlockKeys,
         groups: ServedGroups,
         manager: Any,

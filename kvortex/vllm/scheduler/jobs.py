@@ -42,6 +42,7 @@ class JobInFlight:
     failed: set[int] = field(default_factory=set)
     corrupt: set[int] = field(default_factory=set)
     too_lossy: set[int] = field(default_factory=set)
+    digests: NDArray[np.uint64] | None = None  # of a save's blocks, where the owner of the pool keeps them
 
     def add(self, outcome: JobOutcome) -> None:
         """Take in one worker's outcome."""
@@ -49,6 +50,8 @@ class JobInFlight:
         self.failed.update(outcome.failed)
         self.corrupt.update(outcome.corrupt)
         self.too_lossy.update(outcome.too_lossy)
+        if outcome.digests is not None:
+            self.digests = outcome.digests
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvortex.index import PENDING, pack_keys
 from kvortex.stats import EngineStats
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash, MissReason
@@ -96,7 +97,7 @@ class LoadPlanner:
         if tier is not None and any(tier.is_arriving(key) for key in keys):
             return True
         # A save in flight takes some milliseconds, less than to compute the block. It may fail: the wait is bounded.
-        if not any(self._control.index.miss_reason(key) is MissReason.PENDING for key in keys):
+        if PENDING not in self._control.index.states(pack_keys(keys)):
             self._waiting_since_s.pop(request_id, None)
             return False
         now_s = time.monotonic()
@@ -131,7 +132,10 @@ class LoadPlanner:
         missing = np.delete(block_ids, load.positions)
         request_id = tracked.request.request_id
         job_id = next(self._context.job_ids)
-        plan.loads.append(LoadJob(job_id, request_id, load.transfer, tuple(missing.tolist())))
+        digests = load.pins.digests.copy() if self._context.keeps_digests else None
+        plan.loads.append(
+            LoadJob(job_id, request_id, load.transfer, tuple(missing.tolist()), digests, self._context.num_weights())
+        )
         plan.fresh_block_ids.update(block_ids.tolist())
         self._context.jobs.add(
             LoadInFlight(job_id=job_id, plan=load, request_id=request_id, started_s=time.perf_counter())

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.planes.control import ControlPlane
 from kvortex.tiering.keys import split_keys
 from kvortex.vllm.plans import NO_WRITE, ConnectorPlan, SaveJob
 from kvortex.vllm.scheduler.blocks import BlockRun
@@ -133,7 +134,8 @@ class SavePlanner:
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
         lossy[list(job.too_lossy)] = True
-        self._control.finish_save(job.plan, np.zeros(count, dtype=np.uint64), succeeded, lossy)
+        digests = np.zeros(count, dtype=np.uint64) if job.digests is None else job.digests
+        self._control.finish_save(job.plan, digests, succeeded, lossy)
         if context.tier is not None and job.write_id != NO_WRITE:
             context.tier.hold_saved(job.write_id, succeeded)
         if job.as_is:
@@ -164,6 +166,7 @@ class SavePlanner:
     def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
         events = self._context.events
         if events is not None and part.event is not None:
+            assert isinstance(self._control, ControlPlane)
             # A reset may have dropped a block before its save ended: nothing is at its offset then.
             there = self._control.allocator.holds(offsets)
             order = np.argsort(numbers[there], kind="stable")

@@ -1,17 +1,22 @@
 """The worker half: registers the paged cache of one rank, and starts the jobs of each step without blocking it."""
 
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from kvortex.codecs import RAW
+from kvortex.config import KVortexConfig
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
+from kvortex.owner.control import scratch_of
+from kvortex.owner.protocol import Kind
 from kvortex.planes.data import DataPlane, pages_of
 from kvortex.runtime.loop_thread import LoopThread
 from kvortex.types import BlockSizes
@@ -85,6 +90,7 @@ class WorkerHalf:
         self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
         self._reports = ReportBox(by_request=not self._groups.is_one_of_full_attention)
         self._pauses_counted = 0
+        self._writer = secrets.token_hex(16)
 
     # -- start and end -----------------------------------------------------------------------------
 
@@ -103,9 +109,19 @@ class WorkerHalf:
         try:
 
             async def start() -> DataPlane:
-                return DataPlane(
-                    share.config, tensors, cache, memory=share.memory, on_pinning_stopped=self._pinning_stopped
+                make = partial(
+                    DataPlane,
+                    share.config,
+                    tensors,
+                    cache,
+                    memory=share.memory,
+                    on_pinning_stopped=self._pinning_stopped,
                 )
+                if share.owner is None:
+                    return make()
+                data = make(scratch=partial(scratch_of, share.owner))
+                share.owner.tell(Kind.SCRATCH_DONE)
+                return data
 
             self._data = thread.run(start())
         except BaseException:
@@ -114,8 +130,14 @@ class WorkerHalf:
             raise
         self._thread = thread
         self._share = share
-        if self._options.engine.lower_tier:
-            self._open_mover(self._data, thread)
+        engine = self._options.engine
+        if engine.lower_tier or share.owner is not None:
+            identity = identity_of(self._vllm_config, self._groups.is_latent, self._rank, engine.identity)
+            namespace = self._namespace = self._data.namespace(identity)
+            if engine.lower_tier:
+                self._open_mover(self._data, namespace, thread)
+        if share.owner is not None:
+            share.owner.ask(Kind.WRITER, self._writer.encode())
         placed = RankPlaces(self._places, share, here)
         self._jobs = JobRunner(self._data, thread.loop, share, placed, self._mover, self._reports)
         if self._handshake_in_step:
@@ -134,6 +156,8 @@ class WorkerHalf:
 
     def _make_share(self, cache: PagedCache, here: Sequence[int]) -> PoolShare:
         config = self._options.engine
+        if config.owner.socket:
+            return self._join_owner(config, cache)
         pages = pages_of(cache, config.codec.name)
         own = [BlockSizes(0, 0)] * len(self._groups.set)
         for number, of_group in zip(here, pages, strict=True):
@@ -151,18 +175,20 @@ class WorkerHalf:
             return PoolShare.own(config, own)
         return PoolShare.of_group(self._peers.replicas, config, cache.digest, own)
 
+    def _join_owner(self, config: KVortexConfig, cache: PagedCache) -> PoolShare:
+        own = tuple(pages.sizes for pages in pages_of(cache, config.codec.name))
+        share = PoolShare.of_owner(config)
+        self._places = Places(share.config.pool.pin_piece_bytes, own, own)
+        return share
+
     def _num_pools_here(self) -> int:
         parallel = self._vllm_config.parallel_config
         sharing = self._peers.replicas.size if self._peers.replicas is not None else 1
         ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
         return max(ranks // sharing // int(getattr(parallel, "nnodes", 1)), 1)
 
-    def _open_mover(self, data: DataPlane, thread: LoopThread) -> None:
-        engine = self._options.engine
-        self._namespace = data.namespace(
-            identity_of(self._vllm_config, self._groups.is_latent, self._rank, engine.identity)
-        )
-        self._mover = TierMover(engine, self._namespace, data.pool.bytes, data.encodings)
+    def _open_mover(self, data: DataPlane, namespace: Namespace, thread: LoopThread) -> None:
+        self._mover = TierMover(self._options.engine, namespace, data.pool.bytes, data.encodings)
         thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:
@@ -176,6 +202,7 @@ class WorkerHalf:
             self._num_blocks,
             self._places.planned_bytes(data.pool.capacity_bytes),
             self._namespace,
+            self._writer if self._share.owner is not None else "",
         )
 
     def shutdown(self) -> None:
@@ -215,6 +242,8 @@ class WorkerHalf:
             return
         self._settle(self._thread)
         self._share.forget()
+        if self._jobs is not None:
+            self._jobs.num_weights += 1
         if self._mover is not None:
             self._mover.forget_all()
         self._reports.add(WeightsChanged(self._plan.number))

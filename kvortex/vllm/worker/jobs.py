@@ -77,6 +77,8 @@ class JobRunner:
         self._places = places
         self._mover = mover
         self._reports = reports
+        self.num_weights = 0
+        """Changes of the weights so far. Loads that were planned before the last of them bring nothing."""
         self._transfers: set[asyncio.Task[None]] = set()  # they touch the paged cache
         self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier
 
@@ -159,12 +161,16 @@ class JobRunner:
             part.read.set()
             data.release_event(after)
             outcome = self._outcome_of(part, ended[0])
-            if part.overwritten:
+            if part.overwritten or self._is_outdated(part.job):
                 outcome = JobOutcome(part.job.job_id, _ids(part.positions))
             self._end(part, outcome)
         if isinstance(part.job, SaveJob) and part.job.keys:
             saved = np.flatnonzero(ended[0].succeeded & (not part.overwritten))
             self._spawn_tier_task(self._write_behind(part, part.job, ended[0], saved))
+
+    def _is_outdated(self, job: SaveJob | LoadJob) -> bool:
+        """True for a load from an owner's pool that was planned for other weights than those of now."""
+        return isinstance(job, LoadJob) and job.digests is not None and job.num_weights < self.num_weights
 
     def _end(self, part: RankJob, outcome: JobOutcome) -> None:
         part.read.set()
@@ -174,14 +180,21 @@ class JobRunner:
             self._reports.end(outcome)
 
     def _outcome_of(self, part: RankJob, request: TransferRequest) -> JobOutcome:
-        places, digests = self._share.places(part.transfer), self._share.digests
         corrupt = np.zeros(request.num_blocks, dtype=np.bool_)
-        if isinstance(part.job, SaveJob):
-            digests[places[request.succeeded]] = request.digests[request.succeeded]
+        reported: NDArray[np.uint64] | None = None
+        if isinstance(part.job, LoadJob):
+            expected = part.job.digests
+            if expected is None:
+                expected = self._share.digests[self._share.places(part.transfer)]
+            corrupt = request.succeeded & (request.digests != expected)
+        elif self._share.owner is not None:
+            reported = request.digests
         else:
-            corrupt = request.succeeded & (request.digests != digests[places])
+            places = self._share.places(part.transfer)
+            self._share.digests[places[request.succeeded]] = request.digests[request.succeeded]
         masks = (~request.succeeded, corrupt, request.too_lossy)
-        return JobOutcome(part.job.job_id, *(_ids(part.positions[mask]) for mask in masks))
+        failed, damaged, too_lossy = (_ids(part.positions[mask]) for mask in masks)
+        return JobOutcome(part.job.job_id, failed, damaged, too_lossy, reported)
 
     async def _write_behind(
         self, part: RankJob, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]

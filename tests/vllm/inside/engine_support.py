@@ -16,6 +16,7 @@ import torch
 import vllm
 from tiny_model import VOCAB_SIZE, make_tiny_model
 
+from kvortex.owner import RemoteControl
 from kvortex.planes.control import ControlPlane
 from kvortex.types import MissReason
 from kvortex.vllm.metrics import ConnectorStats
@@ -99,7 +100,7 @@ class Engine:
         return ours(self.core.scheduler.connector)._scheduler
 
     @property
-    def control(self) -> ControlPlane:
+    def control(self) -> ControlPlane | RemoteControl:
         return self.scheduler_half._control
 
     @property
@@ -198,8 +199,11 @@ def running(
             engine.settle()
             control = engine.control
             assert not engine.scheduler_half._jobs
-            assert control.index.num_pending == 0
-            assert control.allocator.allocated_bytes == control.index.committed_bytes
+            if isinstance(control, RemoteControl):
+                assert not control._in_flight
+            else:
+                assert control.index.num_pending == 0
+                assert control.allocator.allocated_bytes == control.index.committed_bytes
     finally:
         engine.core.shutdown()
         del engine.llm  # a caller's name for it may live on, and what it takes along would be the next engine's

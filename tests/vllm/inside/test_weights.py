@@ -1,5 +1,6 @@
 """Weights that change under a running engine: what the old ones computed is not served."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_support import BLOCK_SIZE, Engine, prompt, running
+from owner_support import serving
 from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_model
 from vllm import SamplingParams
@@ -45,12 +47,14 @@ def answers(models: dict[str, Path]) -> dict[str, list[int]]:
 
 @pytest.fixture
 def engine(models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """With vLLM's own prefix cache, as servers have it; over a disk where that is asked for."""
-    disk = (
-        {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}} if getattr(request, "param", False) else {}
-    )
-    with running(str(models["old"]), options=disk, enable_prefix_caching=True) as engine:
-        yield engine
+    """With vLLM's own prefix cache, as servers have it; over a disk or the pool of an owner where that is asked for."""
+    over, options = getattr(request, "param", ""), {}
+    with contextlib.ExitStack() as stack:
+        if over == "disk":
+            options = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
+        elif over == "owner":
+            options = {"owner": str(stack.enter_context(serving(tmp_path / "kvortex.sock")).path)}
+        yield stack.enter_context(running(str(models["old"]), options=options, enable_prefix_caching=True))
 
 
 def norms_of(path: Path) -> list[tuple[str, torch.Tensor]]:
@@ -111,9 +115,9 @@ WAYS: dict[str, Callable[[Engine, Path], None]] = {
 
 @pytest.mark.parametrize(
     ("engine", "way"),
-    [*((False, way) for way in WAYS), (True, "loaded"), (True, "reloaded")],
+    [("", way) for way in WAYS] + [(over, way) for over in ("disk", "owner") for way in ("loaded", "reloaded")],
     indirect=["engine"],
-    ids=[*WAYS, "with a disk", "reloaded with a disk"],
+    ids=[*WAYS, "loaded with a disk", "reloaded with a disk", "loaded with an owner", "reloaded with an owner"],
 )
 def test_old_blocks_are_not_served_after_a_plain_reset(
     engine: Engine, models: dict[str, Path], answers: dict[str, list[int]], way: str

@@ -1,0 +1,237 @@
+"""A connection to the owner of a shared pool. Calls block, and never longer than a deadline."""
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from kvortex.errors import ConfigError, OwnerError
+from kvortex.memory import SharedMemory
+from kvortex.owner.protocol import HEADER, VERSION, Arrays, Field, Kind, numbers, pack, text_of, unpack, unpack_header
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S: Final = 0.5
+LAST_RETRY_S: Final = 30.0
+
+
+class OwnerLost(OwnerError):
+    """The owner does not answer now. The engine computes what it cannot look up."""
+
+
+class OwnerClient:
+    """Asks the owner, from any thread, one question at a time.
+
+    If the owner does not answer in time, or ends, the connection is given up: every call raises `OwnerLost` at once,
+    until a thread in the background has connected again. An owner that was started anew has other memory; then the
+    client stays without one.
+
+    Args:
+        path: the owner's socket.
+        deadline_s: seconds that a call may take.
+
+    Raises:
+        OwnerError: the owner refuses this process, or does not answer.
+        ConfigError: nobody listens there, or its memory cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], deadline_s: float) -> None:
+        self.path = Path(path)
+        self._deadline_s = deadline_s
+        self._lock = threading.RLock()
+        self._tags = itertools.count(1)
+        self._socket: socket.socket | None = None
+        self.generation = 0
+        """Number of this connection. What an earlier one held is lost."""
+        self._is_wanted = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.on_connected: Callable[[], None] | None = None
+        """Called after a connection was made anew, before anything else is asked; may ask itself."""
+        try:
+            self._socket, self.memory, self.piece_bytes, self.owner_pid = self._connect()
+        except OSError as error:
+            raise ConfigError(
+                f"no owner of a pool listens at {self.path} ({error}): start one with `kvortex serve`"
+            ) from error
+
+    @property
+    def is_connected(self) -> bool:
+        return self._socket is not None
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool, in bytes."""
+        return self.memory.ticket.nbytes
+
+    def exclusive(self) -> contextlib.AbstractContextManager[object]:
+        """Let no other thread ask or reconnect meanwhile."""
+        return self._lock
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def ask(self, kind: Kind, *fields: Field) -> Arrays:
+        """Ask, and wait for the answer; returns its fields.
+
+        Raises:
+            OwnerLost: there is no answer.
+            OwnerError: the owner refuses; the message says why.
+        """
+        with self._lock:
+            tag = next(self._tags)
+            try:
+                due_s = time.monotonic() + self._deadline_s
+                self._send(pack(kind, tag, *fields), due_s)
+                answered, values = self._receive(tag, due_s)
+            except (OSError, OwnerError) as error:
+                raise self._lose(error) from error
+        if answered is Kind.REFUSED:
+            raise OwnerError(text_of(values[0]))
+        return values
+
+    def tell(self, kind: Kind, *fields: Field) -> bool:
+        """Say something that has no answer; False if the owner is lost."""
+        with self._lock:
+            if self._socket is None:
+                return False
+            try:
+                self._send(pack(kind, 0, *fields), time.monotonic() + self._deadline_s)
+            except (OSError, OwnerError) as error:
+                self._lose(error)
+                return False
+        return True
+
+    def _send(self, parts: list[Any], due_s: float) -> None:
+        connection = self._open_socket()
+        views = [memoryview(part).cast("B") for part in parts]
+        while views:
+            connection.settimeout(max(due_s - time.monotonic(), 0.001))
+            sent = connection.sendmsg(views)
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+
+    def _receive(self, tag: int, due_s: float) -> tuple[Kind, Arrays]:
+        connection = self._open_socket()
+        kind, count, answered, nbytes = unpack_header(_read(connection, HEADER.size, due_s))
+        fields = unpack(kind, count, _read(connection, nbytes, due_s))
+        if answered != tag:
+            raise OwnerError(f"an answer to question {answered} came to question {tag}")
+        return kind, fields
+
+    def _open_socket(self) -> socket.socket:
+        if self._socket is None:
+            raise OwnerLost(f"the owner of the pool at {self.path} is not there")
+        return self._socket
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _connect(self) -> tuple[socket.socket, SharedMemory, int, int]:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            due_s = time.monotonic() + self._deadline_s
+            connection.settimeout(self._deadline_s)
+            connection.connect(str(self.path))
+            connection.sendall(b"".join(pack(Kind.HELLO, 1, numbers(VERSION))))
+            header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 4)
+            try:
+                header += _read(connection, HEADER.size - len(header), due_s)
+                kind, count, _, nbytes = unpack_header(bytes(header))
+                fields = unpack(kind, count, _read(connection, nbytes, due_s))
+                if kind is not Kind.WELCOME:
+                    raise OwnerError(text_of(fields[0]) if kind is Kind.REFUSED else f"the owner answered {kind.name}")
+                if len(descriptors) != 1:
+                    raise OwnerError("the owner did not send its memory")
+            except BaseException:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise
+            _, nbytes, piece, pid = fields[0][:4].tolist()
+            return connection, SharedMemory.received(descriptors[0], text_of(fields[1]), nbytes), piece, pid
+        except BaseException:
+            connection.close()
+            raise
+
+    def _lose(self, error: Exception) -> OwnerLost:
+        """Give the connection up; returns the error to raise."""
+        if self._socket is not None:
+            logger.warning(
+                "the owner of the pool at %s is lost: %s; blocks are computed until it is back", self.path, error
+            )
+            self._socket.close()
+            self._socket = None
+            self._is_wanted.set()
+            if self._thread is None and not self._closing.is_set():
+                self._thread = threading.Thread(target=self._reconnect, name="kvortex-owner", daemon=True)
+                self._thread.start()
+        return OwnerLost(str(error))
+
+    def _reconnect(self) -> None:
+        while self._is_wanted.wait() and not self._closing.is_set():
+            self._is_wanted.clear()
+            pause_s = FIRST_RETRY_S
+            while not self.is_connected and not self._closing.wait(pause_s):
+                pause_s = min(2 * pause_s, LAST_RETRY_S)
+                try:
+                    connection, memory, _, _ = self._connect()
+                except (OSError, OwnerError, ConfigError) as error:
+                    logger.debug("the owner is still not there: %s", error)
+                    continue
+                memory.close()
+                if memory.ticket.label != self.memory.ticket.label:
+                    connection.close()
+                    logger.error(
+                        "the owner at %s was started anew, with another pool: restart this engine to use it", self.path
+                    )
+                    return
+                self._resume(connection)
+
+    def _resume(self, connection: socket.socket) -> None:
+        with self._lock:
+            if self._closing.is_set():
+                connection.close()
+                return
+            self._socket = connection
+            self.generation += 1
+            try:
+                if self.on_connected is not None:
+                    self.on_connected()
+            except OwnerError as error:
+                self._lose(error)
+                return
+        logger.info("connected to the owner of the pool at %s again", self.path)
+
+    def close(self) -> None:
+        """Close the connection; idempotent. Memory that is mapped stays mapped."""
+        with self._lock:
+            self._closing.set()
+            self.on_connected = None
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+        self._is_wanted.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.memory.close()
+
+
+def _read(connection: socket.socket, nbytes: int, due_s: float) -> bytearray:
+    data = bytearray(nbytes)
+    view, done = memoryview(data), 0
+    while done < nbytes:
+        connection.settimeout(max(due_s - time.monotonic(), 0.001))
+        received = connection.recv_into(view[done:])
+        if not received:
+            raise ConnectionResetError("the owner has closed the connection")
+        done += received
+    return data
+
+
+__all__ = ["OwnerClient", "OwnerLost"]

@@ -1,0 +1,378 @@
+"""The control plane of a shared pool, as a client sees it: the calls of `ControlPlane`, answered by the owner.
+
+If the owner is lost, nothing is found, nothing is saved, and no call waits: the engine goes on without the pool.
+"""
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import OwnerError
+from kvortex.groups import GroupSet
+from kvortex.index import MISS_REASONS, Pins, as_packed, pack_keys
+from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
+from kvortex.owner.client import OwnerClient, OwnerLost
+from kvortex.owner.protocol import Kind, as_flags, numbers
+from kvortex.owner.session import describe_groups
+from kvortex.planes.control import (
+    CPU_TIER,
+    NOT_PLANNED,
+    HeldBlocks,
+    LoadPlan,
+    SavePlan,
+    load_outcomes,
+    save_outcomes,
+)
+from kvortex.stats import PoolFigures
+from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
+
+logger = logging.getLogger(__name__)
+
+_GENERATION: Final = 1 << 40
+"""A slot number is that of the owner, plus this for each connection that was lost before: so old ones are known."""
+
+_NO_KEYS = np.empty(0, dtype=np.uint64)
+
+
+class RemoteIndex:
+    """What `CacheIndex` answers without a change, asked of the owner. From any thread.
+
+    Args:
+        control: the remote control plane.
+    """
+
+    def __init__(self, control: "RemoteControl") -> None:
+        self._control = control
+
+    def contains_mask(self, keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """See `CacheIndex.contains_mask`."""
+        own = self._control.own(as_packed(keys))
+        try:
+            (found,) = self._control.client.ask(Kind.CONTAINS, own)
+        except OwnerLost:
+            return np.zeros(len(own), dtype=np.bool_)
+        return found.astype(np.bool_)
+
+    def prefix_length(self, keys: Sequence[bytes] | NDArray[np.uint64]) -> int:
+        """See `CacheIndex.prefix_length`."""
+        try:
+            (length,) = self._control.client.ask(Kind.PREFIX, self._control.own(as_packed(keys)))
+        except OwnerLost:
+            return 0
+        return int(length[0])
+
+    def states(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """See `CacheIndex.states`."""
+        own = self._control.own(as_packed(keys))
+        try:
+            (found,) = self._control.client.ask(Kind.STATES, own)
+        except OwnerLost:
+            return np.zeros(len(own), dtype=np.uint8)
+        return found
+
+    def miss_reason(self, key: bytes) -> MissReason:
+        """See `CacheIndex.miss_reason`."""
+        try:
+            (reason,) = self._control.client.ask(Kind.MISS_REASON, self._control.own(pack_keys([key])))
+        except OwnerLost:
+            return MissReason.OWNER_LOST
+        return MISS_REASONS[int(reason[0])]
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks of all caches of the pool that were evicted; 0 if the owner is lost."""
+        return self._control.numbers()[5]
+
+    @property
+    def removed_blocks(self) -> int:
+        """Changes when a block may have gone."""
+        return self._control.numbers()[6]
+
+
+class RemoteAllocator:
+    """The figures of the owner's allocator.
+
+    Args:
+        control: the remote control plane.
+        capacity_bytes: size of the pool.
+    """
+
+    def __init__(self, control: "RemoteControl", capacity_bytes: int) -> None:
+        self._control = control
+        self.capacity_bytes = capacity_bytes
+
+    def figures(self, *, pinned_bytes: int = 0) -> PoolFigures:
+        """Occupancy of the whole pool, all its engines together; zeros if the owner is lost."""
+        capacity, allocated, largest, fragmentation, extents, *_ = self._control.numbers()
+        return PoolFigures(
+            name=CPU_TIER,
+            capacity_bytes=capacity,
+            allocated_bytes=allocated,
+            largest_free_bytes=largest,
+            fragmentation=fragmentation / 1e9,
+            num_extents=extents,
+            pinned_bytes=pinned_bytes,
+        )
+
+
+class RemoteControl:
+    """Plans saves and loads in a pool that an owner holds; methods and results are those of `ControlPlane`.
+
+    Args:
+        client: the connection. It is closed with this object.
+        namespace: digest of all that must agree before bytes may be reused, 32 bytes. Keys are XORed with it, so that
+            those of different namespaces differ.
+        sizes: bytes of a block in the pool, for each group.
+        groups: the groups of the cache.
+
+    Raises:
+        OwnerError: the owner refuses this cache.
+    """
+
+    def __init__(self, client: OwnerClient, namespace: bytes, sizes: Sequence[BlockSizes], groups: GroupSet) -> None:
+        self.client = client
+        self.groups = groups
+        self.extents = np.array([nbytes for s in sizes for nbytes in (s.raw, s.packed)], dtype=np.int64)
+        self.usual_forms = np.array([form_of(n, s.packs) for n, s in enumerate(sizes)], dtype=np.uint8)
+        self.has_forms = len(sizes) > 1 or sizes[0].packs
+        self.index = RemoteIndex(self)
+        self.allocator = RemoteAllocator(self, client.pool_bytes)
+        self._namespace = np.frombuffer(namespace, dtype=np.uint64)
+        self._salt = self._namespace
+        self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
+        self._in_flight: set[int] = set()  # slots of saves in flight
+        self._sizes = np.ascontiguousarray(self.extents)
+        self._described = describe_groups(groups).encode()
+        self._lock = threading.Lock()
+        self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
+        self._add_cache()
+        client.on_connected = self._connected
+
+    def _add_cache(self) -> None:
+        self.client.ask(Kind.ADD_CACHE, self._namespace, self._sizes, self._described)
+
+    def _connected(self) -> None:
+        self._add_cache()
+        self._say_if_settled()
+
+    def _say_if_settled(self) -> None:
+        with self._lock:
+            waits = any(count for number, count in self._saving.items() if number < self.client.generation)
+        if not waits:
+            self.client.tell(Kind.SETTLED)
+
+    def own(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Keys in the owner's index, `uint64 [n, 4]`, from those of this cache."""
+        mine: NDArray[np.uint64] = keys ^ self._salt
+        return mine
+
+    def numbers(self) -> list[int]:
+        """The figures of the pool, see `Kind.POOL_FIGURES`; zeros if the owner is lost."""
+        try:
+            (found,) = self.client.ask(Kind.FIGURES)
+        except OwnerLost:
+            return [0] * 7
+        values: list[int] = found.tolist()
+        return values
+
+    def _current(self, slots: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The owner's numbers of these slots; None if an earlier connection had them."""
+        own = slots - self.client.generation * _GENERATION
+        return own if not own.size or 0 <= int(own.min()) < _GENERATION else None
+
+    # -- save --------------------------------------------------------------------------------------
+
+    def plan_save(
+        self,
+        keys: NDArray[np.uint64],
+        block_ids: NDArray[np.int32],
+        owner: str,
+        *,
+        groups: NDArray[np.uint8] | None = None,
+        as_is: bool = False,
+        chain: NDArray[np.uint64] | None = None,
+    ) -> SavePlan:
+        """See `ControlPlane.plan_save`."""
+        count = len(keys)
+        of_blocks = np.zeros(count, dtype=np.uint8) if groups is None else np.ascontiguousarray(groups)
+        front = _NO_KEYS if chain is None or len(chain) == count else self.own(chain)
+        client = self.client
+        try:
+            with client.exclusive():
+                states, slots, offsets, forms, positions = client.ask(
+                    Kind.PLAN_SAVE, numbers(as_is), self.own(keys), of_blocks, front
+                )
+                generation = client.generation
+        except OwnerLost:
+            states = np.full(count, NOT_PLANNED, dtype=np.int64)
+            slots = offsets = positions = np.empty(0, dtype=np.int64)
+            forms, generation = np.empty(0, dtype=np.uint8), -1
+        numbered = slots + generation * _GENERATION
+        if slots.size:
+            with self._lock:
+                self._saving[generation] += 1
+                self._in_flight.update(numbered.tolist())
+        transfer = TransferPlan(Direction.SAVE, block_ids[positions], offsets, forms.copy() if self.has_forms else None)
+        return SavePlan(
+            transfer,
+            states.astype(np.int64),
+            numbered,
+            self.extents[forms],
+            positions.astype(np.intp),
+        )
+
+    def finish_save(
+        self,
+        plan: SavePlan,
+        digests: NDArray[np.uint64],
+        succeeded: NDArray[np.bool_] | None = None,
+        too_lossy: NDArray[np.bool_] | None = None,
+        tried: NDArray[np.bool_] | None = None,
+    ) -> Sequence[SaveOutcome]:
+        """See `ControlPlane.finish_save`. If the owner is lost, nothing was stored."""
+        if not plan.slots.size:
+            return save_outcomes(plan)
+        generation = int(plan.slots[0]) // _GENERATION
+        succeeded = self._without_forgotten(plan.slots, succeeded)
+        with self.client.exclusive():
+            slots = self._current(plan.slots)
+            masks = (as_flags(mask) for mask in (succeeded, too_lossy, tried))
+            told = slots is not None and self.client.tell(
+                Kind.FINISH_SAVE, slots, np.ascontiguousarray(digests), *masks
+            )
+        with self._lock:
+            self._saving[generation] -= 1
+        if slots is None:
+            self._say_if_settled()
+        if not told:
+            succeeded = np.zeros(len(plan.slots), dtype=np.bool_)
+        return save_outcomes(plan, succeeded, too_lossy)
+
+    def _without_forgotten(
+        self, slots: NDArray[np.int64], succeeded: NDArray[np.bool_] | None
+    ) -> NDArray[np.bool_] | None:
+        mine = slots.tolist()
+        with self._lock:
+            self._in_flight.difference_update(mine)
+            if self._forgotten.isdisjoint(mine):
+                return succeeded
+            kept = np.array([slot not in self._forgotten for slot in mine], dtype=np.bool_)
+            self._forgotten.difference_update(mine)
+        return kept if succeeded is None else succeeded & kept
+
+    # -- load --------------------------------------------------------------------------------------
+
+    def plan_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> LoadPlan:
+        """See `ControlPlane.plan_load`."""
+        pins = self._pin(Kind.PLAN_LOAD, keys)
+        forms = pins.forms.astype(np.uint8) if self.has_forms else None
+        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, forms), pins)
+        if pins.num_hits < len(block_ids):
+            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
+        return plan
+
+    def _pin(self, kind: Kind, keys: NDArray[np.uint64]) -> Pins:
+        results = np.full((7, len(keys)), -1, dtype=np.int64)
+        try:
+            with self.client.exclusive():
+                slots, reasons, offsets, nbytes, digests, forms = self.client.ask(kind, self.own(keys))
+                generation = self.client.generation
+        except OwnerLost:
+            results[PIN_REASONS] = MISS_REASONS.index(MissReason.OWNER_LOST)
+            return Pins(results, 0)
+        hits = slots >= 0
+        results[PIN_SLOTS, hits] = slots[hits] + generation * _GENERATION
+        results[PIN_REASONS] = reasons
+        count = int(np.count_nonzero(hits))
+        results[PIN_HITS, :count] = results[PIN_SLOTS, hits]
+        results[PIN_OFFSETS, :count], results[PIN_NBYTES, :count] = offsets, nbytes
+        results[PIN_DIGESTS, :count], results[PIN_FORMS, :count] = digests.view(np.int64), forms
+        return Pins(results, count)
+
+    def finish_load(
+        self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None
+    ) -> Sequence[MissReason | None]:
+        """See `ControlPlane.finish_load`."""
+        outcomes, corrupt = load_outcomes(plan, intact, succeeded)
+        self._unpin(plan.pins.hits, corrupt)
+        return outcomes
+
+    def _unpin(self, slots: NDArray[np.int64], corrupt: NDArray[np.bool_] | None = None) -> None:
+        with self.client.exclusive():
+            current = self._current(slots)
+            if current is not None and current.size:
+                self.client.tell(Kind.FINISH_LOAD, np.ascontiguousarray(current), as_flags(corrupt))
+
+    def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
+        """See `ControlPlane.hold`."""
+        pins = self._pin(Kind.HOLD, keys)
+        return HeldBlocks(
+            np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests, pins.forms
+        )
+
+    def release(self, slots: NDArray[np.int64]) -> None:
+        """See `ControlPlane.release`."""
+        self._unpin(slots)
+
+    # -- all ---------------------------------------------------------------------------------------
+
+    def touch(self, keys: NDArray[np.uint64]) -> None:
+        """See `ControlPlane.touch`."""
+        self.client.tell(Kind.TOUCH, self.own(keys))
+
+    def invalidate(self, keys: NDArray[np.uint64]) -> None:
+        """See `ControlPlane.invalidate`.
+
+        Raises:
+            OwnerError: the owner is lost, so the blocks may be found again when it is back.
+        """
+        self.client.ask(Kind.INVALIDATE, self.own(keys))
+
+    def clear(self) -> None:
+        """Drop the blocks of this namespace, those that other engines have saved included.
+
+        Raises:
+            OwnerError: see `invalidate`.
+        """
+        self.client.ask(Kind.CLEAR)
+
+    def forget(self) -> None:
+        """Find nothing from now on of what is stored now; other engines still do.
+
+        What this engine saves afterwards, nobody else finds: for instance because its model has got other weights,
+        which the namespace does not tell. Saves in flight will not be seen.
+        """
+        with self._lock:
+            self._salt = self._namespace ^ np.frombuffer(os.urandom(32), dtype=np.uint64)
+            self._forgotten |= self._in_flight
+
+    def shrink(self, capacity_bytes: int) -> None:
+        """This process cannot pin more of the pool than that: it does without the pool, as its blocks are anywhere."""
+        logger.error(
+            "only %d of the pool's %d bytes can be pinned here, so it is not used: raise the limit on locked memory",
+            capacity_bytes,
+            self.client.pool_bytes,
+        )
+        self.client.close()
+
+    def close(self) -> None:
+        """End the connection. The blocks stay: they serve others, and this engine when it is started again."""
+        self.client.close()
+
+
+def scratch_of(client: OwnerClient, nbytes: int) -> int:
+    """Offset of memory in the pool that holds no block, for a test.
+
+    Raises:
+        OwnerError: the pool has no room.
+    """
+    (offset,) = client.ask(Kind.SCRATCH, numbers(nbytes))
+    if offset.size != 1:
+        raise OwnerError("the owner gave no scratch memory")
+    return int(offset[0])

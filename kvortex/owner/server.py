@@ -1,0 +1,341 @@
+"""The owner: a process that holds the pool of a machine, and says which blocks are where in it. It never uses a GPU."""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from kvortex.config import KVortexConfig, format_bytes
+from kvortex.errors import ConfigError, OwnerError
+from kvortex.memory import SharedMemory, check_memory
+from kvortex.owner.protocol import HEADER, VERSION, Kind, join, numbers, pack, unpack, unpack_header
+from kvortex.owner.session import Caches, Session
+from kvortex.planes.control import ControlPlane
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S: Final = 5.0
+SOCKET_CHECK_S: Final = 1.0
+_CREDENTIALS: Final = struct.Struct("3i")
+_READ_BYTES: Final = 1 << 20
+
+
+class Process:
+    """A process with clients. What a dead client's device may still write is freed when its process has ended.
+
+    Args:
+        pid: its number.
+        control: the pool's index and allocator.
+        on_end: called when it has ended.
+    """
+
+    def __init__(self, pid: int, control: ControlPlane, on_end: Callable[["Process"], None]) -> None:
+        self.pid = pid
+        self.names: set[str] = set()
+        """Names under which it writes for the connections of other processes."""
+        self._control = control
+        self._on_end = on_end
+        self._written: list[tuple[list[int], list[Process]]] = []  # extents of lost connections, and who else writes
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._descriptor: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._descriptor = None
+            self._loop.call_soon(self._ended)
+        else:
+            self._loop.add_reader(self._descriptor, self._ended)
+
+    def _ended(self) -> None:
+        self.close()
+        self._on_end(self)
+
+    def write_for(self, name: str) -> None:
+        """It writes to what the connections reserve that name it so."""
+        self.names.add(name)
+
+    def may_write(self, offsets: list[int], others: "list[Process]") -> None:
+        """Its device may still write to these extents, and then those of the others."""
+        self._written.append((offsets, others))
+        if self._descriptor is None:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        written, self._written = self._written, []
+        for offsets, others in written:
+            if others:
+                others[0].may_write(offsets, others[1:])
+            else:
+                self._free(offsets)
+
+    def _free(self, offsets: list[int]) -> None:
+        for offset in offsets:
+            self._control.free(offset)
+
+    def has_settled(self) -> None:
+        """None of the transfers of its lost connections writes any more."""
+        written, self._written = self._written, []
+        for offsets, _ in written:
+            self._free(offsets)
+
+    def close(self) -> None:
+        """Stop watching it: it has ended, or the owner ends; idempotent."""
+        if self._descriptor is not None:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._pass_on()
+
+
+class Owner:
+    """The pool of a machine and its clients, on the running loop.
+
+    Args:
+        config: sizes and eviction of the pool.
+        path: of the Unix socket. Only processes of the same user are served.
+
+    Raises:
+        ConfigError: the machine has not that much memory, or the settings name a lower tier.
+    """
+
+    def __init__(self, config: KVortexConfig, path: str | os.PathLike[str]) -> None:
+        if config.lower_tier:
+            raise ConfigError(f"an owner has no lower tiers yet: leave {config.lower_tier} out")
+        self.path = Path(path)
+        self._config = config
+        check_memory(config.pool.bytes)
+        self._memory = SharedMemory.create(config.pool.bytes)
+        self.control = ControlPlane.from_config(config, self._memory.ticket.nbytes, ())
+        self.caches = Caches(self.control)
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+        self._inode: tuple[int, int] | None = None
+        self._lock: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._processes: dict[int, Process] = {}
+        self.num_clients = 0
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OwnerError: another owner has this socket.
+            ConfigError: the socket cannot be made there.
+        """
+        try:
+            self._take_lock()
+            self._listen()
+        except OSError as error:
+            self._release()
+            raise ConfigError(f"cannot listen at {self.path}: {error}") from error
+        except BaseException:
+            self._release()
+            raise
+        self._spawn(self._accept())
+        self._spawn(self._watch_socket())
+        logger.info("a pool of %s for the engines that connect to %s", format_bytes(self._config.pool.bytes), self.path)
+
+    def _take_lock(self) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while True:
+            lock = self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                why = f"another owner listens at {self.path}: end it first, or take another socket"
+                raise OwnerError(why) from None
+            found = os.fstat(lock)
+            if _inode_of(self._lock_path) == (found.st_dev, found.st_ino):
+                return
+            os.close(lock)  # its last holder has just deleted it
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".lock")
+
+    def _listen(self) -> None:
+        self.path.unlink(missing_ok=True)  # of an owner that was killed: this one has the lock
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            before = os.umask(0o177)
+            try:
+                listener.bind(str(self.path))
+            finally:
+                os.umask(before)
+            listener.listen(128)
+        except BaseException:
+            listener.close()
+            raise
+        if self._listener is not None:
+            self._listener.close()
+        self._listener, self._inode = listener, _inode_of(self.path)
+
+    async def _watch_socket(self) -> None:
+        """Make the socket anew if somebody has deleted it: running engines are still served, new ones would not be."""
+        while True:
+            await asyncio.sleep(SOCKET_CHECK_S)
+            if _inode_of(self.path) != self._inode:
+                logger.warning("%s was deleted or replaced: making it again", self.path)
+                try:
+                    self._listen()
+                except OSError as error:
+                    logger.error("cannot listen at %s: %s", self.path, error)
+                else:
+                    self._spawn(self._accept())
+
+    async def aclose(self) -> None:
+        """Close all connections and release the pool; engines go on without it. Idempotent."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for process in list(self._processes.values()):
+            process.close()
+        self._processes.clear()
+        self.control.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            if _inode_of(self.path) == self._inode:
+                self.path.unlink(missing_ok=True)
+            self._listener = None
+        if self._lock is not None:
+            if self._inode is not None:
+                self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+        self._memory.close()
+
+    def _spawn(self, call: Any) -> None:
+        task = self._loop.create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_error)
+
+    # -- connections -------------------------------------------------------------------------------
+
+    async def _accept(self) -> None:
+        listener = self._listener
+        assert listener is not None
+        while self._listener is listener:
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, or this listener was replaced
+                if self._listener is listener:
+                    logger.error("cannot accept a client: %s", error)
+                    await asyncio.sleep(SOCKET_CHECK_S)
+                continue
+            connection.setblocking(False)
+            self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        pid, uid, _ = _CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        with connection:
+            try:
+                async with asyncio.timeout(HELLO_TIMEOUT_S):
+                    await self._greet(connection, pid, uid)
+            except (OwnerError, OSError, TimeoutError) as error:
+                logger.warning("process %d of user %d was not served: %s", pid, uid, error or "it said nothing")
+                return
+            process = self._process(pid)
+            session = Session(self.caches, process)
+            self.num_clients += 1
+            try:
+                reader, writer = await asyncio.open_connection(sock=connection, limit=_READ_BYTES)
+                await self._answer_all(session, reader, writer)
+            except (OSError, asyncio.IncompleteReadError):
+                pass  # it has gone
+            except OwnerError as error:
+                logger.error("process %d is not served any more: %s", pid, error)
+            finally:
+                self.num_clients -= 1
+                process.may_write(session.close(), self._writers_of(session, process))
+
+    async def _greet(self, connection: socket.socket, pid: int, uid: int) -> None:
+        async def receive(nbytes: int) -> bytes:
+            return await _receive(self._loop.sock_recv, connection, nbytes)
+
+        kind, count, tag, body = unpack_header(await receive(HEADER.size))
+        if kind is not Kind.HELLO or body > 4096:
+            raise OwnerError(f"a connection began with {kind.name}")
+        version = int(unpack(kind, count, await receive(body))[0][0])
+        why = ""
+        if not pid:
+            why = "this process is in another PID namespace: share it (in a pod: shareProcessNamespace or hostPID)"
+        elif uid != os.geteuid():
+            why = f"the pool belongs to user {os.geteuid()}, and this process to user {uid}"
+        elif version != VERSION:
+            why = (
+                f"the owner speaks version {VERSION} of the protocol, and this engine {version}: restart the older one"
+            )
+        if why:
+            connection.send(join(pack(Kind.REFUSED, tag, why.encode())))
+            raise OwnerError(why)
+        memory, pool = self._memory, self._config.pool
+        welcome = numbers(VERSION, memory.ticket.nbytes, pool.pin_piece_bytes, os.getpid())
+        frame = join(pack(Kind.WELCOME, tag, welcome, memory.ticket.label.encode()))
+        socket.send_fds(connection, [frame], [memory.descriptor])
+
+    def _process(self, pid: int) -> Process:
+        process = self._processes.get(pid)
+        if process is None:
+            process = self._processes[pid] = Process(pid, self.control, self._forget)
+        return process
+
+    def _writers_of(self, session: Session, process: Process) -> list[Process]:
+        wanted = set(session.writers)
+        return [other for other in self._processes.values() if other is not process and other.names & wanted]
+
+    def _forget(self, process: Process) -> None:
+        if self._processes.get(process.pid) is process:
+            del self._processes[process.pid]
+
+    async def _answer_all(self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                kind, count, tag, body = unpack_header(await reader.readexactly(HEADER.size))
+                fields = unpack(kind, count, await reader.readexactly(body))
+                answer = session.answer(kind, fields)
+                if tag:
+                    kind, values = answer or (Kind.DONE, ())
+                    writer.writelines(pack(kind, tag, *values))
+                    await writer.drain()
+        finally:
+            writer.close()
+
+
+async def _receive(
+    receive: Callable[[socket.socket, int], Awaitable[bytes]], connection: socket.socket, nbytes: int
+) -> bytes:
+    parts = []
+    while nbytes:
+        part = await receive(connection, nbytes)
+        if not part:
+            raise OwnerError("the connection ended before its first frame")
+        parts.append(part)
+        nbytes -= len(part)
+    return b"".join(parts)
+
+
+def _inode_of(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _log_error(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a task of the owner ended in an unexpected error", exc_info=error)

@@ -1,0 +1,398 @@
+"""What one client of the owner holds: its cache, reservations, pins and scratch memory. No I/O."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.errors import ConfigError, KVortexError, OwnerError
+from kvortex.groups import GroupSet, KVGroup
+from kvortex.index import MISS_REASONS, RESERVED
+from kvortex.owner.protocol import (
+    Arrays,
+    Field,
+    Kind,
+    as_flags,
+    expected,
+    flags_of,
+    keys_of,
+    numbers,
+    text_of,
+)
+from kvortex.planes.control import ControlPlane, SavePlan
+from kvortex.types import BlockSizes, Direction, TransferPlan
+
+logger = logging.getLogger(__name__)
+
+Answer: TypeAlias = tuple[Kind, tuple[Field, ...]] | None
+
+_WITHOUT_CACHE: Final = frozenset(
+    (Kind.ADD_CACHE, Kind.SCRATCH, Kind.SCRATCH_DONE, Kind.WRITER, Kind.WRITERS, Kind.SETTLED)
+)
+
+
+@dataclass(slots=True, eq=False)
+class Cache:
+    """A cache whose blocks are in the pool.
+
+    Args:
+        first: number of its first group in the pool.
+        sizes: bytes of a block, for each group.
+        described: its groups, see `describe_groups`.
+        num_clears: how often it was cleared; what was reserved before is not seen.
+    """
+
+    first: int
+    sizes: tuple[BlockSizes, ...]
+    described: str
+    num_clears: int = 0
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.sizes)
+
+
+class Reserved(NamedTuple):
+    """A block that a client saves: where, in which form, and how often its cache had been cleared before."""
+
+    offset: int
+    form: int
+    num_clears: int
+
+
+class Caches:
+    """The caches of a pool, by namespace. Clients with the same namespace share their blocks.
+
+    Args:
+        control: the pool's index and allocator.
+    """
+
+    def __init__(self, control: ControlPlane) -> None:
+        self.control = control
+        self._caches: dict[bytes, Cache] = {}
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def add(self, namespace: bytes, sizes: tuple[BlockSizes, ...], described: str) -> Cache:
+        """The cache of a namespace, which is new, or known with these sizes.
+
+        Args:
+            namespace: digest of all that must agree before bytes may be reused.
+            sizes: bytes of a block, for each group.
+            described: the groups, see `describe_groups`.
+
+        Raises:
+            OwnerError: it is known with other sizes or groups.
+            ConfigError: its blocks do not fit the pool, or there are too many groups.
+        """
+        known = self._caches.get(namespace)
+        if known is None:
+            groups = groups_from(described)
+            if len(groups) != len(sizes):
+                raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
+            known = Cache(self.control.add_cache(sizes, groups), sizes, described)
+            self._caches[namespace] = known
+        if (known.sizes, known.described) != (sizes, described):
+            raise OwnerError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
+        return known
+
+
+class Peer(Protocol):
+    """What a session needs to know of the process behind it."""
+
+    def has_settled(self) -> None:
+        """None of the transfers of its earlier connections writes any more."""
+
+    def write_for(self, name: str) -> None:
+        """It writes to what the connections reserve that name it so."""
+
+
+class Session:
+    """One client. A client that goes away loses all this; `close` says what it may still write to.
+
+    Args:
+        caches: the caches of the pool.
+        peer: the client's process.
+    """
+
+    def __init__(self, caches: Caches, peer: Peer) -> None:
+        self._caches = caches
+        self._control = caches.control
+        self._peer = peer
+        self.writers: list[str] = []
+        """Names of other processes that write to what it reserves."""
+        self._cache: Cache | None = None
+        self.reservations: dict[int, Reserved] = {}
+        """Blocks that it saves, by slot."""
+        self.pins: Counter[int] = Counter()
+        """Slots that it has pinned, and how often."""
+        self._scratch: int | None = None
+        self._handlers: Mapping[Kind, Callable[..., Answer]] = {
+            Kind.ADD_CACHE: self._add_cache,
+            Kind.SCRATCH: self._give_scratch,
+            Kind.SCRATCH_DONE: self._take_scratch,
+            Kind.WRITER: self._write_for,
+            Kind.WRITERS: self._written_by,
+            Kind.SETTLED: self._settled,
+            Kind.PLAN_SAVE: self._plan_save,
+            Kind.FINISH_SAVE: self._finish_save,
+            Kind.PLAN_LOAD: self._plan_load,
+            Kind.FINISH_LOAD: self._finish_load,
+            Kind.HOLD: self._hold,
+            Kind.CONTAINS: self._contains,
+            Kind.PREFIX: self._prefix,
+            Kind.STATES: self._states,
+            Kind.MISS_REASON: self._miss_reason,
+            Kind.TOUCH: self._touch,
+            Kind.INVALIDATE: self._invalidate,
+            Kind.CLEAR: self._clear,
+            Kind.FIGURES: self._figures,
+        }
+
+    def answer(self, kind: Kind, fields: Arrays) -> Answer:
+        """Do what a frame asks for; returns kind and fields of the answer, None if there is none.
+
+        Raises:
+            OwnerError: the frame is wrong, for instance names a slot that this client does not hold. Its connection is
+                closed then, because the two sides do not agree any more on what it holds.
+        """
+        handler = self._handlers.get(kind)
+        if handler is None:
+            raise OwnerError(f"{kind.name} is no request")
+        if self._cache is None and kind not in _WITHOUT_CACHE:
+            raise OwnerError(f"{kind.name} comes before ADD_CACHE")
+        try:
+            return handler(*fields)
+        except ConfigError as error:
+            return Kind.REFUSED, (str(error).encode(),)
+
+    @property
+    def cache(self) -> Cache:
+        """The client's cache."""
+        assert self._cache is not None
+        return self._cache
+
+    def close(self) -> list[int]:
+        """Forget the client.
+
+        Returns:
+            Offsets of extents that its device may still write: free them when its process is gone.
+        """
+        for slot, count in self.pins.items():
+            self._control.unpin(np.full(count, slot, dtype=np.int64))
+        self.pins.clear()
+        offsets = [reserved.offset for reserved in self.reservations.values()]
+        self._control.index.abort(np.array(list(self.reservations), dtype=np.int64), None)
+        self.reservations.clear()
+        if self._scratch is not None:
+            offsets.append(self._scratch)
+            self._scratch = None
+        return offsets
+
+    # -- registration ------------------------------------------------------------------------------
+
+    def _add_cache(
+        self, namespace: NDArray[np.uint64], sizes: NDArray[np.int64], described: NDArray[np.uint8]
+    ) -> Answer:
+        if self._cache is not None:
+            raise OwnerError("a connection serves one cache")
+        if sizes.size < 2 or sizes.size % 2 or (sizes < 1).any() or (sizes[1::2] > sizes[::2]).any():
+            raise OwnerError(f"{sizes.tolist()} are no sizes of blocks")
+        pairs = tuple(BlockSizes(*pair) for pair in sizes.reshape(-1, 2).tolist())
+        self._cache = self._caches.add(expected(namespace, 4).tobytes(), pairs, text_of(described))
+        return Kind.CACHE_ADDED, ()
+
+    def _give_scratch(self, request: NDArray[np.int64]) -> Answer:
+        nbytes = int(expected(request, 1)[0])
+        if self._scratch is not None or not 0 < nbytes <= self._control.allocator.piece_bytes:
+            raise ConfigError(f"there is no scratch memory of {nbytes} bytes: raise the pieces of the pool")
+        self._scratch = self._control.scratch(nbytes)
+        if self._scratch is None:
+            raise ConfigError(f"the pool has no {nbytes} bytes for the test of a new engine: all its blocks are in use")
+        return Kind.SCRATCH_GIVEN, (numbers(self._scratch),)
+
+    def _take_scratch(self) -> Answer:
+        if self._scratch is not None:
+            self._control.free(self._scratch)
+            self._scratch = None
+        return None
+
+    def _settled(self) -> Answer:
+        self._peer.has_settled()
+        return None
+
+    def _write_for(self, name: NDArray[np.uint8]) -> Answer:
+        self._peer.write_for(text_of(name))
+        return Kind.DONE, ()
+
+    def _written_by(self, name: NDArray[np.uint8]) -> Answer:
+        self.writers.append(text_of(name))
+        return Kind.DONE, ()
+
+    # -- save --------------------------------------------------------------------------------------
+
+    def _plan_save(
+        self,
+        options: NDArray[np.int64],
+        keys: NDArray[np.uint64],
+        groups: NDArray[np.uint8],
+        chain: NDArray[np.uint64],
+    ) -> Answer:
+        keys, chain = keys_of(keys), keys_of(chain)
+        if (expected(groups, len(keys)) >= self.cache.num_groups).any():
+            raise OwnerError("a block is of a group that the cache does not have")
+        plan = self._control.plan_save(
+            keys,
+            np.zeros(len(keys), dtype=np.int32),
+            "save",
+            groups=groups + np.uint8(self.cache.first),
+            as_is=bool(expected(options, 1)[0]),
+            chain=chain if len(chain) else keys,
+        )
+        offsets, forms = plan.transfer.offsets, self._forms_of(plan)
+        for slot, offset, form in zip(plan.slots.tolist(), offsets.tolist(), forms.tolist(), strict=True):
+            self.reservations[slot] = Reserved(offset, form, self.cache.num_clears)
+        states = plan.states.astype(np.uint8)
+        return Kind.SAVE_PLANNED, (
+            states,
+            plan.slots,
+            offsets,
+            self._own(forms),
+            plan.positions.astype(np.int64),
+        )
+
+    def _forms_of(self, plan: SavePlan) -> NDArray[np.uint8]:
+        forms = plan.transfer.forms
+        return np.zeros(len(plan.slots), dtype=np.uint8) if forms is None else forms
+
+    def _own(self, forms: NDArray[Any]) -> NDArray[np.uint8]:
+        """Forms as the client counts them."""
+        own: NDArray[np.uint8] = (forms - 2 * self.cache.first).astype(np.uint8)
+        return own
+
+    def _finish_save(
+        self,
+        slots: NDArray[np.int64],
+        digests: NDArray[np.uint64],
+        succeeded: NDArray[np.uint8],
+        too_lossy: NDArray[np.uint8],
+        tried: NDArray[np.uint8],
+    ) -> Answer:
+        expected(digests, slots.size)
+        masks = [flags_of(mask, slots.size) for mask in (succeeded, too_lossy, tried)]
+        if not self.reservations.keys() >= set(slots.tolist()) or len(set(slots.tolist())) < slots.size:
+            raise OwnerError("a save ended with blocks that this client has not reserved")
+        blocks = [self.reservations.pop(slot) for slot in slots.tolist()]
+        stale = np.array([block.num_clears < self.cache.num_clears for block in blocks], dtype=np.bool_)
+        if stale.any():  # as if they had been given up before they moved
+            succeeded_, too_lossy_, tried_ = masks
+            masks = [_without(succeeded_, stale), too_lossy_, _without(tried_, stale)]
+        offsets = np.array([block.offset for block in blocks], dtype=np.int64)
+        forms = np.array([block.form for block in blocks], dtype=np.uint8)
+        transfer = TransferPlan(Direction.SAVE, np.zeros(slots.size, dtype=np.int32), offsets, forms)
+        states = np.full(slots.size, RESERVED, dtype=np.int64)
+        plan = SavePlan(transfer, states, slots.copy(), self._control.extents[forms])
+        self._control.finish_save(plan, digests.copy(), *masks)
+        return None
+
+    # -- load --------------------------------------------------------------------------------------
+
+    def _plan_load(self, keys: NDArray[np.uint64]) -> Answer:
+        return self._pinned(keys, touches=True)
+
+    def _hold(self, keys: NDArray[np.uint64]) -> Answer:
+        return self._pinned(keys, touches=False)
+
+    def _pinned(self, keys: NDArray[np.uint64], *, touches: bool) -> Answer:
+        index = self._control.index
+        pins = index.pin(keys_of(keys)) if touches else index.hold(keys_of(keys))
+        self.pins.update(pins.hits.tolist())
+        return Kind.LOAD_PLANNED, (
+            np.ascontiguousarray(pins.slots),
+            pins.reasons.astype(np.uint8) if len(pins) else np.empty(0, np.uint8),
+            np.ascontiguousarray(pins.offsets),
+            np.ascontiguousarray(pins.nbytes),
+            np.ascontiguousarray(pins.digests),
+            self._own(pins.forms),
+        )
+
+    def _finish_load(self, slots: NDArray[np.int64], corrupt: NDArray[np.uint8]) -> Answer:
+        damaged = flags_of(corrupt, slots.size)
+        wanted = Counter(slots.tolist())
+        if wanted - self.pins:
+            raise OwnerError("a load ended with blocks that this client has not pinned")
+        self.pins -= wanted
+        self._control.unpin(slots.copy(), damaged)
+        return None
+
+    # -- look-ups and the rest ---------------------------------------------------------------------
+
+    def _contains(self, keys: NDArray[np.uint64]) -> Answer:
+        return Kind.FOUND, (as_flags(self._control.index.contains_mask(keys_of(keys))),)
+
+    def _prefix(self, keys: NDArray[np.uint64]) -> Answer:
+        return Kind.LENGTH, (numbers(self._control.index.prefix_length(keys_of(keys))),)
+
+    def _states(self, keys: NDArray[np.uint64]) -> Answer:
+        return Kind.STATES_FOUND, (self._control.index.states(keys_of(keys)),)
+
+    def _miss_reason(self, key: NDArray[np.uint64]) -> Answer:
+        reason = self._control.index.miss_reason(expected(key, 4).tobytes())
+        return Kind.REASON, (numbers(MISS_REASONS.index(reason)),)
+
+    def _touch(self, keys: NDArray[np.uint64]) -> Answer:
+        self._control.touch(keys_of(keys))
+        return None
+
+    def _invalidate(self, keys: NDArray[np.uint64]) -> Answer:
+        self._control.invalidate(keys_of(keys))
+        return Kind.DONE, ()
+
+    def _clear(self) -> Answer:
+        self.cache.num_clears += 1
+        self._control.clear_cache(self.cache.first, self.cache.num_groups)
+        return Kind.DONE, ()
+
+    def _figures(self) -> Answer:
+        control = self._control
+        figures = control.allocator.figures()
+        return Kind.POOL_FIGURES, (
+            numbers(
+                figures.capacity_bytes,
+                figures.allocated_bytes,
+                figures.largest_free_bytes,
+                int(figures.fragmentation * 1e9),
+                figures.num_extents,
+                control.index.evicted_blocks,
+                control.index.removed_blocks + self.cache.num_clears,
+            ),
+        )
+
+
+def _without(mask: NDArray[np.bool_] | None, stale: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return ~stale if mask is None else mask & ~stale
+
+
+def describe_groups(groups: GroupSet) -> str:
+    """The groups of a cache as JSON: all that decides which of their blocks belong together."""
+    parts = [[g.name, list(g.layers), g.block_size, g.kind.value, g.reach, g.exact] for g in groups.groups]
+    return json.dumps({"hash_block_size": groups.hash_block_size, "groups": parts}, separators=(",", ":"))
+
+
+def groups_from(described: str) -> GroupSet:
+    """The groups that `describe_groups` has described.
+
+    Raises:
+        OwnerError: this is no such description.
+    """
+    try:
+        document = json.loads(described)
+        return GroupSet([KVGroup(*group) for group in document["groups"]], document["hash_block_size"])
+    except (KVortexError, ValueError, TypeError, KeyError) as error:
+        raise OwnerError(f"the groups of a cache are not described as they should be: {error}") from error

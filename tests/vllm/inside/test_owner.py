@@ -1,0 +1,244 @@
+"""Engines over the pool of an owner: what one has computed another loads; tokens are those without a cache."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engine_support import BLOCK_SIZE, Engine, prompt, running
+from inside_fixtures import PROMPTS
+from model_shapes import engine_options, make_shape
+from owner_support import ServingOwner, serving
+
+from kvortex.config import KVortexConfig
+from kvortex.errors import ConfigError
+from kvortex.types import MissReason
+from kvortex.vllm.scheduler.half import check_can_share
+from kvortex.vllm.versions import REPORTS_FAILED_LOADS
+from kvortex.vllm.worker.ranks import PoolShare
+
+WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[ServingOwner]:
+    with serving(tmp_path / "kvortex.sock") as owner:
+        yield owner
+
+
+def num_blocks(name: str) -> int:
+    return len(PROMPTS[name]) // BLOCK_SIZE
+
+
+def loaded(engine: Engine) -> int:
+    engine.settle()
+    return engine.loaded_blocks
+
+
+def test_a_new_engine_loads_what_an_earlier_one_has_computed(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    options = {"owner": str(owner.path)}
+    with running(model, options=options) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        assert loaded(engine) == 0
+    stored = owner.num_blocks
+    assert stored >= sum(map(num_blocks, WHOLE))
+    with running(model, options=options) as engine:
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        assert loaded(engine) >= sum(num_blocks(name) - 1 for name in WHOLE)
+    assert owner.allocated_bytes == owner.owner.control.index.committed_bytes
+
+
+def test_engines_of_two_models_do_not_see_each_others_blocks(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    for name in ("one", "another"):
+        with running(model, options={"owner": str(owner.path), "identity": {"model": name}}) as engine:
+            assert engine.generate([PROMPTS["long"]]) == expected["long"]
+            assert loaded(engine) == 0
+
+
+@pytest.mark.skipif(not REPORTS_FAILED_LOADS, reason="this version serves full attention alone here")
+def test_a_model_that_mixes_kinds_of_kv_shares_them_all(tmp_path: Path, owner: ServingOwner) -> None:
+    directory = make_shape(tmp_path / "gemma3", "gemma3")
+    settings = engine_options(directory, "gemma3")
+    tokens = prompt(300, 11)
+    with running(connector=False, **settings) as engine:
+        (right,) = engine.generate([tokens], 12)
+    for first in (True, False):
+        with running(options={"owner": str(owner.path)}, **settings) as engine:
+            assert engine.generate([tokens], 12) == [right]
+            assert (loaded(engine) == 0) == first
+
+
+def test_a_packed_pool_is_shared_too(model: str, owner: ServingOwner) -> None:
+    options = {"owner": str(owner.path), "codec": "bf16"}
+    answers = []
+    for first in (True, False):
+        with running(model, options=options) as engine:
+            answers.append(engine.generate([PROMPTS["long"]]))
+            assert (loaded(engine) == 0) == first
+    assert answers[0] == answers[1]
+
+
+def test_an_engine_goes_on_without_its_owner(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        owner.end()
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        assert loaded(engine) == 0
+    owner.begin()
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        for hits in (False, True):
+            assert engine.generate([PROMPTS["long"]]) == expected["long"]
+            assert (loaded(engine) > 0) == hits
+
+
+def test_without_an_owner_no_worker_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kvortex serve"):
+        PoolShare.of_owner(KVortexConfig(owner=tmp_path / "none"))
+
+
+def test_a_reset_leaves_the_blocks_to_other_engines(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    options = {"owner": str(owner.path)}
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        engine.scheduler_half.reset_cache()
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        assert loaded(engine) == 0
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        own = loaded(engine)
+        assert own > 0
+    with running(model, options=options) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        assert loaded(engine) == own
+
+
+def test_what_was_planned_for_other_weights_is_computed_again(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    """The worker knows of new weights before the scheduler half does: its next load must bring nothing."""
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        engine.worker_half.forget()
+        before = owner.num_blocks
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        assert loaded(engine) == 0
+        assert owner.num_blocks > before  # computed and stored again, for this engine alone
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        assert loaded(engine) > 0
+
+
+def test_a_corrupt_block_is_computed_again(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        engine.worker_half._data.pool.bytes[4096 :: 64 << 10] ^= 1
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        assert engine.generate([PROMPTS["long"]]) == expected["long"]
+        engine.settle()
+        assert engine.misses(MissReason.CORRUPT) > 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "events", "why"), [(2, False, "one worker"), (1, True, "KV events"), (1, False, None)]
+)
+def test_what_an_owner_does_not_serve_yet_is_refused(world_size: int, events: bool, why: str | None) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=world_size),
+        kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
+    )
+    if why is None:
+        check_can_share(config)
+        return
+    with pytest.raises(ConfigError, match=why):
+        check_can_share(config)
+
+
+class Process:
+    """An engine in a process of its own."""
+
+    def __init__(self, owner: Path, model: str) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("owner_engine.py")), str(owner), model]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(prompts) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> tuple[list[list[int]], int]:
+        assert self._process.stdout is not None
+        tokens, blocks = json.loads(self._process.stdout.readline())
+        return tokens, blocks
+
+    def ask(self, prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+        self.begin(prompts)
+        return self.answer()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def end(self) -> int:
+        self._process.communicate(timeout=60)
+        return self._process.returncode
+
+
+def test_engines_that_run_side_by_side_hit_each_others_blocks_and_survive_each_other(
+    model: str, expected: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Real processes; one engine is killed over and over while it computes, then the owner."""
+    path = tmp_path / "kvortex.sock"
+    command = [sys.executable, "-m", "kvortex", "serve", "--pool", "64MiB", "--socket", str(path), "--json"]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert owner.stdout is not None
+    assert json.loads(owner.stdout.readline())["socket"] == str(path)
+    right = {name: expected[name][0] for name in WHOLE}
+    first = Process(path, model)
+    try:
+        assert first.ask([PROMPTS["long"]]) == ([right["long"]], 0)
+        for kills in range(3):
+            second = Process(path, model)
+            tokens, blocks = second.ask([PROMPTS["long"]])
+            assert (tokens, blocks > 0) == ([right["long"]], True)
+            crowd = [prompt(320, 1000 * kills + n) for n in range(20)]
+            second.begin(crowd)
+            time.sleep(0.05 + 0.1 * kills)
+            second.kill()
+            tokens, _ = first.ask([*crowd[:4], PROMPTS["whole blocks"]])
+            assert tokens[-1] == right["whole blocks"]
+        third = Process(path, model)
+        tokens, blocks = third.ask([PROMPTS["whole blocks"], *crowd[:2]])
+        assert tokens[0] == right["whole blocks"]
+        assert blocks >= num_blocks("whole blocks") - 1
+        owner.kill()
+        owner.wait()
+        for engine in (first, third):
+            assert engine.ask([PROMPTS[name] for name in WHOLE])[0] == [right[name] for name in WHOLE]
+        assert (first.end(), third.end()) == (0, 0)
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
