@@ -5,14 +5,17 @@
 
 vLLM's real scheduler serves a batch of prompts that are new, then the same prompts when only the connector has them.
 The workers are played: every transfer has ended a step later, and a forward takes no time. Printed is the time in the
-scheduler for the whole batch, a step and a request, without a connector, with KVortex and with vLLM's own
-OffloadingConnector; and how many tokens the connectors gave. Rows are measured in turns, the medians are printed.
+scheduler for the whole batch, a step and a request, without a connector, with KVortex, with its pool in an owner
+process, and with vLLM's own OffloadingConnector; and how many tokens the connectors gave. Rows are measured in turns,
+the medians are printed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,7 +48,8 @@ MODELS = {
     "qwen3-next": model(Layers("full", 544), *[Layers("state", 544)] * 3),
     "llama": model(Layers("full", 16)),
 }
-ROWS = ("none", "kvortex", "native")
+ROWS = ("none", "kvortex", "owner", "native")
+OWNER_POOL = "16GiB"  # no page of it is touched
 
 
 @dataclass
@@ -68,7 +72,8 @@ class OurWorkers:
     """Every job of KVortex ends in the step after the one that began it."""
 
     def __init__(self, harness: SchedulerHarness) -> None:
-        greet(harness, has_disk=False)
+        has_owner = bool(harness.connector._scheduler._options.engine.owner.socket)
+        greet(harness, has_disk=False, has_owner=has_owner)
         transfer = harness.vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config)
         self._half = WorkerHalf(harness.vllm_config, harness.kv_cache_config, options)
@@ -77,7 +82,8 @@ class OurWorkers:
 
     def report(self, step: Step) -> WorkerReport | None:
         for save in self._saves:
-            self._half._reports.end(JobOutcome(save.job_id))
+            digests = np.zeros(save.transfer.num_blocks, dtype=np.uint64)
+            self._half._reports.end(JobOutcome(save.job_id, digests=digests))
         for load in self._loads:
             self._half._reports.end_load(load, JobOutcome(load.job_id))
         self._saves, self._loads = step.metadata.saves, step.metadata.loads
@@ -116,9 +122,10 @@ class Row:
         of_model: groups of its layers.
         folder: of a model's configuration.
         arguments: of the command line.
+        socket: of the owner of a pool, for the row `owner`.
     """
 
-    def __init__(self, name: str, of_model: Model, folder: Path, arguments: argparse.Namespace) -> None:
+    def __init__(self, name: str, of_model: Model, folder: Path, arguments: argparse.Namespace, socket: Path) -> None:
         self.name = name
         self._arguments = arguments
         num_tokens = arguments.tokens + arguments.answer
@@ -137,9 +144,11 @@ class Row:
             }
         elif name == "none":
             options["connector"] = None
+        elif name == "owner":
+            options["extra"] = {"owner": str(socket)}
         self._harness = harness_of(of_model, folder, pool_blocks=2 * blocks, **options)
         self._workers: Any = NativeWorkers() if name == "native" else NoWorkers()
-        if name == "kvortex":
+        if name in ("kvortex", "owner"):
             self._workers = OurWorkers(self._harness)
         self._names = (f"{n}" for n in range(1 << 30))
         self.new: list[Batch] = []
@@ -183,6 +192,20 @@ class Row:
 
     def close(self) -> None:
         self._harness.shutdown()
+
+
+@contextlib.contextmanager
+def owner_of_pool(socket: Path) -> Iterator[None]:
+    """A process that holds a pool for the row `owner`."""
+    command = [sys.executable, "-m", "kvortex", "serve", "--pool", OWNER_POOL, "--socket", str(socket), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 def print_batches(name: str, what: str, batches: list[Batch], requests: int, hit_tokens: int = 0) -> None:
@@ -235,16 +258,21 @@ def main() -> None:
         )
         for name in chosen:
             print(name)
-            measured = [Row(row, MODELS[name], Path(folder), arguments) for row in rows]
-            for _ in range(arguments.repeats):
-                prompts = [random.integers(3, 1000, arguments.tokens).tolist() for _ in range(arguments.requests)]
+            with contextlib.ExitStack() as stack:
+                socket = Path(folder) / "owner.sock"
+                if "owner" in rows:
+                    stack.enter_context(owner_of_pool(socket))
+                measured = [Row(row, MODELS[name], Path(folder), arguments, socket) for row in rows]
                 for row in measured:
-                    row.measure(prompts)
+                    stack.callback(row.close)
+                for _ in range(arguments.repeats):
+                    prompts = [random.integers(3, 1000, arguments.tokens).tolist() for _ in range(arguments.requests)]
+                    for row in measured:
+                        row.measure(prompts)
             for row in measured:
                 print_batches(row.name, "new", row.new, arguments.requests)
                 if row.hits:
                     print_batches(row.name, "hits", row.hits, arguments.requests, row.hit_tokens)
-                row.close()
             found[name] = [
                 {"row": row.name, "new": [asdict(b) for b in row.new], "hits": [asdict(b) for b in row.hits]}
                 for row in measured

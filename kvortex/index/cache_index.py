@@ -216,6 +216,15 @@ class CacheIndex:
         """
         return int(steps.prefix_length(*self._table[:2], as_packed(keys)))
 
+    def leading(self, keys: Keys) -> tuple[int, MissReason | None]:
+        """`prefix_length`, and why the block behind it is a miss; None if there is none behind it.
+
+        Raises:
+            InvalidHashError: the keys are not `uint64 [n, 4]`.
+        """
+        length = self.prefix_length(keys)
+        return length, self.miss_reason(keys[length].tobytes()) if length < len(keys) else None
+
     def contains_mask(self, keys: Sequence[bytes] | Keys) -> NDArray[np.bool_]:
         """Return `bool [n]`, True where the block is committed.
 

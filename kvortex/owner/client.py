@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -46,6 +47,7 @@ class OwnerClient:
         self._deadline_s = deadline_s
         self._lock = threading.RLock()
         self._tags = itertools.count(1)
+        self._number = secrets.randbits(62)
         self._socket: socket.socket | None = None
         self.generation = 0
         """Number of this connection. What an earlier one held is lost."""
@@ -58,7 +60,7 @@ class OwnerClient:
             self._socket, self.memory, self.piece_bytes, self.owner_pid = self._connect()
         except OSError as error:
             raise ConfigError(
-                f"no owner of a pool listens at {self.path} ({error}): start one with `kvortex serve`"
+                f"no owner of a pool answers at {self.path} ({error}): start one with `kvortex serve`"
             ) from error
 
     @property
@@ -85,9 +87,10 @@ class OwnerClient:
         """
         with self._lock:
             tag = next(self._tags)
+            parts = pack(kind, tag, *fields)
             try:
                 due_s = time.monotonic() + self._deadline_s
-                self._send(pack(kind, tag, *fields), due_s)
+                self._send(parts, due_s)
                 answered, values = self._receive(tag, due_s)
             except (OSError, OwnerError) as error:
                 raise self._lose(error) from error
@@ -100,8 +103,9 @@ class OwnerClient:
         with self._lock:
             if self._socket is None:
                 return False
+            parts = pack(kind, 0, *fields)
             try:
-                self._send(pack(kind, 0, *fields), time.monotonic() + self._deadline_s)
+                self._send(parts, time.monotonic() + self._deadline_s)
             except (OSError, OwnerError) as error:
                 self._lose(error)
                 return False
@@ -139,8 +143,8 @@ class OwnerClient:
             due_s = time.monotonic() + self._deadline_s
             connection.settimeout(self._deadline_s)
             connection.connect(str(self.path))
-            connection.sendall(b"".join(pack(Kind.HELLO, 1, numbers(VERSION))))
-            header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 4)
+            connection.sendall(b"".join(pack(Kind.HELLO, 1, numbers(VERSION, self._number))))
+            header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 4, socket.MSG_CMSG_CLOEXEC)
             try:
                 header += _read(connection, HEADER.size - len(header), due_s)
                 kind, count, _, nbytes = unpack_header(bytes(header))

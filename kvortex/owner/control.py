@@ -61,11 +61,16 @@ class RemoteIndex:
 
     def prefix_length(self, keys: Sequence[bytes] | NDArray[np.uint64]) -> int:
         """See `CacheIndex.prefix_length`."""
+        return self.leading(as_packed(keys))[0]
+
+    def leading(self, keys: NDArray[np.uint64]) -> tuple[int, MissReason | None]:
+        """See `CacheIndex.leading`."""
         try:
-            (length,) = self._control.client.ask(Kind.PREFIX, self._control.own(as_packed(keys)))
+            (found,) = self._control.client.ask(Kind.PREFIX, self._control.own(as_packed(keys)))
         except OwnerLost:
-            return 0
-        return int(length[0])
+            return 0, MissReason.OWNER_LOST
+        length, reason = found[:2].tolist()
+        return length, MISS_REASONS[reason] if reason >= 0 else None
 
     def states(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """See `CacheIndex.states`."""

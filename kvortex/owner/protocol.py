@@ -36,7 +36,7 @@ Arrays: TypeAlias = list[NDArray[Any]]
 class Kind(IntEnum):
     """Kinds of frames. The numbers stay the same for ever."""
 
-    HELLO = 1  # version
+    HELLO = 1  # version, random number of the client, which it keeps in later connections
     WELCOME = 2  # version, bytes of the pool, bytes of a piece; label of the memory, whose descriptor comes with it
     REFUSED = 3  # why, as text: an answer to any request
     DONE = 4  # an answer without contents
@@ -48,7 +48,7 @@ class Kind(IntEnum):
     SCRATCH_DONE = 14
     WRITER = 16  # a name: this process writes for the connection that names it in WRITERS
     WRITERS = 17  # the name of a WRITER: what this connection reserves may be written to until that process has ended
-    SETTLED = 15  # no transfer of an earlier connection of this process writes any more
+    SETTLED = 15  # no transfer of an earlier connection of this client writes any more
 
     PLAN_SAVE = 20  # whether raw; keys; groups; keys that must not be evicted
     SAVE_PLANNED = 21  # states of the n keys; slots, offsets, forms, positions of the m blocks that move
@@ -61,7 +61,7 @@ class Kind(IntEnum):
     CONTAINS = 30  # keys
     FOUND = 31  # for each key 1 or 0
     PREFIX = 32  # keys
-    LENGTH = 33
+    LENGTH = 33  # blocks; why the one behind them is a miss, or -1
     STATES = 41  # keys
     STATES_FOUND = 42  # see `CacheIndex.states`
     MISS_REASON = 34  # one key

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S: Final = 5.0
 SOCKET_CHECK_S: Final = 1.0
 _CREDENTIALS: Final = struct.Struct("3i")
-_READ_BYTES: Final = 1 << 20
 
 
 class Process:
@@ -41,7 +40,9 @@ class Process:
         """Names under which it writes for the connections of other processes."""
         self._control = control
         self._on_end = on_end
-        self._written: list[tuple[list[int], list[Process]]] = []  # extents of lost connections, and who else writes
+        self._written: list[tuple[int, list[int], list[Process]]] = []
+        # Clients of lost connections, their extents, and who else writes to these.
+        self.connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
         try:
             self._descriptor: int | None = os.pidfd_open(pid)
@@ -53,23 +54,25 @@ class Process:
 
     def _ended(self) -> None:
         self.close()
+        for connection in list(self.connections):  # a forked child may still have it open
+            connection.abort()
         self._on_end(self)
 
     def write_for(self, name: str) -> None:
         """It writes to what the connections reserve that name it so."""
         self.names.add(name)
 
-    def may_write(self, offsets: list[int], others: "list[Process]") -> None:
-        """Its device may still write to these extents, and then those of the others."""
-        self._written.append((offsets, others))
+    def may_write(self, client: int, offsets: list[int], others: "list[Process]") -> None:
+        """Its device may still write to these extents of a client, and then those of the others."""
+        self._written.append((client, offsets, others))
         if self._descriptor is None:
             self._pass_on()
 
     def _pass_on(self) -> None:
         written, self._written = self._written, []
-        for offsets, others in written:
+        for client, offsets, others in written:
             if others:
-                others[0].may_write(offsets, others[1:])
+                others[0].may_write(client, offsets, others[1:])
             else:
                 self._free(offsets)
 
@@ -77,11 +80,12 @@ class Process:
         for offset in offsets:
             self._control.free(offset)
 
-    def has_settled(self) -> None:
-        """None of the transfers of its lost connections writes any more."""
-        written, self._written = self._written, []
-        for offsets, _ in written:
-            self._free(offsets)
+    def has_settled(self, client: int) -> None:
+        """None of the transfers of a client's lost connections writes any more."""
+        for number, offsets, _ in self._written:
+            if number == client:
+                self._free(offsets)
+        self._written = [written for written in self._written if written[0] != client]
 
     def close(self) -> None:
         """Stop watching it: it has ended, or the owner ends; idempotent."""
@@ -117,6 +121,7 @@ class Owner:
         self._inode: tuple[int, int] | None = None
         self._lock: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
         self._processes: dict[int, Process] = {}
         self.num_clients = 0
 
@@ -138,7 +143,7 @@ class Owner:
         except BaseException:
             self._release()
             raise
-        self._spawn(self._accept())
+        self._accepting = self._spawn(self._accept())
         self._spawn(self._watch_socket())
         logger.info("a pool of %s for the engines that connect to %s", format_bytes(self._config.pool.bytes), self.path)
 
@@ -161,6 +166,8 @@ class Owner:
         return self.path.with_name(self.path.name + ".lock")
 
     def _listen(self) -> None:
+        if self.path.exists() and not self.path.is_socket():
+            raise FileExistsError("this is no socket, and not replaced by one")
         self.path.unlink(missing_ok=True)  # of an owner that was killed: this one has the lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -180,16 +187,23 @@ class Owner:
 
     async def _watch_socket(self) -> None:
         """Make the socket anew if somebody has deleted it: running engines are still served, new ones would not be."""
+        said = ""
         while True:
             await asyncio.sleep(SOCKET_CHECK_S)
-            if _inode_of(self.path) != self._inode:
-                logger.warning("%s was deleted or replaced: making it again", self.path)
-                try:
-                    self._listen()
-                except OSError as error:
-                    logger.error("cannot listen at %s: %s", self.path, error)
-                else:
-                    self._spawn(self._accept())
+            if _inode_of(self.path) == self._inode:
+                continue
+            if self._accepting is not None:  # the loop must not wait for a descriptor that is closed
+                self._accepting.cancel()
+                await asyncio.wait([self._accepting])
+            try:
+                self._listen()
+            except OSError as error:
+                if said != (said := str(error)):
+                    logger.error("the socket is gone, and cannot be made again: %s", error)
+            else:
+                logger.warning("%s was deleted or replaced: it was made again", self.path)
+                said = ""
+                self._accepting = self._spawn(self._accept())
 
     async def aclose(self) -> None:
         """Close all connections and release the pool; engines go on without it. Idempotent."""
@@ -216,24 +230,24 @@ class Owner:
             self._lock = None
         self._memory.close()
 
-    def _spawn(self, call: Any) -> None:
+    def _spawn(self, call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = self._loop.create_task(call)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_log_error)
+        return task
 
     # -- connections -------------------------------------------------------------------------------
 
     async def _accept(self) -> None:
         listener = self._listener
         assert listener is not None
-        while self._listener is listener:
+        while True:
             try:
                 connection, _ = await self._loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors, or this listener was replaced
-                if self._listener is listener:
-                    logger.error("cannot accept a client: %s", error)
-                    await asyncio.sleep(SOCKET_CHECK_S)
+            except OSError as error:  # out of descriptors
+                logger.error("cannot accept a client: %s", error)
+                await asyncio.sleep(SOCKET_CHECK_S)
                 continue
             connection.setblocking(False)
             self._spawn(self._serve(connection))
@@ -245,32 +259,34 @@ class Owner:
         with connection:
             try:
                 async with asyncio.timeout(HELLO_TIMEOUT_S):
-                    await self._greet(connection, pid, uid)
+                    client = await self._greet(connection, pid, uid)
             except (OwnerError, OSError, TimeoutError) as error:
                 logger.warning("process %d of user %d was not served: %s", pid, uid, error or "it said nothing")
                 return
             process = self._process(pid)
-            session = Session(self.caches, process)
+            session = Session(self.caches, process, client)
             self.num_clients += 1
+            served = Connection(session, pid)
+            process.connections.add(served)
             try:
-                reader, writer = await asyncio.open_connection(sock=connection, limit=_READ_BYTES)
-                await self._answer_all(session, reader, writer)
-            except (OSError, asyncio.IncompleteReadError):
-                pass  # it has gone
-            except OwnerError as error:
-                logger.error("process %d is not served any more: %s", pid, error)
+                await self._loop.create_connection(lambda: served, sock=connection)
+                await served.ended
             finally:
+                served.abort()
+                process.connections.discard(served)
                 self.num_clients -= 1
-                process.may_write(session.close(), self._writers_of(session, process))
+                process.may_write(client, session.close(), self._writers_of(session, process))
 
-    async def _greet(self, connection: socket.socket, pid: int, uid: int) -> None:
+    async def _greet(self, connection: socket.socket, pid: int, uid: int) -> int:
+        """Receive the first frame and answer it; returns the client's number."""
+
         async def receive(nbytes: int) -> bytes:
             return await _receive(self._loop.sock_recv, connection, nbytes)
 
         kind, count, tag, body = unpack_header(await receive(HEADER.size))
         if kind is not Kind.HELLO or body > 4096:
             raise OwnerError(f"a connection began with {kind.name}")
-        version = int(unpack(kind, count, await receive(body))[0][0])
+        version, client = [*unpack(kind, count, await receive(body))[0].tolist(), 0, 0][:2]
         why = ""
         if not pid:
             why = "this process is in another PID namespace: share it (in a pod: shareProcessNamespace or hostPID)"
@@ -287,6 +303,7 @@ class Owner:
         welcome = numbers(VERSION, memory.ticket.nbytes, pool.pin_piece_bytes, os.getpid())
         frame = join(pack(Kind.WELCOME, tag, welcome, memory.ticket.label.encode()))
         socket.send_fds(connection, [frame], [memory.descriptor])
+        return int(client)
 
     def _process(self, pid: int) -> Process:
         process = self._processes.get(pid)
@@ -302,18 +319,70 @@ class Owner:
         if self._processes.get(process.pid) is process:
             del self._processes[process.pid]
 
-    async def _answer_all(self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+class Connection(asyncio.Protocol):
+    """Answers the frames of one client, in order. A protocol and no stream: it answers without a turn of the loop.
+
+    Args:
+        session: does what the frames ask for.
+        pid: the client's process, for messages.
+    """
+
+    def __init__(self, session: Session, pid: int) -> None:
+        self._session = session
+        self._pid = pid
+        self._received = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Is done when the connection is gone."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def pause_writing(self) -> None:
+        """The client does not read its answers: take no more of its requests."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """End the connection at once; idempotent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
         try:
-            while True:
-                kind, count, tag, body = unpack_header(await reader.readexactly(HEADER.size))
-                fields = unpack(kind, count, await reader.readexactly(body))
-                answer = session.answer(kind, fields)
-                if tag:
-                    kind, values = answer or (Kind.DONE, ())
-                    writer.writelines(pack(kind, tag, *values))
-                    await writer.drain()
-        finally:
-            writer.close()
+            self._answer_all()
+        except OwnerError as error:
+            logger.error("process %d is not served any more: %s", self._pid, error)
+            self.abort()
+        except Exception:  # of this client's requests; the others must not suffer
+            logger.exception("process %d is not served any more", self._pid)
+            self.abort()
+
+    def _answer_all(self) -> None:
+        transport, received, start = self._transport, self._received, 0
+        assert transport is not None
+        while len(received) - start >= HEADER.size and not transport.is_closing():
+            kind, count, tag, body = unpack_header(received[start : start + HEADER.size])
+            end = start + HEADER.size + body
+            if len(received) < end:
+                break
+            answer = self._session.answer(kind, unpack(kind, count, bytes(received[start + HEADER.size : end])))
+            start = end
+            if tag:
+                kind, values = answer or (Kind.DONE, ())
+                transport.writelines(pack(kind, tag, *values))
+        del received[:start]
 
 
 async def _receive(

@@ -2,10 +2,9 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +56,38 @@ class Cache:
         return len(self.sizes)
 
 
-class Reserved(NamedTuple):
-    """A block that a client saves: where, in which form, and how often its cache had been cleared before."""
+_RESERVED: Final = np.dtype([("held", np.bool_), ("form", np.uint8), ("num_clears", np.int32), ("offset", np.int64)])
+"""A block that a client saves: its form, how often its cache had been cleared before, and where it is."""
+_PINNED: Final = np.dtype([("count", np.int32)])
+"""How often a client has pinned a block."""
 
-    offset: int
-    form: int
-    num_clears: int
+
+class Table:
+    """Rows by the slots of the index; it grows as slots come.
+
+    Args:
+        dtype: of a row.
+    """
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.rows: NDArray[Any] = np.zeros(0, dtype)
+
+    def up_to(self, slots: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows, with room for these slots."""
+        least = int(slots.max()) + 1 if slots.size else 0
+        if least > len(self.rows):
+            rows = np.zeros(max(least, 2 * len(self.rows)), self.rows.dtype)
+            rows[: len(self.rows)] = self.rows
+            self.rows = rows
+        return self.rows
+
+    def has(self, slots: NDArray[np.int64]) -> bool:
+        """True if there is a row for each of these slots, whoever names them."""
+        return not slots.size or (int(slots.min()) >= 0 and int(slots.max()) < len(self.rows))
+
+    def used(self, field: str) -> NDArray[np.intp]:
+        """Slots with a field that is not zero."""
+        return np.flatnonzero(self.rows[field])
 
 
 class Caches:
@@ -88,8 +113,7 @@ class Caches:
             described: the groups, see `describe_groups`.
 
         Raises:
-            OwnerError: it is known with other sizes or groups.
-            ConfigError: its blocks do not fit the pool, or there are too many groups.
+            ConfigError: it has other sizes or groups, its blocks do not fit the pool, or there are too many groups.
         """
         known = self._caches.get(namespace)
         if known is None:
@@ -99,15 +123,15 @@ class Caches:
             known = Cache(self.control.add_cache(sizes, groups), sizes, described)
             self._caches[namespace] = known
         if (known.sizes, known.described) != (sizes, described):
-            raise OwnerError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
+            raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
         return known
 
 
 class Peer(Protocol):
     """What a session needs to know of the process behind it."""
 
-    def has_settled(self) -> None:
-        """None of the transfers of its earlier connections writes any more."""
+    def has_settled(self, client: int) -> None:
+        """None of the transfers of a client's earlier connections writes any more."""
 
     def write_for(self, name: str) -> None:
         """It writes to what the connections reserve that name it so."""
@@ -119,19 +143,19 @@ class Session:
     Args:
         caches: the caches of the pool.
         peer: the client's process.
+        client: the client's number, the same in all its connections. A process may have several.
     """
 
-    def __init__(self, caches: Caches, peer: Peer) -> None:
+    def __init__(self, caches: Caches, peer: Peer, client: int = 0) -> None:
         self._caches = caches
         self._control = caches.control
         self._peer = peer
+        self._client = client
         self.writers: list[str] = []
         """Names of other processes that write to what it reserves."""
         self._cache: Cache | None = None
-        self.reservations: dict[int, Reserved] = {}
-        """Blocks that it saves, by slot."""
-        self.pins: Counter[int] = Counter()
-        """Slots that it has pinned, and how often."""
+        self._reserved = Table(_RESERVED)
+        self._pins = Table(_PINNED)
         self._scratch: int | None = None
         self._handlers: Mapping[Kind, Callable[..., Answer]] = {
             Kind.ADD_CACHE: self._add_cache,
@@ -184,12 +208,11 @@ class Session:
         Returns:
             Offsets of extents that its device may still write: free them when its process is gone.
         """
-        for slot, count in self.pins.items():
-            self._control.unpin(np.full(count, slot, dtype=np.int64))
-        self.pins.clear()
-        offsets = [reserved.offset for reserved in self.reservations.values()]
-        self._control.index.abort(np.array(list(self.reservations), dtype=np.int64), None)
-        self.reservations.clear()
+        pinned, reserved = self._pins.used("count"), self._reserved.used("held")
+        self._control.unpin(np.repeat(pinned, self._pins.rows["count"][pinned]))
+        offsets: list[int] = self._reserved.rows["offset"][reserved].tolist()
+        self._control.index.abort(reserved, None)
+        self._pins, self._reserved = Table(_PINNED), Table(_RESERVED)
         if self._scratch is not None:
             offsets.append(self._scratch)
             self._scratch = None
@@ -224,7 +247,7 @@ class Session:
         return None
 
     def _settled(self) -> Answer:
-        self._peer.has_settled()
+        self._peer.has_settled(self._client)
         return None
 
     def _write_for(self, name: NDArray[np.uint8]) -> Answer:
@@ -256,8 +279,10 @@ class Session:
             chain=chain if len(chain) else keys,
         )
         offsets, forms = plan.transfer.offsets, self._forms_of(plan)
-        for slot, offset, form in zip(plan.slots.tolist(), offsets.tolist(), forms.tolist(), strict=True):
-            self.reservations[slot] = Reserved(offset, form, self.cache.num_clears)
+        rows = self._reserved.up_to(plan.slots)
+        rows["held"][plan.slots] = True
+        rows["offset"][plan.slots], rows["form"][plan.slots] = offsets, forms
+        rows["num_clears"][plan.slots] = self.cache.num_clears
         states = plan.states.astype(np.uint8)
         return Kind.SAVE_PLANNED, (
             states,
@@ -286,15 +311,15 @@ class Session:
     ) -> Answer:
         expected(digests, slots.size)
         masks = [flags_of(mask, slots.size) for mask in (succeeded, too_lossy, tried)]
-        if not self.reservations.keys() >= set(slots.tolist()) or len(set(slots.tolist())) < slots.size:
+        rows = self._reserved.rows
+        if not self._reserved.has(slots) or not rows["held"][slots].all() or len(np.unique(slots)) < slots.size:
             raise OwnerError("a save ended with blocks that this client has not reserved")
-        blocks = [self.reservations.pop(slot) for slot in slots.tolist()]
-        stale = np.array([block.num_clears < self.cache.num_clears for block in blocks], dtype=np.bool_)
+        rows["held"][slots] = False
+        offsets, forms = rows["offset"][slots], rows["form"][slots]
+        stale = rows["num_clears"][slots] < self.cache.num_clears
         if stale.any():  # as if they had been given up before they moved
             succeeded_, too_lossy_, tried_ = masks
             masks = [_without(succeeded_, stale), too_lossy_, _without(tried_, stale)]
-        offsets = np.array([block.offset for block in blocks], dtype=np.int64)
-        forms = np.array([block.form for block in blocks], dtype=np.uint8)
         transfer = TransferPlan(Direction.SAVE, np.zeros(slots.size, dtype=np.int32), offsets, forms)
         states = np.full(slots.size, RESERVED, dtype=np.int64)
         plan = SavePlan(transfer, states, slots.copy(), self._control.extents[forms])
@@ -312,7 +337,7 @@ class Session:
     def _pinned(self, keys: NDArray[np.uint64], *, touches: bool) -> Answer:
         index = self._control.index
         pins = index.pin(keys_of(keys)) if touches else index.hold(keys_of(keys))
-        self.pins.update(pins.hits.tolist())
+        np.add.at(self._pins.up_to(pins.hits)["count"], pins.hits, 1)
         return Kind.LOAD_PLANNED, (
             np.ascontiguousarray(pins.slots),
             pins.reasons.astype(np.uint8) if len(pins) else np.empty(0, np.uint8),
@@ -324,10 +349,13 @@ class Session:
 
     def _finish_load(self, slots: NDArray[np.int64], corrupt: NDArray[np.uint8]) -> Answer:
         damaged = flags_of(corrupt, slots.size)
-        wanted = Counter(slots.tolist())
-        if wanted - self.pins:
+        if not self._pins.has(slots):
             raise OwnerError("a load ended with blocks that this client has not pinned")
-        self.pins -= wanted
+        counts = self._pins.rows["count"]
+        np.subtract.at(counts, slots, 1)
+        if slots.size and int(counts[slots].min()) < 0:
+            np.add.at(counts, slots, 1)
+            raise OwnerError("a load ended with blocks that this client has not pinned")
         self._control.unpin(slots.copy(), damaged)
         return None
 
@@ -337,7 +365,8 @@ class Session:
         return Kind.FOUND, (as_flags(self._control.index.contains_mask(keys_of(keys))),)
 
     def _prefix(self, keys: NDArray[np.uint64]) -> Answer:
-        return Kind.LENGTH, (numbers(self._control.index.prefix_length(keys_of(keys))),)
+        length, reason = self._control.index.leading(keys_of(keys))
+        return Kind.LENGTH, (numbers(length, -1 if reason is None else MISS_REASONS.index(reason)),)
 
     def _states(self, keys: NDArray[np.uint64]) -> Answer:
         return Kind.STATES_FOUND, (self._control.index.states(keys_of(keys)),)

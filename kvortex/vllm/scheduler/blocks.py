@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvortex.index import CacheIndex, pack_keys
 from kvortex.owner.control import RemoteIndex
-from kvortex.types import BlockHash
+from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.scheduler.requests import TrackedRequest, follow_block_tables
 
@@ -65,11 +65,14 @@ class Wanted(NamedTuple):
         keys: their keys, 32 bytes each.
         numbers: the group and the number in the request of each; `~n` for a tail, as in `BlockRun`.
         is_chain: True if only a leading part of them is of use, too.
+        reason: why the first of them is not there, PENDING if one that the request could wait for is being saved; None
+            if nobody has asked.
     """
 
     keys: list[BlockHash]
     numbers: list[tuple[int, int]]
     is_chain: bool
+    reason: MissReason | None = None
 
 
 class Reach(NamedTuple):
@@ -229,9 +232,9 @@ class FullAttention(BlockRules):
     def reach(self, tracked: TrackedRequest, in_tier: InTier | None) -> Reach:
         first = tracked.local_tokens // self.alignment
         keys = self._keys.of(tracked.request, slice(first, None))
-        found = self._index.prefix_length(keys)
+        found, reason = self._index.leading(pack_keys(keys))
         numbers = [(0, number) for number in range(first + found, first + len(keys))]
-        return Reach(found * self.alignment, Wanted(keys[found:], numbers, is_chain=True))
+        return Reach(found * self.alignment, Wanted(keys[found:], numbers, is_chain=True, reason=reason))
 
     def to_load(self, tracked: TrackedRequest, num_tokens: int, blocks: "KVCacheBlocks") -> RequestBlocks:
         # Selected by position in the request: behind them there may be more blocks, for drafts.

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.groups import GroupSet, KVKind
-from kvortex.index import COMMITTED, CacheIndex
+from kvortex.index import COMMITTED, PENDING, CacheIndex
 from kvortex.owner.control import RemoteIndex
 from kvortex.tiering.keys import split_keys
-from kvortex.types import BlockHash
+from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.scheduler.blocks import BlockRules, BlockRun, InTier, Reach, RequestBlocks, Wanted
@@ -127,8 +127,10 @@ class Hybrid(BlockRules):
             for of_group, entries in zip(of_groups, wanted, strict=True)
             for key in split_keys(of_group[entries])
         ]
+        is_saved = any((state[entries] == PENDING).any() for state, entries in zip(states, wanted, strict=True))
         num_tokens = max(found.num_tokens - tracked.local_tokens, 0)
-        return Reach(num_tokens, Wanted(wanted_keys, numbers, is_chain=False))
+        reason = MissReason.PENDING if is_saved else None
+        return Reach(num_tokens, Wanted(wanted_keys, numbers, is_chain=False, reason=reason))
 
     def _states(self, of_groups: Sequence[NDArray[np.uint64]], local_tokens: int) -> list[NDArray[np.uint8]]:
         """COMMITTED, PENDING or 0 for each entry; entries of what the device has count as there."""

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvortex.index import PENDING, pack_keys
 from kvortex.stats import EngineStats
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, LoadJob
 from kvortex.vllm.scheduler.admission import Admission
-from kvortex.vllm.scheduler.blocks import Wanted
+from kvortex.vllm.scheduler.blocks import Reach, Wanted
 from kvortex.vllm.scheduler.context import PlannerContext
 from kvortex.vllm.scheduler.jobs import LoadInFlight
 from kvortex.vllm.scheduler.requests import TrackedRequest
@@ -67,6 +66,7 @@ class LoadPlanner:
             being asked for them.
         """
         request, rules = tracked.request, self._context.rules
+        tracked.looked_up = None
         if tracked.computes or request.skip_reading_prefix_cache:
             return 0
         # Behind a hit of vLLM's own cache, a single block is computed sooner than it is loaded.
@@ -77,6 +77,8 @@ class LoadPlanner:
         if tier is not None and tier.waits_for_answer(request.request_id, lambda: self._not_in_pool(tracked)):
             return None
         found, wanted = rules.reach(tracked, tier.known if tier is not None else None)
+        if tier is None:
+            tracked.looked_up = tracked.local_tokens, Reach(found, wanted)
         if wanted.keys and (
             self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted, plan)
         ):
@@ -97,7 +99,7 @@ class LoadPlanner:
         if tier is not None and any(tier.is_arriving(key) for key in keys):
             return True
         # A save in flight takes some milliseconds, less than to compute the block. It may fail: the wait is bounded.
-        if PENDING not in self._control.index.states(pack_keys(keys)):
+        if wanted.reason is not MissReason.PENDING:
             self._waiting_since_s.pop(request_id, None)
             return False
         now_s = time.monotonic()
@@ -161,9 +163,15 @@ class LoadPlanner:
         ahead = rules.num_ahead(tracked)
         if ahead <= 0:
             return
-        found, wanted = rules.reach(tracked, None)
+        known, tracked.looked_up = tracked.looked_up, None
+        if known is not None and known[0] == tracked.local_tokens:
+            found, wanted = known[1]
+        else:
+            found, wanted = rules.reach(tracked, None)
         if (missed := ahead - found // rules.alignment) > 0:
-            reason = self._control.index.miss_reason(wanted.keys[0]) if wanted.keys else MissReason.NEVER_STORED
+            reason = wanted.reason or (
+                self._control.index.miss_reason(wanted.keys[0]) if wanted.keys else MissReason.NEVER_STORED
+            )
             self._context.stats.count_misses(reason, missed)
 
     def finish(self, job: LoadInFlight) -> bool:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from kvortex.vllm.scheduler.blocks import Reach
     from kvortex.vllm.scheduler.lookup import RequestKeys
 
 
@@ -27,6 +28,7 @@ class TrackedRequest:
     loading: int | None = None  # the number of its load job in flight
     computes: bool = False  # a load failed: the request computes its KV, and is offered no other load
     first_plan: int | None = None  # number of the first plan that computes or loads its KV
+    looked_up: "tuple[int, Reach] | None" = None  # what its last look-up found, and its tokens on the device then
     has_stale_kv: bool = False  # its KV comes from older weights: none of it is saved
 
     def has_kv_from(self, plan_number: int) -> None:

@@ -385,8 +385,8 @@ def harness_of(
     )
 
 
-def greet(harness: SchedulerHarness, *, has_disk: bool) -> None:
-    """The handshake of a worker that has registered what the scheduler expects."""
+def greet(harness: SchedulerHarness, *, has_disk: bool, has_owner: bool = False) -> None:
+    """The handshake of a worker that has registered what the scheduler expects, over a disk or an owner's pool."""
     half: SchedulerHalf = harness.connector._scheduler
     namespace = Namespace(
         model="played",
@@ -398,7 +398,8 @@ def greet(harness: SchedulerHarness, *, has_disk: bool) -> None:
     )
     pool_bytes = half._control.allocator.capacity_bytes
     num_blocks = harness.kv_cache_config.num_blocks
-    hello = WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes, namespace if has_disk else None)
+    named = namespace if has_disk or has_owner else None
+    hello = WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes, named)
     half.accept_handshake([hello])
 
 

@@ -57,3 +57,19 @@ def test_a_row_that_fails_is_told_with_its_errors() -> None:
     assert done.returncode == 1
     assert "none failed" in done.stderr
     assert "Error" in done.stderr.split("none failed", 1)[1]
+
+
+def test_engines_share_a_pool(tmp_path: Path) -> None:
+    """What one engine has computed counts as cached in the other."""
+    settings = json.dumps({"dtype": "float32", "enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 64})
+    command = [sys.executable, str(BENCHMARK.with_name("sharing.py")), "--rows", "shared", "--shape", "tiny"]
+    command += ["--pool", "64MiB", "--conversations", "4", "--turns", "3", "--first", "300", "--question", "40"]
+    command += ["--answer", "4", "--settle", "0", "--engine", settings, "--json", str(tmp_path / "figures.json")]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVORTEX_BENCHMARK": str(os.getpid())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert len(row["start_s"]) == 2
+    assert row["requests"] == 4 * 2
+    assert row["cached_tokens"] > 0.7 * row["prompt_tokens"]
+    assert not processes_with(f"KVORTEX_BENCHMARK={os.getpid()}")
