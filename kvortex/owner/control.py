@@ -17,9 +17,9 @@ from kvortex.errors import OwnerError
 from kvortex.groups import GroupSet
 from kvortex.index import MISS_REASONS, Pins, as_packed, pack_keys
 from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
+from kvortex.owner.caches import describe_groups
 from kvortex.owner.client import OwnerClient, OwnerLost
 from kvortex.owner.protocol import Kind, as_flags, numbers
-from kvortex.owner.session import describe_groups
 from kvortex.planes.control import (
     CPU_TIER,
     NOT_PLANNED,

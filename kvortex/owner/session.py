@@ -1,17 +1,15 @@
 """What one client of the owner holds: its cache, reservations, pins and scratch memory. No I/O."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.errors import ConfigError, KVortexError, OwnerError
-from kvortex.groups import GroupSet, KVGroup
+from kvortex.errors import ConfigError, OwnerError
 from kvortex.index import MISS_REASONS, RESERVED
+from kvortex.owner.caches import Cache, Caches
 from kvortex.owner.protocol import (
     Arrays,
     Field,
@@ -23,7 +21,7 @@ from kvortex.owner.protocol import (
     numbers,
     text_of,
 )
-from kvortex.planes.control import ControlPlane, SavePlan
+from kvortex.planes.control import SavePlan
 from kvortex.types import BlockSizes, Direction, TransferPlan
 
 logger = logging.getLogger(__name__)
@@ -33,27 +31,6 @@ Answer: TypeAlias = tuple[Kind, tuple[Field, ...]] | None
 _WITHOUT_CACHE: Final = frozenset(
     (Kind.ADD_CACHE, Kind.SCRATCH, Kind.SCRATCH_DONE, Kind.WRITER, Kind.WRITERS, Kind.SETTLED)
 )
-
-
-@dataclass(slots=True, eq=False)
-class Cache:
-    """A cache whose blocks are in the pool.
-
-    Args:
-        first: number of its first group in the pool.
-        sizes: bytes of a block, for each group.
-        described: its groups, see `describe_groups`.
-        num_clears: how often it was cleared; what was reserved before is not seen.
-    """
-
-    first: int
-    sizes: tuple[BlockSizes, ...]
-    described: str
-    num_clears: int = 0
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.sizes)
 
 
 _RESERVED: Final = np.dtype([("held", np.bool_), ("form", np.uint8), ("num_clears", np.int32), ("offset", np.int64)])
@@ -88,43 +65,6 @@ class Table:
     def used(self, field: str) -> NDArray[np.intp]:
         """Slots with a field that is not zero."""
         return np.flatnonzero(self.rows[field])
-
-
-class Caches:
-    """The caches of a pool, by namespace. Clients with the same namespace share their blocks.
-
-    Args:
-        control: the pool's index and allocator.
-    """
-
-    def __init__(self, control: ControlPlane) -> None:
-        self.control = control
-        self._caches: dict[bytes, Cache] = {}
-
-    def __len__(self) -> int:
-        return len(self._caches)
-
-    def add(self, namespace: bytes, sizes: tuple[BlockSizes, ...], described: str) -> Cache:
-        """The cache of a namespace, which is new, or known with these sizes.
-
-        Args:
-            namespace: digest of all that must agree before bytes may be reused.
-            sizes: bytes of a block, for each group.
-            described: the groups, see `describe_groups`.
-
-        Raises:
-            ConfigError: it has other sizes or groups, its blocks do not fit the pool, or there are too many groups.
-        """
-        known = self._caches.get(namespace)
-        if known is None:
-            groups = groups_from(described)
-            if len(groups) != len(sizes):
-                raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
-            known = Cache(self.control.add_cache(sizes, groups), sizes, described)
-            self._caches[namespace] = known
-        if (known.sizes, known.described) != (sizes, described):
-            raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
-        return known
 
 
 class Peer(Protocol):
@@ -406,22 +346,3 @@ class Session:
 
 def _without(mask: NDArray[np.bool_] | None, stale: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return ~stale if mask is None else mask & ~stale
-
-
-def describe_groups(groups: GroupSet) -> str:
-    """The groups of a cache as JSON: all that decides which of their blocks belong together."""
-    parts = [[g.name, list(g.layers), g.block_size, g.kind.value, g.reach, g.exact] for g in groups.groups]
-    return json.dumps({"hash_block_size": groups.hash_block_size, "groups": parts}, separators=(",", ":"))
-
-
-def groups_from(described: str) -> GroupSet:
-    """The groups that `describe_groups` has described.
-
-    Raises:
-        OwnerError: this is no such description.
-    """
-    try:
-        document = json.loads(described)
-        return GroupSet([KVGroup(*group) for group in document["groups"]], document["hash_block_size"])
-    except (KVortexError, ValueError, TypeError, KeyError) as error:
-        raise OwnerError(f"the groups of a cache are not described as they should be: {error}") from error

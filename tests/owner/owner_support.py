@@ -20,8 +20,9 @@ from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.index import pack_keys
 from kvortex.owner import Owner
+from kvortex.owner.caches import Caches, describe_groups
 from kvortex.owner.protocol import HEADER, Arrays, Field, Kind, join, numbers, pack, unpack, unpack_header
-from kvortex.owner.session import Caches, Session, describe_groups
+from kvortex.owner.session import Session
 from kvortex.planes.control import ControlPlane
 from kvortex.runtime.loop_thread import LoopThread
 from kvortex.types import BlockSizes

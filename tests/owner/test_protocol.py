@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvortex.errors import OwnerError
 from kvortex.groups import GroupSet, KVGroup
+from kvortex.owner.caches import describe_groups, groups_from
 from kvortex.owner.protocol import (
     FIELDS,
     HEADER,
@@ -29,7 +30,6 @@ from kvortex.owner.protocol import (
     unpack,
     unpack_header,
 )
-from kvortex.owner.session import describe_groups, groups_from
 
 TAGS = st.integers(0, 2**64 - 1)
 

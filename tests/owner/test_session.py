@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvortex.errors import ConfigError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, table
+from kvortex.owner.caches import Caches
 from kvortex.owner.protocol import Kind, numbers
-from kvortex.owner.session import Caches
 from kvortex.types import BlockSizes, MissReason
 from tests.owner.owner_support import NO_FLAGS, NO_KEYS, Client, Keys, make_caches, some_keys, spawn
 
