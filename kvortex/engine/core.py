@@ -26,7 +26,7 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import check_memory
-from kvortex.owner import OwnerClient, RemoteControl
+from kvortex.owner import Control, OwnerClient, RemoteControl
 from kvortex.owner.control import scratch_of
 from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
@@ -53,7 +53,7 @@ class EngineCore:
         self.stats = EngineStats()
         self._loop = asyncio.get_running_loop()
         self._queue = CallQueue(config.transfer.max_outstanding_requests)
-        self._control: ControlPlane | RemoteControl | None = None
+        self._control: Control | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
         self._tiering: Tiering | None = None
@@ -195,7 +195,7 @@ class EngineCore:
             raise EngineStateError("no caches are registered yet: call register_kv_caches first")
         return self._namespace
 
-    def _planes(self) -> tuple[ControlPlane | RemoteControl, DataPlane]:
+    def _planes(self) -> tuple[Control, DataPlane]:
         self._check_running()
         if self._control is None or self._data is None:
             raise EngineStateError("no caches are registered yet: call register_kv_caches first")
@@ -277,7 +277,7 @@ class EngineCore:
 
     async def _save_again_raw(
         self,
-        control: ControlPlane | RemoteControl,
+        control: Control,
         call: TransferCall[SaveOutcome],
         blocks: NamedBlocks,
         outcomes: tuple[SaveOutcome, ...],
@@ -563,7 +563,7 @@ class EngineCore:
         control.clear()
         return self._clear_tiers(control) if tiers else None
 
-    async def _clear_tiers(self, control: ControlPlane | RemoteControl) -> bool:
+    async def _clear_tiers(self, control: Control) -> bool:
         self._check_loop()
         if self._tiering is None:
             return True
@@ -646,9 +646,7 @@ class EngineCore:
             warnings.warn(f"{type(self).__name__} was not shut down", ResourceWarning, source=self, stacklevel=1)
 
 
-def _finish_save(
-    control: ControlPlane | RemoteControl, plan: SavePlan, request: TransferRequest
-) -> Sequence[SaveOutcome]:
+def _finish_save(control: Control, plan: SavePlan, request: TransferRequest) -> Sequence[SaveOutcome]:
     if request.num_succeeded == len(plan.slots):
         return control.finish_save(plan, request.digests)
     return control.finish_save(plan, request.digests, request.succeeded, request.too_lossy, request.tried)
@@ -661,9 +659,7 @@ def _without_gone(outcomes: Sequence[SaveOutcome], there: NDArray[np.bool_]) -> 
     )
 
 
-def _finish_load(
-    control: ControlPlane | RemoteControl, plan: LoadPlan, request: TransferRequest
-) -> Sequence[MissReason | None]:
+def _finish_load(control: Control, plan: LoadPlan, request: TransferRequest) -> Sequence[MissReason | None]:
     digests, expected = request.digests, plan.pins.digests
     if request.num_succeeded == plan.pins.num_hits and digests.tobytes() == expected.tobytes():
         return control.finish_load(plan)

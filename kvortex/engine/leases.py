@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet
-from kvortex.owner import RemoteControl
-from kvortex.planes.control import ControlPlane
+from kvortex.owner import Control
 from kvortex.runtime.loop_thread import running_loop
 
 
@@ -65,7 +64,7 @@ class Leases:
         share: share of the pool that leases may keep together. A block that several of them have counts once.
     """
 
-    def __init__(self, control: ControlPlane | RemoteControl, groups: GroupSet, share: float) -> None:
+    def __init__(self, control: Control, groups: GroupSet, share: float) -> None:
         self.open: set[Lease] = set()
         self.nbytes = 0
         """Bytes of the pool that they keep."""
@@ -134,9 +133,7 @@ class Leases:
         self._control.release(lease._slots)
 
 
-def leading_in_pool(
-    control: ControlPlane | RemoteControl, groups: GroupSet, hashes: NDArray[np.uint64]
-) -> tuple[int, NDArray[np.uint64]]:
+def leading_in_pool(control: Control, groups: GroupSet, hashes: NDArray[np.uint64]) -> tuple[int, NDArray[np.uint64]]:
     """How far a request can resume with what is in the pool.
 
     Args:

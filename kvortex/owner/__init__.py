@@ -3,8 +3,14 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
+from typing import TypeAlias
+
 from kvortex.owner.client import OwnerClient
 from kvortex.owner.control import RemoteControl
 from kvortex.owner.server import Owner
+from kvortex.planes.control import ControlPlane
 
-__all__ = ["Owner", "OwnerClient", "RemoteControl"]
+Control: TypeAlias = ControlPlane | RemoteControl
+"""Plans saves and loads, in this process or in that of an owner."""
+
+__all__ = ["Control", "Owner", "OwnerClient", "RemoteControl"]

@@ -275,12 +275,7 @@ class RemoteControl:
 
     def plan_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> LoadPlan:
         """See `ControlPlane.plan_load`."""
-        pins = self._pin(Kind.PLAN_LOAD, keys)
-        forms = pins.forms.astype(np.uint8) if self.has_forms else None
-        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, forms), pins)
-        if pins.num_hits < len(block_ids):
-            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
-        return plan
+        return LoadPlan.of_pins(self._pin(Kind.PLAN_LOAD, keys), block_ids, self.has_forms)
 
     def _pin(self, kind: Kind, keys: NDArray[np.uint64]) -> Pins:
         results = np.full((7, len(keys)), -1, dtype=np.int64)

@@ -94,6 +94,21 @@ class LoadPlan(NamedTuple):
     transfer: TransferPlan
     pins: Pins
 
+    @classmethod
+    def of_pins(cls, pins: Pins, block_ids: NDArray[np.int32], has_forms: bool) -> Self:
+        """The load of what is pinned.
+
+        Args:
+            pins: answers of the index for all `n` blocks of the call.
+            block_ids: their ids in the paged cache, `int32 [n]`.
+            has_forms: whether blocks can have another form than 0.
+        """
+        forms = pins.forms.astype(np.uint8) if has_forms else None
+        plan = cls(TransferPlan(Direction.LOAD, block_ids, pins.offsets, forms), pins)
+        if pins.num_hits < len(block_ids):
+            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
+        return plan
+
     @property
     def positions(self) -> NDArray[np.intp]:
         """Positions in the call of the blocks that move, `intp [m]`."""
@@ -492,12 +507,7 @@ class ControlPlane:
             keys: block hashes of a chain, root first, `uint64 [n, 4]` from `pack_keys`.
             block_ids: ids of these blocks in the paged cache, `int32 [n]`.
         """
-        pins = self.index.pin(keys)
-        forms = pins.forms.astype(np.uint8) if self.has_forms else None
-        plan = LoadPlan(TransferPlan(Direction.LOAD, block_ids, pins.offsets, forms), pins)
-        if pins.num_hits < len(block_ids):
-            plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
-        return plan
+        return LoadPlan.of_pins(self.index.pin(keys), block_ids, self.has_forms)
 
     def finish_load(
         self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None

@@ -39,6 +39,7 @@ class FaultInjectingExecutor(TransferExecutor):
         self._inner = inner
         self._fault_of = fault_of
         self._held: list[Callable[[], None]] = []
+        self._num_released = 0  # leading batches that are not held any more
         self.batches: list[Batch] = []
         self.fd = inner.fd
 
@@ -48,7 +49,8 @@ class FaultInjectingExecutor(TransferExecutor):
         return len(self._held)
 
     def release(self) -> None:
-        """Report the end of every held batch."""
+        """Report the end of every batch so far that is held, or is still moving and would be."""
+        self._num_released = len(self.batches)
         held, self._held = self._held, []
         for report in held:
             report()
@@ -57,17 +59,19 @@ class FaultInjectingExecutor(TransferExecutor):
         return self._inner.free_slots(direction)
 
     def issue(self, batch: Batch, on_done: Completion, on_source_read: SourceRead) -> None:
-        fault = self._fault_of(len(self.batches), batch)
+        number = len(self.batches)
+        fault = self._fault_of(number, batch)
         self.batches.append(batch)
         if fault is Fault.REFUSE:
             raise DeviceError("injected: the batch cannot be started")
-        self._inner.issue(batch, partial(self._finish, fault, on_done), on_source_read)
+        self._inner.issue(batch, partial(self._finish, number, fault, on_done), on_source_read)
 
     def poll(self) -> None:
         self._inner.poll()
 
     def _finish(
         self,
+        number: int,
         fault: Fault | None,
         on_done: Completion,
         outcome: NDArray[np.uint64] | Exception,
@@ -82,7 +86,7 @@ class FaultInjectingExecutor(TransferExecutor):
         elif fault is Fault.LOSSY and too_lossy is not None:
             too_lossy = too_lossy.copy()
             too_lossy[0] = True
-        if fault is Fault.HOLD:
+        if fault is Fault.HOLD and number >= self._num_released:
             self._held.append(partial(on_done, outcome, too_lossy))
         else:
             on_done(outcome, too_lossy)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.owner import RemoteControl
-from kvortex.planes.control import ControlPlane
+from kvortex.owner import Control, RemoteControl
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler.blocks import BlockRules
 from kvortex.vllm.scheduler.events import EventLog
@@ -31,7 +30,7 @@ class PlannerContext:
     """
 
     rules: BlockRules
-    control: ControlPlane | RemoteControl
+    control: Control
     tier: TierPlanner | None
     jobs: JobsInFlight[LoadInFlight | SaveInFlight]
     job_ids: Iterator[int]

@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, EngineStateError, KVortexError
 from kvortex.hashing import Namespace
-from kvortex.owner import OwnerClient, RemoteControl
+from kvortex.owner import Control, OwnerClient, RemoteControl
 from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
@@ -116,7 +116,7 @@ class SchedulerHalf:
         self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
         self._sizes = expected_sizes(self._groups, options.engine.codec.name)
-        self._control: ControlPlane | RemoteControl = self._make_control(options.engine.pool.bytes)
+        self._control: Control = self._make_control(options.engine.pool.bytes)
         check_supported(options.engine)
         if self._has_owner:
             check_can_share(vllm_config)
