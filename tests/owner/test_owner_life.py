@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -458,6 +461,21 @@ def is_closed(client: socket.socket) -> bool:
 def owner(path: Path) -> Iterator[LocalOwner]:
     with local_owner(path) as made:
         yield made
+
+
+def test_a_client_whose_end_the_owner_could_not_see_is_refused(path: Path) -> None:
+    """In a container of its own a process has no number that means anything to the owner."""
+    apart = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("this user may not make a PID namespace")
+    command = [*apart, sys.executable, "-m", "kvortex", "serve", "--pool", "1MiB", "--socket", str(path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        try:
+            read_line(owner)
+            with pytest.raises(OwnerError, match="PID namespace"):
+                OwnerClient(path, 5.0)
+        finally:
+            owner.kill()
 
 
 def test_a_client_of_another_version_is_told_both(owner: LocalOwner) -> None:

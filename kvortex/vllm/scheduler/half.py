@@ -1,5 +1,6 @@
 """The scheduler half: answers vLLM's scheduler and puts each step's plan together. Synchronous, microseconds a call."""
 
+import contextlib
 import itertools
 import logging
 from collections import deque
@@ -235,9 +236,12 @@ class SchedulerHalf:
         if handshake.namespace is None or isinstance(self._control, RemoteControl):
             return self._ready
         try:
-            client = OwnerClient(settings.socket, settings.deadline_s)
-            client.ask(Kind.WRITERS, handshake.writer.encode())
-            self._control = RemoteControl(client, handshake.namespace.digest, handshake.sizes, self._groups.set)
+            with contextlib.ExitStack() as undo:
+                client = OwnerClient(settings.socket, settings.deadline_s)
+                undo.callback(client.close)
+                client.ask(Kind.WRITERS, handshake.writer.encode())
+                self._control = RemoteControl(client, handshake.namespace.digest, handshake.sizes, self._groups.set)
+                undo.pop_all()
         except KVortexError as error:
             logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)
             return False
