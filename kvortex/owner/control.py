@@ -19,7 +19,7 @@ from kvortex.index import MISS_REASONS, Pins, as_packed, pack_keys
 from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
 from kvortex.owner.caches import describe_groups
 from kvortex.owner.client import OwnerClient, OwnerLost
-from kvortex.owner.protocol import Kind, as_flags, numbers
+from kvortex.owner.protocol import Kind, PoolNumbers, as_flags, numbers
 from kvortex.planes.control import (
     CPU_TIER,
     NOT_PLANNED,
@@ -92,12 +92,12 @@ class RemoteIndex:
     @property
     def evicted_blocks(self) -> int:
         """Blocks of all caches of the pool that were evicted; 0 if the owner is lost."""
-        return self._control.numbers()[5]
+        return self._control.figures().evicted_blocks
 
     @property
     def removed_blocks(self) -> int:
         """Changes when a block may have gone."""
-        return self._control.numbers()[6]
+        return self._control.figures().changes
 
 
 class RemoteAllocator:
@@ -114,14 +114,14 @@ class RemoteAllocator:
 
     def figures(self, *, pinned_bytes: int = 0) -> PoolFigures:
         """Occupancy of the whole pool, all its engines together; zeros if the owner is lost."""
-        capacity, allocated, largest, fragmentation, extents, *_ = self._control.numbers()
+        found = self._control.figures()
         return PoolFigures(
             name=CPU_TIER,
-            capacity_bytes=capacity,
-            allocated_bytes=allocated,
-            largest_free_bytes=largest,
-            fragmentation=fragmentation / 1e9,
-            num_extents=extents,
+            capacity_bytes=found.capacity_bytes,
+            allocated_bytes=found.allocated_bytes,
+            largest_free_bytes=found.largest_free_bytes,
+            fragmentation=found.fragmentation_ppb / 1e9,
+            num_extents=found.num_extents,
             pinned_bytes=pinned_bytes,
         )
 
@@ -177,14 +177,13 @@ class RemoteControl:
         mine: NDArray[np.uint64] = keys ^ self._salt
         return mine
 
-    def numbers(self) -> list[int]:
-        """The figures of the pool, see `Kind.POOL_FIGURES`; zeros if the owner is lost."""
+    def figures(self) -> PoolNumbers:
+        """The figures of the pool; zeros if the owner is lost."""
         try:
             (found,) = self.client.ask(Kind.FIGURES)
         except OwnerLost:
-            return [0] * 7
-        values: list[int] = found.tolist()
-        return values
+            return PoolNumbers(*[0] * len(PoolNumbers._fields))
+        return PoolNumbers(*found[: len(PoolNumbers._fields)].tolist())
 
     def _current(self, slots: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The owner's numbers of these slots; None if an earlier connection had them."""

@@ -14,7 +14,7 @@ HELLO of the client; it begins with the version in every version of this protoco
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,19 @@ class Kind(IntEnum):
     CLEAR = 38
     FIGURES = 39
     POOL_FIGURES = 40  # see `PoolNumbers`
+
+
+class PoolNumbers(NamedTuple):
+    """The fields of a POOL_FIGURES frame, in this order; of the whole pool, all its engines together."""
+
+    capacity_bytes: int
+    allocated_bytes: int
+    largest_free_bytes: int
+    fragmentation_ppb: int
+    num_extents: int
+    evicted_blocks: int
+    changes: int
+    """Another number whenever a block of the asking cache may have gone."""
 
 
 _FLAGS, _NUMBERS, _KEYS, _TEXT = np.uint8, np.int64, np.uint64, None

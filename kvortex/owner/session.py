@@ -14,6 +14,7 @@ from kvortex.owner.protocol import (
     Arrays,
     Field,
     Kind,
+    PoolNumbers,
     as_flags,
     expected,
     flags_of,
@@ -331,17 +332,16 @@ class Session:
     def _figures(self) -> Answer:
         control = self._control
         figures = control.allocator.figures()
-        return Kind.POOL_FIGURES, (
-            numbers(
-                figures.capacity_bytes,
-                figures.allocated_bytes,
-                figures.largest_free_bytes,
-                int(figures.fragmentation * 1e9),
-                figures.num_extents,
-                control.index.evicted_blocks,
-                control.index.removed_blocks + self.cache.num_clears,
-            ),
+        found = PoolNumbers(
+            capacity_bytes=figures.capacity_bytes,
+            allocated_bytes=figures.allocated_bytes,
+            largest_free_bytes=figures.largest_free_bytes,
+            fragmentation_ppb=int(figures.fragmentation * 1e9),
+            num_extents=figures.num_extents,
+            evicted_blocks=control.index.evicted_blocks,
+            changes=control.index.removed_blocks + self.cache.num_clears,
         )
+        return Kind.POOL_FIGURES, (numbers(*found),)
 
 
 def _without(mask: NDArray[np.bool_] | None, stale: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -23,7 +23,7 @@ from kvortex.owner import OwnerClient, server
 from kvortex.owner.protocol import HEADER, VERSION, Kind, join, numbers, pack, text_of, unpack, unpack_header
 from kvortex.testing import Fault, FaultInjectingExecutor
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, make_cache
-from tests.owner.client_program import Churn, config_of
+from tests.owner.client_program import CHAIN_BLOCKS, Churn, config_of
 from tests.owner.owner_support import LocalOwner, local_owner, read_line, served_owner, spawn
 from tests.shared_memory import SHM
 
@@ -295,6 +295,23 @@ async def test_a_lease_of_a_lost_connection_harms_nothing(path: Path) -> None:
 
 
 # -- owners that end or hang -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_an_owner_that_is_killed_at_any_moment_harms_no_engine(path: Path) -> None:
+    """Whatever was asked just then: the engine goes on within its deadline, and its bytes are right."""
+    moments = random.Random(0)
+    for seed in range(KILLS // 3):
+        with served_owner(path, "512KiB") as owner:
+            async with KVortexEngine.create(config_of(str(path), DEADLINE_S)) as engine:
+                work, delay_s = Churn(engine, seed), moments.uniform(0.0, 0.2)
+                asyncio.get_running_loop().call_later(delay_s, owner.process.kill)
+                end_s = time.monotonic() + delay_s + 0.1
+                while time.monotonic() < end_s:
+                    start_s = time.monotonic()
+                    await work.step()
+                    assert time.monotonic() - start_s < DEADLINE_S + SLACK_S
+                assert engine.match_prefix(chain(CHAIN_BLOCKS, 0)) == 0
 
 
 async def test_engines_go_on_without_an_owner_that_was_killed(path: Path) -> None:

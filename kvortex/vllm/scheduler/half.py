@@ -117,7 +117,7 @@ class SchedulerHalf:
         self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
         self._sizes = expected_sizes(self._groups, options.engine.codec.name)
-        self._control: Control = self._make_control(options.engine.pool.bytes)
+        self._control: Control = self._make_control(self._sizes, options.engine.pool.bytes)
         check_supported(options.engine)
         if self._has_owner:
             check_can_share(vllm_config)
@@ -152,8 +152,8 @@ class SchedulerHalf:
     def _next_plan(self) -> ConnectorPlan:
         return ConnectorPlan(number=next(self._plan_numbers))
 
-    def _make_control(self, pool_bytes: int) -> ControlPlane:
-        return ControlPlane.from_config(self._options.engine, pool_bytes, self._sizes, self._groups.set)
+    def _make_control(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> ControlPlane:
+        return ControlPlane.from_config(self._options.engine, pool_bytes, sizes, self._groups.set)
 
     def _make_rules(self) -> BlockRules:
         index, save_decoded = self._control.index, self._options.save_decoded
@@ -257,9 +257,10 @@ class SchedulerHalf:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
             return
         assert isinstance(self._control, ControlPlane)
-        control = self._make_control(pool_bytes)
-        control.on_removed = self._control.on_removed
-        self._sizes, self._control = sizes, control
+        on_removed = self._control.on_removed
+        self._sizes = sizes
+        control = self._control = self._make_control(sizes, pool_bytes)
+        control.on_removed = on_removed
 
     def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
         engine = self._options.engine
