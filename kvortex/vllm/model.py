@@ -127,10 +127,10 @@ def why_not_reused(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") 
 
 def _vllm_can_reuse(vllm_config: "VllmConfig") -> bool:
     model = vllm_config.model_config
-    # vLLM reuses the states of models without attention if it is told to, though it does not so by default.
-    without_attention = getattr(model, "attn_type", "") == "attention_free" and model.pooler_config is None
+    # vLLM reuses the states of a model if it is told to; up to 0.23 it does not so by default.
+    has_states = getattr(model, "attn_type", "") in ("attention_free", "hybrid") and model.pooler_config is None
     return bool(model.is_prefix_caching_supported) or (
-        without_attention and bool(vllm_config.cache_config.enable_prefix_caching)
+        has_states and bool(vllm_config.cache_config.enable_prefix_caching)
     )
 
 

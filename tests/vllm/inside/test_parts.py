@@ -118,6 +118,18 @@ def test_what_vllm_does_not_reuse_is_not_reused() -> None:
     assert "keeps no KV" in why_not_reused(settings(), config())
 
 
+@pytest.mark.parametrize("attention", ["hybrid", "attention_free"])
+@pytest.mark.skipif(not IS_NEWER, reason="older versions let connectors serve one group of full attention")
+def test_states_are_reused_where_vllm_is_told_to(attention: str) -> None:
+    """Versions up to 0.23 say that models with states are not supported, and reuse them if prefix caching is on."""
+    state = spec(MambaSpec, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align")
+    model = config(spec(FullAttentionSpec), state)
+    for caches, pooler, served in ((True, None, True), (False, None, False), (True, "MEAN", False)):
+        told = settings(prefix_caching=caches, reused=False)
+        told.model_config.attn_type, told.model_config.pooler_config = attention, pooler
+        assert (why_not_reused(told, model) == "") == served
+
+
 def test_kinds_of_attention_that_are_not_known_are_not_reused() -> None:
     """Kinds that are full attention by inheritance alone, such as sinks or reference windows."""
     kinds = [k for k in (SinkFullAttentionSpec, RSWASpec, HiddenStateCacheSpec) if k is not None]
