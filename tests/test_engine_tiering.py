@@ -13,6 +13,7 @@ import torch
 from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
+from kvortex.owner.tiers import MakeTier
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
@@ -27,6 +28,7 @@ from tests.engine_support import (
     small_config,
     wipe,
 )
+from tests.owner.owner_support import local_owner, wait_until
 
 TIER_BYTES = 64 << 20
 MODEL = ModelIdentity(model="a", weights_revision="1")
@@ -43,16 +45,21 @@ class LastingTier(MemoryTier):
 
 
 class Bench:
-    """Tiers follow each other, an engine each."""
+    """Tiers follow each other, an engine each.
 
-    def __init__(self) -> None:
+    Args:
+        socket: of an owner that has pool and tier; None where the engine has them.
+    """
+
+    def __init__(self, socket: Path | None = None) -> None:
+        self.socket = socket
         self.inner: LastingTier | None = None
         self.tier: FaultInjectingTier | None = None
 
-    def make(self, fault_of: FaultOf | None) -> Callable[[Namespace], Tier]:
-        def make_tier(namespace: Namespace) -> Tier:
+    def make(self, fault_of: FaultOf | None) -> MakeTier:
+        def make_tier(config: KVortexConfig, namespace: bytes) -> Tier:
             kept = self.inner
-            self.inner = LastingTier(TIER_BYTES, namespace=namespace.digest)
+            self.inner = LastingTier(TIER_BYTES, namespace=namespace)
             if kept is not None:
                 self.inner._kept, self.inner._used_bytes = kept._kept, kept._used_bytes
             self.tier = FaultInjectingTier(self.inner, fault_of or (lambda *_: None), delay_s=0.1)
@@ -64,14 +71,26 @@ class Bench:
     async def engine(
         self, cache: dict[str, torch.Tensor], fault_of: FaultOf | None = None, **changes: object
     ) -> AsyncIterator[KVortexEngine]:
-        async with KVortexEngine.create(small_config(**changes), Parts(make_tier=self.make(fault_of))) as engine:
-            engine.register_kv_caches(cache, BLOCK_SIZE)
-            yield engine
+        make_tier = self.make(fault_of)
+        if self.socket is None:
+            parts = Parts(make_tier=lambda namespace: make_tier(config, namespace.digest))
+            config = small_config(**changes)
+            async with KVortexEngine.create(config, parts) as engine:
+                engine.register_kv_caches(cache, BLOCK_SIZE)
+                yield engine
+            return
+        of_owner = {name: changes.pop(name) for name in ("pool", "eviction", "tier") if name in changes}
+        with local_owner(self.socket, make_tier=make_tier, **of_owner) as owner:
+            config = small_config(owner=self.socket, identity=MODEL, **changes)
+            async with KVortexEngine.create(config) as engine:
+                engine.register_kv_caches(cache, BLOCK_SIZE)
+                yield engine
+            wait_until(lambda: owner.clear() or owner.allocated_bytes == 0)  # writes and reads in flight settle
 
 
-@pytest.fixture
-def bench() -> Bench:
-    return Bench()
+@pytest.fixture(params=["in process", "owner"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    return Bench(tmp_path / "kv.sock" if request.param == "owner" else None)
 
 
 def pool_of(blocks: int) -> dict[str, object]:
@@ -98,7 +117,8 @@ async def test_blocks_outlive_the_engine(bench: Bench) -> None:
         assert contents(cache, ids) == want
         stats = engine.get_stats()
         assert stats.tiering.fetched_blocks == 20
-        assert {(t.direction, t.tier) for t in stats.transfers} == {(Direction.LOAD, "memory"), (Direction.LOAD, "cpu")}
+        seen = {"cpu"} if bench.socket else {"cpu", "memory"}
+        assert {(t.direction, t.tier) for t in stats.transfers} == {(Direction.LOAD, tier) for tier in seen}
 
 
 async def test_what_the_pool_evicted_comes_back(bench: Bench) -> None:

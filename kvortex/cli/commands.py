@@ -68,6 +68,10 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         config = config.replace(pool=arguments.pool)
     if arguments.eviction is not None:
         config = config.replace(eviction=arguments.eviction)
+    if arguments.disk is not None:
+        config = config.replace(disk=arguments.disk)
+    if arguments.tier is not None:
+        config = config.replace(tier={"urls": tuple(arguments.tier)})
     serve.run(config, Path(arguments.socket or config.owner.socket or serve.default_socket()), as_json=arguments.json)
     return 0
 
@@ -85,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--pool", type=_size, help="size of the pool, e.g. 64GiB (default: KVORTEX_POOL, or 4GiB)")
     add("--socket", metavar="PATH", help="where engines find it (default: kvortex.sock in XDG_RUNTIME_DIR)")
     add("--eviction", choices=EVICTION_POLICIES, help="eviction policy (default lru)")
+    add("--disk", metavar="DIRECTORY", help="keep blocks in this directory, too, also for later runs")
+    add("--tier", action="append", metavar="URL", help="a lower tier, e.g. disk:///var/cache/kv; repeat for a chain")
     add("--config", type=Path, metavar="FILE", help="settings as TOML, instead of KVORTEX_* of the environment")
     add("--json", action="store_true", help="say where it listens as one JSON document")
     return parser

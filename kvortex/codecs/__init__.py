@@ -3,7 +3,17 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
-from kvortex.codecs.packing import RAW, Codec, Encodings, Packing, Pages, block_sizes, packed_nbytes, packing_for
+from kvortex.codecs.packing import (
+    RAW,
+    Codec,
+    Encodings,
+    Packing,
+    PageEncodings,
+    Pages,
+    block_sizes,
+    packed_nbytes,
+    packing_for,
+)
 from kvortex.codecs.reference import pack_reference, too_lossy, unpack_reference
 
 __all__ = [
@@ -11,6 +21,7 @@ __all__ = [
     "Codec",
     "Encodings",
     "Packing",
+    "PageEncodings",
     "Pages",
     "block_sizes",
     "pack_reference",

@@ -113,29 +113,18 @@ class Pages(NamedTuple):
 
 
 class Encodings:
-    """How blocks are encoded in the pool: bytes of a payload and of an extent, and the codec, by form.
+    """How blocks are encoded in the pool: bytes of a payload, and the codec, by form.
 
     Args:
-        pages: the groups of the cache, in the order of their numbers.
+        payloads: bytes of the payload of each form, two forms a group.
+        codecs: the codec of each form.
     """
 
-    def __init__(self, pages: Sequence[Pages]) -> None:
-        forms = [(p.layout, packing) for p in pages for packing in (None, p.packing)]
-        self.payloads = tuple(packing.block_nbytes if packing else layout.block_nbytes for layout, packing in forms)
-        self.extents = tuple(nbytes for p in pages for nbytes in (p.sizes.raw, p.sizes.packed))
-        self._codecs = tuple(packing.codec if packing else RAW for _, packing in forms)
-        self.packs = tuple(p.packing is not None for p in pages)
+    def __init__(self, payloads: Iterable[int], codecs: Iterable[Codec]) -> None:
+        self.payloads = tuple(payloads)
+        self.codecs = tuple(codecs)
+        self.packs = tuple(codec is not Codec.RAW for codec in self.codecs[1::2])
         """For each group whether its blocks can be packed."""
-
-        self._moved_as = _moved_as(pages)
-
-    def moved_as(self, forms: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
-        """For blocks of these forms the forms in whose batches they move, `uint8 [n]`; None if `forms` is.
-
-        Groups of layers that lie in the same memory, as those of windows do, move together: the addresses of a block,
-        its bytes and how they are packed are the same. A load of such a model is one batch then, and not one a group.
-        """
-        return None if forms is None else self._moved_as[forms]
 
     @cached_property
     def pack_any(self) -> bool:
@@ -154,9 +143,30 @@ class Encodings:
         """Bytes of a raw payload of the same group."""
         return self.payloads[form // 2 * 2]
 
-    def codec_number(self, form: int) -> Codec:
-        """The codec's number in the frame of a block of this form."""
-        return Codec[self._codecs[form].upper()]
+
+class PageEncodings(Encodings):
+    """How the blocks of a paged cache are encoded, with the bytes of their extents, by form.
+
+    Args:
+        pages: the groups of the cache, in the order of their numbers.
+    """
+
+    def __init__(self, pages: Sequence[Pages]) -> None:
+        forms = [(p.layout, packing) for p in pages for packing in (None, p.packing)]
+        super().__init__(
+            (packing.block_nbytes if packing else layout.block_nbytes for layout, packing in forms),
+            (Codec[packing.codec.upper()] if packing else Codec.RAW for _, packing in forms),
+        )
+        self.extents = tuple(nbytes for p in pages for nbytes in (p.sizes.raw, p.sizes.packed))
+        self._moved_as = _moved_as(pages)
+
+    def moved_as(self, forms: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+        """For blocks of these forms the forms in whose batches they move, `uint8 [n]`; None if `forms` is.
+
+        Groups of layers that lie in the same memory, as those of windows do, move together: the addresses of a block,
+        its bytes and how they are packed are the same. A load of such a model is one batch then, and not one a group.
+        """
+        return None if forms is None else self._moved_as[forms]
 
 
 def _moved_as(pages: Sequence[Pages]) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import check_memory
-from kvortex.owner import Control, OwnerClient, RemoteControl
+from kvortex.owner import Control, OwnerClient, RemoteControl, RemoteTiering
 from kvortex.owner.control import scratch_of
 from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
@@ -34,8 +34,7 @@ from kvortex.planes.data import DataPlane
 from kvortex.runtime.loop_thread import running_loop
 from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot
-from kvortex.tiering import BackingTier, LoadFetch, TieredPool, Tiering
-from kvortex.tiers import Tier
+from kvortex.tiering import BackingTier, LoadFetch, TieredPool, Tiering, check_model_is_named
 from kvortex.types import BlockHash, Direction, LoadResult, MissReason, SaveOutcome, SaveResult
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class EngineCore:
         self._control: Control | None = None
         self._data: DataPlane | None = None
         self._namespace: Namespace | None = None
-        self._tiering: Tiering | None = None
+        self._tiering: Tiering | RemoteTiering | None = None
         self._leases: Leases | None = None
         self._shutdown: asyncio.Task[None] | None = None
         self._released = False
@@ -138,18 +137,13 @@ class EngineCore:
             if owner is not None:
                 owner.tell(Kind.SCRATCH_DONE)
                 namespace = self._namespace.digest
-                self._control = RemoteControl(owner, namespace, self._data.sizes, cache.groups)
+                self._control = RemoteControl(owner, namespace, self._data.sizes, self._data.encodings, cache.groups)
             else:
                 self._control = ControlPlane.from_config(
                     self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
                 )
             self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
-            tier = self._parts.make_tier(self.config, self._namespace)
-            if tier is not None:
-                if not isinstance(self._control, ControlPlane):
-                    raise ConfigError("an engine with an owner has no lower tiers of its own")
-                self._tiering = self._tiering_over(tier, self._control, self._data, self._namespace)
-                self._tiering.start()
+            self._tiering = self._make_tiering(self._control, self._data, self._namespace)
             undo.pop_all()
         logger.info("registered %s", cache.describe())
         return cache if groups is not None else cache.layouts[0]
@@ -175,11 +169,21 @@ class EngineCore:
             self.config.replace(pool=pool), kv_caches, cache, memory=owner.memory, scratch=partial(scratch_of, owner)
         )
 
-    def _tiering_over(self, tier: Tier, control: ControlPlane, data: DataPlane, namespace: Namespace) -> Tiering:
+    def _make_tiering(self, control: Control, data: DataPlane, namespace: Namespace) -> Tiering | RemoteTiering | None:
+        tier = self._parts.make_tier(self.config, namespace)
+        if isinstance(control, RemoteControl):
+            if tier is not None:
+                raise ConfigError("the lower tiers are the owner's: set them there, as in `kvortex serve --disk PATH`")
+            return RemoteTiering(control) if control.tier else None
+        if tier is None:
+            return None
+        check_model_is_named(tier, namespace)
         # No local variable: the traceback of an error would keep it, and the pool's memory with it.
-        return Tiering(
-            BackingTier(self.config, TieredPool(control, data.pool.bytes, data.encodings), namespace, tier, self.stats)
+        tiering = Tiering(
+            BackingTier(self.config, TieredPool(control, data.pool.bytes, data.encodings), tier, self.stats)
         )
+        tiering.start()
+        return tiering
 
     def _shrink(self, pinned_bytes: int) -> None:
         if self._control is not None and self._shutdown is None:
@@ -269,7 +273,7 @@ class EngineCore:
                 control.touch(keys)
         if control.index.removed_blocks != removed_before:
             outcomes = _without_gone(outcomes, control.index.contains_mask(keys))
-        if self._tiering is not None:
+        if isinstance(self._tiering, Tiering):  # an owner knows
             stored = np.array([outcome.is_stored for outcome in outcomes], dtype=np.bool_)
             new = np.array([outcome is SaveOutcome.STORED for outcome in outcomes], dtype=np.bool_)
             self._tiering.saved(keys[stored], new[stored])
@@ -341,7 +345,8 @@ class EngineCore:
             raise
         if self._tiering is not None and fetch is not None:
             outcomes = fetch.name_misses(outcomes)
-            self._tiering.loaded(keys, outcomes)
+            if isinstance(self._tiering, Tiering):
+                self._tiering.loaded(keys, outcomes)
         self.stats.record_outcomes(outcomes)
         ids = blocks.in_order_of_call(tuple(blocks.block_ids.tolist()))
         return LoadResult(ids, blocks.in_order_of_call(outcomes), blocks.names)

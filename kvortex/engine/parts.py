@@ -27,7 +27,7 @@ class EngineParts:
         Raises:
             ConfigError: the settings name a tier that cannot be made.
         """
-        return tier_of(config, namespace)
+        return tier_of(config, namespace.digest)
 
     def wrap_executor(self, executor: TransferExecutor) -> TransferExecutor:
         """The executor of the transfers: `executor` itself, or a wrapper around it.

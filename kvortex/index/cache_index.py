@@ -246,6 +246,11 @@ class CacheIndex:
         found: NDArray[np.uint8] = steps.states(*self._table[:2], as_packed(keys))
         return found
 
+    def keys_of(self, slots: Slots) -> Keys:
+        """Keys of blocks that are stored, reserved or pinned, `uint64 [n, 4]`, from their slots, `int64 [n]`."""
+        keys: Keys = self._table.rows["key"][slots]
+        return keys
+
     def miss_reason(self, key: bytes) -> MissReason:
         """Return why a look-up of `key` missed. PENDING if the block was committed in the meantime.
 

@@ -1,11 +1,18 @@
 """The caches whose blocks are in one pool, and how a client describes its own."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.codecs import Codec, Encodings
 from kvortex.errors import ConfigError, KVortexError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
+from kvortex.owner.tiers import OwnerTiers
 from kvortex.planes.control import ControlPlane
+from kvortex.tiering import Tiering
 from kvortex.types import BlockSizes
 
 
@@ -14,20 +21,21 @@ class Cache:
     """A cache whose blocks are in the pool.
 
     Args:
+        namespace: digest of all that must agree before bytes may be reused, `uint64 [4]`; keys are XORed with it.
         first: number of its first group in the pool.
-        sizes: bytes of a block, for each group.
+        forms: sizes and codecs of its blocks, see `describe_forms`.
         described: its groups, see `describe_groups`.
+        tiering: moves its blocks to and from a lower tier; None without one.
         num_clears: how often it was cleared; what was reserved before is not seen.
     """
 
+    namespace: NDArray[np.uint64]
     first: int
-    sizes: tuple[BlockSizes, ...]
+    forms: bytes
     described: str
+    num_groups: int
+    tiering: Tiering | None = None
     num_clears: int = 0
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.sizes)
 
 
 class Caches:
@@ -35,36 +43,72 @@ class Caches:
 
     Args:
         control: the pool's index and allocator.
+        tiers: opens the lower tiers of a cache; None if there are none.
     """
 
-    def __init__(self, control: ControlPlane) -> None:
+    def __init__(self, control: ControlPlane, tiers: OwnerTiers | None = None) -> None:
         self.control = control
+        self._tiers = tiers
         self._caches: dict[bytes, Cache] = {}
 
     def __len__(self) -> int:
         return len(self._caches)
 
-    def add(self, namespace: bytes, sizes: tuple[BlockSizes, ...], described: str) -> Cache:
+    def add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
         """The cache of a namespace, which is new, or known with these sizes.
 
         Args:
-            namespace: digest of all that must agree before bytes may be reused.
-            sizes: bytes of a block, for each group.
+            namespace: digest of all that must agree before bytes may be reused, `uint64 [4]`.
+            forms: sizes and codecs of the blocks, see `describe_forms`.
             described: the groups, see `describe_groups`.
 
         Raises:
             ConfigError: it has other sizes or groups, its blocks do not fit the pool, or there are too many groups.
         """
-        known = self._caches.get(namespace)
+        known = self._caches.get(namespace.tobytes())
         if known is None:
-            groups = groups_from(described)
-            if len(groups) != len(sizes):
-                raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
-            known = Cache(self.control.add_cache(sizes, groups), sizes, described)
-            self._caches[namespace] = known
-        if (known.sizes, known.described) != (sizes, described):
+            known = self._add(namespace.copy(), forms, described)
+            self._caches[namespace.tobytes()] = known
+        if (known.forms, known.described) != (forms.tobytes(), described):
             raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
         return known
+
+    def _add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
+        sizes, encodings = forms_from(forms)
+        groups = groups_from(described)
+        if len(groups) != len(sizes):
+            raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
+        cache = Cache(namespace, self.control.add_cache(sizes, groups), forms.tobytes(), described, len(sizes))
+        if self._tiers is not None:
+            cache.tiering = self._tiers.open(namespace, cache.first, cache.num_groups, encodings)
+        return cache
+
+
+def describe_forms(extents: Sequence[int], encodings: Encodings) -> NDArray[np.int64]:
+    """Sizes and codecs of blocks, `int64 [3 * forms]`: for each form bytes of an extent and of a payload, and codec.
+
+    Args:
+        extents: bytes of an extent, by form.
+        encodings: payloads and codecs, by form.
+    """
+    rows = list(zip(extents, encodings.payloads, encodings.codecs, strict=True))
+    return np.array(rows, dtype=np.int64).ravel()
+
+
+def forms_from(field: NDArray[np.int64]) -> tuple[tuple[BlockSizes, ...], Encodings]:
+    """What `describe_forms` has described: bytes of an extent for each group, and how blocks are encoded.
+
+    Raises:
+        OwnerError: this is no such description.
+    """
+    if not field.size or field.size % 6:
+        raise OwnerError(f"{field.size} numbers are no sizes of blocks")
+    extents, payloads, codecs = field.reshape(-1, 3).T
+    packed_is_larger = (extents[1::2] > extents[::2]).any()
+    if (payloads < 1).any() or (payloads > extents).any() or packed_is_larger or not set(codecs.tolist()) <= set(Codec):
+        raise OwnerError(f"{field.tolist()} are no sizes and codecs of blocks")
+    sizes = tuple(BlockSizes(*pair) for pair in extents.reshape(-1, 2).tolist())
+    return sizes, Encodings(payloads.tolist(), map(Codec, codecs.tolist()))
 
 
 def describe_groups(groups: GroupSet) -> str:

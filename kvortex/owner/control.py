@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.codecs import Encodings
 from kvortex.errors import OwnerError
 from kvortex.groups import GroupSet
 from kvortex.index import MISS_REASONS, Pins, as_packed, pack_keys
 from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
-from kvortex.owner.caches import describe_groups
+from kvortex.owner.caches import describe_forms, describe_groups
 from kvortex.owner.client import OwnerClient, OwnerLost
-from kvortex.owner.protocol import Kind, PoolNumbers, as_flags, numbers
+from kvortex.owner.protocol import Kind, PoolNumbers, as_flags, numbers, text_of
 from kvortex.planes.control import (
     CPU_TIER,
     NOT_PLANNED,
@@ -134,13 +135,24 @@ class RemoteControl:
         namespace: digest of all that must agree before bytes may be reused, 32 bytes. Keys are XORed with it, so that
             those of different namespaces differ.
         sizes: bytes of a block in the pool, for each group.
+        encodings: how blocks are encoded, by form.
         groups: the groups of the cache.
+
+    Attributes:
+        tier: name of the lower tier behind the pool, empty if there is none.
 
     Raises:
         OwnerError: the owner refuses this cache.
     """
 
-    def __init__(self, client: OwnerClient, namespace: bytes, sizes: Sequence[BlockSizes], groups: GroupSet) -> None:
+    def __init__(
+        self,
+        client: OwnerClient,
+        namespace: bytes,
+        sizes: Sequence[BlockSizes],
+        encodings: Encodings,
+        groups: GroupSet,
+    ) -> None:
         self.client = client
         self.groups = groups
         self.extents = np.array([nbytes for s in sizes for nbytes in (s.raw, s.packed)], dtype=np.int64)
@@ -152,7 +164,8 @@ class RemoteControl:
         self._salt = self._namespace
         self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
         self._in_flight: set[int] = set()  # slots of saves in flight
-        self._sizes = np.ascontiguousarray(self.extents)
+        self._forms = describe_forms(self.extents.tolist(), encodings)
+        self.tier = ""
         self._described = describe_groups(groups).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
@@ -160,7 +173,8 @@ class RemoteControl:
         client.on_connected = self._connected
 
     def _add_cache(self) -> None:
-        self.client.ask(Kind.ADD_CACHE, self._namespace, self._sizes, self._described)
+        (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described)
+        self.tier = text_of(tier)
 
     def _connected(self) -> None:
         self._add_cache()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kvortex.arithmetic import align_up
 from kvortex.errors import OwnerError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_BODY_BYTES: Final = 64 << 20
 
 HEADER: Final = struct.Struct("<IHHQ")
@@ -41,8 +41,8 @@ class Kind(IntEnum):
     REFUSED = 3  # why, as text: an answer to any request
     DONE = 4  # an answer without contents
 
-    ADD_CACHE = 10  # namespace; bytes of a block, raw and packed, for each group; the groups, as JSON
-    CACHE_ADDED = 11
+    ADD_CACHE = 10  # namespace; sizes and codecs (`describe_forms`); the groups, as JSON
+    CACHE_ADDED = 11  # name of the lower tier, empty if there is none
     SCRATCH = 12  # bytes
     SCRATCH_GIVEN = 13  # offset
     SCRATCH_DONE = 14
@@ -72,6 +72,28 @@ class Kind(IntEnum):
     FIGURES = 39
     POOL_FIGURES = 40  # see `PoolNumbers`
 
+    TIER_KNOWN = 50  # keys
+    TIER_FOUND = 60  # which of them the lower tier is known to have; whether its store may have more, and answers
+    FETCH = 51  # keys; groups
+    FETCHING = 52  # number of the call, 0 if it is over; for each block IN_TIER and AWAITED
+    END_FETCH = 53  # number of the call, whether to cancel it; answered by FETCHING
+    TIER_CALL = 54  # a `TierCall`; keys
+    CALLED = 55  # number of the call
+    CALLS = 56  # all calls that are not over, or were not when they were last asked for
+    CALLS_FOUND = 57  # number, leading blocks that are settled, and `TicketState` of each
+    TIER_FIGURES = 58
+    TIER_FIGURES_FOUND = 59  # `TieringFigures`, as JSON
+
+
+class TierCall(IntEnum):
+    """Calls of a lower tier that take long. Each ends well or not, see `Tiering`."""
+
+    READY = 1
+    FLUSH = 2
+    INVALIDATE = 3
+    CLEAR = 4
+    ASK = 5
+
 
 class PoolNumbers(NamedTuple):
     """The fields of a POOL_FIGURES frame, in this order; of the whole pool, all its engines together."""
@@ -94,7 +116,7 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.REFUSED: (_TEXT,),
     Kind.DONE: (),
     Kind.ADD_CACHE: (_KEYS, _NUMBERS, _TEXT),
-    Kind.CACHE_ADDED: (),
+    Kind.CACHE_ADDED: (_TEXT,),
     Kind.SCRATCH: (_NUMBERS,),
     Kind.SCRATCH_GIVEN: (_NUMBERS,),
     Kind.SCRATCH_DONE: (),
@@ -121,6 +143,17 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.CLEAR: (),
     Kind.FIGURES: (),
     Kind.POOL_FIGURES: (_NUMBERS,),
+    Kind.TIER_KNOWN: (_KEYS,),
+    Kind.TIER_FOUND: (_FLAGS, _NUMBERS),
+    Kind.FETCH: (_KEYS, _FLAGS),
+    Kind.FETCHING: (_NUMBERS, _FLAGS),
+    Kind.END_FETCH: (_NUMBERS,),
+    Kind.TIER_CALL: (_NUMBERS, _KEYS),
+    Kind.CALLED: (_NUMBERS,),
+    Kind.CALLS: (),
+    Kind.CALLS_FOUND: (_NUMBERS,),
+    Kind.TIER_FIGURES: (),
+    Kind.TIER_FIGURES_FOUND: (_TEXT,),
 }
 """dtype of each field, None for text."""
 

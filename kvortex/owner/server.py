@@ -18,7 +18,9 @@ from kvortex.owner.caches import Caches
 from kvortex.owner.process import Connection, Process
 from kvortex.owner.protocol import HEADER, VERSION, Kind, join, numbers, pack, unpack, unpack_header
 from kvortex.owner.session import Session
+from kvortex.owner.tiers import MakeTier, OwnerTiers
 from kvortex.planes.control import ControlPlane
+from kvortex.tiering import tier_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +35,21 @@ class Owner:
     Args:
         config: sizes and eviction of the pool.
         path: of the Unix socket. Only processes of the same user are served.
+        make_tier: makes the lower tier of a namespace, as `tier_of` does.
 
     Raises:
-        ConfigError: the machine has not that much memory, or the settings name a lower tier.
+        ConfigError: the machine has not that much memory, or the settings of a lower tier are invalid.
     """
 
-    def __init__(self, config: KVortexConfig, path: str | os.PathLike[str]) -> None:
-        if config.lower_tier:
-            raise ConfigError(f"an owner has no lower tiers yet: leave {config.lower_tier} out")
+    def __init__(self, config: KVortexConfig, path: str | os.PathLike[str], make_tier: MakeTier = tier_of) -> None:
+        tier_of(config, bytes(32))  # refuses invalid settings before an engine comes
         self.path = Path(path)
         self._config = config
         check_memory(config.pool.bytes)
         self._memory = SharedMemory.create(config.pool.bytes)
         self.control = ControlPlane.from_config(config, self._memory.ticket.nbytes, ())
-        self.caches = Caches(self.control)
+        self._tiers = OwnerTiers(config, self.control, self._memory, make_tier)
+        self.caches = Caches(self.control, self._tiers)
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._inode: tuple[int, int] | None = None
@@ -145,6 +148,7 @@ class Owner:
         for process in list(self._processes.values()):
             process.close()
         self._processes.clear()
+        await self._tiers.aclose()
         self.control.close()
         self._release()
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.errors import ConfigError, OwnerError
-from kvortex.index import MISS_REASONS, RESERVED
+from kvortex.index import MISS_REASONS, RESERVED, STORED
 from kvortex.owner.caches import Cache, Caches
 from kvortex.owner.protocol import (
     Arrays,
@@ -22,8 +22,9 @@ from kvortex.owner.protocol import (
     numbers,
     text_of,
 )
+from kvortex.owner.tier_session import TierSession
 from kvortex.planes.control import SavePlan
-from kvortex.types import BlockSizes, Direction, TransferPlan
+from kvortex.types import Direction, TransferPlan
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Session:
         self.writers: list[str] = []
         """Names of other processes that write to what it reserves."""
         self._cache: Cache | None = None
+        self._tier: TierSession | None = None
         self._reserved = Table(_RESERVED)
         self._pins = Table(_PINNED)
         self._scratch: int | None = None
@@ -128,6 +130,8 @@ class Session:
                 closed then, because the two sides do not agree any more on what it holds.
         """
         handler = self._handlers.get(kind)
+        if handler is None and self._tier is not None:
+            handler = self._tier.handlers.get(kind)
         if handler is None:
             raise OwnerError(f"{kind.name} is no request")
         if self._cache is None and kind not in _WITHOUT_CACHE:
@@ -149,6 +153,8 @@ class Session:
         Returns:
             Offsets of extents that its device may still write: free them when its process is gone.
         """
+        if self._tier is not None:
+            self._tier.close()
         pinned, reserved = self._pins.used("count"), self._reserved.used("held")
         self._control.unpin(np.repeat(pinned, self._pins.rows["count"][pinned]))
         offsets: list[int] = self._reserved.rows["offset"][reserved].tolist()
@@ -162,15 +168,15 @@ class Session:
     # -- registration ------------------------------------------------------------------------------
 
     def _add_cache(
-        self, namespace: NDArray[np.uint64], sizes: NDArray[np.int64], described: NDArray[np.uint8]
+        self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: NDArray[np.uint8]
     ) -> Answer:
         if self._cache is not None:
             raise OwnerError("a connection serves one cache")
-        if sizes.size < 2 or sizes.size % 2 or (sizes < 1).any() or (sizes[1::2] > sizes[::2]).any():
-            raise OwnerError(f"{sizes.tolist()} are no sizes of blocks")
-        pairs = tuple(BlockSizes(*pair) for pair in sizes.reshape(-1, 2).tolist())
-        self._cache = self._caches.add(expected(namespace, 4).tobytes(), pairs, text_of(described))
-        return Kind.CACHE_ADDED, ()
+        cache = self._cache = self._caches.add(expected(namespace, 4), forms, text_of(described))
+        if cache.tiering is None:
+            return Kind.CACHE_ADDED, (b"",)
+        self._tier = TierSession(cache, cache.tiering)
+        return Kind.CACHE_ADDED, (cache.tiering.backing.tier.name.encode(),)
 
     def _give_scratch(self, request: NDArray[np.int64]) -> Answer:
         nbytes = int(expected(request, 1)[0])
@@ -225,6 +231,8 @@ class Session:
         rows["offset"][plan.slots], rows["form"][plan.slots] = offsets, forms
         rows["num_clears"][plan.slots] = self.cache.num_clears
         states = plan.states.astype(np.uint8)
+        if self._tier is not None:
+            self._tier.used(keys[plan.states == STORED])
         return Kind.SAVE_PLANNED, (
             states,
             plan.slots,
@@ -264,7 +272,11 @@ class Session:
         transfer = TransferPlan(Direction.SAVE, np.zeros(slots.size, dtype=np.int32), offsets, forms)
         states = np.full(slots.size, RESERVED, dtype=np.int64)
         plan = SavePlan(transfer, states, slots.copy(), self._control.extents[forms])
+        stored = slots if masks[0] is None else slots[masks[0]]
+        keys = self._control.index.keys_of(stored)
         self._control.finish_save(plan, digests.copy(), *masks)
+        if self._tier is not None:
+            self._tier.saved(keys)
         return None
 
     # -- load --------------------------------------------------------------------------------------
@@ -297,7 +309,10 @@ class Session:
         if slots.size and int(counts[slots].min()) < 0:
             np.add.at(counts, slots, 1)
             raise OwnerError("a load ended with blocks that this client has not pinned")
+        keys = self._control.index.keys_of(slots)
         self._control.unpin(slots.copy(), damaged)
+        if self._tier is not None:
+            self._tier.loaded(keys, damaged)
         return None
 
     # -- look-ups and the rest ---------------------------------------------------------------------
@@ -318,6 +333,8 @@ class Session:
 
     def _touch(self, keys: NDArray[np.uint64]) -> Answer:
         self._control.touch(keys_of(keys))
+        if self._tier is not None:
+            self._tier.used(keys_of(keys))
         return None
 
     def _invalidate(self, keys: NDArray[np.uint64]) -> Answer:

@@ -8,7 +8,7 @@ a data plane carries it out, in this process or another. The caller passes the o
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ from kvortex.types import MAX_GROUPS, BlockSizes, Direction, MissReason, SaveOut
 logger = logging.getLogger(__name__)
 
 CPU_TIER: Final = "cpu"
+
+OnEvicted: TypeAlias = Callable[[Evicted], NDArray[np.bool_]]
 
 UNKNOWN_BLOCK_BYTES: Final = 256 << 10
 """Bytes of a block, for the size of the index, as long as no cache is known. The index grows when it is full."""
@@ -152,8 +154,8 @@ class ControlPlane:
 
     Attributes:
         on_removed: called with the offsets, `int64 [n]`, of visible blocks that have left the pool.
-        on_evicted: called with the eviction victims of the pacer, coldest first. It returns how many of them, from the
-            first on, it takes over: it calls `free` for each of these when it has written the block elsewhere.
+        on_evicted: called with the eviction victims of the pacer, coldest first. It returns which of them it takes
+            over, `bool [n]`: it calls `free` for each of these when it has written the block elsewhere.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class ControlPlane:
         self.groups: GroupSet | None = None
         """The groups of the first cache."""
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
-        self.on_evicted: Callable[[Evicted], int] | None = None
+        self.on_evicted: OnEvicted | None = None
         self._pacer = pacer
         self.extents = np.empty(0, dtype=np.int64)
         """Bytes of an extent, by form, `int64 [2 * num_groups]`."""
@@ -390,13 +392,15 @@ class ControlPlane:
             offsets = np.concatenate([offsets, more])
         return offsets
 
-    def _evict(self, nbytes: int, on_evicted: Callable[[Evicted], int] | None = None) -> int:
+    def _evict(self, nbytes: int, on_evicted: OnEvicted | None = None) -> int:
         if nbytes <= 0:
             return 0
         evicted = self.index.evict(nbytes)
         offsets = evicted.offsets
-        taken = on_evicted(evicted) if on_evicted is not None and offsets.size else 0
-        self.allocator.free_many(offsets[taken:])
+        free = offsets
+        if on_evicted is not None and offsets.size:
+            free = offsets[~on_evicted(evicted)]
+        self.allocator.free_many(free)
         if self.on_removed is not None and offsets.size:
             self.on_removed(offsets)
         if offsets.size:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvortex.codecs import RAW, Encodings, Pages, packing_for
+from kvortex.codecs import RAW, PageEncodings, Pages, packing_for
 from kvortex.config import KVortexConfig, ModelIdentity
 from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
@@ -68,7 +68,7 @@ class DataPlane:
     ) -> None:
         self.cache = cache
         self.pages = pages_of(cache, config.codec.name)
-        self.encodings = Encodings(self.pages)
+        self.encodings = PageEncodings(self.pages)
         self._codec_name = self._name_of_codec(config)
         check_blocks_fit(self.sizes, config.pool.bytes, config.pool.pin_piece_bytes)
         self.device = _device_of(cache.device)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +12,54 @@ from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
 from kvortex.config.sections import require_named_model
 from kvortex.hashing import Namespace
-from kvortex.planes.control import ControlPlane
+from kvortex.planes.control import FetchPlan, HeldBlocks, OnEvicted
 from kvortex.stats import EngineStats
 from kvortex.tiering.guard import GuardedTier
 from kvortex.tiering.keys import key_as_is, keys_as_is, split_keys
 from kvortex.tiering.state import TierState, TierTasks
 from kvortex.tiers import Tier
 from kvortex.tiers.uses import UseClock
-from kvortex.types import Direction, form_of
+from kvortex.types import Direction, MissReason, form_of
 
 NOT_KNOWN: Final = 0
 USUAL: Final = 1  # packed, or raw where the blocks of its group are never packed
 AS_IS: Final = 2  # raw, although the blocks of its group are packed
+
+
+class HasContains(Protocol):
+    """What a tier needs to know of the index."""
+
+    def contains_mask(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """See `CacheIndex.contains_mask`."""
+        ...
+
+
+class TierControl(Protocol):
+    """The calls of a control plane that move blocks between a pool and its lower tier; see `ControlPlane`."""
+
+    on_evicted: OnEvicted | None
+
+    @property
+    def index(self) -> HasContains: ...
+
+    def plan_fetch(
+        self,
+        keys: NDArray[np.uint64],
+        forms: NDArray[np.uint8],
+        owner: str,
+        *,
+        chain: NDArray[np.uint64] | None = None,
+    ) -> FetchPlan: ...
+
+    def finish_fetch(self, slot: int, offset: int, form: int, digest: int) -> None: ...
+
+    def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None: ...
+
+    def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks: ...
+
+    def release(self, slots: NDArray[np.int64]) -> None: ...
+
+    def free(self, offset: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -36,7 +72,7 @@ class TieredPool:
         encodings: how blocks are encoded, and the size of each encoding.
     """
 
-    control: ControlPlane
+    control: TierControl
     bytes: NDArray[np.uint8]
     encodings: Encodings
 
@@ -55,18 +91,11 @@ class BackingTier:
     Args:
         config: the engine's settings.
         pool: the pool above the tier.
-        namespace: the blocks' namespace.
         tier: the tier, not opened.
         stats: counts the transfers.
-
-    Raises:
-        ConfigError: the tier's blocks outlive the process, and `namespace` does not name the model.
     """
 
-    def __init__(
-        self, config: KVortexConfig, pool: TieredPool, namespace: Namespace, tier: Tier, stats: EngineStats
-    ) -> None:
-        check_model_is_named(tier, namespace)
+    def __init__(self, config: KVortexConfig, pool: TieredPool, tier: Tier, stats: EngineStats) -> None:
         self.config = config
         self.pool = pool
         self.control = pool.control

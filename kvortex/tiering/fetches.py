@@ -40,8 +40,7 @@ class Fetch:
         self.used_s = used_s
         self.pending: dict[bytes, int] = {}
         """The blocks that it still waits for: block hash -> position in the call."""
-        self.in_tier: set[int] = set()
-        """Positions of the blocks that the tier had, and the pool had not, at the time of the look-up."""
+        self._in_tier: set[int] = set()
         self._fetches = fetches
         self._waits: list[tuple[set[bytes], asyncio.Future[None]]] = []
 
@@ -49,6 +48,11 @@ class Fetch:
     def num_pending(self) -> int:
         """Blocks that it still waits for."""
         return len(self.pending)
+
+    @property
+    def in_tier(self) -> set[int]:
+        """Positions of the blocks that the tier had, and the pool had not, at the time of the look-up."""
+        return self._in_tier
 
     async def wait(self, keys: Sequence[bytes] | None = None, *, timeout_s: float | None = None) -> list[bytes]:
         """Wait until each block is in the pool, or is known not to come.
@@ -293,7 +297,7 @@ class Fetches:
 
     def _arrived(self, wanted: _Wanted, slot: int, offset: int, form: int, outcome: ReadOutcome) -> None:
         backing = self._backing
-        expected = backing.encodings.codec_number(form), backing.encodings.payloads[form]
+        expected = backing.encodings.codecs[form], backing.encodings.payloads[form]
         if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
             backing.control.finish_fetch(slot, offset, form, outcome.digest)
             self.fetched_blocks += 1

@@ -7,6 +7,7 @@ bytes of demoted blocks. Blocks beyond the bounds are shed and counted; each is 
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from kvortex.config import KVortexConfig
 from kvortex.config.sections import TIER_ADMISSIONS
 from kvortex.errors import ConfigError, KVortexError
-from kvortex.hashing import Namespace
 from kvortex.stats import LinkFigures, TieringFigures
 from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.chain import ALWAYS, ChainTier
@@ -199,9 +199,42 @@ class Tiering:
         """Which blocks the tier is known to have; see `Fetches.known`."""
         return self.fetches.known(keys)
 
+    @property
+    def asks_store(self) -> bool:
+        """True if the store may have blocks that are not known here, and answers."""
+        backing = self.backing
+        return backing.state.usable and backing.tier.may_have_unknown and not backing.guard.reads.refuses
+
+    async def ask(self, keys: NDArray[np.uint64]) -> None:
+        """Ask the store itself for blocks, `uint64 [n, 4]`; what it has is known then."""
+        if self.asks_store and self.backing.guard.reads.admit(1):
+            await self.backing.ask_encodings(split_keys(keys))
+
     def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8] | None = None) -> Fetch:
         """Begin to fetch the blocks that the tier has and the pool has not; see `Fetches.fetch`."""
         return self.fetches.fetch(keys, groups)
+
+
+class AnyFetch(Protocol):
+    """The blocks that one call waits for, here or behind an owner; see `Fetch`."""
+
+    @property
+    def num_pending(self) -> int: ...
+
+    @property
+    def in_tier(self) -> set[int]: ...
+
+    async def wait(self, keys: Sequence[bytes] | None = None, *, timeout_s: float | None = None) -> list[bytes]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Fetching(Protocol):
+    """Something that fetches blocks from a lower tier."""
+
+    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8] | None = None) -> AnyFetch:
+        """See `Tiering.fetch`."""
+        ...
 
 
 class LoadFetch:
@@ -216,7 +249,7 @@ class LoadFetch:
 
     def __init__(
         self,
-        tiering: Tiering,
+        tiering: Fetching,
         keys: NDArray[np.uint64],
         groups: NDArray[np.uint8] | None,
         deadline_s: float | None,
@@ -254,14 +287,18 @@ class LoadFetch:
         return tuple(named)
 
 
-def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
+def tier_of(config: KVortexConfig, namespace: bytes) -> Tier | None:
     """Make the lower tier that the configuration asks for, not opened; None if it asks for none.
+
+    Args:
+        config: the settings.
+        namespace: digest of the blocks' namespace, 32 bytes.
 
     Raises:
         ConfigError: the settings of a tier are invalid.
     """
     if not config.tier.urls:
-        return DiskTier(config.disk, namespace=namespace.digest) if config.disk.path else None
+        return DiskTier(config.disk, namespace=namespace) if config.disk.path else None
     tiers = []
     for number, text in enumerate(config.tier.urls):
         url, admission = TierUrl.parse(text).without("admission")
@@ -269,7 +306,7 @@ def tier_of(config: KVortexConfig, namespace: Namespace) -> Tier | None:
             raise ConfigError(f"{text!r}: what the first tier takes is set by tier.admission; leave the option out")
         if admission not in (None, *TIER_ADMISSIONS):
             raise ConfigError(f"{text!r}: admission must be one of {', '.join(TIER_ADMISSIONS)}")
-        tiers.append((tier_from_url(url, namespace.digest), admission or ALWAYS))
+        tiers.append((tier_from_url(url, namespace), admission or ALWAYS))
     if len(tiers) == 1:
         return tiers[0][0]
     return ChainTier(tiers, config.tier.timeout_s, copies_forward=config.tier.inclusion == "inclusive")

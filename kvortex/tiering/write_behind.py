@@ -104,15 +104,16 @@ class WriteBehind:
             self._queue[key] = time_s
         self._wake_writer()
 
-    def demote(self, evicted: Evicted) -> int:
+    def demote(self, evicted: Evicted) -> NDArray[np.bool_]:
         """Keep eviction victims in their extents until they are written, as many as the bound allows.
 
         Returns:
-            How many of them, from the first on; the others are dropped.
+            Which of them, `bool [n]`; the others are dropped.
         """
+        kept = np.zeros(len(evicted.offsets), dtype=np.bool_)
         if self._backing.guard.writes.refuses:
-            self.shed_blocks += len(evicted.offsets)
-            return 0
+            self.shed_blocks += len(kept)
+            return kept
         fitting = int(np.searchsorted(np.cumsum(evicted.nbytes), self._demoted_limit - self._demoted_bytes, "right"))
         keys = split_keys(evicted.keys[:fitting])
         columns = (evicted.offsets, evicted.nbytes, evicted.forms, evicted.digests)
@@ -121,9 +122,10 @@ class WriteBehind:
             self._demoted.append(_Demoted(key, offset, nbytes, form, digest, used_s))
             self._demoted_bytes += nbytes
         self.demoted_blocks += fitting
-        self.shed_blocks += len(evicted.offsets) - fitting
+        self.shed_blocks += len(kept) - fitting
         self._wake_writer()
-        return fitting
+        kept[:fitting] = True
+        return kept
 
     def _wake_writer(self) -> None:
         if (self._queue or self._demoted) and not self._backing.state.closing:
@@ -233,7 +235,7 @@ class WriteBehind:
     ) -> WriteRequest:
         backing = self._backing
         self._moving.setdefault(key, _Moving()).count += 1
-        raw_nbytes, codec = backing.encodings.raw_nbytes(form), backing.encodings.codec_number(form)
+        raw_nbytes, codec = backing.encodings.raw_nbytes(form), backing.encodings.codecs[form]
         tier_key = backing.key_of(key, form)
         return WriteRequest(tier_key, backing.pool.payload(offset, form), digest, raw_nbytes, codec, done, used_s)
 

@@ -145,6 +145,7 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
         pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
         namespace: the namespace of its blocks in the lower tier, or in the pool of an owner; None without either.
         writer: the name under which it writes to the pool of an owner; empty without one.
+        payloads, codecs: bytes of a payload and number of the codec, by form, for an owner.
     """
 
     layout_digest: bytes
@@ -153,3 +154,5 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     pool_bytes: int
     namespace: Namespace | None = None
     writer: str = ""
+    payloads: tuple[int, ...] = ()
+    codecs: tuple[int, ...] = ()

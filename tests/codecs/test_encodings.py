@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvortex.codecs import Encodings, packing_for
+from kvortex.codecs import PageEncodings, packing_for
 from kvortex.codecs.packing import Codec
 from kvortex.config import KVortexConfig
 from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
@@ -43,7 +43,7 @@ PACKED = {"raw": [], "fp8": [FULL, WINDOW, FLOATS], "bf16": [FLOATS]}
 def test_a_form_has_the_size_and_the_codec_of_its_group(codec: str) -> None:
     cache = paged()
     pages = pages_of(cache, codec)
-    encodings = Encodings(pages)
+    encodings = PageEncodings(pages)
     assert [number for number, packs in enumerate(encodings.packs) if packs] == PACKED[codec]
     assert encodings.pack_any == bool(PACKED[codec])
     for number, layout in enumerate(cache.layouts):
@@ -54,8 +54,8 @@ def test_a_form_has_the_size_and_the_codec_of_its_group(codec: str) -> None:
         assert encodings.payloads[raw] == encodings.raw_nbytes(raw) == encodings.raw_nbytes(packed)
         assert encodings.payloads[raw] == layout.block_nbytes
         assert encodings.payloads[packed] == (packing.block_nbytes if packing else layout.block_nbytes)
-        assert encodings.codec_number(raw) is Codec.RAW
-        assert encodings.codec_number(packed) is (Codec[codec.upper()] if packs else Codec.RAW)
+        assert encodings.codecs[raw] is Codec.RAW
+        assert encodings.codecs[packed] is (Codec[codec.upper()] if packs else Codec.RAW)
         assert encodings.usual_form(number) == (packed if packs else raw)
         assert encodings.is_kept_as_is(raw) == packs
         assert not encodings.is_kept_as_is(packed)
@@ -69,7 +69,7 @@ def test_a_form_has_the_size_and_the_codec_of_its_group(codec: str) -> None:
 @pytest.mark.parametrize("codec", PACKED)
 def test_the_control_plane_counts_in_the_same_forms(codec: str) -> None:
     cache = paged()
-    encodings = Encodings(pages_of(cache, codec))
+    encodings = PageEncodings(pages_of(cache, codec))
     sizes = [pages.sizes for pages in pages_of(cache, codec)]
     control = ControlPlane.from_config(KVortexConfig(pool=1 << 22), 1 << 22, sizes, cache.groups)
     assert control.extents.tolist() == list(encodings.extents)
@@ -82,7 +82,7 @@ def test_the_forms_of_most_groups_fit_a_byte() -> None:
     layers = {str(n): torch.zeros(4, 16, 64, dtype=torch.bfloat16) for n in range(MAX_GROUPS)}
     groups = [KVGroup(name, (name,), 16) for name in layers]
     cache = PagedCache.from_tensors(layers, 16, groups=groups)
-    encodings = Encodings(pages_of(cache, "fp8"))
+    encodings = PageEncodings(pages_of(cache, "fp8"))
     assert len(encodings.payloads) == len(encodings.extents) == 2 * MAX_GROUPS
     assert encodings.usual_form(MAX_GROUPS - 1) == 255
 
@@ -102,7 +102,7 @@ def test_groups_in_the_same_memory_move_together(codec: str) -> None:
     groups = [
         KVGroup(name, (name,), 16, *(() if name == "full" else ("window", 32 + n))) for n, name in enumerate(tensors)
     ]
-    encodings = Encodings(pages_of(PagedCache.from_tensors(tensors, 16, block_dim=0, groups=groups), codec))
+    encodings = PageEncodings(pages_of(PagedCache.from_tensors(tensors, 16, block_dim=0, groups=groups), codec))
     forms = np.arange(10, dtype=np.uint8)
     raw, packed = ([0, 0], [0, 1])
     of_group = raw if codec == "raw" else packed

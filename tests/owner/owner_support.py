@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
+from kvortex.codecs import Codec, Encodings
 from kvortex.config import KIB, MIB
 from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.index import pack_keys
 from kvortex.owner import Owner
-from kvortex.owner.caches import Caches, describe_groups
+from kvortex.owner.caches import Caches, describe_forms, describe_groups
 from kvortex.owner.protocol import HEADER, Arrays, Field, Kind, join, numbers, pack, unpack, unpack_header
 from kvortex.owner.session import Session
+from kvortex.owner.tiers import MakeTier
 from kvortex.planes.control import ControlPlane
 from kvortex.runtime.loop_thread import LoopThread
+from kvortex.tiering import tier_of
 from kvortex.types import BlockSizes
 
 Keys = NDArray[np.uint64]
@@ -76,8 +79,7 @@ class Client:
         return unpack(kind, count, frame[HEADER.size :])
 
     def add(self, sizes: tuple[BlockSizes, ...] = (BlockSizes(4096, 4096),), groups: GroupSet = SINGLE) -> "Client":
-        pairs = numbers(*(nbytes for s in sizes for nbytes in (s.raw, s.packed)))
-        self.ask(Kind.ADD_CACHE, self.namespace, pairs, describe_groups(groups).encode())
+        self.ask(Kind.ADD_CACHE, self.namespace, forms_of(sizes), describe_groups(groups).encode())
         return self
 
     def plan_save(self, keys: Keys, groups: NDArray[np.uint8] | None = None, *, raw: bool = False) -> Arrays:
@@ -95,6 +97,13 @@ class Client:
 
     def found(self, keys: Keys) -> list[bool]:
         return self.ask(Kind.CONTAINS, keys)[0].astype(bool).tolist()
+
+
+def forms_of(sizes: tuple[BlockSizes, ...]) -> NDArray[np.int64]:
+    """Blocks whose payloads fill their extents; packed ones where these are smaller."""
+    extents = [nbytes for s in sizes for nbytes in (s.raw, s.packed)]
+    codecs = [codec for s in sizes for codec in (Codec.RAW, Codec.FP8 if s.packs else Codec.RAW)]
+    return describe_forms(extents, Encodings(extents, codecs))
 
 
 def make_caches(pool_bytes: int, piece_bytes: int | None = None, **changes: Any) -> Caches:
@@ -116,15 +125,19 @@ class LocalOwner:
     Args:
         path: of its socket.
         pool: size of its pool and of the pieces.
+        make_tier: makes the lower tier of a namespace; by default as the settings say.
+        changes: other settings.
     """
 
-    def __init__(self, path: Path, pool: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, path: Path, pool: dict[str, int] | None = None, make_tier: MakeTier = tier_of, **changes: Any
+    ) -> None:
         self.path = path
         self.thread = LoopThread()
-        config = KVortexConfig(pool=pool or {"bytes": 4 * MIB, "pin_piece_bytes": 256 * KIB})
+        config = KVortexConfig(pool=pool or {"bytes": 4 * MIB, "pin_piece_bytes": 256 * KIB}, **changes)
 
         async def start() -> Owner:
-            owner = Owner(config, path)
+            owner = Owner(config, path, make_tier)
             owner.start()
             return owner
 
@@ -155,8 +168,10 @@ class LocalOwner:
 
 
 @contextlib.contextmanager
-def local_owner(path: Path, pool: dict[str, int] | None = None) -> Iterator[LocalOwner]:
-    owner = LocalOwner(path, pool)
+def local_owner(
+    path: Path, pool: dict[str, int] | None = None, make_tier: MakeTier = tier_of, **changes: Any
+) -> Iterator[LocalOwner]:
+    owner = LocalOwner(path, pool, make_tier, **changes)
     try:
         yield owner
     finally:

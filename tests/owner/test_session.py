@@ -315,7 +315,7 @@ def ended(*clients: Client) -> None:
             client.session._control.free(offset)
 
 
-ADD_CACHE = (np.zeros(4, np.uint64), numbers(4096, 4096), b"{}")
+ADD_CACHE = (np.zeros(4, np.uint64), numbers(4096, 4096, 0, 4096, 4096, 0), b"{}")
 A_KEY = some_keys(1)
 WRONG_FRAMES = {
     "an answer": (Kind.WELCOME, (numbers(1, 2, 3, 4), b"")),
@@ -386,20 +386,31 @@ def test_a_namespace_has_one_layout(caches: Caches) -> None:
 
 def test_caches_that_cannot_be_are_refused(caches: Caches) -> None:
     client, described = Client(caches), json.dumps({"hash_block_size": 16, "groups": [["f", ["f"], 16]]}).encode()
-    sizes = [numbers(), numbers(4096), numbers(0, 4096), numbers(4096, -1), numbers(4096, 8192)]
+    good, raw = numbers(4096, 4096, 0, 4096, 4096, 0), (4096, 4096, 0)
+    sizes = [
+        numbers(),
+        numbers(*raw),
+        numbers(0, 0, 0, *raw),
+        numbers(*raw, -1, -1, 0),
+        numbers(*raw, 8192, 8192, 0),
+        numbers(*raw, 4096, 8192, 0),
+        numbers(*raw, 4096, 0, 0),
+        numbers(*raw, 4096, 4096, 77),
+    ]
     fields = [(np.zeros(4, np.uint64), size, described) for size in sizes]
     fields += [
-        (np.zeros(3, np.uint64), numbers(4096, 4096), described),
-        (np.zeros(4, np.uint64), numbers(4096, 4096, 4096, 4096), described),
-        (np.zeros(4, np.uint64), numbers(4096, 4096), b"[]"),
-        (np.zeros(4, np.uint64), numbers(4096, 4096), b"\xff{"),
+        (np.zeros(3, np.uint64), good, described),
+        (np.zeros(4, np.uint64), np.tile(good, 2), described),
+        (np.zeros(4, np.uint64), good, b"[]"),
+        (np.zeros(4, np.uint64), good, b"\xff{"),
     ]
     for namespace, size, text in fields:
         with pytest.raises(OwnerError):
             client.ask(Kind.ADD_CACHE, namespace, size, text)
     assert len(caches) == 0
+    too_large = numbers(*(1 << 21, 1 << 21, 0) * 2)
     kind, (why,) = client.session.answer(  # type: ignore[misc]
-        Kind.ADD_CACHE, [np.zeros(4, np.uint64), numbers(1 << 21, 1 << 21), np.frombuffer(described, np.uint8)]
+        Kind.ADD_CACHE, [np.zeros(4, np.uint64), too_large, np.frombuffer(described, np.uint8)]
     )
     assert kind is Kind.REFUSED
     assert "a block takes 2097152 bytes, the pool has 1048576" in why.decode()

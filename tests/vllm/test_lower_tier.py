@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
-from kvortex.codecs import Encodings, Pages, packing_for
+from kvortex.codecs import PageEncodings, Pages, packing_for
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.layout import KVLayout
@@ -29,7 +29,7 @@ from kvortex.vllm.worker.tier_mover import TierMover
 
 RAW_BYTES = 8192
 LAYOUT = KVLayout.from_tensors({"layer": torch.zeros(2, 16, 256, dtype=torch.bfloat16)}, 16)
-ENCODINGS = Encodings([Pages(LAYOUT, packing_for(LAYOUT, "fp8"))])
+ENCODINGS = PageEncodings([Pages(LAYOUT, packing_for(LAYOUT, "fp8"))])
 NUM_BLOCKS = 40
 KEYS = [bytes([n]) * 32 for n in range(NUM_BLOCKS)]
 TIMEOUT_S = 0.2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
+from kvortex.codecs import Codec, Encodings
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, EngineStateError, KVortexError
 from kvortex.hashing import Namespace
@@ -240,7 +241,9 @@ class SchedulerHalf:
                 client = OwnerClient(settings.socket, settings.deadline_s)
                 undo.callback(client.close)
                 client.ask(Kind.WRITERS, handshake.writer.encode())
-                self._control = RemoteControl(client, handshake.namespace.digest, handshake.sizes, self._groups.set)
+                encodings = Encodings(handshake.payloads, map(Codec, handshake.codecs))
+                namespace = handshake.namespace.digest
+                self._control = RemoteControl(client, namespace, handshake.sizes, encodings, self._groups.set)
                 undo.pop_all()
         except KVortexError as error:
             logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)

@@ -73,7 +73,7 @@ class TierIndex:
     """
 
     def __init__(self, config: KVortexConfig, namespace: Namespace) -> None:
-        tier = tier_of(config, namespace)
+        tier = tier_of(config, namespace.digest)
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._tier = tier

@@ -203,6 +203,8 @@ class WorkerHalf:
             self._places.planned_bytes(data.pool.capacity_bytes),
             self._namespace,
             self._writer if self._share.owner is not None else "",
+            data.encodings.payloads,
+            tuple(map(int, data.encodings.codecs)),
         )
 
     def shutdown(self) -> None:

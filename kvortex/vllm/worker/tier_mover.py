@@ -43,7 +43,7 @@ class TierMover:
     def __init__(
         self, config: KVortexConfig, namespace: Namespace, pool: NDArray[np.uint8], encodings: Encodings
     ) -> None:
-        tier = tier_of(config, namespace)
+        tier = tier_of(config, namespace.digest)
         if tier is None:
             raise ConfigError("no lower tier is configured")
         self._guard = GuardedTier(tier, config.tier.timeout_s, time.monotonic)
@@ -117,7 +117,7 @@ class TierMover:
                 self._payload(plan, i),
                 digest,
                 self._encodings.raw_nbytes(form),
-                self._encodings.codec_number(form),
+                self._encodings.codecs[form],
                 partial(done, i),
                 used_s[i],
             )
@@ -168,7 +168,7 @@ class TierMover:
 
         def done(position: int, outcome: ReadOutcome) -> None:
             form = forms[position]
-            expected = self._encodings.codec_number(form), self._encodings.payloads[form]
+            expected = self._encodings.codecs[form], self._encodings.payloads[form]
             if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
                 digests[position] = outcome.digest
                 arrived[position] = True
