@@ -1,5 +1,6 @@
 """A cache with several groups of layers over a lower tier: all groups' blocks go down and come back."""
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,11 +28,12 @@ from tests.groups_support import (
     request,
     tables,
 )
+from tests.owner.owner_support import local_owner
 from tests.test_engine_tiering import Bench, FaultOf
 
 NUM_TOKENS = 12 * BLOCK_SIZE
 CODECS = {"raw": {}, "fp8": {"codec": {"name": "fp8"}}}
-TIERS = ("memory", "disk")
+TIERS = ("memory", "disk", "disk of an owner")
 
 
 class Below:
@@ -39,17 +41,26 @@ class Below:
 
     def __init__(self, tier: str, folder: Path) -> None:
         self.bench = Bench()
-        self._changes: dict[str, Any] = {} if tier == "memory" else {"disk": str(folder)}
+        self._socket = folder / "kv.sock" if "owner" in tier else None
+        self._changes: dict[str, Any] = {} if tier == "memory" else {"disk": str(folder / "kv")}
 
     @asynccontextmanager
     async def engine(
         self, cache: GroupedCache, fault_of: FaultOf | None = None, **changes: Any
     ) -> AsyncIterator[KVortexEngine]:
-        parts = None if self._changes else Parts(make_tier=self.bench.make(fault_of))
-        async with KVortexEngine.create(groups_config(**self._changes, **changes), parts) as engine:
-            cache.register(engine)
-            assert await engine.wait_tier()
-            yield engine
+        with contextlib.ExitStack() as stack:
+            parts, config = None, groups_config(**self._changes, **changes)
+            if self._socket is not None:
+                of_owner = {name: getattr(config, name) for name in ("pool", "eviction", "tier", "disk")}
+                stack.enter_context(local_owner(self._socket, **of_owner))
+                config = groups_config(owner=self._socket, **{k: v for k, v in changes.items() if k not in of_owner})
+            elif not self._changes:
+                make_tier = self.bench.make(fault_of)
+                parts = Parts(make_tier=lambda namespace: make_tier(config, namespace.digest))
+            async with KVortexEngine.create(config, parts) as engine:
+                cache.register(engine)
+                assert await engine.wait_tier()
+                yield engine
 
 
 @pytest.fixture(params=TIERS)

@@ -74,7 +74,7 @@ class Kind(IntEnum):
 
     TIER_KNOWN = 50  # keys
     TIER_FOUND = 60  # which of them the lower tier is known to have; whether its store may have more, and answers
-    FETCH = 51  # keys; groups
+    FETCH = 51  # whether only the leading blocks that the tier is known to have; keys; groups
     FETCHING = 52  # number of the call, 0 if it is over; for each block IN_TIER and AWAITED
     END_FETCH = 53  # number of the call, whether to cancel it; answered by FETCHING
     TIER_CALL = 54  # a `TierCall`; keys
@@ -145,7 +145,7 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.POOL_FIGURES: (_NUMBERS,),
     Kind.TIER_KNOWN: (_KEYS,),
     Kind.TIER_FOUND: (_FLAGS, _NUMBERS),
-    Kind.FETCH: (_KEYS, _FLAGS),
+    Kind.FETCH: (_NUMBERS, _KEYS, _FLAGS),
     Kind.FETCHING: (_NUMBERS, _FLAGS),
     Kind.END_FETCH: (_NUMBERS,),
     Kind.TIER_CALL: (_NUMBERS, _KEYS),

@@ -45,12 +45,23 @@ class Tickets:
         self._fetches: dict[int, Fetch] = {}
         self._calls: dict[int, asyncio.Task[bool]] = {}
 
-    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8]]:
+    def fetch(
+        self, keys: NDArray[np.uint64], groups: NDArray[np.uint8], *, leading: bool = False
+    ) -> tuple[int, NDArray[np.uint8]]:
         """Begin a fetch; see `Tiering.fetch`.
 
+        Args:
+            keys: the cache's own keys, `uint64 [n, 4]`.
+            groups: the number of each block's group, `uint8 [n]`.
+            leading: only of the leading blocks that the tier is known to have.
+
         Returns:
-            Its number, 0 if none of the blocks is on its way, and the flags of the blocks, `uint8 [n]`.
+            Its number, 0 if none of the blocks is on its way, and the flags of its blocks, `uint8 [m]`.
         """
+        if leading:
+            known = self._tiering.known(keys)
+            count = len(known) if known.all() else int(known.argmin())
+            keys, groups = keys[:count], groups[:count]
         fetch = self._tiering.fetch(keys, groups)
         number = 0
         if fetch.num_pending:

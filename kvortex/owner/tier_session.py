@@ -71,11 +71,13 @@ class TierSession:
         found = as_flags(self._tiering.known(self._own(keys_of(keys))))
         return Kind.TIER_FOUND, (found, numbers(self._tiering.asks_store))
 
-    def _fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8]) -> tuple[Kind, tuple[Field, ...]]:
-        keys = keys_of(keys)
+    def _fetch(
+        self, options: NDArray[np.int64], keys: NDArray[np.uint64], groups: NDArray[np.uint8]
+    ) -> tuple[Kind, tuple[Field, ...]]:
+        keys, leading = keys_of(keys), bool(expected(options, 1)[0])
         if (expected(groups, len(keys)) >= self._cache.num_groups).any():
             raise OwnerError("a block is of a group that the cache does not have")
-        number, flags = self._tickets.fetch(self._own(keys), groups.copy())
+        number, flags = self._tickets.fetch(self._own(keys), groups.copy(), leading=leading)
         return Kind.FETCHING, (numbers(number), flags)
 
     def _end_fetch(self, options: NDArray[np.int64]) -> tuple[Kind, tuple[Field, ...]]:

@@ -62,15 +62,23 @@ class RemoteCalls:
     def __len__(self) -> int:
         return len(self._open)
 
-    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8]) -> RemoteCall:
-        """Begin a fetch; one that is over if the owner is lost, or no block comes."""
+    def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8], *, leading: bool = False) -> RemoteCall:
+        """Begin a fetch; one that is over if the owner is lost, or no block comes.
+
+        Args:
+            keys: block hashes, `uint64 [n, 4]`.
+            groups: the number of each block's group, `uint8 [n]`.
+            leading: only of the leading blocks that the tier is known to have.
+        """
         client = self._control.client
         try:
             with client.exclusive():
-                number, flags = client.ask(Kind.FETCH, self._control.own(keys), np.ascontiguousarray(groups))
+                number, flags = client.ask(
+                    Kind.FETCH, numbers(leading), self._control.own(keys), np.ascontiguousarray(groups)
+                )
                 return self._added(RemoteCall(int(number[0]), client.generation, flags))
         except OwnerLost:
-            return self._lost(len(keys))
+            return self._lost(0 if leading else len(keys))
 
     def start(self, call: TierCall, keys: NDArray[np.uint64] = _NO_KEYS) -> RemoteCall:
         """Begin another call; one that has failed if the owner is lost."""

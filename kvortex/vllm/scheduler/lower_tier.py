@@ -1,0 +1,168 @@
+"""The lower tier behind the owner's pool, as the scheduler half asks for it. The owner moves the blocks by itself."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvortex.config import KVortexConfig
+from kvortex.index import pack_keys
+from kvortex.owner import RemoteControl
+from kvortex.owner.protocol import TierCall
+from kvortex.owner.tiering import RemoteCall, RemoteCalls, known_to_tier, tier_figures
+from kvortex.stats import TieringFigures
+from kvortex.vllm.metrics import ConnectorStats
+from kvortex.vllm.scheduler.blocks import Wanted
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+FIGURES_INTERVAL_S: Final = 1.0
+"""Seconds between two questions for the tier's counters, at least."""
+
+
+class _Question(NamedTuple):
+    answer: RemoteCall
+    due_s: float
+
+
+class _Fetch(NamedTuple):
+    call: RemoteCall
+    started_s: float
+
+
+class LowerTier:
+    """Asks the owner which blocks the tier has, and has it fetch them. On the scheduler's thread; waits for no I/O.
+
+    Args:
+        config: the engine's settings.
+        control: the remote control plane, of a cache that has a lower tier.
+        stats: counts for vLLM's metrics.
+        ask_wait_s: seconds that a request waits for the answer of a store that may have more than is known.
+    """
+
+    def __init__(self, config: KVortexConfig, control: RemoteControl, stats: ConnectorStats, ask_wait_s: float) -> None:
+        self._control = control
+        self._stats = stats
+        self._ask_wait_s = ask_wait_s
+        self._wait_s = config.tier.timeout_s if config.tier.load_deadline_s is None else config.tier.load_deadline_s
+        in_pool = control.allocator.capacity_bytes // int(control.extents.max())
+        self._max_fetching = max(1, in_pool // 2)
+        self._calls = RemoteCalls(control)
+        self._asks_store = True
+        self._questions: dict[str, _Question] = {}  # by request
+        self._overdue: list[_Question] = []
+        self._fetches: dict[str, _Fetch] = {}  # by request
+        self._asked: dict[str, set[tuple[int, int]]] = {}  # request -> blocks that were fetched for it
+        self._counted: TieringFigures | None = None
+        self._counted_s = 0.0
+
+    def known(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Which blocks the tier is known to have, `bool [n]`."""
+        if not keys:
+            return np.empty(0, dtype=np.bool_)
+        found, self._asks_store = known_to_tier(self._control, pack_keys(keys))
+        return found
+
+    def waits_for_answer(self, request_id: str, blocks: Callable[[], Sequence[bytes]]) -> bool:
+        """True while the store is asked which blocks of a request it has, unless that takes too long.
+
+        A request asks once, for all its blocks together. While a store does not keep up, nobody asks it.
+
+        Args:
+            request_id: the request.
+            blocks: gives the block hashes in question; called when it asks.
+        """
+        self._calls.ask()
+        if (question := self._questions.get(request_id)) is None:
+            self._overdue = [late for late in self._overdue if not late.answer.is_over]
+            if self._overdue or not self._asks_store:
+                return False
+            hashes = blocks()
+            unknown = np.flatnonzero(~self.known(hashes))
+            if not unknown.size or not self._asks_store:
+                return False
+            asked = self._calls.start(TierCall.ASK, pack_keys([hashes[n] for n in unknown.tolist()]))
+            question = _Question(asked, time.monotonic() + self._ask_wait_s)
+            self._questions[request_id] = question
+        if question.answer.is_over:
+            return False
+        if time.monotonic() < question.due_s:
+            return True
+        if question not in self._overdue:
+            self._overdue.append(question)
+        return False
+
+    def fetch(self, request: "Request", wanted: Wanted) -> bool:
+        """Have blocks fetched from the tier into the pool.
+
+        Args:
+            request: the request that asks; each block is fetched for it once.
+            wanted: blocks that are not in the pool.
+
+        Returns:
+            True if some are on their way; False if the tier does not have the first block, or the pool has no room.
+        """
+        numbers, hashes = wanted.numbers[: self._max_fetching], wanted.keys[: self._max_fetching]
+        asked = self._asked.setdefault(request.request_id, set())
+        if not asked.isdisjoint(numbers[:1] if wanted.is_chain else numbers):
+            return False
+        groups = np.array([group for group, _ in numbers], dtype=np.uint8)
+        call = self._calls.fetch(pack_keys(hashes), groups, leading=wanted.is_chain)
+        assert call.flags is not None
+        coming = np.flatnonzero(call.flags)
+        asked.update([numbers[n] for n in coming.tolist()] or numbers[:1])
+        if call.is_over:
+            return False
+        self._fetches[request.request_id] = _Fetch(call, time.perf_counter())
+        return True
+
+    def is_fetching(self, request_id: str) -> bool:
+        """True while blocks are fetched for a request, unless that takes longer than it should wait."""
+        fetch = self._fetches.get(request_id)
+        if fetch is None:
+            return False
+        self._calls.ask()
+        seconds = time.perf_counter() - fetch.started_s
+        if not fetch.call.is_over:
+            return seconds < self._wait_s
+        del self._fetches[request_id]
+        self._stats.add("fetch_seconds", seconds)
+        return False
+
+    def num_fetched(self, request_id: str, group: int, blocks: range) -> int:
+        """How many of these blocks were fetched for the request."""
+        fetched = self._asked.get(request_id, set())
+        return sum((group, block) in fetched for block in blocks)
+
+    def forget_request(self, request_id: str) -> None:
+        """A request has ended: fetch nothing for it any more."""
+        self._asked.pop(request_id, None)
+        self._questions.pop(request_id, None)
+        if (fetch := self._fetches.pop(request_id, None)) is not None:
+            self._calls.cancel(fetch.call)
+
+    def count(self) -> None:
+        """Count what the owner's tier has done since the last time, for all engines with this cache together."""
+        now_s = time.monotonic()
+        if now_s - self._counted_s < FIGURES_INTERVAL_S:
+            return
+        self._counted_s = now_s
+        if (figures := tier_figures(self._control)) is None:
+            return
+        before, self._counted = self._counted, figures
+        if before is None:
+            return
+        for name, counter in (
+            ("written_blocks", "written_blocks"),
+            ("failed_writes", "failed_writes"),
+            ("shed_blocks", "shed_writes"),
+            ("fetched_blocks", "fetched_blocks"),
+        ):
+            if (more := getattr(figures, name) - getattr(before, name)) > 0:
+                self._stats.add(counter, more)
+        pauses = [sum(b.opened for b in found.breakers.values()) for found in (before, figures)]
+        if pauses[1] > pauses[0]:
+            self._stats.add("tier_pauses", pauses[1] - pauses[0])
