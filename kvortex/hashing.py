@@ -150,6 +150,17 @@ class Namespace:
         return hashlib.sha256(_encode_keys(["kvortex.namespace.v1", *named])).digest()
 
 
+def namespace_of_parts(parts: Sequence[Namespace]) -> bytes:
+    """Digest of the namespace of blocks that several ranks fill together, 32 bytes.
+
+    Args:
+        parts: the namespace of each rank's part, in the order of the parts. That of a single part stays as it is.
+    """
+    if len(parts) == 1:
+        return parts[0].digest
+    return hashlib.sha256(_encode_keys(["kvortex.parts.v1", *(part.digest for part in parts)])).digest()
+
+
 def _token_bytes(token_ids: Any) -> bytes:
     """Token ids as consecutive little-endian uint32."""
     try:

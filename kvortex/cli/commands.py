@@ -63,7 +63,10 @@ def _run_replay(arguments: argparse.Namespace, report: ModuleType | None) -> int
 def _run_serve(arguments: argparse.Namespace) -> int:
     from kvortex.cli import serve
 
-    config = KVortexConfig.from_file(arguments.config) if arguments.config else KVortexConfig.from_env()
+    if arguments.child_of is not None:
+        config = KVortexConfig.from_mapping(json.loads(sys.stdin.readline()))
+    else:
+        config = KVortexConfig.from_file(arguments.config) if arguments.config else KVortexConfig.from_env()
     if arguments.pool is not None:
         config = config.replace(pool=arguments.pool)
     if arguments.eviction is not None:
@@ -72,7 +75,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         config = config.replace(disk=arguments.disk)
     if arguments.tier is not None:
         config = config.replace(tier={"urls": tuple(arguments.tier)})
-    serve.run(config, Path(arguments.socket or config.owner.socket or serve.default_socket()), as_json=arguments.json)
+    path = Path(arguments.socket or config.owner.socket or serve.default_socket())
+    serve.run(config, path, as_json=arguments.json, parent=arguments.child_of)
     return 0
 
 
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eviction", choices=EVICTION_POLICIES, help="eviction policy (default lru)")
     add("--disk", metavar="DIRECTORY", help="keep blocks in this directory, too, also for later runs")
     add("--tier", action="append", metavar="URL", help="a lower tier, e.g. disk:///var/cache/kv; repeat for a chain")
+    add("--child-of", type=int, help=argparse.SUPPRESS)  # for engines: settings come as JSON on standard input
     add("--config", type=Path, metavar="FILE", help="settings as TOML, instead of KVORTEX_* of the environment")
     add("--json", action="store_true", help="say where it listens as one JSON document")
     return parser

@@ -31,28 +31,31 @@ def default_socket(environment: Mapping[str, str] = os.environ) -> Path:
     return folder / SOCKET_NAME
 
 
-def run(config: KVortexConfig, path: Path, *, as_json: bool) -> None:
-    """Serve until SIGINT or SIGTERM.
+def run(config: KVortexConfig, path: Path, *, as_json: bool, parent: int | None = None) -> None:
+    """Serve until SIGINT or SIGTERM. Then blocks that wait for a lower tier are still written, if that is quick.
 
     Args:
         config: sizes and eviction of the pool.
         path: of the socket.
         as_json: say where it listens as one JSON document instead of a sentence.
+        parent: number of the process whose engine alone it serves; it ends with that process.
 
     Raises:
         ConfigError: the pool or the socket cannot be made.
         OwnerError: another owner listens there.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    asyncio.run(_serve(config, path, as_json))
+    asyncio.run(_serve(config, path, as_json, parent))
 
 
-async def _serve(config: KVortexConfig, path: Path, as_json: bool) -> None:
-    owner = Owner(config, path)
+async def _serve(config: KVortexConfig, path: Path, as_json: bool, parent: int | None) -> None:
+    owner = Owner(config, path, is_sole=parent is not None)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
+    if parent is not None:
+        _end_with(parent, ended)
     owner.start()
     try:
         if as_json:
@@ -63,5 +66,17 @@ async def _serve(config: KVortexConfig, path: Path, as_json: bool) -> None:
             )
         print(said, flush=True)
         await ended.wait()
+        await owner.flush(config.tier.timeout_s)
     finally:
         await owner.aclose()
+
+
+def _end_with(parent: int, ended: asyncio.Event) -> None:
+    try:
+        descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        ended.set()
+        return
+    if os.getppid() != parent:  # it was gone before, and another process has its number
+        ended.set()
+    asyncio.get_running_loop().add_reader(descriptor, ended.set)

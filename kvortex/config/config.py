@@ -88,7 +88,7 @@ class KVortexConfig:
         )
         require(
             not (self.owner.socket and self.lower_tier),
-            f"an engine with an owner ({self.owner.socket}) has no lower tiers of its own: leave {self.lower_tier} out",
+            f"lower tiers are set where the owner ({self.owner.socket}) is started: leave {self.lower_tier} out here",
         )
         _require_settings(renamed)
         for old, value in renamed.items():

@@ -173,7 +173,7 @@ class EngineCore:
         tier = self._parts.make_tier(self.config, namespace)
         if isinstance(control, RemoteControl):
             if tier is not None:
-                raise ConfigError("the lower tiers are the owner's: set them there, as in `kvortex serve --disk PATH`")
+                raise ConfigError("lower tiers are set where the owner is started, as in `kvortex serve --disk PATH`")
             return RemoteTiering(control) if control.tier else None
         if tier is None:
             return None

@@ -48,10 +48,16 @@ def digest_reference(payload: bytes | bytearray | memoryview | NDArray[np.uint8]
     data = np.frombuffer(payload, dtype=np.uint8)
     if data.size % 8:
         raise ValueError(f"a payload has whole 8-byte words, not {data.size} bytes")
-    words = data.view("<u8")
-    positions = np.arange(1, words.size + 1, dtype=np.uint64) * np.uint64(POSITION)
-    mixed = words ^ positions
+    return int(digests_of_rows(data.view("<u8")[None])[0])
+
+
+def digests_of_rows(rows: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The digest of each row of words: `uint64 [n, k]` -> `uint64 [n]`."""
+    positions = np.arange(1, rows.shape[1] + 1, dtype=np.uint64) * np.uint64(POSITION)
+    mixed = rows ^ positions
     mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(FIRST)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(SECOND)
     mixed = mixed ^ (mixed >> np.uint64(32))
-    return (words.size * LENGTH + int(np.add.reduce(mixed, dtype=np.uint64))) & MASK
+    length = np.uint64(rows.shape[1] * LENGTH & MASK)
+    digests: NDArray[np.uint64] = np.add.reduce(mixed, axis=1, dtype=np.uint64) + length
+    return digests

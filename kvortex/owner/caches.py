@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from kvortex.owner.tiers import OwnerTiers
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
 from kvortex.types import BlockSizes
+
+MAX_PARTS: Final = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -75,12 +78,12 @@ class Caches:
 
     def _add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
         sizes, encodings = forms_from(forms)
-        groups = groups_from(described)
+        groups, num_parts = groups_from(described)
         if len(groups) != len(sizes):
             raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
         cache = Cache(namespace, self.control.add_cache(sizes, groups), forms.tobytes(), described, len(sizes))
         if self._tiers is not None:
-            cache.tiering = self._tiers.open(namespace, cache.first, cache.num_groups, encodings)
+            cache.tiering = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts)
         return cache
 
 
@@ -111,20 +114,25 @@ def forms_from(field: NDArray[np.int64]) -> tuple[tuple[BlockSizes, ...], Encodi
     return sizes, Encodings(payloads.tolist(), map(Codec, codecs.tolist()))
 
 
-def describe_groups(groups: GroupSet) -> str:
-    """The groups of a cache as JSON: all that decides which of their blocks belong together."""
-    parts = [[g.name, list(g.layers), g.block_size, g.kind.value, g.reach, g.exact] for g in groups.groups]
-    return json.dumps({"hash_block_size": groups.hash_block_size, "groups": parts}, separators=(",", ":"))
+def describe_groups(groups: GroupSet, num_parts: int = 1) -> str:
+    """The groups of a cache as JSON: all that decides which of their blocks belong together; and the parts of one."""
+    of_groups = [[g.name, list(g.layers), g.block_size, g.kind.value, g.reach, g.exact] for g in groups.groups]
+    described = {"hash_block_size": groups.hash_block_size, "groups": of_groups, "parts": num_parts}
+    return json.dumps(described, separators=(",", ":"))
 
 
-def groups_from(described: str) -> GroupSet:
-    """The groups that `describe_groups` has described.
+def groups_from(described: str) -> tuple[GroupSet, int]:
+    """The groups that `describe_groups` has described, and the parts of a block.
 
     Raises:
         OwnerError: this is no such description.
     """
     try:
         document = json.loads(described)
-        return GroupSet([KVGroup(*group) for group in document["groups"]], document["hash_block_size"])
+        groups = GroupSet([KVGroup(*group) for group in document["groups"]], document["hash_block_size"])
+        num_parts = int(document["parts"])
+        if not 1 <= num_parts <= MAX_PARTS:
+            raise ValueError(f"a block of {num_parts} parts")
+        return groups, num_parts
     except (KVortexError, ValueError, TypeError, KeyError) as error:
         raise OwnerError(f"the groups of a cache are not described as they should be: {error}") from error

@@ -137,6 +137,7 @@ class RemoteControl:
         sizes: bytes of a block in the pool, for each group.
         encodings: how blocks are encoded, by form.
         groups: the groups of the cache.
+        num_parts: how many parts a block has, of which the digests stand at the end of its payload.
 
     Attributes:
         tier: name of the lower tier behind the pool, empty if there is none.
@@ -152,6 +153,8 @@ class RemoteControl:
         sizes: Sequence[BlockSizes],
         encodings: Encodings,
         groups: GroupSet,
+        *,
+        num_parts: int = 1,
     ) -> None:
         self.client = client
         self.groups = groups
@@ -166,7 +169,7 @@ class RemoteControl:
         self._in_flight: set[int] = set()  # slots of saves in flight
         self._forms = describe_forms(self.extents.tolist(), encodings)
         self.tier = ""
-        self._described = describe_groups(groups).encode()
+        self._described = describe_groups(groups, num_parts).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
         self._add_cache()
@@ -366,7 +369,20 @@ class RemoteControl:
             self._forgotten |= self._in_flight
 
     def shrink(self, capacity_bytes: int) -> None:
-        """This process cannot pin more of the pool than that: it does without the pool, as its blocks are anywhere."""
+        """This process cannot pin more of the pool than that.
+
+        If the pool is the engine's own, only that much of it is used. Otherwise this engine does without it.
+        """
+        try:
+            self.client.ask(Kind.SHRINK, numbers(capacity_bytes))
+        except OwnerLost:
+            return
+        except OwnerError:
+            self._leave(capacity_bytes)
+            return
+        self.allocator.capacity_bytes = capacity_bytes
+
+    def _leave(self, capacity_bytes: int) -> None:
         logger.error(
             "only %d of the pool's %d bytes can be pinned here, so it is not used: raise the limit on locked memory",
             capacity_bytes,

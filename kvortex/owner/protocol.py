@@ -48,6 +48,7 @@ class Kind(IntEnum):
     SCRATCH_DONE = 14
     WRITER = 16  # a name: this process writes for the connection that names it in WRITERS
     WRITERS = 17  # the name of a WRITER: what this connection reserves may be written to until that process has ended
+    SHRINK = 18  # bytes: use no more of the pool; only the owner of one engine does it
     SETTLED = 15  # no transfer of an earlier connection of this client writes any more
 
     PLAN_SAVE = 20  # whether raw; keys; groups; keys that must not be evicted
@@ -122,6 +123,7 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.SCRATCH_DONE: (),
     Kind.WRITER: (_TEXT,),
     Kind.WRITERS: (_TEXT,),
+    Kind.SHRINK: (_NUMBERS,),
     Kind.SETTLED: (),
     Kind.PLAN_SAVE: (_NUMBERS, _KEYS, _FLAGS, _KEYS),
     Kind.SAVE_PLANNED: (_FLAGS, _NUMBERS, _NUMBERS, _FLAGS, _NUMBERS),

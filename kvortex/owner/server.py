@@ -36,12 +36,21 @@ class Owner:
         config: sizes and eviction of the pool.
         path: of the Unix socket. Only processes of the same user are served.
         make_tier: makes the lower tier of a namespace, as `tier_of` does.
+        is_sole: it serves one engine, which may make the pool smaller.
 
     Raises:
         ConfigError: the machine has not that much memory, or the settings of a lower tier are invalid.
     """
 
-    def __init__(self, config: KVortexConfig, path: str | os.PathLike[str], make_tier: MakeTier = tier_of) -> None:
+    def __init__(
+        self,
+        config: KVortexConfig,
+        path: str | os.PathLike[str],
+        make_tier: MakeTier = tier_of,
+        *,
+        is_sole: bool = False,
+    ) -> None:
+        self._is_sole = is_sole
         tier_of(config, bytes(32))  # refuses invalid settings before an engine comes
         self.path = Path(path)
         self._config = config
@@ -139,6 +148,14 @@ class Owner:
                 said = ""
                 self._accepting = self._spawn(self._accept())
 
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until what waits for lower tiers is written or dropped, but no longer than that."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._tiers.flush()
+        except TimeoutError:
+            logger.warning("not all blocks were written to the lower tiers in %g s", timeout_s)
+
     async def aclose(self) -> None:
         """Close all connections and release the pool; engines go on without it. Idempotent."""
         tasks, self._tasks = self._tasks, set()
@@ -199,7 +216,7 @@ class Owner:
                 logger.warning("process %d of user %d was not served: %s", pid, uid, error or "it said nothing")
                 return
             process = self._process(pid)
-            session = Session(self.caches, process, client)
+            session = Session(self.caches, process, client, is_sole=self._is_sole)
             self.num_clients += 1
             served = Connection(session, pid)
             process.connections.add(served)

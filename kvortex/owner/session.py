@@ -86,9 +86,11 @@ class Session:
         caches: the caches of the pool.
         peer: the client's process.
         client: the client's number, the same in all its connections. A process may have several.
+        is_sole: the pool is for one engine: it may be made smaller.
     """
 
-    def __init__(self, caches: Caches, peer: Peer, client: int = 0) -> None:
+    def __init__(self, caches: Caches, peer: Peer, client: int = 0, *, is_sole: bool = False) -> None:
+        self._is_sole = is_sole
         self._caches = caches
         self._control = caches.control
         self._peer = peer
@@ -107,6 +109,7 @@ class Session:
             Kind.WRITER: self._write_for,
             Kind.WRITERS: self._written_by,
             Kind.SETTLED: self._settled,
+            Kind.SHRINK: self._shrink,
             Kind.PLAN_SAVE: self._plan_save,
             Kind.FINISH_SAVE: self._finish_save,
             Kind.PLAN_LOAD: self._plan_load,
@@ -196,6 +199,14 @@ class Session:
     def _settled(self) -> Answer:
         self._peer.has_settled(self._client)
         return None
+
+    def _shrink(self, request: NDArray[np.int64]) -> Answer:
+        nbytes = int(expected(request, 1)[0])
+        if not self._is_sole:
+            raise ConfigError("the pool serves several engines")
+        if 0 <= nbytes < self._control.allocator.capacity_bytes:
+            self._control.shrink(nbytes)
+        return Kind.DONE, ()
 
     def _write_for(self, name: NDArray[np.uint8]) -> Answer:
         self._peer.write_for(text_of(name))

@@ -1,5 +1,6 @@
 """The lower tiers behind an owner's pool: for each cache one tier, or chain of tiers, over the common control plane."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -133,7 +134,9 @@ class OwnerTiers:
         self._views: list[CacheView] = []
         self._open: list[Tiering] = []
 
-    def open(self, namespace: NDArray[np.uint64], first: int, num_groups: int, encodings: Encodings) -> Tiering | None:
+    def open(
+        self, namespace: NDArray[np.uint64], first: int, num_groups: int, encodings: Encodings, num_parts: int
+    ) -> Tiering | None:
         """Open the tiers of a cache, without waiting for them; None if the settings name none.
 
         Args:
@@ -141,6 +144,7 @@ class OwnerTiers:
             first: number of its first group in the pool.
             num_groups: how many it has.
             encodings: how its blocks are encoded, by its own forms.
+            num_parts: how many parts a block has.
 
         Raises:
             ConfigError: the settings of a tier are invalid.
@@ -151,7 +155,7 @@ class OwnerTiers:
         view = CacheView(self, self._control, namespace, first, num_groups)
         if self._pool is None:
             self._pool = np.frombuffer(self._memory.map(0, self._memory.ticket.nbytes), dtype=np.uint8)
-        pool = TieredPool(view, self._pool, encodings)
+        pool = TieredPool(view, self._pool, encodings, num_parts)
         tiering = Tiering(BackingTier(self._config, pool, tier, EngineStats()))
         self._views.append(view)
         self._open.append(tiering)
@@ -168,6 +172,10 @@ class OwnerTiers:
         for view in self._views:
             view.demote(evicted, kept)
         return kept
+
+    async def flush(self) -> None:
+        """Wait until no block waits to be written."""
+        await asyncio.gather(*(tiering.flush() for tiering in self._open))
 
     async def aclose(self) -> None:
         """Close all tiers; what waits to be written is dropped."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -17,12 +17,14 @@ from kvortex.stats import EngineStats
 from kvortex.tiering.guard import GuardedTier
 from kvortex.tiering.keys import key_as_is, keys_as_is, split_keys
 from kvortex.tiering.state import TierState, TierTasks
-from kvortex.tiers import Tier
+from kvortex.tiers import Tier, WriteRequest
+from kvortex.tiers.payload import payload_digest
 from kvortex.tiers.uses import UseClock
 from kvortex.types import Direction, MissReason, form_of
 
 NOT_KNOWN: Final = 0
 USUAL: Final = 1  # packed, or raw where the blocks of its group are never packed
+WORD_BYTES: Final = 8
 AS_IS: Final = 2  # raw, although the blocks of its group are packed
 
 
@@ -70,15 +72,36 @@ class TieredPool:
         control: decides which blocks are in the pool, and where.
         bytes: the pool, `uint8 [capacity_bytes]`.
         encodings: how blocks are encoded, and the size of each encoding.
+        num_parts: how many parts a block has. If there are several, their digests stand at the end of its payload as
+            words of 64 bits, and the digest of the block in the pool is that of these words. That in the tier is always
+            the digest of the whole payload.
     """
 
     control: TierControl
     bytes: NDArray[np.uint8]
     encodings: Encodings
+    num_parts: int = 1
 
     def payload(self, offset: int, form: int) -> NDArray[np.uint8]:
         """The payload of the block at an offset, `uint8 [n]`, as a view of the pool."""
         return self.bytes[offset : offset + self.encodings.payloads[form]]
+
+    def digest_in_tier(self, request: WriteRequest) -> WriteRequest:
+        """A write with the digest that the tier has to know; it reads the payload of a block with several parts."""
+        return replace(request, digest=payload_digest(np.frombuffer(request.payload, dtype=np.uint8)))
+
+    def digest_in_pool(self, offset: int, form: int, digest: int) -> int:
+        """The digest that the index has to know of a payload which has arrived.
+
+        Args:
+            offset: of its extent.
+            form: of the block.
+            digest: of its whole payload.
+        """
+        if self.num_parts == 1:
+            return digest
+        payload = self.payload(offset, form)
+        return payload_digest(payload[len(payload) - WORD_BYTES * self.num_parts :])
 
     def release(self) -> None:
         """Let go of the pool's memory, so that it can be unmapped once no late read holds a view of it."""

@@ -299,7 +299,8 @@ class Fetches:
         backing = self._backing
         expected = backing.encodings.codecs[form], backing.encodings.payloads[form]
         if outcome.reason is None and (outcome.codec, outcome.payload_bytes) == expected:
-            backing.control.finish_fetch(slot, offset, form, outcome.digest)
+            digest = backing.pool.digest_in_pool(offset, form, outcome.digest)
+            backing.control.finish_fetch(slot, offset, form, digest)
             self.fetched_blocks += 1
             if self._deletes_fetched and not backing.state.closing:
                 backing.tasks.spawn(backing.delete(join_keys([wanted.key])))

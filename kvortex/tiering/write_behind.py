@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kvortex.index import Evicted
 from kvortex.tiering.backing import NOT_KNOWN, BackingTier
 from kvortex.tiering.keys import join_keys, split_keys
-from kvortex.tiers import WriteOutcome, WriteRequest
-from kvortex.types import Direction
+from kvortex.tiers import Cause, WriteOutcome, WriteRequest
+from kvortex.types import Direction, SaveOutcome
 
 WRITE_BATCH: Final = 16
 DEMOTED_SHARE: Final = 0.1
@@ -191,11 +191,23 @@ class WriteBehind:
             self._backing.guard.writes.give_up()
             return
         started = time.perf_counter()
+        if self._backing.pool.num_parts > 1:
+            requests = await self._with_digests(requests)
         outcomes = await self._backing.guard.write(requests)
         self._writing -= len(requests)
         stored = [request for request, outcome in zip(requests, outcomes, strict=True) if outcome.outcome.is_stored]
         nbytes = sum(len(request.payload) for request in stored)  # arrays and views of bytes
         self._backing.record(Direction.SAVE, len(stored), nbytes, time.perf_counter() - started)
+
+    async def _with_digests(self, requests: list[WriteRequest]) -> list[WriteRequest]:
+        try:
+            return await asyncio.to_thread(lambda: [*map(self._backing.pool.digest_in_tier, requests)])
+        except BaseException:
+            self._backing.guard.writes.give_up()
+            self._writing -= len(requests)
+            for request in requests:
+                request.settle(WriteOutcome(SaveOutcome.FAILED, cause=Cause.CANCELLED))
+            raise
 
     def _next_demoted(self, most: int) -> list[WriteRequest]:
         taken = [self._demoted.popleft() for _ in range(min(most, len(self._demoted)))]

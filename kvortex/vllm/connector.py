@@ -263,7 +263,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         if self._scheduler_half is not None:
             return self._scheduler_half.take_stats()
-        return self._worker.take_stats()  # 0.15 and 0.23 ask for the scheduler half's only beside a worker's
+        return ConnectorStats()  # 0.15 and 0.23 ask for the scheduler half's only beside a worker's
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:

@@ -16,8 +16,6 @@ STAGING_BYTES = 32 * MIB
 WITHOUT_MEANING: Final = {
     "pool.lease_share": "leases are for programs that call the engine themselves",
     "transfer.max_outstanding_requests": "vLLM's max_num_seqs bounds the requests",
-    "tier.shed": "a block that finds no room in the queue is not written",
-    "tier.fetch_blocks": "a request's blocks are fetched together, up to half of the pool",
 }
 """Settings of an engine that have no effect in the connector, and why."""
 

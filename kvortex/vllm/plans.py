@@ -1,7 +1,6 @@
 """Messages between the scheduler half and the worker half: jobs one way, outcomes the other. Plain data."""
 
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +8,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes, TransferPlan
-
-NO_WRITE: Final = -1
-"""The `write_id` of a save whose blocks are not written to the lower tier."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +17,10 @@ class SaveJob:
     Args:
         job_id: number of the save.
         transfer: which blocks move between which device blocks and pool offsets.
-        keys: the lower tier's keys, 32 bytes a block; if there are any, the blocks are written there after the save.
-        write_id: number of that write; it is reported like a job of its own.
     """
 
     job_id: int
     transfer: TransferPlan
-    keys: bytes = b""
-    write_id: int = NO_WRITE
 
 
 @dataclass(frozen=True)
@@ -53,31 +45,14 @@ class LoadJob:
     num_weights: int = 0
 
 
-@dataclass(frozen=True)
-class FetchJob:
-    """Blocks to bring from the lower tier into the pool.
-
-    Args:
-        job_id: number of the fetch.
-        transfer: the pool offsets; its device blocks have no meaning.
-        keys: the lower tier's keys, 32 bytes a block.
-    """
-
-    job_id: int
-    transfer: TransferPlan
-    keys: bytes
-
-
 @dataclass
 class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     """One step's jobs.
 
     Args:
-        saves, loads, fetches: the jobs.
+        saves, loads: the jobs.
         fresh_block_ids: device blocks that were allocated for this step. The forward or a load will overwrite them, so
             saves of earlier steps must have read them before.
-        used_keys: the lower tier's keys, 32 bytes a block, of chains that requests have used, each from its head. They
-            count as used now.
         compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
         number: the step's number, from 0.
         has_forward: True if the step computes tokens.
@@ -86,11 +61,24 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)
-    fetches: list[FetchJob] = field(default_factory=list)
-    used_keys: bytes = b""
     compare_weights: bool = False
     number: int = -1
     has_forward: bool = True
+
+
+@dataclass(frozen=True)
+class SaveDigests:
+    """Digests of what one worker has saved, for the owner of the pool.
+
+    Args:
+        part: number of the worker's part of a block.
+        positions: of the blocks, in the job's transfer, `intp [n]`.
+        digests: of its part of them, `uint64 [n]`.
+    """
+
+    part: int
+    positions: NDArray[np.intp]
+    digests: NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -102,14 +90,14 @@ class JobOutcome:
         failed: blocks that were not moved.
         corrupt: blocks of a load whose bytes did not match their digest.
         too_lossy: blocks of a save that failed because packing would lose too much; they are in `failed` as well.
-        digests: of the blocks of a save, `uint64 [n]`, where the owner of the pool keeps them; else None.
+        digests: of a save, where the owner of the pool keeps them; else None.
     """
 
     job_id: int
     failed: tuple[int, ...] = ()
     corrupt: tuple[int, ...] = ()
     too_lossy: tuple[int, ...] = ()
-    digests: NDArray[np.uint64] | None = None
+    digests: SaveDigests | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +122,27 @@ class PoolShrunk:
     pool_bytes: int
 
 
+@dataclass(frozen=True)
+class OwnedHandshake:
+    """What the scheduler half has to know of a worker to plan in the pool of an owner.
+
+    Args:
+        socket: the owner's.
+        namespace: the namespace of its blocks.
+        part, num_parts: number of its part of a block, and how many there are.
+        writer: the name under which it writes to the pool.
+        payloads, codecs: bytes of a payload and number of the codec of a whole block, by form.
+    """
+
+    socket: str
+    namespace: Namespace
+    part: int
+    num_parts: int
+    writer: str
+    payloads: tuple[int, ...]
+    codecs: tuple[int, ...]
+
+
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """One worker's report of the paged cache that it registered.
@@ -143,16 +152,11 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
         sizes: bytes of a block for each group of layers, large enough for those of every pipeline stage.
         num_blocks: device blocks.
         pool_bytes: size of its pool, in bytes of the pool that is planned with these sizes.
-        namespace: the namespace of its blocks in the lower tier, or in the pool of an owner; None without either.
-        writer: the name under which it writes to the pool of an owner; empty without one.
-        payloads, codecs: bytes of a payload and number of the codec, by form, for an owner.
+        owned: of a pool that an owner holds; None without one.
     """
 
     layout_digest: bytes
     sizes: tuple[BlockSizes, ...]
     num_blocks: int
     pool_bytes: int
-    namespace: Namespace | None = None
-    writer: str = ""
-    payloads: tuple[int, ...] = ()
-    codecs: tuple[int, ...] = ()
+    owned: "OwnedHandshake | None" = None

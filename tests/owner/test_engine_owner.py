@@ -310,15 +310,15 @@ async def test_a_model_without_a_name_is_refused(owner: LocalOwner) -> None:
 
 
 def test_lower_tiers_are_refused(owner: LocalOwner, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the lower tiers are the owner"):
+    with pytest.raises(ConfigError, match="lower tiers are set where the owner"):
         config_of(owner, disk=tmp_path / "blocks")
-    with pytest.raises(ConfigError, match="the lower tiers are the owner"):
+    with pytest.raises(ConfigError, match="lower tiers are set where the owner"):
         config_of(owner, tier=["redis://127.0.0.1"])
 
 
 async def test_a_tier_of_the_program_is_refused(owner: LocalOwner) -> None:
     parts = Parts(make_tier=lambda namespace: object())  # type: ignore[arg-type, return-value]
-    await refused(config_of(owner), ConfigError, "the lower tiers are the owner", parts)
+    await refused(config_of(owner), ConfigError, "lower tiers are set where the owner", parts)
 
 
 async def test_no_owner_at_the_path_says_what_to_do(tmp_path: Path) -> None:

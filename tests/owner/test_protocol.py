@@ -174,17 +174,18 @@ JSON = st.recursive(
 )
 PART = st.one_of(JSON, st.sampled_from(["full", "window", "state", ["a"], ["b", "c"], 16, 32, None, True]))
 GROUP = st.one_of(PART, st.lists(PART, min_size=5, max_size=7))
-DOCUMENT = st.fixed_dictionaries({"hash_block_size": PART, "groups": st.one_of(PART, st.lists(GROUP, max_size=3))})
+LISTED = st.one_of(PART, st.lists(GROUP, max_size=3))
+DOCUMENT = st.fixed_dictionaries({"hash_block_size": PART, "groups": LISTED, "parts": PART})
 
 
 @given(st.one_of(st.text(), JSON.map(json.dumps), DOCUMENT.map(json.dumps)))
 def test_groups_that_make_no_sense_are_refused(described: str) -> None:
     with contextlib.suppress(OwnerError):
-        assert isinstance(groups_from(described), GroupSet)
+        assert isinstance(groups_from(described)[0], GroupSet)
 
 
 def test_groups_come_back_as_they_were_described() -> None:
     groups = [KVGroup("a", ("x", "y"), 16), KVGroup("b", ("z",), 16, "window", 40), KVGroup("c", ("s",), 64, "state")]
-    described = describe_groups(GroupSet(groups, 16))
-    assert describe_groups(groups_from(described)) == described
-    assert groups_from(described).groups == GroupSet(groups, 16).groups
+    described = describe_groups(GroupSet(groups, 16), 3)
+    assert describe_groups(*groups_from(described)) == described
+    assert groups_from(described)[0].groups == GroupSet(groups, 16).groups

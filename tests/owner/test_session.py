@@ -385,7 +385,10 @@ def test_a_namespace_has_one_layout(caches: Caches) -> None:
 
 
 def test_caches_that_cannot_be_are_refused(caches: Caches) -> None:
-    client, described = Client(caches), json.dumps({"hash_block_size": 16, "groups": [["f", ["f"], 16]]}).encode()
+    client, described = (
+        Client(caches),
+        json.dumps({"hash_block_size": 16, "groups": [["f", ["f"], 16]], "parts": 1}).encode(),
+    )
     good, raw = numbers(4096, 4096, 0, 4096, 4096, 0), (4096, 4096, 0)
     sizes = [
         numbers(),
@@ -401,6 +404,8 @@ def test_caches_that_cannot_be_are_refused(caches: Caches) -> None:
     fields += [
         (np.zeros(3, np.uint64), good, described),
         (np.zeros(4, np.uint64), np.tile(good, 2), described),
+        (np.zeros(4, np.uint64), good, described.replace(b'"parts": 1', b'"parts": 0')),
+        (np.zeros(4, np.uint64), good, described.replace(b', "parts": 1', b"")),
         (np.zeros(4, np.uint64), good, b"[]"),
         (np.zeros(4, np.uint64), good, b"\xff{"),
     ]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kvortex.vllm.scheduler.tier_index import TierIndex
+from kvortex.vllm.worker.tier_mover import TierMover
 from numpy.typing import NDArray
 
 from kvortex import KVortexConfig
@@ -23,9 +25,7 @@ from kvortex.tiers import MemoryTier, ScanProgress, Tier, TierStats, breaker
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction, TransferPlan
 from kvortex.vllm.scheduler import tier_index
-from kvortex.vllm.scheduler.tier_index import TierIndex
 from kvortex.vllm.worker import tier_mover
-from kvortex.vllm.worker.tier_mover import TierMover
 
 RAW_BYTES = 8192
 LAYOUT = KVLayout.from_tensors({"layer": torch.zeros(2, 16, 256, dtype=torch.bfloat16)}, 16)

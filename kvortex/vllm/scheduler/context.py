@@ -11,7 +11,7 @@ from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler.blocks import BlockRules
 from kvortex.vllm.scheduler.events import EventLog
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
-from kvortex.vllm.scheduler.tier_planner import TierPlanner
+from kvortex.vllm.scheduler.lower_tier import LowerTier
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class PlannerContext:
     Args:
         rules: say which blocks of a request are keyed, found, loaded and saved.
         control: the pool's index and allocator.
-        tier: plans writes and fetches; None without a lower tier.
+        tier: the lower tier behind an owner's pool; None without one.
+        num_parts: how many parts a block in an owner's pool has, see `kvortex.vllm.worker.parts`.
         jobs: loads and saves in flight.
         job_ids: numbers for jobs.
         stats: counts for vLLM's metrics.
@@ -31,7 +32,8 @@ class PlannerContext:
 
     rules: BlockRules
     control: Control
-    tier: TierPlanner | None
+    tier: LowerTier | None
+    num_parts: int
     jobs: JobsInFlight[LoadInFlight | SaveInFlight]
     job_ids: Iterator[int]
     stats: ConnectorStats

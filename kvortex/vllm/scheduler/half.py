@@ -12,18 +12,24 @@ from vllm.v1.request import RequestStatus
 from kvortex.codecs import Codec, Encodings
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, EngineStateError, KVortexError
-from kvortex.hashing import Namespace
+from kvortex.hashing import namespace_of_parts
 from kvortex.owner import Control, OwnerClient, RemoteControl
 from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
-from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import ServedGroups, expected_sizes, has_draft_layers, max_blocks_of_request, refuse_unserved
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, JobOutcome, PoolShrunk, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import (
+    ConnectorPlan,
+    JobOutcome,
+    OwnedHandshake,
+    PoolShrunk,
+    WeightsChanged,
+    WorkerHandshake,
+)
 from kvortex.vllm.scheduler.admission import Admission
 from kvortex.vllm.scheduler.blocks import BlockRules, FullAttention
 from kvortex.vllm.scheduler.context import PlannerContext
@@ -31,11 +37,10 @@ from kvortex.vllm.scheduler.events import EventGroup, EventLog
 from kvortex.vllm.scheduler.hybrid import Hybrid
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
 from kvortex.vllm.scheduler.loads import LoadPlanner
+from kvortex.vllm.scheduler.lower_tier import LowerTier
 from kvortex.vllm.scheduler.requests import TrackedRequest, computing_requests
 from kvortex.vllm.scheduler.saves import SavePlanner
 from kvortex.vllm.scheduler.stale import StaleKV
-from kvortex.vllm.scheduler.tier_index import TierIndex, check_supported
-from kvortex.vllm.scheduler.tier_planner import TierPlanner
 from kvortex.vllm.versions import (
     HOLD_ABORTED_LOADS,
     drop_stale_hashes,
@@ -59,19 +64,6 @@ logger = logging.getLogger(__name__)
 
 MAX_STEPS: Final = 64
 """Steps that are remembered until they are over. vLLM has two or three in flight at a time."""
-
-
-def check_can_share(vllm_config: "VllmConfig") -> None:
-    """Refuse what an owner does not serve yet.
-
-    Raises:
-        ConfigError: the engine has several workers, or publishes KV events.
-    """
-    events = vllm_config.kv_events_config
-    if vllm_config.parallel_config.world_size > 1:
-        raise ConfigError("the owner of a shared pool serves engines with one worker each so far: leave owner out")
-    if events is not None and events.enable_kv_cache_events:
-        raise ConfigError("KV events do not tell yet what the owner of a shared pool evicts: turn off one of the two")
 
 
 class _Planners(NamedTuple):
@@ -113,16 +105,16 @@ class SchedulerHalf:
         self._may_save = transfer is None or transfer.is_kv_producer
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._has_owner = bool(options.engine.owner.socket)
+        self._has_owner = bool(options.engine.owner.socket or options.engine.lower_tier)
+        self._owned: dict[int, OwnedHandshake] = {}  # by part
+        self._writers: list[str] = []
+        self._num_parts = 1
         self._ready = not handshake_in_step and not self._has_owner
         self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
         self._sizes = expected_sizes(self._groups, options.engine.codec.name)
         self._control: Control = self._make_control(self._sizes, options.engine.pool.bytes)
-        check_supported(options.engine)
-        if self._has_owner:
-            check_can_share(vllm_config)
-        self._tier: TierPlanner | None = None
+        self._tier: LowerTier | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._jobs = JobsInFlight[LoadInFlight | SaveInFlight](self._num_workers)
         self._aborted: set[str] = set()  # requests that ended while they loaded
@@ -176,6 +168,7 @@ class SchedulerHalf:
             rules=rules,
             control=self._control,
             tier=self._tier,
+            num_parts=self._num_parts,
             jobs=self._jobs,
             job_ids=self._job_ids,
             stats=self._stats,
@@ -219,42 +212,54 @@ class SchedulerHalf:
             found = sorted([(s.raw, s.packed) for s in of_worker] for of_worker in sizes)
             raise ConfigError(f"workers registered blocks of {found} bytes (raw, packed): they must agree")
         if self._has_owner:
-            self._ready = self._join_owner(handshakes[0])
+            self._ready = self._join_owner(handshakes)
             return
         self._plan_with(sizes.pop(), min(handshake.pool_bytes for handshake in handshakes))
-        namespaces = [handshake.namespace for handshake in handshakes if handshake.namespace is not None]
-        if self._tier is None and len(namespaces) == len(handshakes):
-            self._tier = self._plan_tier(min(namespaces, key=lambda n: (n.pp_rank, n.tp_rank)))
         if self._made is not None:
             self._make_planners()
         self._ready = True
-        tier = self._options.engine.lower_tier if self._tier is not None else "no lower tier"
-        logger.info("KVortexConnector is ready: a pool of %s; %s", self._describe_pool(), tier)
+        logger.info("KVortexConnector is ready: a pool of %s; no lower tier", self._describe_pool())
 
-    def _join_owner(self, handshake: WorkerHandshake) -> bool:
-        """Plan in the pool of the owner from now on; False if it cannot be used."""
-        settings = self._options.engine.owner
-        if handshake.namespace is None or isinstance(self._control, RemoteControl):
+    def _join_owner(self, handshakes: Sequence[WorkerHandshake]) -> bool:
+        """Plan in the pool of the owner once all workers have joined it; False if they have not, or it cannot be used.
+
+        Ranks that hold the same KV have one part of the blocks together, and each of them writes.
+        """
+        owned = [handshake.owned for handshake in handshakes if handshake.owned is not None]
+        self._writers += [of_worker.writer for of_worker in owned]
+        self._owned.update({of_worker.part: of_worker for of_worker in owned})
+        if isinstance(self._control, RemoteControl) or len(self._writers) < self._num_workers:
             return self._ready
+        first = self._owned[0]
         try:
-            with contextlib.ExitStack() as undo:
-                client = OwnerClient(settings.socket, settings.deadline_s)
-                undo.callback(client.close)
-                client.ask(Kind.WRITERS, handshake.writer.encode())
-                encodings = Encodings(handshake.payloads, map(Codec, handshake.codecs))
-                namespace = handshake.namespace.digest
-                self._control = RemoteControl(client, namespace, handshake.sizes, encodings, self._groups.set)
-                undo.pop_all()
+            control = self._connect(first, handshakes[0].sizes)
         except KVortexError as error:
             logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)
             return False
-        self._sizes = handshake.sizes
+        self._control, self._sizes, self._num_parts = control, handshakes[0].sizes, first.num_parts
+        if control.tier:
+            self._tier = LowerTier(self._options.engine, control, self._stats, self._options.pending_wait_s)
         if self._made is not None:
             self._make_planners()
         logger.info(
-            "KVortexConnector is ready: the pool of the owner at %s, %s", settings.socket, self._describe_pool()
+            "KVortexConnector is ready: the pool of the owner at %s, %s; %s",
+            first.socket,
+            self._describe_pool(),
+            f"lower tier: {control.tier}" if control.tier else "no lower tier",
         )
         return True
+
+    def _connect(self, first: OwnedHandshake, sizes: tuple[BlockSizes, ...]) -> RemoteControl:
+        with contextlib.ExitStack() as undo:
+            client = OwnerClient(first.socket, self._options.engine.owner.deadline_s)
+            undo.callback(client.close)
+            for writer in self._writers:
+                client.ask(Kind.WRITERS, writer.encode())
+            encodings = Encodings(first.payloads, map(Codec, first.codecs))
+            namespace = namespace_of_parts([self._owned[part].namespace for part in range(first.num_parts)])
+            control = RemoteControl(client, namespace, sizes, encodings, self._groups.set, num_parts=first.num_parts)
+            undo.pop_all()
+        return control
 
     def _plan_with(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):
@@ -264,18 +269,6 @@ class SchedulerHalf:
         self._sizes = sizes
         control = self._control = self._make_control(sizes, pool_bytes)
         control.on_removed = on_removed
-
-    def _plan_tier(self, namespace: Namespace) -> TierPlanner | None:
-        engine = self._options.engine
-        assert isinstance(self._control, ControlPlane)
-        try:
-            index = TierIndex(engine, namespace)
-        except ConfigError as error:
-            logger.error("the lower tier cannot be used, blocks stay in the pool alone: %s", error)
-            return None
-        wait_s = self._options.pending_wait_s
-        jobs = self._num_workers, self._job_ids
-        return TierPlanner(engine, self._control, index, *jobs, self._stats, self._events, wait_s)
 
     # -- look-up and load --------------------------------------------------------------------------
 
@@ -294,7 +287,7 @@ class SchedulerHalf:
             return None, False
         found: int | None = 0
         if self._ready and self._may_load:
-            found = self._planners.loads.look_up(tracked, self._plan)
+            found = self._planners.loads.look_up(tracked)
         if found is None:
             self._planners.admission.pass_over(request)
             return None, False
@@ -366,8 +359,6 @@ class SchedulerHalf:
         report_aborted_loads(connector_output, self._aborted)
 
     def _take_outcome(self, outcome: JobOutcome) -> None:
-        if self._tier is not None and self._tier.take_outcome(outcome):
-            return
         job = self._jobs.report(outcome)
         if self._jobs.is_reported(job):
             self._jobs.end(job)
@@ -418,10 +409,7 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        used = self._planners.rules.used(tracked)
-        self._control.touch(used)
-        if self._tier is not None:
-            self._plan.used_keys += self._tier.keys_to_touch(split_keys(used))
+        self._control.touch(self._planners.rules.used(tracked))
         if tracked.loading is None:
             return False
         self._aborted.add(request.request_id)
@@ -457,14 +445,12 @@ class SchedulerHalf:
         if self._events is not None:
             self._events.add_all_removed()
         self._control.forget()
-        if self._tier is not None:
-            self._tier.forget_all()
         return True
 
     def has_work(self) -> bool:
         """True while jobs are in flight: the workers report their ends with a step."""
         is_late = self._made is not None and self._made.rules.num_late > 0
-        return is_late or bool(self._jobs) or (self._tier is not None and self._tier.num_jobs > 0)
+        return is_late or bool(self._jobs)
 
     def holds_device_blocks(self) -> bool:
         """True while saves in flight keep device blocks from being given to others."""
@@ -475,6 +461,8 @@ class SchedulerHalf:
 
         vLLM 0.23's offline engine drops the counters of a step without tokens, so they are kept for a later one.
         """
+        if self._tier is not None:
+            self._tier.count()
         are_kept = self._gives_tokens.popleft() if self._gives_tokens else True
         if self._stats.is_empty() or (self._tracked and not are_kept):
             return None
@@ -486,5 +474,3 @@ class SchedulerHalf:
             self._control.close()
         else:
             self._control.clear()
-        if self._tier is not None:
-            self._tier.close()

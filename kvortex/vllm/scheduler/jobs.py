@@ -7,24 +7,22 @@ carries out its part (`RankJob`) and reports a `JobOutcome`.
     ----------------------  ----------------  ---------------------------------  --------------------------------------
     LoadInFlight            LoadJob           pool -> paged cache, then checks   the request computes what is missing
     SaveInFlight            SaveJob           paged cache -> pool                its blocks are visible, or dropped
-     └> WriteInFlight       SaveJob.write_id  pool -> lower tier, after the      the tier has the blocks; the pool may
-                                              save                               evict them again
-    FetchInFlight           FetchJob          lower tier -> pool                 its blocks are visible, or dropped
 
     states of a job:  planned -> sent with a step's plan -> in flight -> reported by all workers -> ended
 
 A job that fails, or that is cancelled at shutdown, is reported too: with the positions of the blocks that failed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.planes.control import FetchPlan, HeldBlocks, LoadPlan, SavePlan
-from kvortex.vllm.plans import NO_WRITE, JobOutcome
+from kvortex.kernels.digest import digests_of_rows
+from kvortex.planes.control import LoadPlan, SavePlan
+from kvortex.vllm.plans import JobOutcome, SaveDigests
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.events import PlannedBlocks
 from kvortex.vllm.scheduler.requests import TrackedRequest
@@ -42,7 +40,7 @@ class JobInFlight:
     failed: set[int] = field(default_factory=set)
     corrupt: set[int] = field(default_factory=set)
     too_lossy: set[int] = field(default_factory=set)
-    digests: NDArray[np.uint64] | None = None  # of a save's blocks, where the owner of the pool keeps them
+    digests: list[SaveDigests] = field(default_factory=list)  # of a save, where the owner of the pool keeps them
 
     def add(self, outcome: JobOutcome) -> None:
         """Take in one worker's outcome."""
@@ -51,7 +49,7 @@ class JobInFlight:
         self.corrupt.update(outcome.corrupt)
         self.too_lossy.update(outcome.too_lossy)
         if outcome.digests is not None:
-            self.digests = outcome.digests
+            self.digests.append(outcome.digests)
 
 
 @dataclass(kw_only=True)
@@ -84,28 +82,17 @@ class SaveInFlight(JobInFlight):
     as_is: bool = False  # stored raw, because packing would lose too much
     is_stale: bool = False  # weights have changed since it was planned: its blocks have been dropped
     holds_blocks: bool = True  # vLLM gives its device blocks to nobody; where saves hold none, this has no meaning
-    write_id: int = NO_WRITE  # the write to the lower tier that follows it
 
+    def block_digests(self, num_parts: int) -> NDArray[np.uint64]:
+        """The digests of the blocks that move, `uint64 [n]`, from those of their parts; zeros where workers have them.
 
-@dataclass(kw_only=True)
-class WriteInFlight(JobInFlight):
-    """A write: blocks of a save in flight to the lower tier. They are held in the pool from the end of the save."""
-
-    hashes: list[bytes]
-    keys: list[bytes]
-    event_of: Sequence[tuple[PlannedBlocks, int]] = ()  # the event of each block and its number there
-    held: HeldBlocks | None = None
-
-
-@dataclass(kw_only=True)
-class FetchInFlight(JobInFlight):
-    """A fetch: blocks in flight from the lower tier to the pool. `started_s` is from `time.perf_counter`."""
-
-    plan: FetchPlan
-    hashes: list[bytes]
-    keys: list[bytes]
-    started_s: float
-    event_of: Sequence[tuple[PlannedBlocks, int]] = ()  # as for a write
+        Args:
+            num_parts: how many parts a block has, see `kvortex.vllm.worker.parts`.
+        """
+        parts = np.zeros((self.plan.transfer.num_blocks, num_parts), dtype=np.uint64)
+        for of_part in self.digests:
+            parts[of_part.positions, of_part.part] = of_part.digests
+        return parts[:, 0] if num_parts == 1 else digests_of_rows(parts)
 
 
 AnyJob = TypeVar("AnyJob", bound=JobInFlight)

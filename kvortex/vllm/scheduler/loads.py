@@ -54,12 +54,11 @@ class LoadPlanner:
 
     # -- look-up -----------------------------------------------------------------------------------
 
-    def look_up(self, tracked: TrackedRequest, plan: ConnectorPlan) -> int | None:
+    def look_up(self, tracked: TrackedRequest) -> int | None:
         """Number of tokens that a request can load now.
 
         Args:
             tracked: the request, with `local_tokens` that vLLM's own cache has.
-            plan: the plan of the next step; a job that fetches more blocks from the lower tier is added to it.
 
         Returns:
             None while the request should wait, because more blocks are in flight to the pool, or the lower tier is
@@ -79,9 +78,7 @@ class LoadPlanner:
         found, wanted = rules.reach(tracked, tier.known if tier is not None else None)
         if tier is None:
             tracked.looked_up = tracked.local_tokens, Reach(found, wanted)
-        if wanted.keys and (
-            self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted, plan)
-        ):
+        if wanted.keys and (self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted)):
             return None
         if found < least * rules.alignment or not self._admission.may_load(request, self._tracked.values()):
             return 0
@@ -95,8 +92,7 @@ class LoadPlanner:
     def _wait_for_blocks(self, request_id: str, wanted: Wanted) -> bool:
         """Begin, or continue, to wait for blocks that are in flight to the pool; False if that is not worthwhile."""
         tier = self._context.tier
-        keys = wanted.keys[:1] if wanted.is_chain else wanted.keys
-        if tier is not None and any(tier.is_arriving(key) for key in keys):
+        if tier is not None and tier.is_fetching(request_id):
             return True
         # A save in flight takes some milliseconds, less than to compute the block. It may fail: the wait is bounded.
         if wanted.reason is not MissReason.PENDING:
@@ -106,13 +102,10 @@ class LoadPlanner:
         since_s = self._waiting_since_s.setdefault(request_id, now_s)
         return now_s - since_s < self._options.pending_wait_s
 
-    def _begin_fetch(self, request: "Request", wanted: Wanted, plan: ConnectorPlan) -> bool:
-        """Plan to fetch blocks that a request needs from the lower tier; False if it has none of them."""
+    def _begin_fetch(self, request: "Request", wanted: Wanted) -> bool:
+        """Have blocks that a request needs fetched from the lower tier; False if it has none of them."""
         tier = self._context.tier
-        job = tier.plan_fetch(request, wanted) if tier is not None else None
-        if job is not None:
-            plan.fetches.append(job)
-        return job is not None
+        return tier is not None and tier.fetch(request, wanted)
 
     def end_wait(self, request_id: str) -> None:
         """A request waits for no pending save any more."""

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.planes.control import ControlPlane
-from kvortex.tiering.keys import split_keys
-from kvortex.vllm.plans import NO_WRITE, ConnectorPlan, SaveJob
+from kvortex.vllm.plans import ConnectorPlan, SaveJob
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.context import PlannerContext
 from kvortex.vllm.scheduler.jobs import SaveInFlight, SavePart
@@ -91,20 +90,9 @@ class SavePlanner:
         if not save.transfer.num_blocks:
             return
         job_id = next(context.job_ids)
-        tier_keys, write_id = b"", NO_WRITE
-        if context.tier is not None:
-            positions = save.positions.tolist()
-            events = [(part.event, n) for part in parts if part.event is not None for n in range(len(part.run.keys))]
-            if events and order is not None:
-                events = [events[n] for n in order.tolist()]
-            tier_keys, write_id = context.tier.plan_write(
-                split_keys(keys[save.positions]), [events[position] for position in positions if events]
-            )
-        context.jobs.add(
-            SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is, write_id=write_id)
-        )
+        context.jobs.add(SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is))
         context.rules.hold(save.transfer.block_ids.tolist())
-        plan.saves.append(SaveJob(job_id, save.transfer, tier_keys, write_id))
+        plan.saves.append(SaveJob(job_id, save.transfer))
         logger.debug("job %d saves %d of %d blocks", job_id, save.transfer.num_blocks, len(keys))
 
     # -- end ---------------------------------------------------------------------------------------
@@ -137,10 +125,7 @@ class SavePlanner:
         succeeded, lossy = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
         succeeded[list(job.failed)] = False
         lossy[list(job.too_lossy)] = True
-        digests = np.zeros(count, dtype=np.uint64) if job.digests is None else job.digests
-        self._control.finish_save(job.plan, digests, succeeded, lossy)
-        if context.tier is not None and job.write_id != NO_WRITE:
-            context.tier.hold_saved(job.write_id, succeeded)
+        self._control.finish_save(job.plan, job.block_digests(context.num_parts), succeeded, lossy)
         if job.as_is:
             context.stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         nbytes = context.bytes_moved(transfer.forms, succeeded)

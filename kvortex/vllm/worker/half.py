@@ -1,7 +1,6 @@
 """The worker half: registers the paged cache of one rank, and starts the jobs of each step without blocking it."""
 
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvortex.codecs import RAW
-from kvortex.config import KVortexConfig
+from kvortex.codecs import RAW, PageEncodings
 from kvortex.errors import EngineStateError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
@@ -21,17 +19,18 @@ from kvortex.planes.data import DataPlane, pages_of
 from kvortex.runtime.loop_thread import LoopThread
 from kvortex.types import BlockSizes
 from kvortex.vllm.identity.identity import identity_of
-from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, PoolShrunk, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, OwnedHandshake, PoolShrunk, WeightsChanged, WorkerHandshake
 from kvortex.vllm.versions import WorkerReports
 from kvortex.vllm.worker.caches import LayerCache, register
+from kvortex.vllm.worker.digests import Digests, OwnersDigests, WorkersDigests
 from kvortex.vllm.worker.jobs import JobRunner, RankJob
+from kvortex.vllm.worker.owned import OwnedPool, join_as_writer, join_owner, uses_owner
+from kvortex.vllm.worker.parts import BlockParts, PartSizes
 from kvortex.vllm.worker.places import Places, RankPlaces, largest
 from kvortex.vllm.worker.ranks import Peers, PoolShare, check_memory_of_all
 from kvortex.vllm.worker.reports import ReportBox
-from kvortex.vllm.worker.tier_mover import TierMover
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,8 +49,6 @@ class WorkerHalf:
     An event orders a save behind the forward of its step. Then the save runs beside the next steps, because nothing
     writes a full block again while its request holds it. A step waits for a save in one case only: if it gives a block
     of this save to another request before the save has read it.
-
-    Digests stay with the workers: each rank compares what it loads with what it, or its group, has saved.
 
     Args:
         vllm_config: the engine's configuration.
@@ -80,17 +77,14 @@ class WorkerHalf:
         self._handshake_in_step = handshake_in_step
         self._thread: LoopThread | None = None
         self._data: DataPlane | None = None
-        self._mover: TierMover | None = None
         self._jobs: JobRunner | None = None
-        self._share = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
-        self._places = Places(1, (BlockSizes(1, 1),), (BlockSizes(1, 1),))
+        self._share: PoolShare | OwnedPool = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
+        self._places: Places | BlockParts = Places(1, (BlockSizes(1, 1),), (BlockSizes(1, 1),))
         self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
         self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
         self._reports = ReportBox(by_request=not self._groups.is_one_of_full_attention)
-        self._pauses_counted = 0
-        self._writer = secrets.token_hex(16)
 
     # -- start and end -----------------------------------------------------------------------------
 
@@ -117,10 +111,10 @@ class WorkerHalf:
                     memory=share.memory,
                     on_pinning_stopped=self._pinning_stopped,
                 )
-                if share.owner is None:
+                if isinstance(share, PoolShare):
                     return make()
-                data = make(scratch=partial(scratch_of, share.owner))
-                share.owner.tell(Kind.SCRATCH_DONE)
+                data = make(scratch=partial(scratch_of, share.client))
+                share.client.tell(Kind.SCRATCH_DONE)
                 return data
 
             self._data = thread.run(start())
@@ -130,16 +124,18 @@ class WorkerHalf:
             raise
         self._thread = thread
         self._share = share
-        engine = self._options.engine
-        if engine.lower_tier or share.owner is not None:
-            identity = identity_of(self._vllm_config, self._groups.is_latent, self._rank, engine.identity)
-            namespace = self._namespace = self._data.namespace(identity)
-            if engine.lower_tier:
-                self._open_mover(self._data, namespace, thread)
-        if share.owner is not None:
-            share.owner.ask(Kind.WRITER, self._writer.encode())
+        digests: Digests
+        part = 0
+        if isinstance(share, OwnedPool):
+            identity = self._options.engine.identity
+            described = identity_of(self._vllm_config, self._groups.is_latent, self._rank, identity)
+            self._namespace = self._data.namespace(described)
+            digests, part = OwnersDigests(share.parts, self._data.pool.bytes), share.parts.number
+            join_as_writer(share)
+        else:
+            digests = WorkersDigests(share)
         placed = RankPlaces(self._places, share, here)
-        self._jobs = JobRunner(self._data, thread.loop, share, placed, self._mover, self._reports)
+        self._jobs = JobRunner(self._data, thread.loop, digests, placed, part, self._reports)
         if self._handshake_in_step:
             self._reports.add(self._make_handshake(self._data))
         shared = f", shared by {share.size} ranks" if share.memory is not None else ""
@@ -154,10 +150,8 @@ class WorkerHalf:
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         self._reports.shrink_pool(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
 
-    def _make_share(self, cache: PagedCache, here: Sequence[int]) -> PoolShare:
+    def _make_share(self, cache: PagedCache, here: Sequence[int]) -> PoolShare | OwnedPool:
         config = self._options.engine
-        if config.owner.socket:
-            return self._join_owner(config, cache)
         pages = pages_of(cache, config.codec.name)
         own = [BlockSizes(0, 0)] * len(self._groups.set)
         for number, of_group in zip(here, pages, strict=True):
@@ -166,6 +160,12 @@ class WorkerHalf:
             logger.warning(
                 "codec %r does not take a cache of %s: blocks are stored raw", config.codec.name, cache.dtypes
             )
+        if uses_owner(config):
+            sizes = [of_group.sizes for of_group in pages]
+            mine = PartSizes.of_groups(PageEncodings(pages), sizes, here, len(own))
+            pool = join_owner(self._vllm_config, config, self._peers, mine)
+            self._places = pool.parts
+            return pool
         stages = self._peers.stages
         planned = largest(stages.exchange(tuple(own))) if stages is not None else tuple(own)
         self._places = Places(config.pool.pin_piece_bytes, planned, tuple(own))
@@ -175,21 +175,11 @@ class WorkerHalf:
             return PoolShare.own(config, own)
         return PoolShare.of_group(self._peers.replicas, config, cache.digest, own)
 
-    def _join_owner(self, config: KVortexConfig, cache: PagedCache) -> PoolShare:
-        own = tuple(pages.sizes for pages in pages_of(cache, config.codec.name))
-        share = PoolShare.of_owner(config)
-        self._places = Places(share.config.pool.pin_piece_bytes, own, own)
-        return share
-
     def _num_pools_here(self) -> int:
         parallel = self._vllm_config.parallel_config
         sharing = self._peers.replicas.size if self._peers.replicas is not None else 1
         ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
         return max(ranks // sharing // int(getattr(parallel, "nnodes", 1)), 1)
-
-    def _open_mover(self, data: DataPlane, namespace: Namespace, thread: LoopThread) -> None:
-        self._mover = TierMover(self._options.engine, namespace, data.pool.bytes, data.encodings)
-        thread.run(self._mover.open())
 
     def handshake(self) -> WorkerHandshake | None:
         """The registered cache, for the scheduler half; None if it is reported with the first step."""
@@ -201,10 +191,22 @@ class WorkerHalf:
             self._places.planned,
             self._num_blocks,
             self._places.planned_bytes(data.pool.capacity_bytes),
-            self._namespace,
-            self._writer if self._share.owner is not None else "",
-            data.encodings.payloads,
-            tuple(map(int, data.encodings.codecs)),
+            self._owned_handshake(),
+        )
+
+    def _owned_handshake(self) -> OwnedHandshake | None:
+        share = self._share
+        if not isinstance(share, OwnedPool) or self._namespace is None:
+            return None
+        encodings = share.parts.encodings
+        return OwnedHandshake(
+            socket=str(share.client.path),
+            namespace=self._namespace,
+            part=share.parts.number,
+            num_parts=share.parts.count,
+            writer=share.writer,
+            payloads=encodings.payloads,
+            codecs=tuple(map(int, encodings.codecs)),
         )
 
     def shutdown(self) -> None:
@@ -212,10 +214,10 @@ class WorkerHalf:
         if self._thread is None or self._data is None or self._jobs is None:
             return
         thread, data, jobs = self._thread, self._data, self._jobs
-        self._thread = self._data = self._mover = self._jobs = None
+        self._thread = self._data = self._jobs = None
 
         async def close() -> None:
-            await jobs.aclose()
+            await jobs.settle()
             await data.aclose()
 
         thread.run(close())
@@ -246,8 +248,6 @@ class WorkerHalf:
         self._share.forget()
         if self._jobs is not None:
             self._jobs.num_weights += 1
-        if self._mover is not None:
-            self._mover.forget_all()
         self._reports.add(WeightsChanged(self._plan.number))
 
     def _settle(self, thread: LoopThread) -> None:
@@ -283,14 +283,8 @@ class WorkerHalf:
         self.wait_for_reads(plan)
 
     def start_loads(self) -> None:
-        """Start this step's loads, behind what the forward's stream has queued so far, and its fetches."""
+        """Start this step's loads, behind what the forward's stream has queued so far."""
         loads, self._plan.loads = self._plan.loads, []
-        fetches, self._plan.fetches = self._plan.fetches, []
-        used_keys, self._plan.used_keys = self._plan.used_keys, b""
-        for fetch in fetches:
-            self._runner().fetch(fetch)
-        if used_keys:
-            self._runner().touch(used_keys)
         for load in loads:
             self._start(self._runner().whole(load))
 
@@ -326,14 +320,6 @@ class WorkerHalf:
     def take_failed_block_ids(self) -> set[int]:
         """Device blocks that a load should have filled, and that hold no KV, since the last call."""
         return self._reports.take_failed_block_ids()
-
-    def take_stats(self) -> ConnectorStats:
-        """This rank's figures since the last call."""
-        stats, pauses = ConnectorStats(), self._mover.num_pauses if self._mover is not None else 0
-        if pauses > self._pauses_counted:
-            stats.add("tier_pauses", pauses - self._pauses_counted)
-            self._pauses_counted = pauses
-        return stats
 
     def take_reports(self) -> WorkerReports | None:
         """Reports for the scheduler half since the last call, None if there are none."""

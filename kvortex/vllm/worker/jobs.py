@@ -15,13 +15,11 @@ from kvortex.cuda.driver import Event
 from kvortex.errors import KVortexError
 from kvortex.planes.data import DataPlane
 from kvortex.sched import TransferRequest
-from kvortex.tiering.keys import split_joined
 from kvortex.types import TransferPlan
-from kvortex.vllm.plans import FetchJob, JobOutcome, LoadJob, SaveJob
+from kvortex.vllm.plans import JobOutcome, LoadJob, SaveDigests, SaveJob
+from kvortex.vllm.worker.digests import Digests
 from kvortex.vllm.worker.places import RankPlaces
-from kvortex.vllm.worker.ranks import PoolShare
 from kvortex.vllm.worker.reports import ReportBox
-from kvortex.vllm.worker.tier_mover import TierMover
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +54,9 @@ class JobRunner:
     Args:
         data: moves blocks between paged cache and pool.
         loop: the loop of the data plane, on a thread of its own.
-        share: what this rank saves, and the digests.
-        places: this rank's groups and offsets.
-        mover: moves blocks between pool and lower tier; None without a lower tier.
+        digests: of the blocks in the pool.
+        places: this rank's groups and offsets, and what it saves.
+        part: number of this rank's part of blocks in an owner's pool.
         reports: takes the outcomes.
     """
 
@@ -66,21 +64,20 @@ class JobRunner:
         self,
         data: DataPlane,
         loop: asyncio.AbstractEventLoop,
-        share: PoolShare,
+        digests: Digests,
         places: RankPlaces,
-        mover: TierMover | None,
+        part: int,
         reports: ReportBox,
     ) -> None:
         self._data = data
         self._loop = loop
-        self._share = share
+        self._digests = digests
         self._places = places
-        self._mover = mover
+        self._part = part
         self._reports = reports
         self.num_weights = 0
         """Changes of the weights so far. Loads that were planned before the last of them bring nothing."""
         self._transfers: set[asyncio.Task[None]] = set()  # they touch the paged cache
-        self._tier_tasks: set[asyncio.Task[None]] = set()  # between pool and lower tier
 
     @property
     def num_transfers(self) -> int:
@@ -102,25 +99,13 @@ class JobRunner:
         after = self._data.record_event()
         self._loop.call_soon_threadsafe(self._spawn_transfer, part, after)
 
-    def fetch(self, job: FetchJob) -> None:
-        """Bring blocks from the lower tier into the pool."""
-        self._loop.call_soon_threadsafe(self._spawn_tier_task, self._fetch(job))
-
-    def touch(self, keys: bytes) -> None:
-        """Count blocks of the lower tier as used now; `keys` are 32 bytes a block."""
-        self._loop.call_soon_threadsafe(self._spawn_tier_task, self._touch(keys))
-
     def refuse(self, part: RankJob) -> None:
         """Let a load or a save fail without a start."""
         self._end(part, JobOutcome(part.job.job_id, _ids(part.positions)))
-        if isinstance(part.job, SaveJob) and part.job.keys:
-            self._reports.end(JobOutcome(part.job.write_id, _ids(part.positions)))
 
     def skip(self, job: SaveJob) -> None:
         """Report a save in which this rank has no part."""
         self._reports.end(JobOutcome(job.job_id))
-        if job.keys:
-            self._reports.end(JobOutcome(job.write_id))
 
     # -- end ---------------------------------------------------------------------------------------
 
@@ -129,22 +114,10 @@ class JobRunner:
         while self._transfers:
             await asyncio.wait(self._transfers)
 
-    async def aclose(self) -> None:
-        """Finish the transfers, and close the lower tier; on the loop."""
-        await self.settle()
-        if self._mover is not None:
-            await self._mover.aclose()
-            for task in self._tier_tasks:
-                task.cancel()  # it waits for I/O that hangs; that I/O keeps its memory
-            await asyncio.gather(*self._tier_tasks, return_exceptions=True)
-
     # -- on the loop's thread ----------------------------------------------------------------------
 
     def _spawn_transfer(self, part: RankJob, after: Event | None) -> None:
         _spawn(self._transfer(part, after), self._transfers)
-
-    def _spawn_tier_task(self, call: Coroutine[Any, Any, None]) -> None:
-        _spawn(call, self._tier_tasks)
 
     async def _transfer(self, part: RankJob, after: Event | None) -> None:
         data, is_save = self._data, isinstance(part.job, SaveJob)
@@ -164,9 +137,6 @@ class JobRunner:
             if part.overwritten or self._is_outdated(part.job):
                 outcome = JobOutcome(part.job.job_id, _ids(part.positions))
             self._end(part, outcome)
-        if isinstance(part.job, SaveJob) and part.job.keys:
-            saved = np.flatnonzero(ended[0].succeeded & (not part.overwritten))
-            self._spawn_tier_task(self._write_behind(part, part.job, ended[0], saved))
 
     def _is_outdated(self, job: SaveJob | LoadJob) -> bool:
         """True for a load from an owner's pool that was planned for other weights than those of now."""
@@ -181,44 +151,20 @@ class JobRunner:
 
     def _outcome_of(self, part: RankJob, request: TransferRequest) -> JobOutcome:
         corrupt = np.zeros(request.num_blocks, dtype=np.bool_)
-        reported: NDArray[np.uint64] | None = None
+        reported: SaveDigests | None = None
+        planned = part.job.transfer.part(part.positions)
         if isinstance(part.job, LoadJob):
-            expected = part.job.digests
-            if expected is None:
-                expected = self._share.digests[self._share.places(part.transfer)]
-            corrupt = request.succeeded & (request.digests != expected)
-        elif self._share.owner is not None:
-            reported = request.digests
+            expected = None if part.job.digests is None else part.job.digests[part.positions]
+            intact = self._digests.are_intact(planned, part.transfer, expected, request.digests)
+            corrupt = request.succeeded & ~intact
         else:
-            places = self._share.places(part.transfer)
-            self._share.digests[places[request.succeeded]] = request.digests[request.succeeded]
+            done = np.flatnonzero(request.succeeded)
+            digests = self._digests.saved(planned.part(done), part.transfer.part(done), request.digests[done])
+            if digests is not None:
+                reported = SaveDigests(self._part, part.positions[done], digests)
         masks = (~request.succeeded, corrupt, request.too_lossy)
         failed, damaged, too_lossy = (_ids(part.positions[mask]) for mask in masks)
         return JobOutcome(part.job.job_id, failed, damaged, too_lossy, reported)
-
-    async def _write_behind(
-        self, part: RankJob, job: SaveJob, request: TransferRequest, saved: NDArray[np.intp]
-    ) -> None:
-        keys = split_joined(job.keys)
-        stored = np.zeros(request.succeeded.size, dtype=np.bool_)
-        if self._mover is not None:
-            wanted = [keys[position] for position in part.positions[saved].tolist()]
-            stored[saved] = await self._mover.write(wanted, part.transfer.part(saved), request.digests[saved])
-        self._reports.end(JobOutcome(job.write_id, _ids(part.positions[~stored])))
-
-    async def _fetch(self, job: FetchJob) -> None:
-        plan, positions = self._places.part_of(job.transfer)
-        keys = split_joined(job.keys)
-        digests = np.zeros(plan.num_blocks, dtype=np.uint64)
-        arrived = np.zeros(plan.num_blocks, dtype=np.bool_)
-        if self._mover is not None:
-            arrived = await self._mover.fetch([keys[i] for i in positions.tolist()], plan, digests)
-        self._share.digests[self._share.places(plan)[arrived]] = digests[arrived]
-        self._reports.end(JobOutcome(job.job_id, _ids(positions[~arrived])))
-
-    async def _touch(self, keys: bytes) -> None:
-        if self._mover is not None:
-            await self._mover.touch(split_joined(keys))
 
 
 def _ids(positions: NDArray[np.intp]) -> tuple[int, ...]:

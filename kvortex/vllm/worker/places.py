@@ -18,6 +18,8 @@ from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 
 if TYPE_CHECKING:
+    from kvortex.vllm.worker.owned import OwnedPool
+    from kvortex.vllm.worker.parts import BlockParts
     from kvortex.vllm.worker.ranks import PoolShare
 
 
@@ -100,12 +102,12 @@ class RankPlaces:
     """What one rank moves of planned transfers: the blocks of its layers, with its own offsets and group numbers.
 
     Args:
-        places: scales the offsets.
+        places: says where this rank's bytes of a block are.
         share: says which blocks this rank saves.
         here: for each of the rank's own groups, in order, its number in plans. A pipeline stage may lack some.
     """
 
-    def __init__(self, places: Places, share: "PoolShare", here: Sequence[int]) -> None:
+    def __init__(self, places: "Places | BlockParts", share: "PoolShare | OwnedPool", here: Sequence[int]) -> None:
         self._places = places
         self._share = share
         self._own_number = np.full(len(places.planned), -1, dtype=np.int64)
@@ -126,7 +128,7 @@ class RankPlaces:
     def part_of(self, plan: TransferPlan) -> tuple[TransferPlan, NDArray[np.intp]]:
         """The same for what this rank saves, or fetches, of it."""
         mine, positions = self.whole(plan)
-        part = self._share.part_of(mine)
+        part = self._share.part_of(plan.part(positions), mine)
         return mine.part(part), positions[part]
 
 

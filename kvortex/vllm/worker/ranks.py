@@ -20,7 +20,6 @@ from kvortex.arithmetic import align_up
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.memory import SharedMemory, SharedTicket, check_memory
-from kvortex.owner import OwnerClient
 from kvortex.types import PAGE_BYTES, BlockSizes, TransferPlan
 from kvortex.vllm.model import ServedGroups
 
@@ -119,8 +118,7 @@ class PoolShare:
         digests: `uint64 [num_places]`, the digest of the block at each place.
         place_nbytes: bytes of a place. No extent is smaller, so no two blocks have the same place.
         rank, size: this rank saves the blocks whose place is `rank` modulo `size`.
-        memory: the pool, shared by the ranks with the digests, or that of an owner; None if this rank has its own.
-        owner: the connection to the owner of the pool, which keeps the digests; None without one.
+        memory: the pool, shared by the ranks with the digests; None if this rank has its own.
     """
 
     config: KVortexConfig
@@ -129,18 +127,6 @@ class PoolShare:
     rank: int = 0
     size: int = 1
     memory: SharedMemory | None = None
-    owner: OwnerClient | None = None
-
-    @classmethod
-    def of_owner(cls, config: KVortexConfig) -> Self:
-        """Connect to the owner of a pool.
-
-        Raises:
-            ConfigError, OwnerError: there is no owner, or it refuses this process; vLLM does not start then.
-        """
-        client = OwnerClient(config.owner.socket, config.owner.deadline_s)
-        pool = {"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes}
-        return cls(config.replace(pool=pool), np.empty(0, dtype=np.uint64), 1, memory=client.memory, owner=client)
 
     @classmethod
     def own(cls, config: KVortexConfig, sizes: Sequence[BlockSizes]) -> Self:
@@ -183,22 +169,18 @@ class PoolShare:
         """The places of a plan's blocks, `int64 [n]`: indices into `digests`."""
         return plan.offsets // self.place_nbytes
 
-    def part_of(self, plan: TransferPlan) -> NDArray[np.intp]:
-        """Positions of the blocks of a plan that are this rank's share, `intp [m]`."""
-        return np.flatnonzero(self.places(plan) % self.size == self.rank)
+    def part_of(self, planned: TransferPlan, placed: TransferPlan) -> NDArray[np.intp]:
+        """Positions of the blocks of a plan that are this rank's share, `intp [m]`; the second has its own offsets."""
+        return np.flatnonzero(self.places(placed) % self.size == self.rank)
 
     def forget(self) -> None:
         """Change the digests of all blocks that this rank has saved, so that each fails its check when it is loaded."""
-        if self.owner is not None:
-            return  # the scheduler half finds them no more
         mine = self.digests[self.rank :: self.size]
         mine ^= np.uint64(secrets.randbits(64))  # a new number each time: the same one twice would restore the digests
 
     def close(self) -> None:
-        """Release the shared memory, and end the connection to its owner; idempotent."""
-        if self.owner is not None:
-            self.owner.close()
-        elif self.memory is not None:
+        """Release the shared memory; idempotent."""
+        if self.memory is not None:
             self.memory.close()
 
 

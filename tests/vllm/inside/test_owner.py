@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from engine_support import BLOCK_SIZE, Engine, prompt, running
@@ -18,7 +17,6 @@ from owner_support import ServingOwner, serving
 from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.types import MissReason
-from kvortex.vllm.scheduler.half import check_can_share
 from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 from kvortex.vllm.worker.ranks import PoolShare
 
@@ -158,21 +156,6 @@ def test_a_corrupt_block_is_computed_again(
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         engine.settle()
         assert engine.misses(MissReason.CORRUPT) > 0
-
-
-@pytest.mark.parametrize(
-    ("world_size", "events", "why"), [(2, False, "one worker"), (1, True, "KV events"), (1, False, None)]
-)
-def test_what_an_owner_does_not_serve_yet_is_refused(world_size: int, events: bool, why: str | None) -> None:
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=world_size),
-        kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
-    )
-    if why is None:
-        check_can_share(config)
-        return
-    with pytest.raises(ConfigError, match=why):
-        check_can_share(config)
 
 
 class Process:
