@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvortex.codecs import Codec, Encodings
 from kvortex.errors import ConfigError, KVortexError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
+from kvortex.owner.events import Watcher
 from kvortex.owner.tiers import OwnerTiers
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
@@ -30,6 +31,7 @@ class Cache:
         described: its groups, see `describe_groups`.
         tiering: moves its blocks to and from a lower tier; None without one.
         num_clears: how often it was cleared; what was reserved before is not seen.
+        watchers: events for its clients that publish them.
     """
 
     namespace: NDArray[np.uint64]
@@ -39,6 +41,17 @@ class Cache:
     num_groups: int
     tiering: Tiering | None = None
     num_clears: int = 0
+    watchers: list[Watcher] = field(default_factory=list)
+
+    def written(self, key: bytes) -> None:
+        """The lower tier has stored a block."""
+        for watcher in self.watchers:
+            watcher.add_written(key)
+
+    def lost(self, key: bytes) -> None:
+        """The lower tier could not give a block back."""
+        for watcher in self.watchers:
+            watcher.add_lost(key)
 
 
 class Caches:
@@ -53,6 +66,7 @@ class Caches:
         self.control = control
         self._tiers = tiers
         self._caches: dict[bytes, Cache] = {}
+        control.on_removed = self._removed
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -76,6 +90,11 @@ class Caches:
             raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
         return known
 
+    def _removed(self, offsets: NDArray[np.int64]) -> None:
+        for cache in self._caches.values():
+            for watcher in cache.watchers:
+                watcher.add_removed(offsets)
+
     def _add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
         sizes, encodings = forms_from(forms)
         groups, num_parts = groups_from(described)
@@ -84,6 +103,8 @@ class Caches:
         cache = Cache(namespace, self.control.add_cache(sizes, groups), forms.tobytes(), described, len(sizes))
         if self._tiers is not None:
             cache.tiering = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts)
+            if cache.tiering is not None:
+                cache.tiering.backing.on_written, cache.tiering.backing.on_lost = cache.written, cache.lost
         return cache
 
 

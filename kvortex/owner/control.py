@@ -7,8 +7,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from kvortex.planes.control import (
     save_outcomes,
 )
 from kvortex.stats import PoolFigures
+from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,13 @@ class RemoteAllocator:
         )
 
 
+class RemoteEvents(NamedTuple):
+    """Keys of blocks that the lower tier has stored, and of those that it could not give back."""
+
+    written: list[bytes]
+    lost: list[bytes]
+
+
 class RemoteControl:
     """Plans saves and loads in a pool that an owner holds; methods and results are those of `ControlPlane`.
 
@@ -141,6 +149,8 @@ class RemoteControl:
 
     Attributes:
         tier: name of the lower tier behind the pool, empty if there is none.
+        on_removed: called with the offsets, `int64 [n]`, of visible blocks of any engine that have left the pool,
+            before this one gets their memory; see `watch`.
 
     Raises:
         OwnerError: the owner refuses this cache.
@@ -169,6 +179,7 @@ class RemoteControl:
         self._in_flight: set[int] = set()  # slots of saves in flight
         self._forms = describe_forms(self.extents.tolist(), encodings)
         self.tier = ""
+        self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
         self._described = describe_groups(groups, num_parts).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
@@ -181,6 +192,8 @@ class RemoteControl:
 
     def _connected(self) -> None:
         self._add_cache()
+        if self.on_removed is not None:
+            self.client.ask(Kind.WATCH)
         self._say_if_settled()
 
     def _say_if_settled(self) -> None:
@@ -226,7 +239,7 @@ class RemoteControl:
         client = self.client
         try:
             with client.exclusive():
-                states, slots, offsets, forms, positions = client.ask(
+                states, slots, offsets, forms, positions, removed = client.ask(
                     Kind.PLAN_SAVE, numbers(as_is), self.own(keys), of_blocks, front
                 )
                 generation = client.generation
@@ -234,6 +247,8 @@ class RemoteControl:
             states = np.full(count, NOT_PLANNED, dtype=np.int64)
             slots = offsets = positions = np.empty(0, dtype=np.int64)
             forms, generation = np.empty(0, dtype=np.uint8), -1
+            removed = slots
+        self._tell_removed(removed)
         numbered = slots + generation * _GENERATION
         if slots.size:
             with self._lock:
@@ -335,6 +350,38 @@ class RemoteControl:
     def release(self, slots: NDArray[np.int64]) -> None:
         """See `ControlPlane.release`."""
         self._unpin(slots)
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def watch(self, on_removed: Callable[[NDArray[np.int64]], None]) -> None:
+        """Have `on_removed` called from now on, during other calls of this object."""
+        self.on_removed = on_removed
+        self.client.ask(Kind.WATCH)
+
+    def _tell_removed(self, offsets: NDArray[np.int64]) -> None:
+        if self.on_removed is not None and offsets.size:
+            self.on_removed(offsets)
+
+    def take_events(self) -> RemoteEvents | None:
+        """What has happened since the last call; None if some of it is not known, or the owner is lost."""
+        try:
+            removed, was_overdue, written, lost = self.client.ask(Kind.EVENTS)
+        except OwnerLost:
+            return None
+        self._tell_removed(removed)
+        return None if was_overdue[0] else RemoteEvents(self._from_pool(written), self._from_pool(lost))
+
+    def _from_pool(self, keys: NDArray[np.uint64]) -> list[bytes]:
+        return split_keys(self.own(keys.reshape(-1, 4)))  # XOR is its own inverse
+
+    def places(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Offsets of blocks in the pool, `int64 [n]`, -1 for those that are not there."""
+        try:
+            offsets, removed = self.client.ask(Kind.PLACES, self.own(keys))
+        except OwnerLost:
+            return np.full(len(keys), -1, dtype=np.int64)
+        self._tell_removed(removed)
+        return offsets
 
     # -- all ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ HELLO of the client; it begins with the version in every version of this protoco
 
 import struct
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,6 +33,7 @@ Field: TypeAlias = NDArray[Any] | bytes
 Arrays: TypeAlias = list[NDArray[Any]]
 
 
+@unique
 class Kind(IntEnum):
     """Kinds of frames. The numbers stay the same for ever."""
 
@@ -52,7 +53,7 @@ class Kind(IntEnum):
     SETTLED = 15  # no transfer of an earlier connection of this client writes any more
 
     PLAN_SAVE = 20  # whether raw; keys; groups; keys that must not be evicted
-    SAVE_PLANNED = 21  # states of the n keys; slots, offsets, forms, positions of the m blocks that move
+    SAVE_PLANNED = 21  # states of the n keys; slots, offsets, forms, positions of the m blocks that move; REMOVED
     FINISH_SAVE = 22  # slots; digests; which succeeded, lose too much, were tried (or empty)
     PLAN_LOAD = 23  # keys
     LOAD_PLANNED = 24  # slots and reasons of the n keys; offsets, bytes, digests, forms of the k hits
@@ -70,6 +71,12 @@ class Kind(IntEnum):
     TOUCH = 36  # keys
     INVALIDATE = 37  # keys
     CLEAR = 38
+    WATCH = 70  # from now on tell this client what has left the pool
+    EVENTS = 71
+    EVENTS_FOUND = 72  # REMOVED; whether events were dropped; keys that the lower tier has stored; those it has lost
+    PLACES = 73  # keys
+    PLACES_FOUND = 74  # offsets of the blocks, -1 for those that are not in the pool; REMOVED
+    # REMOVED are the offsets of blocks that have left the pool since the client, which watches, was last told.
     FIGURES = 39
     POOL_FIGURES = 40  # see `PoolNumbers`
 
@@ -126,7 +133,7 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.SHRINK: (_NUMBERS,),
     Kind.SETTLED: (),
     Kind.PLAN_SAVE: (_NUMBERS, _KEYS, _FLAGS, _KEYS),
-    Kind.SAVE_PLANNED: (_FLAGS, _NUMBERS, _NUMBERS, _FLAGS, _NUMBERS),
+    Kind.SAVE_PLANNED: (_FLAGS, _NUMBERS, _NUMBERS, _FLAGS, _NUMBERS, _NUMBERS),
     Kind.FINISH_SAVE: (_NUMBERS, _KEYS, _FLAGS, _FLAGS, _FLAGS),
     Kind.PLAN_LOAD: (_KEYS,),
     Kind.LOAD_PLANNED: (_NUMBERS, _FLAGS, _NUMBERS, _NUMBERS, _KEYS, _FLAGS),
@@ -143,6 +150,11 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.TOUCH: (_KEYS,),
     Kind.INVALIDATE: (_KEYS,),
     Kind.CLEAR: (),
+    Kind.WATCH: (),
+    Kind.EVENTS: (),
+    Kind.EVENTS_FOUND: (_NUMBERS, _NUMBERS, _KEYS, _KEYS),
+    Kind.PLACES: (_KEYS,),
+    Kind.PLACES_FOUND: (_NUMBERS, _NUMBERS),
     Kind.FIGURES: (),
     Kind.POOL_FIGURES: (_NUMBERS,),
     Kind.TIER_KNOWN: (_KEYS,),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvortex.errors import ConfigError, OwnerError
 from kvortex.index import MISS_REASONS, RESERVED, STORED
 from kvortex.owner.caches import Cache, Caches
+from kvortex.owner.events import Watcher
 from kvortex.owner.protocol import (
     Arrays,
     Field,
@@ -99,6 +100,7 @@ class Session:
         """Names of other processes that write to what it reserves."""
         self._cache: Cache | None = None
         self._tier: TierSession | None = None
+        self._watcher: Watcher | None = None
         self._reserved = Table(_RESERVED)
         self._pins = Table(_PINNED)
         self._scratch: int | None = None
@@ -122,6 +124,9 @@ class Session:
             Kind.TOUCH: self._touch,
             Kind.INVALIDATE: self._invalidate,
             Kind.CLEAR: self._clear,
+            Kind.WATCH: self._watch,
+            Kind.EVENTS: self._events,
+            Kind.PLACES: self._places,
             Kind.FIGURES: self._figures,
         }
 
@@ -158,6 +163,9 @@ class Session:
         """
         if self._tier is not None:
             self._tier.close()
+        if self._watcher is not None:
+            self.cache.watchers.remove(self._watcher)
+            self._watcher = None
         pinned, reserved = self._pins.used("count"), self._reserved.used("held")
         self._control.unpin(np.repeat(pinned, self._pins.rows["count"][pinned]))
         offsets: list[int] = self._reserved.rows["offset"][reserved].tolist()
@@ -250,6 +258,7 @@ class Session:
             offsets,
             self._own(forms),
             plan.positions.astype(np.int64),
+            self._removed(),
         )
 
     def _forms_of(self, plan: SavePlan) -> NDArray[np.uint8]:
@@ -356,6 +365,36 @@ class Session:
         self.cache.num_clears += 1
         self._control.clear_cache(self.cache.first, self.cache.num_groups)
         return Kind.DONE, ()
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def _watch(self) -> Answer:
+        if self._watcher is None:
+            self._watcher = Watcher()
+            self.cache.watchers.append(self._watcher)
+        return Kind.DONE, ()
+
+    def _removed(self) -> NDArray[np.int64]:
+        return numbers() if self._watcher is None else self._watcher.take_removed()
+
+    def _events(self) -> Answer:
+        if self._watcher is None:
+            raise OwnerError("EVENTS comes before WATCH")
+        removed = self._removed()
+        was_overdue, written, lost = self._watcher.take()
+        return Kind.EVENTS_FOUND, (
+            removed,
+            numbers(was_overdue),
+            *(keys ^ self.cache.namespace for keys in (written, lost)),
+        )
+
+    def _places(self, keys: NDArray[np.uint64]) -> Answer:
+        control = self._control
+        held = control.hold(keys_of(keys))
+        control.release(held.slots)
+        offsets = np.full(len(keys) // 4, -1, dtype=np.int64)
+        offsets[held.positions] = held.offsets
+        return Kind.PLACES_FOUND, (offsets, self._removed())
 
     def _figures(self) -> Answer:
         control = self._control

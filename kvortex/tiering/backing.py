@@ -1,7 +1,7 @@
 """The lower tier behind one pool: how the blocks of the pool are named, found and counted in the tier."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -116,6 +116,10 @@ class BackingTier:
         pool: the pool above the tier.
         tier: the tier, not opened.
         stats: counts the transfers.
+
+    Attributes:
+        on_written: called with the hash of each block that the tier has stored.
+        on_lost: called with the hash of each block that the tier could not give back.
     """
 
     def __init__(self, config: KVortexConfig, pool: TieredPool, tier: Tier, stats: EngineStats) -> None:
@@ -128,6 +132,8 @@ class BackingTier:
         self.state = TierState()
         self.tasks = TierTasks(tier.name)
         self.uses = UseClock()
+        self.on_written: Callable[[bytes], None] | None = None
+        self.on_lost: Callable[[bytes], None] | None = None
         self._stats = stats
 
     async def aclose(self) -> None:

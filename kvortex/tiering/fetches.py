@@ -306,6 +306,8 @@ class Fetches:
                 backing.tasks.spawn(backing.delete(join_keys([wanted.key])))
         else:
             backing.control.abandon_fetch(slot, offset, outcome.reason or MissReason.TRANSFER_FAILED)
+            if backing.on_lost is not None:
+                backing.on_lost(wanted.key)
         self._reading.remove(wanted.key)
         self._stop_waiting_for([wanted])
         self._schedule_pump()

@@ -180,6 +180,9 @@ class Tiering:
     def _delete_corrupt(self, keys: NDArray[np.uint64]) -> None:
         if len(keys) and self.backing.state.usable and not self.backing.state.closing:
             self.backing.tasks.spawn(self.backing.delete(keys))
+            if self.backing.on_lost is not None:
+                for key in split_keys(keys):
+                    self.backing.on_lost(key)
 
     async def invalidate(self, keys: NDArray[np.uint64]) -> bool:
         """Delete blocks, `uint64 [n, 4]`, from the tier, and those on their way to it; False if some may be left."""

@@ -265,6 +265,8 @@ class WriteBehind:
 
     def _settled(self, key: bytes, outcome: WriteOutcome) -> None:
         self._count_write(outcome)
+        if outcome.outcome.is_stored and self._backing.on_written is not None:
+            self._backing.on_written(key)
         move = self._moving[key]
         move.count -= 1
         if not move.count:

@@ -122,7 +122,7 @@ class Lives(RuleBasedStateMachine):
         player = self.players[at]
         keys, groups = self.chosen(player, places)
         in_flight = {save.key for other in self.players for save in other.saves.values()}
-        states, slots, offsets, forms, positions = player.client.plan_save(keys, groups, raw=raw)
+        states, slots, offsets, forms, positions, _ = player.client.plan_save(keys, groups, raw=raw)
         assert (np.diff(positions) > 0).all()
         for key, state in zip(keys, states.tolist(), strict=True):
             if state == STORED:

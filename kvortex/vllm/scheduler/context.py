@@ -12,6 +12,7 @@ from kvortex.vllm.scheduler.blocks import BlockRules
 from kvortex.vllm.scheduler.events import EventLog
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
 from kvortex.vllm.scheduler.lower_tier import LowerTier
+from kvortex.vllm.scheduler.owner_events import OwnerEvents
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PlannerContext:
         job_ids: numbers for jobs.
         stats: counts for vLLM's metrics.
         events: takes note of what enters the pool; None where vLLM publishes no events.
+        owner_events: those of an owner's pool; None without an owner.
         num_weights: says how many changes of the weights are known.
     """
 
@@ -38,6 +40,7 @@ class PlannerContext:
     job_ids: Iterator[int]
     stats: ConnectorStats
     events: EventLog | None
+    owner_events: OwnerEvents | None
     num_weights: Callable[[], int]
 
     @property

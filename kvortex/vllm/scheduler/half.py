@@ -38,6 +38,7 @@ from kvortex.vllm.scheduler.hybrid import Hybrid
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
 from kvortex.vllm.scheduler.loads import LoadPlanner
 from kvortex.vllm.scheduler.lower_tier import LowerTier
+from kvortex.vllm.scheduler.owner_events import OwnerEvents
 from kvortex.vllm.scheduler.requests import TrackedRequest, computing_requests
 from kvortex.vllm.scheduler.saves import SavePlanner
 from kvortex.vllm.scheduler.stale import StaleKV
@@ -109,6 +110,7 @@ class SchedulerHalf:
         self._owned: dict[int, OwnedHandshake] = {}  # by part
         self._writers: list[str] = []
         self._num_parts = 1
+        self._owner_events: OwnerEvents | None = None
         self._ready = not handshake_in_step and not self._has_owner
         self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
@@ -169,6 +171,7 @@ class SchedulerHalf:
             control=self._control,
             tier=self._tier,
             num_parts=self._num_parts,
+            owner_events=self._owner_events,
             jobs=self._jobs,
             job_ids=self._job_ids,
             stats=self._stats,
@@ -237,8 +240,11 @@ class SchedulerHalf:
             logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)
             return False
         self._control, self._sizes, self._num_parts = control, handshakes[0].sizes, first.num_parts
+        if self._events is not None:
+            self._owner_events = OwnerEvents(control, self._events)
         if control.tier:
-            self._tier = LowerTier(self._options.engine, control, self._stats, self._options.pending_wait_s)
+            wait_s = self._options.pending_wait_s
+            self._tier = LowerTier(self._options.engine, control, self._stats, self._owner_events, wait_s)
         if self._made is not None:
             self._make_planners()
         logger.info(
@@ -388,6 +394,8 @@ class SchedulerHalf:
 
     def take_events(self) -> Iterable["KVCacheEvent"]:
         """KV events since the last call; none unless vLLM publishes them."""
+        if self._owner_events is not None:
+            self._owner_events.update()
         return self._events.take() if self._events is not None else ()
 
     # -- ends --------------------------------------------------------------------------------------

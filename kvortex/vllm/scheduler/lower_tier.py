@@ -15,6 +15,7 @@ from kvortex.owner.tiering import RemoteCall, RemoteCalls, known_to_tier, tier_f
 from kvortex.stats import TieringFigures
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler.blocks import Wanted
+from kvortex.vllm.scheduler.owner_events import OwnerEvents
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -31,6 +32,9 @@ class _Question(NamedTuple):
 class _Fetch(NamedTuple):
     call: RemoteCall
     started_s: float
+    request: "Request"
+    keys: NDArray[np.uint64]
+    numbers: list[tuple[int, int]]
 
 
 class LowerTier:
@@ -40,10 +44,19 @@ class LowerTier:
         config: the engine's settings.
         control: the remote control plane, of a cache that has a lower tier.
         stats: counts for vLLM's metrics.
+        events: takes note of what enters the pool; None where vLLM publishes no events.
         ask_wait_s: seconds that a request waits for the answer of a store that may have more than is known.
     """
 
-    def __init__(self, config: KVortexConfig, control: RemoteControl, stats: ConnectorStats, ask_wait_s: float) -> None:
+    def __init__(
+        self,
+        config: KVortexConfig,
+        control: RemoteControl,
+        stats: ConnectorStats,
+        events: "OwnerEvents | None",
+        ask_wait_s: float,
+    ) -> None:
+        self._events = events
         self._control = control
         self._stats = stats
         self._ask_wait_s = ask_wait_s
@@ -110,13 +123,15 @@ class LowerTier:
         if not asked.isdisjoint(numbers[:1] if wanted.is_chain else numbers):
             return False
         groups = np.array([group for group, _ in numbers], dtype=np.uint8)
-        call = self._calls.fetch(pack_keys(hashes), groups, leading=wanted.is_chain)
+        keys = pack_keys(hashes)
+        call = self._calls.fetch(keys, groups, leading=wanted.is_chain)
         assert call.flags is not None
         coming = np.flatnonzero(call.flags)
         asked.update([numbers[n] for n in coming.tolist()] or numbers[:1])
         if call.is_over:
             return False
-        self._fetches[request.request_id] = _Fetch(call, time.perf_counter())
+        known = len(call.flags)
+        self._fetches[request.request_id] = _Fetch(call, time.perf_counter(), request, keys[:known], numbers[:known])
         return True
 
     def is_fetching(self, request_id: str) -> bool:
@@ -130,6 +145,8 @@ class LowerTier:
             return seconds < self._wait_s
         del self._fetches[request_id]
         self._stats.add("fetch_seconds", seconds)
+        if self._events is not None:
+            self._events.add_fetched(fetch.request, fetch.keys, fetch.numbers)
         return False
 
     def num_fetched(self, request_id: str, group: int, blocks: range) -> int:

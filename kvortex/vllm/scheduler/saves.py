@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.planes.control import ControlPlane
+from kvortex.tiering.keys import split_keys
 from kvortex.vllm.plans import ConnectorPlan, SaveJob
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.context import PlannerContext
@@ -152,13 +153,20 @@ class SavePlanner:
             start += len(part.run.keys)
 
     def _publish(self, part: SavePart, numbers: NDArray[np.intp], offsets: NDArray[np.int64]) -> None:
-        events = self._context.events
-        if events is not None and part.event is not None:
+        events, of_owner = self._context.events, self._context.owner_events
+        if events is None or part.event is None:
+            return
+        if of_owner is not None:
+            keys = part.run.keys[numbers]
+            of_owner.add_saved(split_keys(keys), [(part.event, number) for number in numbers.tolist()])
+            offsets = of_owner.places(keys)
+            there = offsets >= 0
+        else:
             assert isinstance(self._control, ControlPlane)
             # A reset may have dropped a block before its save ended: nothing is at its offset then.
             there = self._control.allocator.holds(offsets)
-            order = np.argsort(numbers[there], kind="stable")
-            events.add_stored(part.event, numbers[there][order].tolist(), offsets[there][order].tolist())
+        order = np.argsort(numbers[there], kind="stable")
+        events.add_stored(part.event, numbers[there][order].tolist(), offsets[there][order].tolist())
 
 
 def _jobs(parts: Iterable[SavePart], least: int) -> Iterator[list[SavePart]]:
