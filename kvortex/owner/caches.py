@@ -1,7 +1,7 @@
 """The caches whose blocks are in one pool, and how a client describes its own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -70,6 +70,9 @@ class Caches:
 
     def __len__(self) -> int:
         return len(self._caches)
+
+    def __iter__(self) -> Iterator[Cache]:
+        return iter(self._caches.values())
 
     def add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
         """The cache of a namespace, which is new, or known with these sizes.

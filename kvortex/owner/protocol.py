@@ -81,7 +81,9 @@ class Kind(IntEnum):
     POOL_FIGURES = 40  # see `PoolNumbers`
 
     TIER_KNOWN = 50  # keys
-    TIER_FOUND = 60  # which of them the lower tier is known to have; whether its store may have more, and answers
+    TIER_FOUND = (
+        60  # which of them the tier is known to have; whether its store answers for more; whether it has no more
+    )
     FETCH = 51  # whether only the leading blocks that the tier is known to have; keys; groups
     FETCHING = 52  # number of the call, 0 if it is over; for each block IN_TIER and AWAITED
     END_FETCH = 53  # number of the call, whether to cancel it; answered by FETCHING

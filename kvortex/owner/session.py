@@ -354,7 +354,7 @@ class Session:
     def _touch(self, keys: NDArray[np.uint64]) -> Answer:
         self._control.touch(keys_of(keys))
         if self._tier is not None:
-            self._tier.used(keys_of(keys))
+            self._tier.touched(keys_of(keys))
         return None
 
     def _invalidate(self, keys: NDArray[np.uint64]) -> Answer:

@@ -58,6 +58,10 @@ class TierSession:
         if len(keys):
             self._tiering.used(self._own(keys))
 
+    def touched(self, keys: NDArray[np.uint64]) -> None:
+        """A request has ended that used a chain of blocks."""
+        self._tiering.touch(self._own(keys))
+
     def loaded(self, keys: NDArray[np.uint64], corrupt: NDArray[np.bool_] | None) -> None:
         """Blocks were loaded; some of them, `bool [n]`, or none, were not as they had been saved."""
         outcomes: list[MissReason | None] = [None] * len(keys)
@@ -69,7 +73,7 @@ class TierSession:
 
     def _known(self, keys: NDArray[np.uint64]) -> tuple[Kind, tuple[Field, ...]]:
         found = as_flags(self._tiering.known(self._own(keys_of(keys))))
-        return Kind.TIER_FOUND, (found, numbers(self._tiering.asks_store))
+        return Kind.TIER_FOUND, (found, numbers(self._tiering.asks_store, self._tiering.knows_all))
 
     def _fetch(
         self, options: NDArray[np.int64], keys: NDArray[np.uint64], groups: NDArray[np.uint8]

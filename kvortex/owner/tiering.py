@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,7 +239,7 @@ class RemoteTiering:
 
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """See `Fetches.known`."""
-        return known_to_tier(self._control, keys)[0]
+        return known_to_tier(self._control, keys).mask
 
     def fetch(self, keys: NDArray[np.uint64], groups: NDArray[np.uint8] | None = None) -> RemoteFetch:
         """See `Tiering.fetch`."""
@@ -282,13 +282,27 @@ class RemoteTiering:
                     progress.set_result(None)
 
 
-def known_to_tier(control: RemoteControl, keys: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], bool]:
-    """Which blocks the tier is known to have, `bool [n]`, and whether its store may have more, and answers."""
+class Known(NamedTuple):
+    """What a tier is known to have.
+
+    Attributes:
+        mask: which of the blocks, `bool [n]`.
+        asks_store: True if its store may have more of them, and answers.
+        knows_all: True if the tier will never have others than those that are known.
+    """
+
+    mask: NDArray[np.bool_]
+    asks_store: bool
+    knows_all: bool
+
+
+def known_to_tier(control: RemoteControl, keys: NDArray[np.uint64]) -> Known:
+    """Which blocks, `uint64 [n, 4]`, the tier is known to have; none if the owner is lost."""
     try:
-        found, asks = control.client.ask(Kind.TIER_KNOWN, control.own(keys))
+        found, answers = control.client.ask(Kind.TIER_KNOWN, control.own(keys))
     except OwnerLost:
-        return np.zeros(len(keys), dtype=np.bool_), False
-    return found.astype(np.bool_), bool(asks[0])
+        return Known(np.zeros(len(keys), dtype=np.bool_), asks_store=False, knows_all=False)
+    return Known(found.astype(np.bool_), *map(bool, answers[:2]))
 
 
 def tier_figures(control: RemoteControl) -> TieringFigures | None:

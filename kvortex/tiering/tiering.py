@@ -7,7 +7,7 @@ bytes of demoted blocks. Blocks beyond the bounds are shed and counted; each is 
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from kvortex.types import MissReason
 
 logger = logging.getLogger(__name__)
 
+TOUCHED_AGAIN_S: Final = 30.0
+MAX_TOUCHED: Final = 1 << 16
+
 
 class Tiering:
     """Moves blocks between one pool and one lower tier.
@@ -40,6 +43,7 @@ class Tiering:
         self.is_exclusive = backing.config.tier.inclusion == "exclusive"
         self.writes = WriteBehind(backing)
         self.fetches = Fetches(backing, deletes_fetched=self.is_exclusive)
+        self._touched_s: dict[bytes, float] = {}  # last hash of a chain -> when `touch` last counted it
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -153,6 +157,23 @@ class Tiering:
         """Blocks of the pool, a chain of hashes `uint64 [n, 4]`, were asked for again."""
         self._used(keys, self.backing.uses.chain(len(keys)))
 
+    def touch(self, keys: NDArray[np.uint64]) -> None:
+        """Count those of a chain of hashes, `uint64 [n, 4]`, that the tier has as used, every 30 seconds at most.
+
+        A request has ended that used them, in whichever way: so none is offered to the tier.
+        """
+        if not len(keys) or not self.backing.state.usable or self.backing.guard.writes.refuses:
+            return
+        now_s, last = self.backing.uses.now(), keys[-1].tobytes()
+        if now_s - self._touched_s.get(last, 0.0) < TOUCHED_AGAIN_S:
+            return
+        found = self.backing.encodings_known(keys)
+        if (found != NOT_KNOWN).any():
+            self._touched_s[last] = now_s
+            while len(self._touched_s) > MAX_TOUCHED:
+                del self._touched_s[next(iter(self._touched_s))]
+            self.backing.tasks.spawn(self.backing.touch(keys, found, self.backing.uses.chain(len(keys))))
+
     def _used(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
         backing = self.backing
         if self.is_exclusive or not len(keys) or not backing.state.may_work:
@@ -201,6 +222,12 @@ class Tiering:
     def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which blocks the tier is known to have; see `Fetches.known`."""
         return self.fetches.known(keys)
+
+    @property
+    def knows_all(self) -> bool:
+        """True if the store has no blocks but those that are known here, or never opens."""
+        state = self.backing.state
+        return state.is_known and not (state.usable and self.backing.tier.may_have_unknown)
 
     @property
     def asks_store(self) -> bool:

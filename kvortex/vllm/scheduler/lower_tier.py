@@ -11,14 +11,16 @@ from kvortex.config import KVortexConfig
 from kvortex.index import pack_keys
 from kvortex.owner import RemoteControl
 from kvortex.owner.protocol import TierCall
-from kvortex.owner.tiering import RemoteCall, RemoteCalls, known_to_tier, tier_figures
-from kvortex.stats import TieringFigures
+from kvortex.owner.tiering import Known, RemoteCall, RemoteCalls, known_to_tier, tier_figures
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.scheduler.blocks import Wanted
 from kvortex.vllm.scheduler.owner_events import OwnerEvents
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+SCAN_WAIT_S: Final = 0.5
+"""Enough to scan a small store before the server starts; a large one is scanned while it serves."""
 
 FIGURES_INTERVAL_S: Final = 1.0
 """Seconds between two questions for the tier's counters, at least."""
@@ -64,20 +66,31 @@ class LowerTier:
         in_pool = control.allocator.capacity_bytes // int(control.extents.max())
         self._max_fetching = max(1, in_pool // 2)
         self._calls = RemoteCalls(control)
-        self._asks_store = True
+        self._knows_all = False
         self._questions: dict[str, _Question] = {}  # by request
         self._overdue: list[_Question] = []
         self._fetches: dict[str, _Fetch] = {}  # by request
         self._asked: dict[str, set[tuple[int, int]]] = {}  # request -> blocks that were fetched for it
-        self._counted: TieringFigures | None = None
-        self._counted_s = 0.0
+        self._counted = tier_figures(control)
+        self._counted_s = time.monotonic()
+        self._wait_for_scan()
+
+    def _wait_for_scan(self) -> None:
+        ready, until_s = self._calls.start(TierCall.READY), time.monotonic() + SCAN_WAIT_S
+        while not ready.is_over and time.monotonic() < until_s:
+            time.sleep(SCAN_WAIT_S / 100)
+            self._calls.ask()
 
     def known(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Which blocks the tier is known to have, `bool [n]`."""
         if not keys:
             return np.empty(0, dtype=np.bool_)
-        found, self._asks_store = known_to_tier(self._control, pack_keys(keys))
-        return found
+        return self._known(keys).mask
+
+    def _known(self, keys: Sequence[bytes]) -> Known:
+        known = known_to_tier(self._control, pack_keys(keys))
+        self._knows_all = known.knows_all
+        return known
 
     def waits_for_answer(self, request_id: str, blocks: Callable[[], Sequence[bytes]]) -> bool:
         """True while the store is asked which blocks of a request it has, unless that takes too long.
@@ -91,11 +104,12 @@ class LowerTier:
         self._calls.ask()
         if (question := self._questions.get(request_id)) is None:
             self._overdue = [late for late in self._overdue if not late.answer.is_over]
-            if self._overdue or not self._asks_store:
+            if self._overdue or self._knows_all:
                 return False
             hashes = blocks()
-            unknown = np.flatnonzero(~self.known(hashes))
-            if not unknown.size or not self._asks_store:
+            known = self._known(hashes)
+            unknown = np.flatnonzero(~known.mask)
+            if not unknown.size or not known.asks_store:
                 return False
             asked = self._calls.start(TierCall.ASK, pack_keys([hashes[n] for n in unknown.tolist()]))
             question = _Question(asked, time.monotonic() + self._ask_wait_s)
@@ -170,7 +184,7 @@ class LowerTier:
         if (figures := tier_figures(self._control)) is None:
             return
         before, self._counted = self._counted, figures
-        if before is None:
+        if before is None:  # the owner did not answer then
             return
         for name, counter in (
             ("written_blocks", "written_blocks"),

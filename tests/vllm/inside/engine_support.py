@@ -17,6 +17,7 @@ import vllm
 from tiny_model import VOCAB_SIZE, make_tiny_model
 
 from kvortex.owner import RemoteControl
+from kvortex.owner.tiering import tier_figures
 from kvortex.planes.control import ControlPlane
 from kvortex.types import MissReason
 from kvortex.vllm.metrics import ConnectorStats
@@ -140,13 +141,15 @@ class Engine:
 
 
 def settle_disk(engine: Engine) -> None:
-    """Let every block be written; vLLM steps on only while it is asked."""
-    for _ in range(100):
-        engine.settle()
-        tier = engine.scheduler_half._tier
-        if tier is None or not tier.num_jobs:
+    """Let every block be written, if there is a lower tier."""
+    engine.settle()
+    control, until_s = engine.control, time.monotonic() + SETTLE_S
+    while isinstance(control, RemoteControl) and control.tier:
+        figures = tier_figures(control)
+        if figures is not None and figures.usable and not figures.waiting_blocks:
             return
-    raise AssertionError("writes do not end")
+        assert time.monotonic() < until_s, "writes do not end"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvortex.config import KVortexConfig
 from kvortex.owner import Owner
@@ -10,10 +11,16 @@ from kvortex.runtime.loop_thread import LoopThread
 
 
 class ServingOwner:
-    """An owner on a thread of this process, with a pool of 64 MiB."""
+    """An owner on a thread of this process, with a pool of 64 MiB.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of its socket.
+        changes: other settings.
+    """
+
+    def __init__(self, path: Path, **changes: Any) -> None:
         self.path = path
+        self._config = KVortexConfig(**{"pool": "64MiB", **changes})
         self.thread = LoopThread()
         self.begin()
 
@@ -22,7 +29,7 @@ class ServingOwner:
         self.owner = self.thread.run(self._start())
 
     async def _start(self) -> Owner:
-        owner = Owner(KVortexConfig(pool="64MiB"), self.path)
+        owner = Owner(self._config, self.path)
         owner.start()
         return owner
 
@@ -39,9 +46,9 @@ class ServingOwner:
 
 
 @contextlib.contextmanager
-def serving(path: Path) -> Iterator[ServingOwner]:
+def serving(path: Path, **changes: Any) -> Iterator[ServingOwner]:
     """An owner that listens at a path, and ends."""
-    owner = ServingOwner(path)
+    owner = ServingOwner(path, **changes)
     try:
         yield owner
     finally:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import pytest
 from engine_support import BLOCK_SIZE, Engine, count_stats, prompt, running, settle_disk
 from inside_fixtures import PROMPTS
+from owner_support import serving
 
-from kvortex.config import KVortexConfig
-from kvortex.errors import ConfigError
 from kvortex.tiers import BaseTier, urls
 from kvortex.types import MissReason
-from kvortex.vllm.scheduler import tier_index
+from kvortex.vllm.scheduler import lower_tier
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 BLOCK_NBYTES = BLOCK_SIZE * 4096
@@ -45,6 +44,11 @@ def fetched(engine: Engine) -> int:
     return engine.loaded_blocks
 
 
+@pytest.fixture(autouse=True)
+def counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower_tier, "FIGURES_INTERVAL_S", 0.0)
+
+
 def test_what_the_pool_evicted_comes_back(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     options = {
         "disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"},
@@ -64,9 +68,8 @@ def test_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[l
     options = {"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}
     with running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
-        wait_for_files(tmp_path, num_blocks("long"))
-        engine.settle()
-        assert engine.scheduler_half._tier.num_jobs == 0
+        settle_disk(engine)
+        assert len(files_in(tmp_path)) == num_blocks("long")
     for path in files_in(tmp_path)[::3]:
         data = bytearray(path.read_bytes())
         data[6000] ^= 4
@@ -81,12 +84,17 @@ def test_a_damaged_file_is_computed_again(model: str, expected: dict[str, list[l
 
 
 def test_a_disk_that_is_left_alone_shows_in_the_figures(model: str, tmp_path: Path) -> None:
-    with running(model, options={"disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"}}) as engine:
-        worker = engine.worker_half
-        worker._mover._guard.reads.hung()
-        worker._mover._guard.writes.hung()
-        assert worker.take_stats().data == {"tier_pauses": 2}
-        assert worker.take_stats().is_empty()
+    with (
+        serving(tmp_path / "kv.sock", disk=str(tmp_path / "kv")) as owner,
+        running(model, options={"owner": str(owner.path)}) as engine,
+    ):
+        counted = count_stats(engine)
+        (cache,) = owner.owner.caches
+        assert cache.tiering is not None
+        cache.tiering.backing.guard.reads.hung()
+        cache.tiering.backing.guard.writes.hung()
+        engine.settle()
+        assert counted()["tier_pauses"] == 2
 
 
 def test_a_reset_forgets_the_disk_too(model: str, expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
@@ -124,18 +132,27 @@ def test_what_is_hit_above_the_disk_is_in_use_there(model: str, tmp_path: Path, 
             assert fetched(engine) - before == blocks
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tier_index, "REMEMBERED_KEYS", 3)
-    memory: tier_index.BoundedMap[bool] = tier_index.BoundedMap()
-    memory.add([b"a", b"b", b"c", b"d"], True)
-    assert [key in memory for key in (b"a", b"b", b"c", b"d")] == [False, True, True, True]
-    memory.discard([b"b", b"x"])
-    assert b"b" not in memory
-
-
-def test_another_inclusion_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"in vLLM tier\.inclusion can be 'inclusive' only"):
-        tier_index.check_supported(KVortexConfig(tier={"inclusion": "exclusive"}))
+@pytest.mark.parametrize(("setting", "value"), [("inclusion", "exclusive"), ("admission", "second_touch")])
+def test_other_ways_to_fill_the_disk(
+    model: str, expected: dict[str, list[list[int]]], tmp_path: Path, setting: str, value: str
+) -> None:
+    """Only what is evicted goes to the disk, or what is asked for again."""
+    options = {
+        "disk": {"path": str(tmp_path), "capacity_bytes": "1GiB"},
+        "tier": {setting: value},
+        "pool": {"bytes": 20 * BLOCK_NBYTES, "pin_piece_bytes": 20 * BLOCK_NBYTES},
+        "eviction": {"watermark": 0.5, "ratio": 0.5},
+    }
+    with running(model, options=options) as engine:
+        counted = count_stats(engine)
+        assert engine.generate([PROMPTS["whole blocks"]]) == expected["whole blocks"]
+        settle_disk(engine)
+        assert not files_in(tmp_path)
+        for round_number in range(4):
+            for name in WHOLE:
+                assert engine.generate([PROMPTS[name]]) == expected[name], (round_number, name)
+                settle_disk(engine)
+        assert counted()["fetched_blocks"] > 0
 
 
 SERVER = """
@@ -197,6 +214,7 @@ class SharedTier(BaseTier):
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> type[SharedTier]:
+    """A scheme of this process: so the owner is in this process, too."""
     monkeypatch.setitem(urls.OWN, "shared", lambda url, namespace: SharedTier(namespace=namespace))  # type: ignore[arg-type]
     monkeypatch.setattr(SharedTier, "objects", {})
     monkeypatch.setattr(SharedTier, "questions", [])
@@ -212,14 +230,14 @@ def wait_for_objects(shared: type[SharedTier], engine: Engine, count: int) -> No
 
 
 def test_a_store_that_others_write_to_is_asked_for_a_whole_prompt(
-    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier]
+    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier], tmp_path: Path
 ) -> None:
-    options = {"tier": "shared:", "pending_wait_s": 10.0}
-    with running(model, options=options) as engine:
+    options = {"owner": str(tmp_path / "kv.sock"), "pending_wait_s": 10.0}
+    with serving(tmp_path / "kv.sock", tier="shared:"), running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         wait_for_objects(shared, engine, num_blocks("long"))
     shared.questions.clear()
-    with running(model, options=options) as engine:
+    with serving(tmp_path / "kv.sock", tier="shared:"), running(model, options=options) as engine:
         assert engine.generate([PROMPTS["long"]]) == expected["long"]
         engine.settle()
         assert engine.loaded_blocks == num_blocks("long")
@@ -227,11 +245,12 @@ def test_a_store_that_others_write_to_is_asked_for_a_whole_prompt(
 
 
 def test_a_store_that_does_not_answer_costs_one_wait(
-    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier]
+    model: str, expected: dict[str, list[list[int]]], shared: type[SharedTier], tmp_path: Path
 ) -> None:
     shared.answer_after_s = 60.0
-    options = {"tier": {"urls": ["shared:"], "timeout_s": 60.0}, "pending_wait_s": 0.05}
-    with running(model, options=options) as engine:
+    options = {"owner": str(tmp_path / "kv.sock"), "pending_wait_s": 0.05}
+    tier = {"urls": ["shared:"], "timeout_s": 60.0}
+    with serving(tmp_path / "kv.sock", tier=tier), running(model, options=options) as engine:
         for name in WHOLE:
             assert engine.generate([PROMPTS[name]]) == expected[name]
             engine.settle()

@@ -14,11 +14,10 @@ from inside_fixtures import PROMPTS
 from model_shapes import engine_options, make_shape
 from owner_support import ServingOwner, serving
 
-from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
+from kvortex.owner import OwnerClient
 from kvortex.types import MissReason
 from kvortex.vllm.versions import REPORTS_FAILED_LOADS
-from kvortex.vllm.worker.ranks import PoolShare
 
 KILLS = int(os.environ.get("KVORTEX_KILLS", "3"))
 """How many engines are killed; more of them for a long run."""
@@ -108,7 +107,7 @@ def test_an_engine_goes_on_without_its_owner(
 
 def test_without_an_owner_no_worker_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kvortex serve"):
-        PoolShare.of_owner(KVortexConfig(owner=tmp_path / "none"))
+        OwnerClient(tmp_path / "none", 1.0)
 
 
 def test_a_reset_leaves_the_blocks_to_other_engines(
