@@ -183,7 +183,7 @@ class EventLog:
 
     def add_lost(self, names: Iterable[BlockName]) -> None:
         """These blocks could not be read from disk: they count as removed."""
-        known = [name for name in names if name in self._on_disk]
+        known = list(dict.fromkeys(name for name in names if name in self._on_disk))
         for name in known:
             del self._on_disk[name]
         self._remove(known, DISK)

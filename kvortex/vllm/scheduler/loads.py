@@ -73,7 +73,10 @@ class LoadPlanner:
         if rules.num_ahead(tracked) < least:
             return 0
         tier = self._context.tier
-        if tier is not None and tier.waits_for_answer(request.request_id, lambda: self._not_in_pool(tracked)):
+        if tier is not None and (
+            tier.is_fetching(request.request_id)
+            or tier.waits_for_answer(request.request_id, lambda: self._not_in_pool(tracked))
+        ):
             return None
         found, wanted = rules.reach(tracked, tier.known if tier is not None else None)
         if tier is None:
@@ -91,9 +94,6 @@ class LoadPlanner:
 
     def _wait_for_blocks(self, request_id: str, wanted: Wanted) -> bool:
         """Begin, or continue, to wait for blocks that are in flight to the pool; False if that is not worthwhile."""
-        tier = self._context.tier
-        if tier is not None and tier.is_fetching(request_id):
-            return True
         # A save in flight takes some milliseconds, less than to compute the block. It may fail: the wait is bounded.
         if wanted.reason is not MissReason.PENDING:
             self._waiting_since_s.pop(request_id, None)

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lives import NOTHING, chain_of
+from played_owner import PlayedOwner, hello_to_owner, join_played_owner
 from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport, config_of_groups
 
 from kvortex.arithmetic import align_up
 from kvortex.codecs import RAW
-from kvortex.hashing import Namespace
 from kvortex.types import BlockSizes
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.model import ServedGroups, expected_sizes
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob, WorkerHandshake
 from kvortex.vllm.scheduler.half import SchedulerHalf
 from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 from kvortex.vllm.worker.half import WorkerHalf
@@ -170,26 +170,25 @@ class GroupWorkers:
     Attributes:
         fails: the share of blocks whose transfer fails.
         sloth: the share of jobs that do not end in a step.
-        paused: jobs that do not end at all: "save", "write", "load" or "fetch".
+        paused: jobs that do not end at all: "save" or "load".
         loses: the share of blocks that packing would lose too much of; they are not saved.
         bad: positions of blocks that do not arrive with a load.
         num_ahead: steps that are scheduled before the oldest of them is executed.
     """
 
-    def __init__(self, harness: SchedulerHarness, groups: Sequence[Layers], random: Random) -> None:
-        self.harness, self.random = harness, random
+    def __init__(
+        self, harness: SchedulerHarness, groups: Sequence[Layers], random: Random, owner: PlayedOwner | None = None
+    ) -> None:
+        self.harness, self.random, self.owner = harness, random, owner
         self.memory = Memory(harness, groups)
         transfer = harness.vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config)
         self._half = WorkerHalf(harness.vllm_config, harness.kv_cache_config, options)
         self.pool: dict[int, tuple[int, Content]] = {}
-        """Offset -> bytes, and what they hold."""
-        self.disk: dict[bytes, Content] = {}
+        """Offset -> bytes, and what they hold; with an owner its pool has that."""
         self.unread: list[SaveJob] = []
         self.read: list[tuple[SaveJob, frozenset[int], frozenset[int]]] = []
-        self.unwritten: list[tuple[SaveJob, frozenset[int]]] = []
         self.loads: list[LoadJob] = []
-        self.fetches: list[FetchJob] = []
         self.fails = 0.0
         self.loses = 0.0
         self.sloth = 0.0
@@ -205,7 +204,12 @@ class GroupWorkers:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.unread or self.read or self.unwritten or self.loads or self.fetches or self._under_way)
+        return not (self.unread or self.read or self.loads or self._under_way)
+
+    @property
+    def control(self) -> Any:
+        """The control plane of the pool, wherever it is."""
+        return self.half._control if self.owner is None else self.owner.control
 
     @property
     def saving(self) -> set[int]:
@@ -246,7 +250,6 @@ class GroupWorkers:
             self._read(save)
         assert self.saving.isdisjoint(step.output.new_block_ids_to_zero or ()), "a block is zeroed while it is saved"
         self.loads += plan.loads
-        self.fetches += plan.fetches
         for load in plan.loads:
             self._wipe(load)
         self.memory.forward(step, works)
@@ -261,7 +264,9 @@ class GroupWorkers:
         """Some jobs have ended."""
         for save in [save for save in self.unread if self._is_due("save")]:
             self._read(save)
-        for outcome in [*self._saves(), *self._writes(), *self._fetches()]:
+        if self.owner is not None:
+            self.owner.turn(self.random.randrange(3) if self.sloth else 8)
+        for outcome in self._saves():
             self._half._reports.end(outcome)
         for job in [job for job in self.loads if self._is_due("load")]:
             self.loads.remove(job)
@@ -305,11 +310,18 @@ class GroupWorkers:
     def _put(self, transfer: Any, position: int, content: Content) -> None:
         """Write to the pool. What these bytes held before is gone."""
         offset, nbytes = int(transfer.offsets[position]), self._nbytes(transfer, position)
+        if self.owner is not None:
+            self.owner.put(offset, nbytes, content)
+            return
         for begin in [b for b, (n, _) in self.pool.items() if b < offset + nbytes and offset < b + n]:
             del self.pool[begin]
         self.pool[offset] = (nbytes, content)
 
-    def _at(self, offset: int) -> Content:
+    def _at(self, transfer: Any, position: int) -> Content:
+        offset = int(transfer.offsets[position])
+        if self.owner is not None:
+            found: Content | None = self.owner.at(offset, self._nbytes(transfer, position))
+            return EMPTY if found is None else found
         return self.pool.get(offset, (0, EMPTY))[1]
 
     def _nbytes(self, transfer: Any, position: int) -> int:
@@ -323,39 +335,15 @@ class GroupWorkers:
         failed = self._failed(job.transfer.num_blocks) | self.bad.intersection(range(job.transfer.num_blocks))
         corrupt = frozenset(n for n in failed if self.random.random() < 0.5)
         for n, block_id in enumerate(job.transfer.block_ids.tolist()):
-            content = self._at(int(job.transfer.offsets[n]))
+            content = self._at(job.transfer, n)
             self.memory.blocks[block_id] = EMPTY if n in failed else content
         return JobOutcome(job.job_id, tuple(failed - corrupt), tuple(corrupt))
 
     def _saves(self) -> Iterator[JobOutcome]:
         for save, failed, lossy in [job for job in self.read if self._is_due("save")]:
             self.read.remove((save, failed, lossy))
-            yield JobOutcome(save.job_id, tuple(failed), too_lossy=tuple(lossy))
-            if save.keys:
-                self.unwritten.append((save, failed))
-
-    def _writes(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.unwritten if self._is_due("write")]:
-            self.unwritten.remove((save, failed))
-            lost = failed | self._failed(save.transfer.num_blocks)
-            for n, key in enumerate(keys_in(save.keys)):
-                if n not in lost:
-                    self.disk[key] = self._at(int(save.transfer.offsets[n]))
-            yield JobOutcome(save.write_id, tuple(lost))
-
-    def _fetches(self) -> Iterator[JobOutcome]:
-        for job in [job for job in self.fetches if self._is_due("fetch")]:
-            self.fetches.remove(job)
-            keys = keys_in(job.keys)
-            lost = self._failed(len(keys)) | {n for n, key in enumerate(keys) if key not in self.disk}
-            for n, key in enumerate(keys):
-                if n not in lost:
-                    self._put(job.transfer, n, self.disk[key])
-            yield JobOutcome(job.job_id, tuple(lost))
-
-
-def keys_in(joined: bytes) -> list[bytes]:
-    return [joined[start : start + 32] for start in range(0, len(joined), 32)]
+            digests = None if self.owner is None else self.owner.digests_of(save.transfer)
+            yield JobOutcome(save.job_id, tuple(failed), too_lossy=tuple(lossy), digests=digests)
 
 
 def sizes_of(model: Model) -> tuple[BlockSizes, ...]:
@@ -385,22 +373,26 @@ def harness_of(
     )
 
 
-def greet(harness: SchedulerHarness, *, has_disk: bool, has_owner: bool = False) -> None:
-    """The handshake of a worker that has registered what the scheduler expects, over a disk or an owner's pool."""
+def greet(harness: SchedulerHarness, random: Random | None = None) -> PlayedOwner | None:
+    """The handshake of a worker that has registered what the scheduler expects.
+
+    Args:
+        harness: with settings that name a lower tier, or an owner, or none of these.
+        random: decides what the tier does.
+
+    Returns:
+        The owner that a lower tier needs; None if there is none.
+    """
     half: SchedulerHalf = harness.connector._scheduler
-    namespace = Namespace(
-        model="played",
-        weights_revision="",
-        layout=b"layout",
-        block_size=16,
-        kv_dtype="float32",
-        codec=half._options.engine.codec.name,
-    )
-    pool_bytes = half._control.allocator.capacity_bytes
-    num_blocks = harness.kv_cache_config.num_blocks
-    named = namespace if has_disk or has_owner else None
-    hello = WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes, named)
-    half.accept_handshake([hello])
+    engine, num_blocks = half._options.engine, harness.kv_cache_config.num_blocks
+    if engine.lower_tier:
+        return join_played_owner(half, num_blocks, random or Random(0))
+    if engine.owner.socket:
+        half.accept_handshake([hello_to_owner(half, num_blocks, engine.owner.socket)])
+    else:
+        pool_bytes = half._control.allocator.capacity_bytes
+        half.accept_handshake([WorkerHandshake(b"layout", half._sizes, num_blocks, pool_bytes)])
+    return None
 
 
 def prompt(count: int, seed: int) -> list[int]:

@@ -7,9 +7,11 @@ from random import Random
 from typing import Any, Protocol
 
 import pytest
+from played_owner import PlayedOwner
 from scheduler_harness import SchedulerHarness
 
-from kvortex.vllm.scheduler import loads, tier_planner
+from kvortex.planes.control import ControlPlane
+from kvortex.vllm.scheduler import loads, lower_tier
 from kvortex.vllm.scheduler.half import SchedulerHalf
 
 STEPS_A_REQUEST = 100  # for its tokens, one after the other, its prompt in pieces, its load and those of others
@@ -29,11 +31,14 @@ class Clock:
 
     perf_counter = monotonic
 
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
 
 def stop_the_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of the scheduler half, which goes on with steps only."""
     clock = Clock()
-    for module in (loads, tier_planner):
+    for module in (loads, lower_tier):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -52,6 +57,8 @@ class PlayedWorkers(Protocol):
 
     sloth: float
     """How likely a job waits for another step."""
+
+    owner: PlayedOwner | None
 
     @property
     def is_idle(self) -> bool: ...
@@ -90,6 +97,13 @@ class Life(ABC):
         half: SchedulerHalf = self.harness.connector._scheduler
         return half
 
+    @property
+    def control(self) -> ControlPlane:
+        """That of the pool, here or in an owner."""
+        control: Any = self.half._control if self.workers.owner is None else self.workers.owner.control
+        assert isinstance(control, ControlPlane)
+        return control
+
     def live(self) -> None:
         """Requests come, things happen, and at the end nobody holds anything."""
         for _ in range(self.random.choice([10, 40, 80])):
@@ -110,6 +124,11 @@ class Life(ABC):
         name, self._num_requests = f"r{self._num_requests}", self._num_requests + 1
         self.harness.add_request(name, self.random.choice(self.prompts), max_tokens=self.random.choice([1, 3, 50]))
 
+    def close(self) -> None:
+        """Give back what is not the harness's."""
+        if self.workers.owner is not None:
+            self.workers.owner.close()
+
     @abstractmethod
     def disturb(self, chance: float) -> None:
         """Perhaps something happens; `chance` is 0.04 to 1."""
@@ -128,8 +147,11 @@ class Life(ABC):
         self.workers.step()
         self._listen()
         # A block that is dropped while it is read has left when that has ended.
-        told, known = len(self._announced["CPU"]), len(self.half._control.index)
-        assert told >= known if self.half.has_work() else told == known, "events and index differ"
+        told, known = len(self._announced["CPU"]), len(self.control.index)
+        if self.workers.owner is not None:  # of what it fetches it tells when the request asks again, if it does
+            assert told <= known or self.half.has_work(), "a block has left, and nobody was told"
+        else:
+            assert told >= known if self.half.has_work() else told == known, "events and index differ"
 
     def _listen(self) -> list[Any]:
         events = list(self._take_events())
@@ -161,7 +183,9 @@ class Life(ABC):
         pool: Any = self.harness.scheduler.kv_cache_manager.block_pool
         assert self.harness.num_free_blocks == pool.num_gpu_blocks - 1
         assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null), "a block is held"
-        control = self.half._control
+        if self.workers.owner is not None:
+            self.workers.owner.settle()
+        control = self.control
         assert control.allocator.allocated_bytes == control.index.committed_bytes
         assert control.index.num_pending == 0
         assert not self.half._jobs

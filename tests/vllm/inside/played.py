@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+from played_owner import PlayedOwner
 from scheduler_harness import SchedulerHarness, Step, WorkerReport
 
+from kvortex.types import TransferPlan
 from kvortex.vllm.metrics import ConnectorStats
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome
 from kvortex.vllm.scheduler.half import SchedulerHalf
@@ -24,7 +26,8 @@ class Played:
     def __init__(self, harness: SchedulerHarness) -> None:
         self.harness = harness
         self.open_loads: dict[str, int] = {}
-        self.open_saves: list[int] = []
+        self.open_saves: dict[int, TransferPlan] = {}
+        self.owner: PlayedOwner | None = None
 
     @property
     def half(self) -> SchedulerHalf:
@@ -33,7 +36,7 @@ class Played:
     def schedule(self) -> Step:
         step = self.harness.schedule()
         plan: ConnectorPlan = step.metadata
-        self.open_saves += [job.job_id for job in plan.saves]
+        self.open_saves |= {job.job_id: job.transfer for job in plan.saves}
         self.open_loads |= {job.request_id: job.job_id for job in plan.loads}
         return step
 
@@ -43,8 +46,10 @@ class Played:
         received: set[str] = set()
         if saves:
             lossy = faults.get("lossy", ())
-            outcomes += [JobOutcome(job, lossy, (), lossy) for job in self.open_saves]
-            self.open_saves = []
+            for job, transfer in self.open_saves.items():
+                digests = None if self.owner is None else self.owner.digests_of(transfer)
+                outcomes.append(JobOutcome(job, lossy, (), lossy, digests))
+            self.open_saves = {}
         if loads:
             failed, corrupt = faults.get("failed", ()), faults.get("corrupt", ())
             outcomes += [JobOutcome(job, failed, corrupt) for job in self.open_loads.values()]

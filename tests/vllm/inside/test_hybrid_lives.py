@@ -52,11 +52,12 @@ class MixedLife(Life):
                 **({"disk": {"path": str(home), "capacity_bytes": 1 << 30}} if has_disk else {}),
             },
         )
-        greet(harness, has_disk=has_disk)
-        workers = GroupWorkers(harness, model.groups, random)
+        workers = GroupWorkers(harness, model.groups, random, greet(harness, random))
         workers.num_ahead = int(is_ahead)
         workers.loses = random.choice([0.0, 0.05, 0.5])
         workers.fails = random.choice([0.0, 0.0, 0.05, 0.3])
+        if workers.owner is not None:
+            workers.owner.fails = workers.fails
         workers.sloth = random.choice([0.0, 0.5, 0.9])
         super().__init__(random, clock, harness, workers, longest)
 
@@ -68,7 +69,7 @@ class MixedLife(Life):
         elif chance < 0.09:
             self._preempt_all()
         elif chance < 0.13 and self.has_disk:
-            self.half._control._evict(1 << 40)  # the pool has evicted all that it may, the disk nothing
+            self.control._evict(1 << 40)  # the pool has evicted all that it may, the disk nothing
 
     def _preempt_all(self) -> None:
         """Unless somebody holds blocks of whom vLLM takes none: those that wait with them."""
@@ -93,5 +94,6 @@ def test_every_request_ends_on_its_own_kv(
             raise AssertionError(f"{name}, seed {seed}: {error}") from error
         finally:
             life.harness.shutdown()
+            life.close()
         hits += life.half.stats.snapshot().hits
     assert hits, "lives without hits prove little"

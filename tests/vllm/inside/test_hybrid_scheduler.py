@@ -25,10 +25,9 @@ def workers(llama: Path) -> Iterator[Callable[..., GroupWorkers]]:
     """Makes workers of one of `MODELS`; at the end they have nothing to do, and nobody holds a block."""
     made: list[GroupWorkers] = []
 
-    def make(name: str, *, has_disk: bool = False, **options: Any) -> GroupWorkers:
+    def make(name: str, **options: Any) -> GroupWorkers:
         harness = harness_of(MODELS[name], llama, **{"num_blocks": 400, **options})
-        greet(harness, has_disk=has_disk)
-        made.append(GroupWorkers(harness, MODELS[name].groups, Random(0)))
+        made.append(GroupWorkers(harness, MODELS[name].groups, Random(0), greet(harness)))
         return made[-1]
 
     yield make
@@ -36,8 +35,10 @@ def workers(llama: Path) -> Iterator[Callable[..., GroupWorkers]]:
         each.step()
         assert each.is_idle
         assert each.harness.num_free_blocks == each.harness.kv_cache_config.num_blocks - 1
-        assert each.half._control.index.num_pending == 0
+        assert each.control.index.num_pending == 0
         each.harness.shutdown()
+        if each.owner is not None:
+            each.owner.close()
 
 
 def reset(harness: SchedulerHarness) -> None:
@@ -210,18 +211,23 @@ def test_a_lower_tier_brings_blocks_of_all_groups(
     workers: Callable[..., GroupWorkers], tmp_path: Path, name: str
 ) -> None:
     extra = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": 1 << 30}}
-    w = workers(name, has_disk=True, pool_blocks=200, extra=extra)
+    w = workers(name, pool_blocks=200, extra=extra)
+    assert w.owner is not None
     w.harness.add_request("a", PROMPT, max_tokens=2)
     w.run("a")
     w.step()
     reset(w.harness)
     from_pool = served(w, "b", PROMPT)
+    w.owner.settle()
     w.half._control.clear()
     reset(w.harness)
     w.harness.add_request("c", PROMPT, max_tokens=2)
-    (fetch,) = w.step().metadata.fetches
+    assert not w.step().metadata.loads  # it waits for the tier
+    w.owner.settle()
     (load,) = w.step().metadata.loads
     assert w.harness.requests["c"].num_computed_tokens == from_pool > 0
     num_drafts = sum(group.is_draft for group in MODELS[name].groups)  # vLLM looks for their next block, too
-    assert fetch.transfer.num_blocks == load.transfer.num_blocks + num_drafts
+    (cache,) = w.owner.caches
+    assert cache.tiering is not None
+    assert cache.tiering.fetches.fetched_blocks == load.transfer.num_blocks + num_drafts
     w.run("c")

@@ -13,14 +13,14 @@ from random import Random
 from typing import Any
 
 import pytest
+from groups_support import greet
 from lives import NOTHING, Clock, Life, chain_of, stop_the_clock
+from played_owner import PlayedOwner
 from scheduler_harness import SchedulerHarness, Step, WorkerReport
 from tiny_model import make_tiny_model
 from vllm.v1.request import RequestStatus
 
-from kvortex.hashing import Namespace
-from kvortex.types import BlockSizes
-from kvortex.vllm.plans import ConnectorPlan, FetchJob, JobOutcome, LoadJob, SaveJob, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
 from kvortex.vllm.versions import IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32
@@ -41,12 +41,10 @@ class Workers:
         self.harness, self.random = harness, random
         self.device: dict[int, list[int]] = {}
         self.pool: dict[int, list[int]] = {}
-        self.disk: dict[bytes, list[int]] = {}
+        self.owner: PlayedOwner | None = None
         self.unread: list[SaveJob] = []
         self.read: list[tuple[SaveJob, frozenset[int]]] = []
-        self.unwritten: list[tuple[SaveJob, frozenset[int]]] = []
         self.loads: list[LoadJob] = []
-        self.fetches: list[FetchJob] = []
         self.fails = 0.0
         self.sloth = 0.0
 
@@ -56,7 +54,6 @@ class Workers:
         for save in [save for save in self.unread if not plan.fresh_block_ids.isdisjoint(block_ids(save))]:
             self._read(save)
         self.loads += plan.loads
-        self.fetches += plan.fetches
         self._forward(step)
         self.unread += plan.saves
         self.harness.finish(step, self._report())
@@ -80,8 +77,19 @@ class Workers:
         failed = frozenset(i for i in range(save.transfer.num_blocks) if self.random.random() < self.fails)
         for i, (block_id, offset) in enumerate(zip(block_ids(save), save.transfer.offsets.tolist(), strict=True)):
             if i not in failed:
-                self.pool[offset] = list(self.device[block_id])
+                self._put(offset, list(self.device[block_id]))
         self.read.append((save, failed))
+
+    def _put(self, offset: int, content: list[int]) -> None:
+        if self.owner is not None:
+            self.owner.put(offset, BLOCK_NBYTES, tuple(content))
+        else:
+            self.pool[offset] = content
+
+    def _at(self, offset: int) -> list[int]:
+        if self.owner is not None:
+            return list(self.owner.at(offset, BLOCK_NBYTES) or [NOTHING] * BLOCK_SIZE)
+        return list(self.pool[offset])
 
     def _is_due(self) -> bool:
         return self.random.random() >= self.sloth
@@ -89,14 +97,16 @@ class Workers:
     def _report(self) -> WorkerReport:
         for save in [save for save in self.unread if self._is_due()]:
             self._read(save)
-        outcomes = [*self._saves(), *self._writes(), *self._fetches()]
+        if self.owner is not None:
+            self.owner.turn(self.random.randrange(3) if self.sloth else 8)
+        outcomes = [*self._saves()]
         received, invalid = set(), set()
         for job in [job for job in self.loads if self._is_due()]:
             self.loads.remove(job)
             failed = {i for i in range(job.transfer.num_blocks) if self.random.random() < self.fails}
             ids = job.transfer.block_ids.tolist()
             for i, (block_id, offset) in enumerate(zip(ids, job.transfer.offsets.tolist(), strict=True)):
-                self.device[block_id] = [NOTHING] * BLOCK_SIZE if i in failed else list(self.pool[offset])
+                self.device[block_id] = [NOTHING] * BLOCK_SIZE if i in failed else self._at(offset)
             split = {i for i in failed if self.random.random() < 0.5}
             outcomes.append(JobOutcome(job.job_id, tuple(failed - split), tuple(split)))
             received.add(job.request_id)
@@ -108,32 +118,12 @@ class Workers:
     def _saves(self) -> Iterator[JobOutcome]:
         for save, failed in [job for job in self.read if self._is_due()]:
             self.read.remove((save, failed))
-            yield JobOutcome(save.job_id, tuple(failed))
-            if save.keys:
-                self.unwritten.append((save, failed))
-
-    def _writes(self) -> Iterator[JobOutcome]:
-        for save, failed in [job for job in self.unwritten if self._is_due()]:
-            self.unwritten.remove((save, failed))
-            lost = failed | {i for i in range(save.transfer.num_blocks) if self.random.random() < self.fails}
-            for i, offset in enumerate(save.transfer.offsets.tolist()):
-                if i not in lost:
-                    self.disk[save.keys[32 * i : 32 * i + 32]] = list(self.pool[offset])
-            yield JobOutcome(save.write_id, tuple(lost))
-
-    def _fetches(self) -> Iterator[JobOutcome]:
-        for job in [job for job in self.fetches if self._is_due()]:
-            self.fetches.remove(job)
-            keys = [job.keys[32 * i : 32 * i + 32] for i in range(job.transfer.num_blocks)]
-            lost = {i for i, key in enumerate(keys) if key not in self.disk or self.random.random() < self.fails}
-            for i, offset in enumerate(job.transfer.offsets.tolist()):
-                if i not in lost:
-                    self.pool[offset] = list(self.disk[keys[i]])
-            yield JobOutcome(job.job_id, tuple(lost))
+            digests = None if self.owner is None else self.owner.digests_of(save.transfer)
+            yield JobOutcome(save.job_id, tuple(failed), digests=digests)
 
     @property
     def is_idle(self) -> bool:
-        return not (self.unread or self.read or self.unwritten or self.loads or self.fetches)
+        return not (self.unread or self.read or self.loads)
 
 
 def block_ids(save: SaveJob) -> list[int]:
@@ -168,14 +158,9 @@ class LlamaLife(Life):
         workers.sloth = random.choice([0.0, 0.5, 0.9])
         longest = min((num_blocks - 1) * BLOCK_SIZE, MAX_MODEL_LEN) - 60 - lookahead
         super().__init__(random, clock, harness, workers, longest)
-        sizes = (BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES),)
-        namespace = Namespace(
-            model="played", weights_revision="", layout=b"layout", block_size=BLOCK_SIZE, kv_dtype="float32"
-        )
-        hello = WorkerHandshake(
-            b"layout", sizes, num_blocks + 1, pool_blocks * BLOCK_NBYTES, namespace if disk else None
-        )
-        self.half.accept_handshake([hello])
+        workers.owner = greet(harness, random)
+        if workers.owner is not None:
+            workers.owner.fails = workers.fails
         # No model here drafts: only the room for it is asked for.
         self.harness.scheduler.num_lookahead_tokens = lookahead
         self.half._planners.admission._num_lookahead_tokens = lookahead
@@ -221,6 +206,7 @@ def test_every_request_ends_on_its_own_kv(
             raise AssertionError(f"seed {seed}: {error}") from error
         finally:
             life.harness.shutdown()
+            life.close()
 
 
 def test_hunts_are_not_empty() -> None:

@@ -8,13 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from groups_support import greet
 from played import BLOCK_NBYTES, BLOCK_SIZE, Played, tokens
-from scheduler_harness import SchedulerHarness
 
-from kvortex.hashing import Namespace
-from kvortex.types import BlockSizes
-from kvortex.vllm.plans import JobOutcome, WorkerHandshake
-from kvortex.vllm.versions import IS_NEWER, WorkerReports, watch_allocations
+from kvortex.vllm.versions import watch_allocations
 
 
 def finish_all(p: Played, names: str, **options: Any) -> None:
@@ -95,42 +92,18 @@ def test_figures_go_out_with_tokens(played: Callable[..., Played]) -> None:
     assert told["loads"] == 1
 
 
-class PlayedTier(Played):
-    """Workers that write to and fetch from a lower tier too."""
-
-    def __init__(self, harness: SchedulerHarness, pool_blocks: int, namespace: Any) -> None:
-        super().__init__(harness)
-        sizes = (BlockSizes(BLOCK_NBYTES, BLOCK_NBYTES),)
-        self.half.accept_handshake([WorkerHandshake(b"", sizes, 64, pool_blocks * BLOCK_NBYTES, namespace)])
-        self.events: list[Any] = []
-        self.tier_jobs: list[int] = []
-
-    def step(self, **options: Any) -> Any:
-        step = self.schedule()
-        plan = step.metadata
-        self.tier_jobs += [job.write_id for job in plan.saves if job.keys] + [job.job_id for job in plan.fetches]
-        report = self.report(**options)
-        message = report.worker_meta if IS_NEWER else report.kv_cache_events
-        outcomes = [*(message.reports if message else ()), *map(JobOutcome, self.tier_jobs)]
-        self.tier_jobs = []
-        name = "worker_meta" if IS_NEWER else "kv_cache_events"
-        object.__setattr__(report, name, WorkerReports(outcomes) if outcomes else None)
-        self.harness.finish(step, report)
-        return step
-
-
 def test_events_and_index_are_equal_with_a_disk_and_a_small_pool(
     played: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plain = played(
+    p = played(
         kv_events=True,
         extra={
             "pool": {"bytes": 24 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES},
             "disk": str(tmp_path / "disk"),
         },
     )
-    namespace = Namespace("m", "main", "float32", bytes(32), BLOCK_SIZE)
-    p = PlayedTier(plain.harness, 24, namespace)
+    owner = p.owner = greet(p.harness)
+    assert owner is not None
     held: set[Any] = set()
     original = p.half.take_events
 
@@ -151,9 +124,15 @@ def test_events_and_index_are_equal_with_a_disk_and_a_small_pool(
             p.harness.add_request(f"{turn}-{seed}", tokens(4 * BLOCK_SIZE + 1, seed), max_tokens=2)
             p.run(f"{turn}-{seed}")
             p.step()
+            owner.settle()
             follow()
-            assert len(held) == len(p.half._control.index)
+            assert len(held) == len(owner.control.index)
+    (cache,) = owner.caches
+    assert cache.tiering is not None
+    assert cache.tiering.fetches.fetched_blocks > 0
     p.half.reset_cache()
     follow()
     assert not held
     assert p.half.stats.snapshot().hits > 0
+    p.harness.shutdown()
+    owner.close()
