@@ -1,11 +1,15 @@
 """Engines of several processes: a program of its own, which prints what it found."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from owner_support import serving
 
 PROMPT_BLOCKS = 192
 """Tokens of the prompt's whole blocks."""
@@ -17,13 +21,16 @@ from vllm.config import KVTransferConfig
 def state(worker):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
     half = get_kv_transfer_group()._worker
-    raw = [[sizes.raw for sizes in of_groups] for of_groups in (half._places.own, half._places.planned)]
+    own = getattr(half._places, "own", half._places.planned)
+    raw = [[sizes.raw for sizes in of_groups] for of_groups in (own, half._places.planned)]
     return *raw, half._data.pool.capacity_bytes
 
 def main():
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
+        kv_connector_extra_config={
+            "pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}, **json.loads(sys.argv[3])
+        },
     )
     llm = vllm.LLM(
         model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_model_len=512, block_size=32,
@@ -48,8 +55,16 @@ if __name__ == "__main__":
 """Asks for the same answer three times, of an engine with the options of its second argument."""
 
 
-def run_program(tmp_path: Path, model: Path, program: str = PROGRAM, *, compiles: bool = False, **options: Any) -> Any:
-    """What a program prints behind "RESULT", with a model and engine options as its arguments."""
+def run_program(
+    tmp_path: Path,
+    model: Path,
+    program: str = PROGRAM,
+    *,
+    compiles: bool = False,
+    extra: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """What a program prints behind "RESULT", with a model, engine options and ours as its arguments."""
     script = tmp_path / "ranks.py"
     script.write_text(program)
     environment = {
@@ -58,11 +73,23 @@ def run_program(tmp_path: Path, model: Path, program: str = PROGRAM, *, compiles
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the workers for their state
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONHASHSEED": "0",
     }
     if compiles:
         environment.pop("TORCHDYNAMO_DISABLE", None)
-    command = [sys.executable, str(script), str(model), json.dumps(options)]
+    command = [sys.executable, str(script), str(model), json.dumps(options), json.dumps(extra or {})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
+
+
+@contextlib.contextmanager
+def pool_that_outlives(tmp_path: Path, over: str) -> Iterator[dict[str, Any]]:
+    """Settings of a pool, or of a disk, in which the next engine finds what one has stored."""
+    if over == "disk":
+        yield {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
+        return
+    with serving(tmp_path / "kv.sock") as owner:
+        yield {"owner": str(owner.path)}
+        assert owner.allocated_bytes > 0

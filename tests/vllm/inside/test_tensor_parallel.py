@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from model_shapes import make_shape
-from ranks_support import PROMPT_BLOCKS, run_program
+from owner_support import serving
+from ranks_support import PROMPT_BLOCKS, pool_that_outlives, run_program
 from tiny_model import lacks_float32_latent, make_tiny_model
 
 from kvortex.vllm.versions import IS_NEWER
@@ -24,13 +25,17 @@ from vllm.config import KVTransferConfig
 def state(worker):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
     half = get_kv_transfer_group()._worker
-    return half._share.rank, half._share.size, half._share.memory is not None, (half._share.digests != 0).sum().item()
+    digests = getattr(half._share, "digests", None)
+    saved = 0 if digests is None else (digests != 0).sum().item()
+    return half._share.rank, half._share.size, half._share.memory is not None, saved
 
 def main():
     force_prefix_caching()
     connector = KVTransferConfig(
         kv_connector="KVortexConnector", kv_connector_module_path="kvortex.vllm", kv_role="kv_both",
-        kv_connector_extra_config={"pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}},
+        kv_connector_extra_config={
+            "pool": {"bytes": "64MiB", "pin_piece_bytes": 16 << 20}, **json.loads(sys.argv[3])
+        },
     )
     llm = vllm.LLM(
         model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=512,
@@ -52,6 +57,17 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+
+@pytest.mark.parametrize("over", ["disk", "owner"])
+@pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
+def test_two_ranks_find_again_what_two_ranks_have_stored(tmp_path: Path, over: str) -> None:
+    model = make_tiny_model(tmp_path / "model", "qwen3")
+    with pool_that_outlives(tmp_path, over) as extra:
+        first, second = (run_program(tmp_path, model, extra=extra, **TWO_RANKS) for _ in range(2))
+    assert first["cached"] == [0, PROMPT_BLOCKS, PROMPT_BLOCKS]
+    assert second["cached"] == [PROMPT_BLOCKS] * 3
+    assert first["answers"] + second["answers"] == first["answers"][:1] * 6
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
@@ -79,3 +95,20 @@ def test_latent_kv_is_stored_once(tmp_path: Path) -> None:
     assert result["again"] == [[result["answer"][1:], 192]] * 2
     blocks = 192 // 16  # vLLM's CPU kernel wants blocks of 16
     assert result["ranks"] == [[rank, 2, True, blocks] for rank in range(2)]
+
+
+@pytest.mark.skipif(not IS_NEWER, reason="the older version has no latent attention on CPUs")
+@pytest.mark.skipif(lacks_float32_latent(), reason="vLLM's latent attention takes no float32 on this processor")
+def test_latent_kv_is_stored_once_in_an_owners_pool(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "deepseek_v2")
+    with serving(tmp_path / "kv.sock") as owner:
+        extra = {"owner": str(owner.path)}
+        first = run_program(tmp_path, model, LATENT_PROGRAM, extra=extra)
+        one_part, blocks = owner.allocated_bytes, owner.num_blocks
+        second = run_program(tmp_path, model, LATENT_PROGRAM, extra=extra)
+        (cache,) = owner.owner.caches
+        assert one_part == blocks * owner.owner.control.extents[2 * cache.first], "the block of one rank"
+    assert first["cold"] == 0
+    assert second["cold"] == 192 - 16, "one block is left to compute"
+    assert first["again"] == [[first["answer"][1:], 192]] * 2
+    assert second["answer"] == first["answer"]
