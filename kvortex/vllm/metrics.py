@@ -17,13 +17,12 @@ COUNTERS = {
     "loaded_bytes": "Bytes loaded, per worker",
     "load_seconds": "Seconds from the plan of a load to its end, summed over loads",
     "loads": "Loads",
-    "written_blocks": "Blocks written to the lower tier",
+    "written_blocks": "Blocks written to the lower tier, by all engines with this cache",
     "failed_writes": "Blocks that the lower tier did not store",
     "shed_writes": "Blocks not written because too many waited",
     "fetched_blocks": "Blocks brought back from the lower tier",
-    "failed_fetches": "Blocks that could not be read from the lower tier",
-    "tier_pauses": "Times that a worker paused the use of the lower tier because it hung or failed",
-    "fetch_seconds": "Seconds from the plan of a fetch to its end, summed over fetches",
+    "tier_pauses": "Times that the use of the lower tier was paused because it hung or failed",
+    "fetch_seconds": "Seconds from the beginning of a fetch until its request is looked up again, summed over fetches",
 }
 MISS_PREFIX = "missed_blocks_"
 
