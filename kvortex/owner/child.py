@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 60.0
+FIRST_RESTART_S: Final = 0.5
+LAST_RESTART_S: Final = 60.0
 
 
 class OwnerProcess:
@@ -34,48 +36,77 @@ class OwnerProcess:
 
     def __init__(self, config: KVortexConfig, path: Path) -> None:
         self.path = path
-        command = [
-            sys.executable,
-            "-m",
-            "kvortex",
-            "serve",
-            "--socket",
-            str(path),
-            "--child-of",
-            str(os.getpid()),
-            "--json",
-        ]
+        self._settings = json.dumps(as_mapping(config)) + "\n"
+        self._closing = threading.Event()
+        self._process = self._start()
+        self._watcher = threading.Thread(target=self._keep_alive, name="kvortex-owner-process", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    def _start(self) -> "subprocess.Popen[str]":
+        options = ["--socket", str(self.path), "--child-of", str(os.getpid()), "--json"]
+        command = [sys.executable, "-m", "kvortex", "serve", *options]
         # A session of its own: Ctrl-C ends the engine, which still talks to its pool while it shuts down.
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
         watchdog.start()
         try:
-            self._process.stdin.write(json.dumps(as_mapping(config)) + "\n")
-            self._process.stdin.flush()
-            said = self._process.stdout.readline()
+            process.stdin.write(self._settings)
+            process.stdin.flush()
+            said = process.stdout.readline()
         except OSError:
             said = ""
         finally:
             watchdog.cancel()
         if not said:
-            self.close()
+            _end(process)
             raise ConfigError("the process that holds the pool has not started: its message stands above")
-        logger.debug("process %d holds the pool of this engine", self._process.pid)
+        logger.debug("process %d holds the pool of this engine", process.pid)
+        return process
+
+    def _keep_alive(self) -> None:
+        """Start another one if it ends, for instance because the machine ran out of memory: the pool is empty then."""
+        pause_s = FIRST_RESTART_S
+        while True:
+            status = self._process.wait()
+            _end(self._process)  # closes the pipes
+            if self._closing.wait(pause_s):
+                return
+            logger.error("the process that held the pool has ended with status %d: starting another one", status)
+            try:
+                self._process = self._start()
+                pause_s = FIRST_RESTART_S
+            except ConfigError as error:
+                logger.error("%s", error)
+                pause_s = min(2 * pause_s, LAST_RESTART_S)
 
     def close(self) -> None:
         """End it, once it has written what waits for a lower tier; idempotent."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            self._process.communicate(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            logger.error("the process that holds the pool does not end: it is killed")
-            self._process.kill()
-            self._process.communicate()
+        self._closing.set()
+        _end(self._process)
+        self._watcher.join()
+        _end(self._process)  # one that was being started just then
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.communicate(timeout=STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        logger.error("the process that holds the pool does not end: it is killed")
+        process.kill()
+        process.communicate()
+    except ValueError:
+        process.wait()  # its pipes were closed before
 
 
 def as_mapping(config: KVortexConfig) -> dict[str, Any]:

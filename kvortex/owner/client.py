@@ -30,8 +30,8 @@ class OwnerClient:
     """Asks the owner, from any thread, one question at a time.
 
     If the owner does not answer in time, or ends, the connection is given up: every call raises `OwnerLost` at once,
-    until a thread in the background has connected again. An owner that was started anew has other memory; then the
-    client stays without one.
+    until a thread in the background has connected again. An owner that was started anew has other memory: then the
+    client stays without one, `is_replaced` is true, and whoever wants that memory makes another client.
 
     Args:
         path: the owner's socket.
@@ -54,6 +54,7 @@ class OwnerClient:
         self._is_wanted = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._replaced = threading.Event()
         self.on_connected: Callable[[], None] | None = None
         """Called after a connection was made anew, before anything else is asked; may ask itself."""
         try:
@@ -66,6 +67,16 @@ class OwnerClient:
     @property
     def is_connected(self) -> bool:
         return self._socket is not None
+
+    @property
+    def is_replaced(self) -> bool:
+        """True once another owner, with other memory, listens at this socket."""
+        return self._replaced.is_set()
+
+    @property
+    def label(self) -> str:
+        """Random name of the owner's memory."""
+        return self.memory.ticket.label
 
     @property
     def pool_bytes(self) -> int:
@@ -110,6 +121,20 @@ class OwnerClient:
                 self._lose(error)
                 return False
         return True
+
+    def probe(self) -> None:
+        """Notice that the owner has ended, without a question; for a client that asks seldom."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._socket is not None and not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                self._lose(ConnectionResetError("the owner has closed the connection"))
+        except BlockingIOError:
+            pass  # nothing to read: it is there
+        except OSError as error:
+            self._lose(error)
+        finally:
+            self._lock.release()
 
     def _send(self, parts: list[Any], due_s: float) -> None:
         connection = self._open_socket()
@@ -191,9 +216,8 @@ class OwnerClient:
                 memory.close()
                 if memory.ticket.label != self.memory.ticket.label:
                     connection.close()
-                    logger.error(
-                        "the owner at %s was started anew, with another pool: restart this engine to use it", self.path
-                    )
+                    logger.warning("the owner at %s was started anew, with another pool", self.path)
+                    self._replaced.set()
                     return
                 self._resume(connection)
 

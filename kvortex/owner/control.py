@@ -190,6 +190,30 @@ class RemoteControl:
         (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described)
         self.tier = text_of(tier)
 
+    def move_to(self, client: OwnerClient) -> None:
+        """Plan in the pool of another owner from now on. What was planned before ends as if the connection was lost.
+
+        Raises:
+            OwnerError: the owner refuses this cache, or has not the same kind of lower tier. The client is closed then.
+        """
+        before, tier = self.client, self.tier
+        with before.exclusive(), client.exclusive():
+            client.generation = before.generation + 1
+            self.client = client
+            try:
+                self._add_cache()
+                if self.tier != tier:
+                    raise OwnerError(f"its lower tier is {self.tier or 'none'}, not {tier or 'none'}")
+                if self.on_removed is not None:
+                    client.ask(Kind.WATCH)
+            except OwnerError:
+                self.client, self.tier = before, tier
+                client.close()
+                raise
+            client.on_connected = self._connected
+            self.allocator.capacity_bytes = client.pool_bytes
+        before.close()
+
     def _connected(self) -> None:
         self._add_cache()
         if self.on_removed is not None:

@@ -17,10 +17,12 @@ class SaveJob:
     Args:
         job_id: number of the save.
         transfer: which blocks move between which device blocks and pool offsets.
+        pool: name of the owner's memory that it was planned for; empty without an owner.
     """
 
     job_id: int
     transfer: TransferPlan
+    pool: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class LoadJob:
             are reported as failed together with those whose transfer fails.
         digests: of the blocks, `uint64 [n]`, where the owner of the pool keeps them; None where the workers do.
         num_weights: how many changes of the weights were known when it was planned.
+        pool: name of the owner's memory that it was planned for; empty without an owner.
     """
 
     job_id: int
@@ -43,6 +46,7 @@ class LoadJob:
     missing_block_ids: tuple[int, ...] = ()
     digests: NDArray[np.uint64] | None = None
     num_weights: int = 0
+    pool: str = ""
 
 
 @dataclass
@@ -128,6 +132,7 @@ class OwnedHandshake:
 
     Args:
         socket: the owner's.
+        pool: name of its memory, another one if the owner was started anew.
         namespace: the namespace of its blocks.
         part, num_parts: number of its part of a block, and how many there are.
         writer: the name under which it writes to the pool.
@@ -135,6 +140,7 @@ class OwnedHandshake:
     """
 
     socket: str
+    pool: str
     namespace: Namespace
     part: int
     num_parts: int

@@ -48,6 +48,11 @@ class PlannerContext:
         """True if the pool's index has the digests of its blocks; otherwise the workers have them."""
         return isinstance(self.control, RemoteControl)
 
+    @property
+    def pool(self) -> str:
+        """Name of the owner's memory that is planned for; empty without an owner."""
+        return self.control.client.label if isinstance(self.control, RemoteControl) else ""
+
     def bytes_moved(self, forms: NDArray[np.uint8] | None, moved: NDArray[np.bool_]) -> int:
         """Bytes of blocks in a worker's paged cache, padding included.
 

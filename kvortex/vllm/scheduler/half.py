@@ -107,8 +107,7 @@ class SchedulerHalf:
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._has_owner = bool(options.engine.owner.socket or options.engine.lower_tier)
-        self._owned: dict[int, OwnedHandshake] = {}  # by part
-        self._writers: list[str] = []
+        self._owned: dict[str, OwnedHandshake] = {}  # by writer, of the owner that workers have joined last
         self._num_parts = 1
         self._owner_events: OwnerEvents | None = None
         self._ready = not handshake_in_step and not self._has_owner
@@ -228,12 +227,18 @@ class SchedulerHalf:
 
         Ranks that hold the same KV have one part of the blocks together, and each of them writes.
         """
-        owned = [handshake.owned for handshake in handshakes if handshake.owned is not None]
-        self._writers += [of_worker.writer for of_worker in owned]
-        self._owned.update({of_worker.part: of_worker for of_worker in owned})
-        if isinstance(self._control, RemoteControl) or len(self._writers) < self._num_workers:
+        for owned in (handshake.owned for handshake in handshakes):
+            if owned is not None:
+                self._owned = {name: of for name, of in self._owned.items() if of.pool == owned.pool}
+                self._owned[owned.writer] = owned
+        control = self._control
+        if len(self._owned) < self._num_workers:
             return self._ready
-        first = self._owned[0]
+        first = min(self._owned.values(), key=lambda of_worker: of_worker.part)
+        if isinstance(control, RemoteControl):
+            if control.client.label != first.pool:
+                self._move_to(control, first)
+            return True
         try:
             control = self._connect(first, handshakes[0].sizes)
         except KVortexError as error:
@@ -257,15 +262,37 @@ class SchedulerHalf:
 
     def _connect(self, first: OwnedHandshake, sizes: tuple[BlockSizes, ...]) -> RemoteControl:
         with contextlib.ExitStack() as undo:
-            client = OwnerClient(first.socket, self._options.engine.owner.deadline_s)
+            client = self._new_client(first)
             undo.callback(client.close)
-            for writer in self._writers:
-                client.ask(Kind.WRITERS, writer.encode())
             encodings = Encodings(first.payloads, map(Codec, first.codecs))
-            namespace = namespace_of_parts([self._owned[part].namespace for part in range(first.num_parts)])
+            of_parts = {of_worker.part: of_worker.namespace for of_worker in self._owned.values()}
+            namespace = namespace_of_parts([of_parts[part] for part in range(first.num_parts)])
             control = RemoteControl(client, namespace, sizes, encodings, self._groups.set, num_parts=first.num_parts)
             undo.pop_all()
         return control
+
+    def _new_client(self, first: OwnedHandshake) -> OwnerClient:
+        client = OwnerClient(first.socket, self._options.engine.owner.deadline_s)
+        try:
+            for writer in self._owned:
+                client.ask(Kind.WRITERS, writer.encode())
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def _move_to(self, control: RemoteControl, first: OwnedHandshake) -> None:
+        """All workers have joined an owner that was started anew: plan in its pool from now on."""
+        try:
+            client = self._new_client(first)
+            if client.label != first.pool:
+                client.close()  # started anew once more: the workers will say so
+                return
+            control.move_to(client)
+        except KVortexError as error:
+            logger.error("the new owner of the pool cannot be used, so nothing is stored: %s", error)
+            return
+        logger.info("the pool of the new owner at %s is used, %s", first.socket, self._describe_pool())
 
     def _plan_with(self, sizes: tuple[BlockSizes, ...], pool_bytes: int) -> None:
         if (sizes, pool_bytes) == (self._sizes, self._control.allocator.capacity_bytes):

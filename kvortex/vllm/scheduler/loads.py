@@ -129,7 +129,15 @@ class LoadPlanner:
         job_id = next(self._context.job_ids)
         digests = load.pins.digests.copy() if self._context.keeps_digests else None
         plan.loads.append(
-            LoadJob(job_id, request_id, load.transfer, tuple(missing.tolist()), digests, self._context.num_weights())
+            LoadJob(
+                job_id,
+                request_id,
+                load.transfer,
+                tuple(missing.tolist()),
+                digests,
+                self._context.num_weights(),
+                self._context.pool,
+            )
         )
         plan.fresh_block_ids.update(block_ids.tolist())
         self._context.jobs.add(

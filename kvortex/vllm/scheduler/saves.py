@@ -93,7 +93,7 @@ class SavePlanner:
         job_id = next(context.job_ids)
         context.jobs.add(SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is))
         context.rules.hold(save.transfer.block_ids.tolist())
-        plan.saves.append(SaveJob(job_id, save.transfer))
+        plan.saves.append(SaveJob(job_id, save.transfer, context.pool))
         logger.debug("job %d saves %d of %d blocks", job_id, save.transfer.num_blocks, len(keys))
 
     # -- end ---------------------------------------------------------------------------------------

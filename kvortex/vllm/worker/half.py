@@ -5,12 +5,12 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from kvortex.codecs import RAW, PageEncodings
-from kvortex.errors import EngineStateError
+from kvortex.errors import EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
 from kvortex.owner.control import scratch_of
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 MAX_READ_WAIT_S: Final = 30.0
 """How long a step waits for saves that have not read the blocks that it will overwrite. A device that takes longer is
 stuck: then the step goes on, and these saves fail."""
+
+JOIN_AGAIN_S: Final = 5.0
+"""Seconds between two attempts to join an owner that was started anew."""
 
 
 class WorkerHalf:
@@ -83,6 +86,8 @@ class WorkerHalf:
         self._namespace: Namespace | None = None
         self._plan = ConnectorPlan()
         self._asleep = False
+        self._caches: tuple[dict[str, Any], PagedCache, list[int]]
+        self._join_after_s = 0.0
         self._unread: deque[RankJob] = deque()  # saves whose blocks may not have been read yet
         self._reports = ReportBox(by_request=not self._groups.is_one_of_full_attention)
 
@@ -97,55 +102,85 @@ class WorkerHalf:
         Raises:
             ConfigError, LayoutError, DeviceError, OutOfPoolMemoryError: see `DataPlane`; vLLM does not start then.
         """
-        tensors, cache, here = register(kv_caches, self._groups, self._num_blocks)
+        self._caches = register(kv_caches, self._groups, self._num_blocks)
+        _, cache, here = self._caches
         share = self._make_share(cache, here)
-        thread = LoopThread()
+        self._thread = thread = LoopThread()
         try:
-
-            async def start() -> DataPlane:
-                make = partial(
-                    DataPlane,
-                    share.config,
-                    tensors,
-                    cache,
-                    memory=share.memory,
-                    on_pinning_stopped=self._pinning_stopped,
-                )
-                if isinstance(share, PoolShare):
-                    return make()
-                data = make(scratch=partial(scratch_of, share.client))
-                share.client.tell(Kind.SCRATCH_DONE)
-                return data
-
-            self._data = thread.run(start())
+            data = self._begin(thread, share)
         except BaseException:
+            self._thread = None
             thread.stop()
             share.close()
             raise
-        self._thread = thread
-        self._share = share
-        digests: Digests
-        part = 0
-        if isinstance(share, OwnedPool):
-            identity = self._options.engine.identity
-            described = identity_of(self._vllm_config, self._groups.is_latent, self._rank, identity)
-            self._namespace = self._data.namespace(described)
-            digests, part = OwnersDigests(share.parts, self._data.pool.bytes), share.parts.number
-            join_as_writer(share)
-        else:
-            digests = WorkersDigests(share)
-        placed = RankPlaces(self._places, share, here)
-        self._jobs = JobRunner(self._data, thread.loop, digests, placed, part, self._reports)
         if self._handshake_in_step:
-            self._reports.add(self._make_handshake(self._data))
-        shared = f", shared by {share.size} ranks" if share.memory is not None else ""
+            self._reports.add(self._make_handshake(data))
         logger.debug(
             "rank %d serves %s, %d bytes of pinned memory%s",
             self._rank,
             cache.describe(),
-            self._data.pool.capacity_bytes,
-            shared,
+            data.pool.capacity_bytes,
+            f", shared by {share.size} ranks" if share.memory is not None else "",
         )
+
+    def _begin(self, thread: LoopThread, share: PoolShare | OwnedPool) -> DataPlane:
+        """Make the data plane over a pool, and what carries out its jobs."""
+        tensors, cache, here = self._caches
+
+        async def start() -> DataPlane:
+            make = partial(
+                DataPlane,
+                share.config,
+                dict(tensors),
+                cache,
+                memory=share.memory,
+                on_pinning_stopped=self._pinning_stopped,
+            )
+            if isinstance(share, PoolShare):
+                return make()
+            data = make(scratch=partial(scratch_of, share.client))
+            share.client.tell(Kind.SCRATCH_DONE)
+            return data
+
+        data = thread.run(start())
+        digests: Digests
+        pool, part = "", 0
+        if isinstance(share, OwnedPool):
+            identity = self._options.engine.identity
+            described = identity_of(self._vllm_config, self._groups.is_latent, self._rank, identity)
+            self._namespace = data.namespace(described)
+            digests, part, pool = OwnersDigests(share.parts, data.pool.bytes), share.parts.number, share.client.label
+            join_as_writer(share)
+        else:
+            digests = WorkersDigests(share)
+        num_weights = 0 if self._jobs is None else self._jobs.num_weights
+        placed = RankPlaces(self._places, share, here)
+        self._share, self._data = share, data
+        self._jobs = JobRunner(data, thread.loop, digests, placed, part, self._reports, pool=pool)
+        self._jobs.num_weights = num_weights
+        return data
+
+    def _follow_owner(self) -> None:
+        """Join the owner again if it was started anew: then it has another pool."""
+        share, thread = self._share, self._thread
+        if not isinstance(share, OwnedPool) or thread is None:
+            return
+        share.client.probe()
+        has_left = share.client.is_replaced or self._data is None
+        if not has_left or time.monotonic() < self._join_after_s:
+            return
+        self._settle(thread)
+        before, self._data = self._data, None
+        if before is not None:
+            thread.run(before.aclose())
+        try:
+            self._share = share.again()
+            data = self._begin(thread, self._share)
+        except KVortexError as error:
+            self._join_after_s = time.monotonic() + JOIN_AGAIN_S
+            logger.warning("the new owner of the pool cannot be used yet: %s", error)
+            return
+        self._reports.add(self._make_handshake(data))
 
     def _pinning_stopped(self, pinned_bytes: int) -> None:
         self._reports.shrink_pool(PoolShrunk(self._places.planned_bytes(pinned_bytes)))
@@ -201,6 +236,7 @@ class WorkerHalf:
         encodings = share.parts.encodings
         return OwnedHandshake(
             socket=str(share.client.path),
+            pool=share.client.label,
             namespace=self._namespace,
             part=share.parts.number,
             num_parts=share.parts.count,
@@ -211,14 +247,15 @@ class WorkerHalf:
 
     def shutdown(self) -> None:
         """Finish the jobs in flight and release everything; idempotent."""
-        if self._thread is None or self._data is None or self._jobs is None:
+        if self._thread is None or self._jobs is None:
             return
         thread, data, jobs = self._thread, self._data, self._jobs
         self._thread = self._data = self._jobs = None
 
         async def close() -> None:
             await jobs.settle()
-            await data.aclose()
+            if data is not None:
+                await data.aclose()
 
         thread.run(close())
         thread.stop()
@@ -280,6 +317,7 @@ class WorkerHalf:
     def begin_step(self, plan: ConnectorPlan) -> None:
         """Take a step's plan."""
         self._plan = plan
+        self._follow_owner()
         self.wait_for_reads(plan)
 
     def start_loads(self) -> None:
@@ -300,7 +338,7 @@ class WorkerHalf:
             self._start(part)
 
     def _start(self, part: RankJob) -> None:
-        if self._asleep:
+        if self._asleep or self._data is None or part.job.pool != self._runner().pool:
             self._runner().refuse(part)
         else:
             self._runner().start(part)

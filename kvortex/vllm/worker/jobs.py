@@ -58,6 +58,7 @@ class JobRunner:
         places: this rank's groups and offsets, and what it saves.
         part: number of this rank's part of blocks in an owner's pool.
         reports: takes the outcomes.
+        pool: name of the owner's memory; jobs that were planned for another one are refused.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class JobRunner:
         places: RankPlaces,
         part: int,
         reports: ReportBox,
+        *,
+        pool: str = "",
     ) -> None:
+        self.pool = pool
         self._data = data
         self._loop = loop
         self._digests = digests

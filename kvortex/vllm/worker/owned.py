@@ -4,7 +4,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -66,8 +66,19 @@ class OwnedPool:
     def forget(self) -> None:
         """The weights have changed: the scheduler half finds nothing of what was saved any more."""
 
+    def again(self) -> "OwnedPool":
+        """The pool of the owner that listens at the socket now. This object is not used any more then.
+
+        Raises:
+            ConfigError, OwnerError: there is none, or it refuses this process.
+        """
+        client = OwnerClient(self.client.path, self.config.owner.deadline_s)
+        config = self.config.replace(pool={"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes})
+        self.client.close()
+        return replace(self, config=config, client=client)
+
     def close(self) -> None:
-        """End the connection; idempotent."""
+        """End the connection, and the owner if this rank has started it; idempotent."""
         self.client.close()
         if self.child is not None:
             self.child.close()

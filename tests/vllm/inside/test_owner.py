@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_support import BLOCK_SIZE, Engine, prompt, running
+from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
 from inside_fixtures import PROMPTS
 from model_shapes import engine_options, make_shape
 from owner_support import ServingOwner, serving
@@ -103,6 +104,45 @@ def test_an_engine_goes_on_without_its_owner(
         for hits in (False, True):
             assert engine.generate([PROMPTS["long"]]) == expected["long"]
             assert (loaded(engine) > 0) == hits
+
+
+def hits_again(engine: Engine, answer: list[list[int]]) -> None:
+    """Ask until blocks are loaded; the answer never changes."""
+    before, due_s = loaded(engine), time.monotonic() + 30
+    while loaded(engine) == before:
+        assert time.monotonic() < due_s, "no hits"
+        assert engine.generate([PROMPTS["long"]]) == answer
+        time.sleep(0.1)
+
+
+def test_an_engine_moves_to_an_owner_that_was_started_anew(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        for _ in range(2):
+            assert engine.generate([PROMPTS["long"]]) == expected["long"]
+            engine.settle()
+            owner.end()
+            assert engine.generate([PROMPTS["long"]]) == expected["long"]
+            owner.begin()
+            hits_again(engine, expected["long"])
+        assert engine.misses(MissReason.CORRUPT) == 0
+
+
+def test_the_pool_of_a_disk_is_killed_and_comes_back(
+    model: str, expected: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    options = {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
+    with running(model, options=options) as engine:
+        for _ in range(2):
+            assert engine.generate([PROMPTS["long"]]) == expected["long"]
+            settle_disk(engine)
+            child = engine.worker_half._share.child
+            os.kill(child.pid, signal.SIGKILL)
+            for name in WHOLE:
+                assert engine.generate([PROMPTS[name]]) == expected[name]
+            hits_again(engine, expected["long"])
+        assert engine.misses(MissReason.CORRUPT) == 0
 
 
 def test_without_an_owner_no_worker_starts(tmp_path: Path) -> None:
