@@ -38,7 +38,7 @@ from vllm import __version__ as vllm_version  # noqa: E402
 from kvortex.testing.dummy_model import write_config  # noqa: E402
 from kvortex.vllm.metrics import ConnectorStats  # noqa: E402
 from kvortex.vllm.options import ConnectorOptions  # noqa: E402
-from kvortex.vllm.plans import JobOutcome  # noqa: E402
+from kvortex.vllm.plans import JobOutcome, SaveDigests  # noqa: E402
 from kvortex.vllm.versions import SERVES_GROUPS  # noqa: E402
 from kvortex.vllm.worker.half import WorkerHalf  # noqa: E402
 
@@ -72,8 +72,7 @@ class OurWorkers:
     """Every job of KVortex ends in the step after the one that began it."""
 
     def __init__(self, harness: SchedulerHarness) -> None:
-        has_owner = bool(harness.connector._scheduler._options.engine.owner.socket)
-        greet(harness, has_disk=False, has_owner=has_owner)
+        greet(harness)
         transfer = harness.vllm_config.kv_transfer_config
         options = ConnectorOptions.from_extra_config(transfer.kv_connector_extra_config)
         self._half = WorkerHalf(harness.vllm_config, harness.kv_cache_config, options)
@@ -82,7 +81,8 @@ class OurWorkers:
 
     def report(self, step: Step) -> WorkerReport | None:
         for save in self._saves:
-            digests = np.zeros(save.transfer.num_blocks, dtype=np.uint64)
+            count = save.transfer.num_blocks
+            digests = SaveDigests(0, np.arange(count), np.zeros(count, dtype=np.uint64))
             self._half._reports.end(JobOutcome(save.job_id, digests=digests))
         for load in self._loads:
             self._half._reports.end_load(load, JobOutcome(load.job_id))

@@ -14,7 +14,8 @@ of the same prompts when only the connector has them. Medians are printed, all s
 Answers after a hit are compared with those after the floor. Where a prompt ends with a block of the cache, connectors
 differ in what they leave to compute, one token or the block; lengths that are no multiples of it, such as 8187, compare
 the rest. `--together` starts that many engines at once and measures them in turns, so that what the machine does
-meanwhile meets them alike; `--engine` has to say how much memory each may take.
+meanwhile meets them alike; `--engine` has to say how much memory each may take. A run that is ended by a signal prints
+what it has measured.
 """
 
 import argparse
@@ -373,6 +374,8 @@ def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.N
             in_turns(partial(RunningRow.add_throughput, length=length, prompts=arguments.prompts))
         in_turns(RunningRow.end)
         patience_s = 60.0
+    except KeyboardInterrupt:
+        arguments.is_over = True
     finally:
         for engine in started:
             engine.close(patience_s)
@@ -384,6 +387,8 @@ def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.N
 def print_row(row: Row) -> None:
     median = statistics.median
     for found in row.lengths:
+        if not found.floor_ms:
+            continue  # the run was ended
         floor_ms = median(found.floor_ms)
         line = f"{row.name:<14} {found.tokens:>6} {median(found.cold_ms):>9.1f} {floor_ms:>8.1f}"
         if found.hit_ms:
@@ -393,7 +398,8 @@ def print_row(row: Row) -> None:
             line += f", tokens {sum(found.tokens_equal)} of {ANSWER * answers}"
         print(line)
     hits = f", {median(row.all_hits_per_s):,.0f} with all of them cached" if row.all_hits_per_s else ""
-    print(f"{row.name:<14} {median(row.no_hits_per_s):,.0f} tokens/s of new prompts{hits}; start {row.start_s:.0f} s")
+    new = f"{median(row.no_hits_per_s):,.0f} tokens/s of new prompts{hits}; " if row.no_hits_per_s else ""
+    print(f"{row.name:<14} {new}start {row.start_s:.0f} s")
     for name, value in row.counters.items():
         if value:
             print(f"{row.name:<14}   {name} {value:,.0f}")
@@ -457,7 +463,8 @@ def main() -> None:
         return
     from kvortex.testing.dummy_model import write_config
 
-    names = arguments.rows.split(",")
+    names, arguments.is_over = arguments.rows.split(","), False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     link_ms = link_ms_per_gib()
     about = versions()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -472,11 +479,13 @@ def main() -> None:
         options = [f"--lengths={','.join(map(str, arguments.lengths))}", f"--pool={arguments.pool}"]
         options += [f"--shape={arguments.shape}", f"--engine={arguments.engine}", f"--model={folder}"]
         for first in range(0, len(names), arguments.together):
+            if arguments.is_over:
+                break
             rows += measure_rows(names[first : first + arguments.together], options, arguments, logs)
     if arguments.json:
         found = {"environment": about, "link_ms_per_gib": link_ms, "rows": [asdict(row) for row in rows]}
         Path(arguments.json).write_text(json.dumps(found, indent=1))
-    if len(rows) < len(names):
+    if arguments.is_over or len(rows) < len(names):
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import kvortex
 from kvortex.config import KVortexConfig
 from kvortex.config.config import SECTIONS
 from kvortex.errors import ConfigError
@@ -49,10 +50,19 @@ class OwnerProcess:
 
     def _start(self) -> "subprocess.Popen[str]":
         options = ["--socket", str(self.path), "--child-of", str(os.getpid()), "--json"]
-        command = [sys.executable, "-m", "kvortex", "serve", *options]
+        # This very package, and nothing from the working directory.
+        package = str(Path(kvortex.__file__).resolve().parents[1])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-P", "-m", "kvortex", "serve", *options]
         # A session of its own: Ctrl-C ends the engine, which still talks to its pool while it shuts down.
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert process.stdin is not None
         assert process.stdout is not None

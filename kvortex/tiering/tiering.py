@@ -231,12 +231,15 @@ class Tiering:
 
     @property
     def asks_store(self) -> bool:
-        """True if the store may have blocks that are not known here, and answers."""
+        """True if the store may have blocks that are not known here, and answers, now or when it is open."""
         backing = self.backing
+        if not backing.state.is_known:
+            return backing.state.may_work
         return backing.state.usable and backing.tier.may_have_unknown and not backing.guard.reads.refuses
 
     async def ask(self, keys: NDArray[np.uint64]) -> None:
         """Ask the store itself for blocks, `uint64 [n, 4]`; what it has is known then."""
+        await self.backing.state.wait_known()
         if self.asks_store and self.backing.guard.reads.admit(1):
             await self.backing.ask_encodings(split_keys(keys))
 

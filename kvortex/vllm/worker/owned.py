@@ -101,6 +101,8 @@ def join_owner(vllm_config: "VllmConfig", config: KVortexConfig, peers: Peers, m
     Raises:
         ConfigError, OwnerError: there is no owner, or it refuses this process; vLLM does not start then.
     """
+    if int(getattr(vllm_config.parallel_config, "nnodes", 1)) > 1:
+        raise ConfigError("lower tiers and owners serve engines whose workers are all on one machine: leave them out")
     parts = _parts_of(vllm_config, peers, mine)
     replicas = peers.replicas
     rank, size = (replicas.rank, replicas.size) if replicas is not None else (0, 1)

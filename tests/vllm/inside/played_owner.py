@@ -129,6 +129,7 @@ class DirectClient:
         self.memory, self.piece_bytes = owner.memory, owner.piece_bytes
         self.pool_bytes = owner.memory.ticket.nbytes
         self.generation, self.on_connected = 0, None
+        self.label = owner.memory.ticket.label
         self.path = Path("played")
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
@@ -167,11 +168,11 @@ def namespace_of(half: SchedulerHalf) -> Namespace:
     )
 
 
-def hello_to_owner(half: SchedulerHalf, num_blocks: int, socket: str = "") -> WorkerHandshake:
+def hello_to_owner(half: SchedulerHalf, num_blocks: int, socket: str = "", pool: str = "") -> WorkerHandshake:
     """The handshake of one worker that has joined an owner, with the sizes that the scheduler half expects."""
     extents = [nbytes for sizes in half._sizes for nbytes in (sizes.raw, sizes.packed)]
     codecs = [codec for sizes in half._sizes for codec in (0, 2 if sizes.packs else 0)]
-    owned = OwnedHandshake(socket, namespace_of(half), 0, 1, "writer", tuple(extents), tuple(codecs))
+    owned = OwnedHandshake(socket, pool, namespace_of(half), 0, 1, "writer", tuple(extents), tuple(codecs))
     return WorkerHandshake(b"layout", half._sizes, num_blocks, half._options.engine.pool.bytes, owned)
 
 
@@ -179,7 +180,7 @@ def join_played_owner(half: SchedulerHalf, num_blocks: int, random: Random) -> P
     """An owner as the half's settings ask for one, and the half joined to it."""
     owner = PlayedOwner(half._options.engine, random)
     with mock.patch.object(half_module, "OwnerClient", owner.connect):
-        half.accept_handshake([hello_to_owner(half, num_blocks)])
+        half.accept_handshake([hello_to_owner(half, num_blocks, pool=owner.memory.ticket.label)])
     return owner
 
 
