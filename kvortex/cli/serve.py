@@ -79,4 +79,11 @@ def _end_with(parent: int, ended: asyncio.Event) -> None:
         return
     if os.getppid() != parent:  # it was gone before, and another process has its number
         ended.set()
-    asyncio.get_running_loop().add_reader(descriptor, ended.set)
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(descriptor)  # it stays readable
+        os.close(descriptor)
+        ended.set()
+
+    loop.add_reader(descriptor, end)

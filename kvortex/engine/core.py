@@ -547,7 +547,8 @@ class EngineCore:
         try:
             return await self._tiering.invalidate(keys)
         finally:
-            control.invalidate(keys)  # what was read from the tier before it was deleted there
+            if self._shutdown is None:
+                control.invalidate(keys)  # what was read from the tier before it was deleted there
 
     @overload
     def clear(self) -> None: ...
@@ -575,7 +576,8 @@ class EngineCore:
         try:
             return await self._tiering.clear()
         finally:
-            control.clear()  # what was read from the tier before it was deleted there
+            if self._shutdown is None:
+                control.clear()  # what was read from the tier before it was deleted there
 
     async def flush(self) -> None:
         """Wait until every block queued for the lower tier is written or dropped."""

@@ -12,7 +12,7 @@ from kvortex.codecs import Codec, Encodings
 from kvortex.errors import ConfigError, KVortexError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.owner.events import Watcher
-from kvortex.owner.tiers import OwnerTiers
+from kvortex.owner.tiers import OpenTier, OwnerTiers
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
 from kvortex.types import BlockSizes
@@ -29,7 +29,7 @@ class Cache:
         first: number of its first group in the pool.
         forms: sizes and codecs of its blocks, see `describe_forms`.
         described: its groups, see `describe_groups`.
-        tiering: moves its blocks to and from a lower tier; None without one.
+        tier: its lower tier; None without one.
         num_clears: how often it was cleared; what was reserved before is not seen.
         watchers: events for its clients that publish them.
     """
@@ -39,9 +39,14 @@ class Cache:
     forms: bytes
     described: str
     num_groups: int
-    tiering: Tiering | None = None
+    tier: OpenTier | None = None
     num_clears: int = 0
     watchers: list[Watcher] = field(default_factory=list)
+
+    @property
+    def tiering(self) -> Tiering | None:
+        """Moves its blocks to and from its lower tier; None without one."""
+        return None if self.tier is None else self.tier.tiering
 
     def written(self, key: bytes) -> None:
         """The lower tier has stored a block."""
@@ -105,7 +110,7 @@ class Caches:
             raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
         cache = Cache(namespace, self.control.add_cache(sizes, groups), forms.tobytes(), described, len(sizes))
         if self._tiers is not None:
-            cache.tiering = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts)
+            cache.tier = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts)
             if cache.tiering is not None:
                 cache.tiering.backing.on_written, cache.tiering.backing.on_lost = cache.written, cache.lost
         return cache

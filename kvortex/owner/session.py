@@ -363,6 +363,8 @@ class Session:
 
     def _clear(self) -> Answer:
         self.cache.num_clears += 1
+        if self.cache.tier is not None:
+            self.cache.tier.view.clear()
         self._control.clear_cache(self.cache.first, self.cache.num_groups)
         return Kind.DONE, ()
 

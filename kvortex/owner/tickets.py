@@ -58,6 +58,7 @@ class Tickets:
         Returns:
             Its number, 0 if none of the blocks is on its way, and the flags of its blocks, `uint8 [m]`.
         """
+        self._check_room()
         if leading:
             known = self._tiering.known(keys)
             count = len(known) if known.all() else int(known.argmin())
@@ -65,24 +66,24 @@ class Tickets:
         fetch = self._tiering.fetch(keys, groups)
         number = 0
         if fetch.num_pending:
-            number = self._next()
+            number = next(self._numbers)
             self._fetches[number] = fetch
         return number, _flags(fetch)
 
     def start(self, call: Coroutine[Any, Any, bool]) -> int:
         """Begin another call; returns its number."""
         try:
-            number = self._next()
+            self._check_room()
         except OwnerError:
             call.close()
             raise
+        number = next(self._numbers)
         self._calls[number] = asyncio.get_running_loop().create_task(call)
         return number
 
-    def _next(self) -> int:
+    def _check_room(self) -> None:
         if len(self._fetches) + len(self._calls) >= MAX_TICKETS:
             raise OwnerError(f"a client has {MAX_TICKETS} calls in flight, and does not ask for them")
-        return next(self._numbers)
 
     def report(self) -> NDArray[np.int64]:
         """All calls, `int64 [n, 3]`: number, leading blocks that are settled, state. Calls that are over are forgotten.

@@ -97,6 +97,12 @@ class RemoteCalls:
             _end(call, TicketState.DONE)
         return call
 
+    def end_all(self) -> None:
+        """Ask for no call any more: all end as if they had failed."""
+        for call in self._open.values():
+            _end(call, TicketState.FAILED)
+        self._open.clear()
+
     @staticmethod
     def _lost(count: int) -> RemoteCall:
         call = RemoteCall(0, -1, np.zeros(count, dtype=np.uint8))
@@ -113,9 +119,7 @@ class RemoteCalls:
                 (found,) = client.ask(Kind.CALLS)
                 self._take(found.reshape(-1, 3).tolist(), client.generation)
         except OwnerLost:
-            for call in self._open.values():
-                _end(call, TicketState.FAILED)
-            self._open.clear()
+            self.end_all()
 
     def _take(self, rows: list[list[int]], generation: int) -> None:
         told = {number: (settled, state) for number, settled, state in rows}
@@ -210,11 +214,13 @@ class RemoteTiering:
         self._asking: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
-        """Ask no more; idempotent."""
+        """Ask no more, and end every wait; idempotent."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
             self._asking = None
+        self._calls.end_all()
+        self._tell_progress()
 
     async def ready(self) -> bool:
         """See `Tiering.ready`."""
@@ -276,10 +282,13 @@ class RemoteTiering:
         while len(self._calls):
             await asyncio.sleep(ASK_INTERVAL_S)
             self._calls.ask()
-            waiting, self._progress = self._progress, []
-            for progress in waiting:
-                if not progress.done():
-                    progress.set_result(None)
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        waiting, self._progress = self._progress, []
+        for progress in waiting:
+            if not progress.done():
+                progress.set_result(None)
 
 
 class Known(NamedTuple):

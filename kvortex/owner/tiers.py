@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,8 @@ class CacheView:
         self._first_form = 2 * first
         self._stop_form = 2 * (first + num_groups)
         self._on_evicted: OnEvicted | None = None
+        self._fetching: set[int] = set()  # slots of the blocks on their way to the pool
+        self._cleared: set[int] = set()  # those of them that must not be seen
         self.index = _IndexView(control.index, namespace)
 
     @property
@@ -84,12 +86,23 @@ class CacheView:
         in_pool = (forms + self._first_form).astype(np.uint8)
         plan = self._control.plan_fetch(keys ^ self._namespace, in_pool, owner, chain=front)
         own = (plan.forms - self._first_form).astype(np.uint8)
+        self._fetching.update(plan.slots.tolist())
         return FetchPlan(plan.positions, plan.slots, plan.offsets, own)
 
     def finish_fetch(self, slot: int, offset: int, form: int, digest: int) -> None:
+        if slot in self._cleared:
+            self.abandon_fetch(slot, offset, MissReason.INVALIDATED)
+            return
+        self._fetching.discard(slot)
         self._control.finish_fetch(slot, offset, form + self._first_form, digest)
 
+    def clear(self) -> None:
+        """The cache is cleared: what is on its way from the tier will not be seen."""
+        self._cleared |= self._fetching
+
     def abandon_fetch(self, slot: int, offset: int, reason: MissReason) -> None:
+        self._fetching.discard(slot)
+        self._cleared.discard(slot)
         self._control.abandon_fetch(slot, offset, reason)
 
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
@@ -111,6 +124,13 @@ class _IndexView:
 
     def contains_mask(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return self._index.contains_mask(keys ^ self._namespace)
+
+
+class OpenTier(NamedTuple):
+    """The tier of a cache: what moves blocks to and from it, and the control plane that this sees."""
+
+    tiering: Tiering
+    view: CacheView
 
 
 class OwnerTiers:
@@ -136,7 +156,7 @@ class OwnerTiers:
 
     def open(
         self, namespace: NDArray[np.uint64], first: int, num_groups: int, encodings: Encodings, num_parts: int
-    ) -> Tiering | None:
+    ) -> OpenTier | None:
         """Open the tiers of a cache, without waiting for them; None if the settings name none.
 
         Args:
@@ -160,7 +180,7 @@ class OwnerTiers:
         self._views.append(view)
         self._open.append(tiering)
         tiering.start()
-        return tiering
+        return OpenTier(tiering, view)
 
     def watch_evictions(self) -> None:
         """A cache wants its victims, or does not want them any more."""

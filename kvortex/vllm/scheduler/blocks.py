@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index import CacheIndex, pack_keys
-from kvortex.owner.control import RemoteIndex
+from kvortex.owner.remote_index import RemoteIndex
 from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.identity.adapters import BlockKeys
 from kvortex.vllm.scheduler.requests import TrackedRequest, follow_block_tables

@@ -1,6 +1,5 @@
 """The scheduler half: answers vLLM's scheduler and puts each step's plan together. Synchronous, microseconds a call."""
 
-import contextlib
 import itertools
 import logging
 from collections import deque
@@ -9,12 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
-from kvortex.codecs import Codec, Encodings
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, EngineStateError, KVortexError
-from kvortex.hashing import namespace_of_parts
-from kvortex.owner import Control, OwnerClient, RemoteControl
-from kvortex.owner.protocol import Kind
+from kvortex.owner import Control, RemoteControl
 from kvortex.planes.control import ControlPlane
 from kvortex.stats import EngineStats
 from kvortex.types import BlockSizes
@@ -36,6 +32,7 @@ from kvortex.vllm.scheduler.context import PlannerContext
 from kvortex.vllm.scheduler.events import EventGroup, EventLog
 from kvortex.vllm.scheduler.hybrid import Hybrid
 from kvortex.vllm.scheduler.jobs import JobsInFlight, LoadInFlight, SaveInFlight
+from kvortex.vllm.scheduler.joining import Members
 from kvortex.vllm.scheduler.loads import LoadPlanner
 from kvortex.vllm.scheduler.lower_tier import LowerTier
 from kvortex.vllm.scheduler.owner_events import OwnerEvents
@@ -107,7 +104,7 @@ class SchedulerHalf:
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._has_owner = bool(options.engine.owner.socket or options.engine.lower_tier)
-        self._owned: dict[str, OwnedHandshake] = {}  # by writer, of the owner that workers have joined last
+        self._members = Members(self._num_workers, options.engine.owner.deadline_s)
         self._num_parts = 1
         self._owner_events: OwnerEvents | None = None
         self._ready = not handshake_in_step and not self._has_owner
@@ -223,24 +220,16 @@ class SchedulerHalf:
         logger.info("KVortexConnector is ready: a pool of %s; no lower tier", self._describe_pool())
 
     def _join_owner(self, handshakes: Sequence[WorkerHandshake]) -> bool:
-        """Plan in the pool of the owner once all workers have joined it; False if they have not, or it cannot be used.
-
-        Ranks that hold the same KV have one part of the blocks together, and each of them writes.
-        """
-        for owned in (handshake.owned for handshake in handshakes):
-            if owned is not None:
-                self._owned = {name: of for name, of in self._owned.items() if of.pool == owned.pool}
-                self._owned[owned.writer] = owned
-        control = self._control
-        if len(self._owned) < self._num_workers:
+        """Plan in the pool of the owner once all workers have joined it; False if they have not, or it is of no use."""
+        first, control = self._members.add(handshakes), self._control
+        if first is None:
             return self._ready
-        first = min(self._owned.values(), key=lambda of_worker: of_worker.part)
         if isinstance(control, RemoteControl):
             if control.client.label != first.pool:
                 self._move_to(control, first)
             return True
         try:
-            control = self._connect(first, handshakes[0].sizes)
+            control = self._members.connect(handshakes[0].sizes, self._groups.set)
         except KVortexError as error:
             logger.error("the owner of the pool cannot be used, so nothing is stored: %s", error)
             return False
@@ -260,31 +249,10 @@ class SchedulerHalf:
         )
         return True
 
-    def _connect(self, first: OwnedHandshake, sizes: tuple[BlockSizes, ...]) -> RemoteControl:
-        with contextlib.ExitStack() as undo:
-            client = self._new_client(first)
-            undo.callback(client.close)
-            encodings = Encodings(first.payloads, map(Codec, first.codecs))
-            of_parts = {of_worker.part: of_worker.namespace for of_worker in self._owned.values()}
-            namespace = namespace_of_parts([of_parts[part] for part in range(first.num_parts)])
-            control = RemoteControl(client, namespace, sizes, encodings, self._groups.set, num_parts=first.num_parts)
-            undo.pop_all()
-        return control
-
-    def _new_client(self, first: OwnedHandshake) -> OwnerClient:
-        client = OwnerClient(first.socket, self._options.engine.owner.deadline_s)
-        try:
-            for writer in self._owned:
-                client.ask(Kind.WRITERS, writer.encode())
-        except BaseException:
-            client.close()
-            raise
-        return client
-
     def _move_to(self, control: RemoteControl, first: OwnedHandshake) -> None:
         """All workers have joined an owner that was started anew: plan in its pool from now on."""
         try:
-            client = self._new_client(first)
+            client = self._members.client(first)
             if client.label != first.pool:
                 client.close()  # started anew once more: the workers will say so
                 return

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvortex.groups import GroupSet, KVKind
 from kvortex.index import COMMITTED, PENDING, CacheIndex
-from kvortex.owner.control import RemoteIndex
+from kvortex.owner.remote_index import RemoteIndex
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash, MissReason
 from kvortex.vllm.identity.adapters import BlockKeys

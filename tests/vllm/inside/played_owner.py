@@ -27,7 +27,7 @@ from kvortex.tiers import MemoryTier, Tier
 from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction, TransferPlan
 from kvortex.vllm.plans import OwnedHandshake, SaveDigests, WorkerHandshake
-from kvortex.vllm.scheduler import half as half_module
+from kvortex.vllm.scheduler import joining
 from kvortex.vllm.scheduler.half import SchedulerHalf
 
 WORD = 8
@@ -179,7 +179,7 @@ def hello_to_owner(half: SchedulerHalf, num_blocks: int, socket: str = "", pool:
 def join_played_owner(half: SchedulerHalf, num_blocks: int, random: Random) -> PlayedOwner:
     """An owner as the half's settings ask for one, and the half joined to it."""
     owner = PlayedOwner(half._options.engine, random)
-    with mock.patch.object(half_module, "OwnerClient", owner.connect):
+    with mock.patch.object(joining, "OwnerClient", owner.connect):
         half.accept_handshake([hello_to_owner(half, num_blocks, pool=owner.memory.ticket.label)])
     return owner
 

@@ -1,0 +1,71 @@
+"""Joining the owner of a pool: the scheduler half plans in it once every worker has mapped its memory."""
+
+from collections.abc import Sequence
+
+from kvortex.codecs import Codec, Encodings
+from kvortex.groups import GroupSet
+from kvortex.hashing import namespace_of_parts
+from kvortex.owner import OwnerClient, RemoteControl
+from kvortex.owner.protocol import Kind
+from kvortex.types import BlockSizes
+from kvortex.vllm.plans import OwnedHandshake, WorkerHandshake
+
+
+class Members:
+    """The workers that have joined an owner. Ranks that hold the same KV have one part of the blocks together.
+
+    Args:
+        num_workers: how many there are.
+        deadline_s: seconds that a call to the owner may take.
+    """
+
+    def __init__(self, num_workers: int, deadline_s: float) -> None:
+        self._num_workers = num_workers
+        self._deadline_s = deadline_s
+        self._owned: dict[str, OwnedHandshake] = {}  # by writer, of the owner that was joined last
+
+    def add(self, handshakes: Sequence[WorkerHandshake]) -> OwnedHandshake | None:
+        """Take in handshakes; returns that of the first part once all workers have joined the same owner."""
+        for owned in (handshake.owned for handshake in handshakes):
+            if owned is not None:
+                self._owned = {name: other for name, other in self._owned.items() if other.pool == owned.pool}
+                self._owned[owned.writer] = owned
+        if len(self._owned) < self._num_workers:
+            return None
+        return min(self._owned.values(), key=lambda member: member.part)
+
+    def connect(self, sizes: tuple[BlockSizes, ...], groups: GroupSet) -> RemoteControl:
+        """A control plane over the owner's, for blocks of all members together.
+
+        Args:
+            sizes: bytes of a block in the pool, for each group.
+            groups: the groups of the cache.
+
+        Raises:
+            OwnerError, ConfigError: there is no owner, or it refuses this cache.
+        """
+        of_parts = {member.part: member for member in self._owned.values()}
+        first = of_parts[0]
+        encodings = Encodings(first.payloads, map(Codec, first.codecs))
+        namespace = namespace_of_parts([of_parts[part].namespace for part in range(first.num_parts)])
+        client = self.client(first)
+        try:
+            return RemoteControl(client, namespace, sizes, encodings, groups, num_parts=first.num_parts)
+        except BaseException:
+            client.close()
+            raise
+
+    def client(self, first: OwnedHandshake) -> OwnerClient:
+        """A connection whose reservations all members may write to.
+
+        Raises:
+            OwnerError, ConfigError: there is no owner, or it refuses this process.
+        """
+        client = OwnerClient(first.socket, self._deadline_s)
+        try:
+            for writer in self._owned:
+                client.ask(Kind.WRITERS, writer.encode())
+        except BaseException:
+            client.close()
+            raise
+        return client
