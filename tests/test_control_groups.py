@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
 from kvortex.groups import GroupSet, KVGroup
@@ -204,9 +205,9 @@ def test_where_a_tier_takes_what_is_evicted_companions_stay() -> None:
     save(control, blocks)
     taken: list[int] = []
 
-    def take(evicted: Evicted) -> int:
+    def take(evicted: Evicted) -> NDArray[np.bool_]:
         taken.extend(evicted.offsets.tolist())
-        return len(evicted.offsets)
+        return np.ones(len(evicted.offsets), dtype=np.bool_)
 
     control.on_evicted = take
     control.finish_load(control.plan_load(keys_of([(STATE, 64)]), np.arange(1, dtype=np.int32)))
@@ -303,9 +304,9 @@ def test_a_tier_gets_what_is_evicted_although_holes_are_too_small(policy: str) -
     control = make_control(22_000_000, sizes, eviction={"policy": policy})
     taken: list[int] = []
 
-    def take(evicted: Evicted) -> int:
+    def take(evicted: Evicted) -> NDArray[np.bool_]:
         taken.extend(evicted.offsets.tolist())
-        return len(evicted.offsets)
+        return np.ones(len(evicted.offsets), dtype=np.bool_)
 
     control.on_evicted = take
     generator, num_taken = np.random.default_rng(0), 0

@@ -92,8 +92,8 @@ class Storm:
         nbytes = sum(len(self.scratch.block(group, 0)) for group in ("full", "window")) * BLOCKS
         pool_bytes = nbytes * (3 if "fp8" in self.kind else 6)
         config = groups_config(pool={"bytes": pool_bytes}, eviction={"watermark": 0.8}, **changes)
-        make_tier = Bench().make(self.tier_fault_of) if "tier" in changes else None
-        async with KVortexEngine.create(config, Parts(make_tier=make_tier, wrap_executor=wrap)) as engine:
+        parts = Bench().parts(self.tier_fault_of, wrap) if "tier" in changes else Parts(wrap_executor=wrap)
+        async with KVortexEngine.create(config, parts) as engine:
             self.cache.register(engine)
             yield engine
 

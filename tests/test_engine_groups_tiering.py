@@ -15,7 +15,7 @@ from kvortex.groups import KVGroup, Match, MissingKV
 from kvortex.index import pack_keys
 from kvortex.testing import TierFault
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_SIZE, Parts
+from tests.engine_support import BLOCK_SIZE
 from tests.groups_support import (
     CACHES,
     GROUPS,
@@ -55,8 +55,7 @@ class Below:
                 stack.enter_context(local_owner(self._socket, **of_owner))
                 config = groups_config(owner=self._socket, **{k: v for k, v in changes.items() if k not in of_owner})
             elif not self._changes:
-                make_tier = self.bench.make(fault_of)
-                parts = Parts(make_tier=lambda namespace: make_tier(config, namespace.digest))
+                parts = self.bench.parts(fault_of)
             async with KVortexEngine.create(config, parts) as engine:
                 cache.register(engine)
                 assert await engine.wait_tier()

@@ -12,7 +12,7 @@ from kvortex.testing import Fault, TierFault
 from kvortex.tiering import guard
 from kvortex.tiers import breaker
 from kvortex.types import Direction
-from tests.engine_support import BLOCK_SIZE, Parts, chain, contents, make_cache, running_engine, small_config
+from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, running_engine, small_config
 from tests.groups_support import apart, request, tables
 from tests.test_engine_groups_tiering import Below
 from tests.test_engine_tiering import MODEL, Bench
@@ -33,7 +33,7 @@ class Store:
     @asynccontextmanager
     async def engine(self, fault_of: Any = None, **changes: Any) -> Any:
         settings = {"tier": {"timeout_s": TIMEOUT_S}, "identity": MODEL, **self._changes, **changes}
-        parts = None if self._changes else Parts(make_tier=self.bench.make(fault_of))
+        parts = None if self._changes else self.bench.parts(fault_of)
         async with KVortexEngine.create(small_config(**settings), parts) as engine:
             engine.register_kv_caches(self.cache, BLOCK_SIZE)
             assert await engine.wait_tier()

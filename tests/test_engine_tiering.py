@@ -14,6 +14,7 @@ from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.errors import ConfigError
 from kvortex.hashing import Namespace
 from kvortex.owner.tiers import MakeTier
+from kvortex.sched.executor import TransferExecutor
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
@@ -32,6 +33,7 @@ from tests.owner.owner_support import local_owner, wait_until
 
 TIER_BYTES = 64 << 20
 MODEL = ModelIdentity(model="a", weights_revision="1")
+WrapExecutor = Callable[[TransferExecutor], TransferExecutor]
 FaultOf = Callable[[Direction, int, bytes], TierFault | None]
 
 
@@ -67,20 +69,24 @@ class Bench:
 
         return make_tier
 
+    def parts(self, fault_of: FaultOf | None, wrap_executor: WrapExecutor | None = None) -> Parts:
+        """An engine's own tier."""
+        make_tier = self.make(fault_of)
+        return Parts(
+            make_tier=lambda namespace: make_tier(KVortexConfig(), namespace.digest), wrap_executor=wrap_executor
+        )
+
     @asynccontextmanager
     async def engine(
         self, cache: dict[str, torch.Tensor], fault_of: FaultOf | None = None, **changes: object
     ) -> AsyncIterator[KVortexEngine]:
-        make_tier = self.make(fault_of)
         if self.socket is None:
-            parts = Parts(make_tier=lambda namespace: make_tier(config, namespace.digest))
-            config = small_config(**changes)
-            async with KVortexEngine.create(config, parts) as engine:
+            async with KVortexEngine.create(small_config(**changes), self.parts(fault_of)) as engine:
                 engine.register_kv_caches(cache, BLOCK_SIZE)
                 yield engine
             return
         of_owner = {name: changes.pop(name) for name in ("pool", "eviction", "tier") if name in changes}
-        with local_owner(self.socket, make_tier=make_tier, **of_owner) as owner:
+        with local_owner(self.socket, make_tier=self.make(fault_of), **of_owner) as owner:
             config = small_config(owner=self.socket, identity=MODEL, **changes)
             async with KVortexEngine.create(config) as engine:
                 engine.register_kv_caches(cache, BLOCK_SIZE)

@@ -12,7 +12,11 @@ from kvortex.errors import ConfigError
 from kvortex.vllm.options import WITHOUT_MEANING, ConnectorOptions
 
 PACKAGE = Path(kvortex.__file__).parent
-OF_THE_CONNECTOR = [*PACKAGE.glob("vllm/**/*.py"), PACKAGE / "planes" / "data.py", PACKAGE / "planes" / "control.py"]
+OF_THE_CONNECTOR = [
+    *PACKAGE.glob("vllm/**/*.py"),
+    *PACKAGE.glob("tiering/*.py"),  # by an owner
+    *(PACKAGE / "planes" / name for name in ("data.py", "control.py")),
+]
 
 
 def test_options_reach_the_engine() -> None:
@@ -28,9 +32,7 @@ def test_options_reach_the_engine() -> None:
     ("extra", "message"),
     [
         ({"transfer": {"max_outstanding_requests": 8}}, r"transfer\.max_outstanding_requests has no effect in vLLM"),
-        ({"tier": {"shed": "newest"}}, r"tier\.shed has no effect in vLLM"),
-        ({"tier_shed": "newest"}, r"tier\.shed has no effect in vLLM"),
-        ({"tier": {"fetch_blocks": 64}}, r"tier\.fetch_blocks has no effect in vLLM"),
+        ({"pool": {"lease_share": 0.5}}, r"pool\.lease_share has no effect in vLLM"),
         ({"identity": {"tp_rank": 1, "tp_size": 2}}, r"identity\.tp_rank follows from vLLM"),
         ({"identity": {"model": "m", "pp_size": 2}}, r"identity\.pp_size follows from vLLM"),
         ({"identity": {"fingerprint": "f"}}, r"identity\.fingerprint follows from vLLM"),
