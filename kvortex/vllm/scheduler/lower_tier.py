@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SCAN_WAIT_S: Final = 0.5
 """Enough to scan a small store before the server starts; a large one is scanned while it serves."""
 
+PROGRESS_INTERVAL_S: Final = 0.001
+"""Seconds between two questions how far the calls are, at least."""
+
 FIGURES_INTERVAL_S: Final = 1.0
 """Seconds between two questions for the tier's counters, at least."""
 
@@ -67,6 +70,7 @@ class LowerTier:
         self._max_fetching = max(1, in_pool // 2)
         self._calls = RemoteCalls(control)
         self._knows_all = False
+        self._asked_s = 0.0
         self._questions: dict[str, _Question] = {}  # by request
         self._overdue: list[_Question] = []
         self._fetches: dict[str, _Fetch] = {}  # by request
@@ -101,7 +105,8 @@ class LowerTier:
             request_id: the request.
             blocks: gives the block hashes in question; called when it asks.
         """
-        self._calls.ask()
+        if self._questions or self._overdue:
+            self._ask_progress()
         if (question := self._questions.get(request_id)) is None:
             self._overdue = [late for late in self._overdue if not late.answer.is_over]
             if self._overdue or self._knows_all:
@@ -121,6 +126,13 @@ class LowerTier:
         if question not in self._overdue:
             self._overdue.append(question)
         return False
+
+    def _ask_progress(self) -> None:
+        """Ask how far the calls are: once for all requests that are looked at in a step."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s >= PROGRESS_INTERVAL_S:
+            self._asked_s = now_s
+            self._calls.ask()
 
     def fetch(self, request: "Request", wanted: Wanted) -> bool:
         """Have blocks fetched from the tier into the pool.
@@ -153,7 +165,7 @@ class LowerTier:
         fetch = self._fetches.get(request_id)
         if fetch is None:
             return False
-        self._calls.ask()
+        self._ask_progress()
         seconds = time.perf_counter() - fetch.started_s
         if not fetch.call.is_over:
             return seconds < self._wait_s
