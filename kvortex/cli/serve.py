@@ -59,11 +59,12 @@ async def _serve(config: KVortexConfig, path: Path, as_json: bool, parent: int |
     owner.start()
     try:
         if as_json:
-            said = json.dumps({"socket": str(path), "pool_bytes": config.pool.bytes, "pid": os.getpid()})
+            facts = {"socket": str(path), "pool_bytes": config.pool.bytes, "lower_tier": config.lower_tier}
+            said = json.dumps({**facts, "pid": os.getpid()})
         else:
-            said = (
-                f'{format_bytes(config.pool.bytes)} for engines with KVortexConfig(owner="{path}", ...); Ctrl-C ends it'
-            )
+            behind = f", with {config.lower_tier} behind it," if config.lower_tier else ""
+            pool = format_bytes(config.pool.bytes)
+            said = f'{pool}{behind} for engines with KVortexConfig(owner="{path}", ...); Ctrl-C ends it'
         print(said, flush=True)
         await ended.wait()
         await owner.flush(config.tier.timeout_s)
