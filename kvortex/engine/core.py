@@ -544,11 +544,7 @@ class EngineCore:
         control.invalidate(keys)
         if self._tiering is None:
             return True
-        try:
-            return await self._tiering.invalidate(keys)
-        finally:
-            if self._shutdown is None:
-                control.invalidate(keys)  # what was read from the tier before it was deleted there
+        return await self._tiering.invalidate(keys, lambda: control.invalidate(keys))
 
     @overload
     def clear(self) -> None: ...
@@ -573,11 +569,7 @@ class EngineCore:
         self._check_loop()
         if self._tiering is None:
             return True
-        try:
-            return await self._tiering.clear()
-        finally:
-            if self._shutdown is None:
-                control.clear()  # what was read from the tier before it was deleted there
+        return await self._tiering.clear(control.clear)
 
     async def flush(self) -> None:
         """Wait until every block queued for the lower tier is written or dropped."""

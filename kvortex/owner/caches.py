@@ -48,6 +48,13 @@ class Cache:
         """Moves its blocks to and from its lower tier; None without one."""
         return None if self.tier is None else self.tier.tiering
 
+    def clear(self, control: ControlPlane) -> None:
+        """Drop its blocks from the pool; what is being saved, or is on its way from the tier, will not be seen."""
+        self.num_clears += 1
+        if self.tier is not None:
+            self.tier.view.clear()
+        control.clear_cache(self.first, self.num_groups)
+
     def written(self, key: bytes) -> None:
         """The lower tier has stored a block."""
         for watcher in self.watchers:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -127,10 +128,8 @@ class OwnerClient:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if self._socket is not None and not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            if self._socket is not None and _is_readable(self._socket) and not self._socket.recv(1, socket.MSG_PEEK):
                 self._lose(ConnectionResetError("the owner has closed the connection"))
-        except BlockingIOError:
-            pass  # nothing to read: it is there
         except OSError as error:
             self._lose(error)
         finally:
@@ -248,6 +247,13 @@ class OwnerClient:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self.memory.close()
+
+
+def _is_readable(connection: socket.socket) -> bool:
+    """True if something has come. A socket with a time limit waits for that in `recv`, whatever its flags say."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _read(connection: socket.socket, nbytes: int, due_s: float) -> bytearray:

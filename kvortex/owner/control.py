@@ -59,6 +59,7 @@ class RemoteControl:
         encodings: how blocks are encoded, by form.
         groups: the groups of the cache.
         num_parts: how many parts a block has, of which the digests stand at the end of its payload.
+        writers: names of other processes that write to what it reserves.
 
     Attributes:
         tier: name of the lower tier behind the pool, empty if there is none.
@@ -78,6 +79,7 @@ class RemoteControl:
         groups: GroupSet,
         *,
         num_parts: int = 1,
+        writers: Sequence[str] = (),
     ) -> None:
         self.client = client
         self.groups = groups
@@ -86,6 +88,7 @@ class RemoteControl:
         self.has_forms = len(sizes) > 1 or sizes[0].packs
         self.index = RemoteIndex(self)
         self.allocator = RemoteAllocator(self, client.pool_bytes)
+        self._writers = tuple(writers)
         self._namespace = np.frombuffer(namespace, dtype=np.uint64)
         self._salt = self._namespace
         self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
@@ -100,6 +103,8 @@ class RemoteControl:
         client.on_connected = self._connected
 
     def _add_cache(self) -> None:
+        for writer in self._writers:
+            self.client.ask(Kind.WRITERS, writer.encode())
         (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described)
         self.tier = text_of(tier)
 

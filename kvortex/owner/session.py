@@ -186,7 +186,7 @@ class Session:
         cache = self._cache = self._caches.add(expected(namespace, 4), forms, text_of(described))
         if cache.tiering is None:
             return Kind.CACHE_ADDED, (b"",)
-        self._tier = TierSession(cache, cache.tiering)
+        self._tier = TierSession(cache, cache.tiering, self._control)
         return Kind.CACHE_ADDED, (cache.tiering.backing.tier.name.encode(),)
 
     def _give_scratch(self, request: NDArray[np.int64]) -> Answer:
@@ -362,10 +362,7 @@ class Session:
         return Kind.DONE, ()
 
     def _clear(self) -> Answer:
-        self.cache.num_clears += 1
-        if self.cache.tier is not None:
-            self.cache.tier.view.clear()
-        self._control.clear_cache(self.cache.first, self.cache.num_groups)
+        self.cache.clear(self._control)
         return Kind.DONE, ()
 
     # -- events ------------------------------------------------------------------------------------

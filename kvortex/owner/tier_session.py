@@ -12,6 +12,7 @@ from kvortex.errors import OwnerError
 from kvortex.owner.caches import Cache
 from kvortex.owner.protocol import Field, Kind, TierCall, as_flags, expected, keys_of, numbers
 from kvortex.owner.tickets import Tickets
+from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
 from kvortex.types import MissReason
 
@@ -22,9 +23,11 @@ class TierSession:
     Args:
         cache: the client's cache.
         tiering: that of the cache.
+        control: the control plane of the pool.
     """
 
-    def __init__(self, cache: Cache, tiering: Tiering) -> None:
+    def __init__(self, cache: Cache, tiering: Tiering, control: ControlPlane) -> None:
+        self._control = control
         self._cache = cache
         self._tiering = tiering
         self._tickets = Tickets(tiering)
@@ -102,9 +105,10 @@ class TierSession:
             case TierCall.FLUSH:
                 return _done(tiering.flush())
             case TierCall.INVALIDATE:
-                return tiering.invalidate(keys)
+                in_pool = self._own(keys)  # XOR is its own inverse
+                return tiering.invalidate(keys, lambda: self._control.invalidate(in_pool))
             case TierCall.CLEAR:
-                return tiering.clear()
+                return tiering.clear(lambda: self._cache.clear(self._control))
             case TierCall.ASK:
                 return _done(tiering.ask(keys))
 

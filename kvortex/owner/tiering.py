@@ -6,8 +6,7 @@ lost, they end as if the tier had nothing.
 
 import asyncio
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -230,11 +229,11 @@ class RemoteTiering:
         """See `Tiering.flush`."""
         await self._result(TierCall.FLUSH)
 
-    async def invalidate(self, keys: NDArray[np.uint64]) -> bool:
-        """See `Tiering.invalidate`."""
+    async def invalidate(self, keys: NDArray[np.uint64], forget: Callable[[], None]) -> bool:
+        """See `Tiering.invalidate`; the owner itself drops what has come from the tier meanwhile."""
         return await self._result(TierCall.INVALIDATE, keys)
 
-    async def clear(self) -> bool:
+    async def clear(self, forget: Callable[[], None]) -> bool:
         """See `Tiering.clear`; the blocks of other engines with the same namespace as well."""
         return await self._result(TierCall.CLEAR)
 
@@ -265,12 +264,13 @@ class RemoteTiering:
     async def until(self, call: RemoteCall, settled: int, timeout_s: float | None) -> None:
         """Wait until so many leading blocks of a call are settled, or the call is over, or the time is."""
         self._keep_asking()
-        due_s = None if timeout_s is None else time.monotonic() + timeout_s
+        loop = asyncio.get_running_loop()
+        due_s = None if timeout_s is None else loop.time() + timeout_s
         while not call.is_over and call.settled < settled:
-            left_s = None if due_s is None else due_s - time.monotonic()
+            left_s = None if due_s is None else due_s - loop.time()
             if left_s is not None and left_s <= 0:
                 return
-            progress: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            progress: asyncio.Future[None] = loop.create_future()
             self._progress.append(progress)
             await asyncio.wait([progress], timeout=left_s)
 

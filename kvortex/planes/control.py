@@ -207,7 +207,7 @@ class ControlPlane:
         index = CacheIndex(
             make_policy(config.eviction.policy),
             ghost_entries=config.eviction.ghost_entries,
-            expected_entries=allocator.capacity_bytes // smallest + config.eviction.ghost_entries,
+            expected_entries=max(allocator.capacity_bytes // smallest + config.eviction.ghost_entries, 1),
         )
         pacer = EvictionPacer(allocator.capacity_bytes, config.eviction.watermark, config.eviction.ratio)
         return cls(index, allocator, pacer, sizes, groups)

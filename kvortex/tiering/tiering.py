@@ -6,7 +6,7 @@ bytes of demoted blocks. Blocks beyond the bounds are shed and counted; each is 
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -205,15 +205,29 @@ class Tiering:
                 for key in split_keys(keys):
                     self.backing.on_lost(key)
 
-    async def invalidate(self, keys: NDArray[np.uint64]) -> bool:
-        """Delete blocks, `uint64 [n, 4]`, from the tier, and those on their way to it; False if some may be left."""
-        settled = await self.writes.withdraw(set(split_keys(keys)))
-        return await self._becomes_usable() and await self.backing.delete_surely(keys) and settled
+    async def invalidate(self, keys: NDArray[np.uint64], forget: Callable[[], None]) -> bool:
+        """Delete blocks from the tier, and those on their way to it; False if some may be left.
 
-    async def clear(self) -> bool:
-        """Delete every block of the namespace, and those on their way to the tier; False if some may be left."""
-        settled = await self.writes.withdraw()
-        return await self._becomes_usable() and await self.backing.guard.delete_all() and settled
+        Args:
+            keys: their hashes, `uint64 [n, 4]`.
+            forget: called at the end: drops from the pool what was read from the tier before it was deleted there.
+        """
+        hashes = set(split_keys(keys))
+        with self.writes.barred(hashes):
+            try:
+                settled = await self.writes.withdraw(hashes)
+                return await self._becomes_usable() and await self.backing.delete_surely(keys) and settled
+            finally:
+                forget()
+
+    async def clear(self, forget: Callable[[], None]) -> bool:
+        """The same for every block of the namespace."""
+        with self.writes.barred():
+            try:
+                settled = await self.writes.withdraw()
+                return await self._becomes_usable() and await self.backing.guard.delete_all() and settled
+            finally:
+                forget()
 
     async def _becomes_usable(self) -> bool:
         await self.backing.state.wait_known()

@@ -1,10 +1,11 @@
 """Write-behind: blocks move down, to the lower tier, after their save or when they are evicted."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -44,6 +45,13 @@ class _Moving:
         self.is_withdrawn = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bar:
+    """Blocks that are not taken just now; None for all."""
+
+    keys: Collection[bytes] | None
+
+
 class WriteBehind:
     """A bounded queue of blocks for one tier, and the task that writes them.
 
@@ -62,6 +70,7 @@ class WriteBehind:
         self._demoted_bytes = 0
         self._demoted_limit = int(DEMOTED_SHARE * backing.pool.bytes.size)
         self._moving: dict[bytes, _Moving] = {}  # by block hash
+        self._bars: list[_Bar] = []
         self._has_work = asyncio.Event()
         self._writing = 0
         self._idle = asyncio.Event()
@@ -96,6 +105,8 @@ class WriteBehind:
         for key, time_s in zip(split_keys(keys), used_s.tolist(), strict=True):
             if key in self._queue:
                 continue
+            if self._bars and self._is_barred(key):
+                continue
             if len(self._queue) >= self._backing.config.tier.queue_blocks:
                 self.shed_blocks += 1
                 if self._backing.config.tier.shed == "newest":
@@ -116,15 +127,18 @@ class WriteBehind:
             return kept
         fitting = int(np.searchsorted(np.cumsum(evicted.nbytes), self._demoted_limit - self._demoted_bytes, "right"))
         keys = split_keys(evicted.keys[:fitting])
+        kept[:fitting] = [not self._is_barred(key) for key in keys] if self._bars else True
         columns = (evicted.offsets, evicted.nbytes, evicted.forms, evicted.digests)
         used_s = self._backing.uses.now()
-        for key, offset, nbytes, form, digest in zip(keys, *(c[:fitting].tolist() for c in columns), strict=True):
-            self._demoted.append(_Demoted(key, offset, nbytes, form, digest, used_s))
-            self._demoted_bytes += nbytes
-        self.demoted_blocks += fitting
-        self.shed_blocks += len(kept) - fitting
+        rows = zip(kept[:fitting].tolist(), keys, *(c[:fitting].tolist() for c in columns), strict=True)
+        for is_kept, key, offset, nbytes, form, digest in rows:
+            if is_kept:
+                self._demoted.append(_Demoted(key, offset, nbytes, form, digest, used_s))
+                self._demoted_bytes += nbytes
+        num_kept = int(np.count_nonzero(kept))
+        self.demoted_blocks += num_kept
+        self.shed_blocks += len(kept) - num_kept
         self._wake_writer()
-        kept[:fitting] = True
         return kept
 
     def _wake_writer(self) -> None:
@@ -168,6 +182,19 @@ class WriteBehind:
         settled = [move.settled for move in moving]
         _, late = await asyncio.wait(settled, timeout=self._backing.guard.longest_call_s)
         return not late
+
+    @contextlib.contextmanager
+    def barred(self, keys: Collection[bytes] | None = None) -> Iterator[None]:
+        """Take none of these blocks, or none at all, meanwhile: the tier deletes them, and must not get them again."""
+        bar = _Bar(keys)
+        self._bars.append(bar)
+        try:
+            yield
+        finally:
+            self._bars.remove(bar)
+
+    def _is_barred(self, key: bytes) -> bool:
+        return any(bar.keys is None or key in bar.keys for bar in self._bars)
 
     def _note_idle(self) -> None:
         if not self._queue and not self._demoted and not self._writing:

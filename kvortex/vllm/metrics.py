@@ -66,13 +66,14 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
             nbytes: bytes of those that arrived, raw.
             seconds: seconds from the plan to the end.
         """
-        loaded = sum(outcome is None for outcome in outcomes)
+        loaded = outcomes.count(None)
         self.add("loads", 1)
         self.add("load_seconds", seconds)
         self.add("loaded_blocks", loaded)
         self.add("loaded_bytes", nbytes)
-        for reason, blocks in Counter(outcome for outcome in outcomes if outcome is not None).items():
-            self.count_misses(reason, blocks)
+        if loaded < len(outcomes):
+            for reason, blocks in Counter(outcome for outcome in outcomes if outcome is not None).items():
+                self.count_misses(reason, blocks)
 
     def reset(self) -> None:
         """Set every counter to zero."""

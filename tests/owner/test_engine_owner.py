@@ -12,6 +12,7 @@ import torch
 from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
 from kvortex.config import KIB
 from kvortex.errors import ConfigError, KVortexError
+from kvortex.owner import OwnerClient
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, contents, make_cache, wipe
 from tests.groups_support import CACHES, places, request, tables
 from tests.owner.owner_support import LocalOwner, local_owner, wait_until
@@ -47,6 +48,19 @@ async def save(engine: KVortexEngine, num_blocks: int = 12, salt: int = 0) -> li
     hashes = chain(num_blocks, salt)
     assert (await engine.save_blocks(hashes, range(num_blocks))).ok
     return hashes
+
+
+def test_a_probe_neither_waits_nor_gives_the_owner_up(owner: LocalOwner) -> None:
+    client = OwnerClient(owner.path, 60.0)
+    try:
+        for _ in range(100):
+            client.probe()
+        assert client.is_connected
+        assert client.generation == 0
+        owner.call(lambda: [c.abort() for p in owner.owner._processes.values() for c in p.connections])
+        wait_until(lambda: client.probe() or not client.is_connected or client.generation)
+    finally:
+        client.close()
 
 
 # -- sharing -----------------------------------------------------------------------------------------

@@ -134,7 +134,9 @@ class Life:
 
     def _watch_offer(self, keys: NDArray[np.uint64], used_s: NDArray[np.float64]) -> None:
         tiering = self.tiering
-        new = [key.tobytes() for key in keys if key.tobytes() not in tiering.writes._queue]
+        writes = tiering.writes
+        offered = [key.tobytes() for key in keys]
+        new = [key for key in offered if key not in writes._queue and not writes._is_barred(key)]
         refused = tiering.backing.guard.writes.refuses
         room = self.engine.config.tier.queue_blocks - len(tiering.writes._queue)
         before = tiering.writes.shed_blocks

@@ -187,7 +187,12 @@ class Hybrid(BlockRules):
 
     def completed(self, tracked: TrackedRequest, num_tokens: int) -> Iterable[BlockRun]:
         """The blocks that vLLM has put into its own prefix cache since the last step; this step fills them."""
-        request_id, planned = tracked.request.request_id, tracked.num_planned
+        request, planned = tracked.request, tracked.num_planned
+        request_id = request.request_id
+        known = len(request.block_hashes), (request.num_computed_tokens + num_tokens) // self._hash_block_size
+        if known == tracked.looked_for:
+            return  # most steps of decoding: vLLM counts whole block hashes
+        tracked.looked_for = known
         if len(planned) < self.num_groups:
             planned += [0] * (self.num_groups - len(planned))
         for number, manager in enumerate(self._managers):
@@ -195,7 +200,7 @@ class Hybrid(BlockRules):
             if cached <= planned[number]:
                 continue
             if not self._save_decoded:
-                cached = min(cached, tracked.request.num_prompt_tokens // self._set.groups[number].block_size)
+                cached = min(cached, request.num_prompt_tokens // self._set.groups[number].block_size)
             table = manager.req_to_blocks.get(request_id, ())
             start, planned[number] = planned[number], max(cached, planned[number])
             block_size = self._set.groups[number].block_size

@@ -6,7 +6,6 @@ from kvortex.codecs import Codec, Encodings
 from kvortex.groups import GroupSet
 from kvortex.hashing import namespace_of_parts
 from kvortex.owner import OwnerClient, RemoteControl
-from kvortex.owner.protocol import Kind
 from kvortex.types import BlockSizes
 from kvortex.vllm.plans import OwnedHandshake, WorkerHandshake
 
@@ -50,22 +49,17 @@ class Members:
         namespace = namespace_of_parts([of_parts[part].namespace for part in range(first.num_parts)])
         client = self.client(first)
         try:
-            return RemoteControl(client, namespace, sizes, encodings, groups, num_parts=first.num_parts)
+            return RemoteControl(
+                client, namespace, sizes, encodings, groups, num_parts=first.num_parts, writers=list(self._owned)
+            )
         except BaseException:
             client.close()
             raise
 
     def client(self, first: OwnedHandshake) -> OwnerClient:
-        """A connection whose reservations all members may write to.
+        """A connection to the owner that the members have joined.
 
         Raises:
             OwnerError, ConfigError: there is no owner, or it refuses this process.
         """
-        client = OwnerClient(first.socket, self._deadline_s)
-        try:
-            for writer in self._owned:
-                client.ask(Kind.WRITERS, writer.encode())
-        except BaseException:
-            client.close()
-            raise
-        return client
+        return OwnerClient(first.socket, self._deadline_s)

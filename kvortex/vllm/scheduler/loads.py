@@ -189,7 +189,7 @@ class LoadPlanner:
         tracked = self._tracked.get(job.request_id)
         if tracked is not None:
             tracked.loading = None
-            tracked.computes = any(outcome is not None for outcome in outcomes)
+            tracked.computes = outcomes.count(None) < len(outcomes)
             if tracked.computes:
                 tracked.loaded = range(0)
         self._stats.record_outcomes(outcomes)

@@ -20,6 +20,7 @@ class TrackedRequest:
     block_ids: list[int] = field(default_factory=list)  # of all groups
     local_tokens: int = 0  # tokens that vLLM has found in its own cache, when it last asked
     num_planned: list[int] = field(default_factory=lambda: [0])  # leading blocks of each group whose save was planned
+    looked_for: tuple[int, int] | None = None  # its block hashes, known and computed, when a save was last looked for
     too_lossy: set[tuple[int, int]] = field(default_factory=set)  # (group, block): to save raw, packing loses too much
     num_full: int = 0  # blocks that the last planned step has completed, with one group
     disk_tokens: int = 0  # tokens of its last load that came from the lower tier
@@ -39,6 +40,7 @@ class TrackedRequest:
     def plan_saves_again(self) -> None:
         """Note that none of its blocks is stored any more."""
         self.num_planned = [0] * len(self.num_planned)
+        self.looked_for = None
         self.loaded = range(0)
 
     def to_save(self, start: int, stop: int, block_size: int) -> list[range]:

@@ -136,6 +136,7 @@ class SavePlanner:
                 planned, run = part.tracked.num_planned, part.run
                 if not run.is_tail:
                     planned[run.group] = min(planned[run.group], run.blocks.start)
+                    part.tracked.looked_for = None
         if job.too_lossy or context.events is not None:
             self._finish_parts(job, succeeded, lossy)
 
