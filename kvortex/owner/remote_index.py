@@ -4,20 +4,31 @@ If the owner is lost, nothing is found, and the figures are zero.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.index import MISS_REASONS, as_packed, pack_keys
-from kvortex.owner.client import OwnerLost
-from kvortex.owner.protocol import Kind
+from kvortex.owner.client import OwnerClient, OwnerLost
+from kvortex.owner.protocol import Kind, PoolNumbers
 from kvortex.planes.control import CPU_TIER
 from kvortex.stats import PoolFigures
 from kvortex.types import MissReason
 
-if TYPE_CHECKING:
-    from kvortex.owner.control import RemoteControl
+
+class AsksOwner(Protocol):
+    """What is needed of the remote control plane."""
+
+    client: OwnerClient
+
+    def own(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Keys in the owner's index from those of this cache, `uint64 [n, 4]`."""
+        ...
+
+    def figures(self) -> PoolNumbers:
+        """The figures of the pool; zeros if the owner is lost."""
+        ...
 
 
 class RemoteIndex:
@@ -27,7 +38,7 @@ class RemoteIndex:
         control: the remote control plane.
     """
 
-    def __init__(self, control: "RemoteControl") -> None:
+    def __init__(self, control: AsksOwner) -> None:
         self._control = control
 
     def contains_mask(self, keys: Sequence[bytes] | NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -88,7 +99,7 @@ class RemoteAllocator:
         capacity_bytes: size of the pool.
     """
 
-    def __init__(self, control: "RemoteControl", capacity_bytes: int) -> None:
+    def __init__(self, control: AsksOwner, capacity_bytes: int) -> None:
         self._control = control
         self.capacity_bytes = capacity_bytes
 
