@@ -16,6 +16,10 @@ class Digests(Protocol):
     `planned` has the offsets of the extents, `placed` those of this rank's bytes.
     """
 
+    def release(self) -> None:
+        """Let go of the pool's memory."""
+        ...
+
     def saved(
         self, planned: TransferPlan, placed: TransferPlan, digests: NDArray[np.uint64]
     ) -> NDArray[np.uint64] | None:
@@ -42,6 +46,9 @@ class WorkersDigests:
 
     def __init__(self, share: PoolShare) -> None:
         self._share = share
+
+    def release(self) -> None:
+        """Do nothing: the digests are not in the pool."""
 
     def saved(
         self, planned: TransferPlan, placed: TransferPlan, digests: NDArray[np.uint64]
@@ -71,6 +78,10 @@ class OwnersDigests:
     def __init__(self, parts: BlockParts, pool: NDArray[np.uint8]) -> None:
         self._parts = parts
         self._pool = pool.view(np.uint64)
+
+    def release(self) -> None:
+        """Let go of the pool's memory."""
+        self._pool = self._pool[:0].copy()
 
     def saved(
         self, planned: TransferPlan, placed: TransferPlan, digests: NDArray[np.uint64]

@@ -125,7 +125,7 @@ class WorkerHalf:
 
     def _begin(self, thread: LoopThread, share: PoolShare | OwnedPool) -> DataPlane:
         """Make the data plane over a pool, and what carries out its jobs."""
-        tensors, cache, here = self._caches
+        tensors, cache, _ = self._caches
 
         async def start() -> DataPlane:
             make = partial(
@@ -143,6 +143,14 @@ class WorkerHalf:
             return data
 
         data = thread.run(start())
+        try:
+            self._begin_jobs(thread, share, data)
+        except BaseException:
+            thread.run(data.aclose())
+            raise
+        return data
+
+    def _begin_jobs(self, thread: LoopThread, share: PoolShare | OwnedPool, data: DataPlane) -> None:
         digests: Digests
         pool, part = "", 0
         if isinstance(share, OwnedPool):
@@ -154,16 +162,15 @@ class WorkerHalf:
         else:
             digests = WorkersDigests(share)
         num_weights = 0 if self._jobs is None else self._jobs.num_weights
-        placed = RankPlaces(self._places, share, here)
+        placed = RankPlaces(self._places, share, self._caches[2])
         self._share, self._data = share, data
         self._jobs = JobRunner(data, thread.loop, digests, placed, part, self._reports, pool=pool)
         self._jobs.num_weights = num_weights
-        return data
 
     def _follow_owner(self) -> None:
         """Join the owner again if it was started anew: then it has another pool."""
         share, thread = self._share, self._thread
-        if not isinstance(share, OwnedPool) or thread is None:
+        if not isinstance(share, OwnedPool) or thread is None or self._asleep:
             return
         share.client.probe()
         has_left = share.client.is_replaced or self._data is None
@@ -172,6 +179,7 @@ class WorkerHalf:
         self._settle(thread)
         before, self._data = self._data, None
         if before is not None:
+            self._runner().release()
             thread.run(before.aclose())
         try:
             self._share = share.again()
@@ -254,6 +262,7 @@ class WorkerHalf:
 
         async def close() -> None:
             await jobs.settle()
+            jobs.release()
             if data is not None:
                 await data.aclose()
 

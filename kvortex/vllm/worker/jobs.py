@@ -113,6 +113,10 @@ class JobRunner:
 
     # -- end ---------------------------------------------------------------------------------------
 
+    def release(self) -> None:
+        """Let go of the pool's memory, so that it can be unmapped. No job may start any more."""
+        self._digests.release()
+
     async def settle(self) -> None:
         """Wait until no job touches the paged cache; on the loop."""
         while self._transfers:

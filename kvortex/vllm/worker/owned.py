@@ -73,7 +73,9 @@ class OwnedPool:
             ConfigError, OwnerError: there is none, or it refuses this process.
         """
         client = OwnerClient(self.client.path, self.config.owner.deadline_s)
-        config = self.config.replace(pool={"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes})
+        pool = {"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes}
+        # The layout was proven at the start; a test now would overwrite blocks that requests are using.
+        config = self.config.replace(pool=pool, transfer={"self_test": False})
         self.client.close()
         return replace(self, config=config, client=client)
 
