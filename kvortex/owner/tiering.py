@@ -56,7 +56,7 @@ class RemoteCalls:
 
     def __init__(self, control: RemoteControl) -> None:
         self._control = control
-        self._open: dict[int, RemoteCall] = {}
+        self._open: dict[tuple[int, int], RemoteCall] = {}  # by connection and number
 
     def __len__(self) -> int:
         return len(self._open)
@@ -91,7 +91,7 @@ class RemoteCalls:
 
     def _added(self, call: RemoteCall) -> RemoteCall:
         if call.number:
-            self._open[call.number] = call
+            self._open[call.generation, call.number] = call
         else:
             _end(call, TicketState.DONE)
         return call
@@ -122,21 +122,21 @@ class RemoteCalls:
 
     def _take(self, rows: list[list[int]], generation: int) -> None:
         told = {number: (settled, state) for number, settled, state in rows}
-        for number, call in list(self._open.items()):
-            if call.generation != generation or number not in told:  # of a connection that was lost
-                del self._open[number]
+        for place, call in list(self._open.items()):
+            if call.generation != generation or call.number not in told:  # of a connection that was lost
+                del self._open[place]
                 _end(call, TicketState.FAILED)
                 continue
-            call.settled, state = told[number]
+            call.settled, state = told[call.number]
             if state != TicketState.RUNNING:
-                del self._open[number]
                 if call.flags is not None:
-                    _, call.flags = self._control.client.ask(Kind.END_FETCH, numbers(number, False))
+                    _, call.flags = self._control.client.ask(Kind.END_FETCH, numbers(call.number, False))
+                del self._open[place]
                 _end(call, TicketState(state))
 
     def cancel(self, call: RemoteCall) -> None:
         """Blocks of a fetch whose read has not begun, and that nobody else wants, are not fetched."""
-        if self._open.pop(call.number, None) is not call:
+        if self._open.pop((call.generation, call.number), None) is None:
             return
         client = self._control.client
         with client.exclusive():

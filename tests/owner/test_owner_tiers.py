@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from kvortex import KVortexConfig
 from kvortex.errors import ConfigError, OwnerError
 from kvortex.memory import SharedMemory
 from kvortex.owner.caches import Caches
+from kvortex.owner.client import OwnerLost
 from kvortex.owner.protocol import Kind, TierCall, numbers
 from kvortex.owner.session import Session
 from kvortex.owner.tickets import AWAITED, IN_TIER, TicketState
+from kvortex.owner.tiering import RemoteCalls
 from kvortex.owner.tiers import OwnerTiers
 from kvortex.planes.control import ControlPlane
 from kvortex.testing import FaultInjectingTier, TierFault
@@ -365,3 +368,49 @@ def test_the_pool_of_one_engine_shrinks(caches: Caches, nbytes: int) -> None:
     assert allocator.capacity_bytes == capacity
     assert allocator.allocated_bytes == capacity // BLOCK * BLOCK
     assert (client.ask(Kind.PLACES, some_keys(20, 2))[0] + BLOCK <= capacity).all() or not capacity
+
+
+# -- calls of a client -------------------------------------------------------------------------------
+
+
+class Answers:
+    """A client whose answers are given, in order; an error is raised."""
+
+    def __init__(self, *answers: list[Any] | Exception) -> None:
+        self.answers = list(answers)
+        self.generation = 0
+
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def ask(self, *_: Any) -> list[Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def calls_over(client: Answers) -> RemoteCalls:
+    return RemoteCalls(SimpleNamespace(client=client, own=lambda keys: keys))  # type: ignore[arg-type]
+
+
+def test_a_call_ends_although_a_later_connection_gives_its_number_again() -> None:
+    flags = np.full(1, AWAITED, np.uint8)
+    client = Answers([numbers(1), flags], [numbers(1), flags], [numbers(1, 0, TicketState.RUNNING)])
+    made = calls_over(client)
+    before = made.fetch(some_keys(1), np.zeros(1, np.uint8))
+    client.generation = 1
+    after = made.fetch(some_keys(1), np.zeros(1, np.uint8))
+    made.ask()
+    assert before.state is TicketState.FAILED
+    assert after.state is TicketState.RUNNING
+
+
+def test_a_call_ends_although_the_owner_is_lost_when_its_end_is_asked_for() -> None:
+    flags = np.full(1, AWAITED, np.uint8)
+    client = Answers([numbers(1), flags], [numbers(1, 1, TicketState.DONE)], OwnerLost("it is gone"))
+    made = calls_over(client)
+    call = made.fetch(some_keys(1), np.zeros(1, np.uint8))
+    made.ask()
+    assert call.is_over
+    assert len(made) == 0
