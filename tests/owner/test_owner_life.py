@@ -387,7 +387,7 @@ async def test_an_owner_that_was_started_anew_serves_new_engines_only(path: Path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_an_owner_and_leaves_no_file(path: Path, number: signal.Signals) -> None:
     with served_owner(path) as owner:
-        assert owner.said == {"socket": str(path), "pool_bytes": 64 << 20, "pid": owner.process.pid}
+        assert owner.said == {"socket": str(path), "pool_bytes": 64 << 20, "lower_tier": "", "pid": owner.process.pid}
         assert os.stat(path).st_mode & 0o777 == 0o600
         async with connected(path) as engine:
             assert (await engine.save_blocks(chain(12), range(12))).ok
