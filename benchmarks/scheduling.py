@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests/vllm/inside")]
 
 from groups_support import Model, greet, harness_of, model  # noqa: E402
 from scheduler_harness import Layers, SchedulerHarness, Step, WorkerReport  # noqa: E402
+from serve_pool import served_pool  # noqa: E402
 from vllm import __version__ as vllm_version  # noqa: E402
 
 from kvortex.testing.dummy_model import write_config  # noqa: E402
@@ -194,20 +194,6 @@ class Row:
         self._harness.shutdown()
 
 
-@contextlib.contextmanager
-def owner_of_pool(socket: Path) -> Iterator[None]:
-    """A process that holds a pool for the row `owner`."""
-    command = [sys.executable, "-m", "kvortex", "serve", "--pool", OWNER_POOL, "--socket", str(socket), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-    finally:
-        process.terminate()
-        process.communicate()
-
-
 def print_batches(name: str, what: str, batches: list[Batch], requests: int, hit_tokens: int = 0) -> None:
     seconds = statistics.median(batch.seconds for batch in batches)
     steps = statistics.median(batch.num_steps for batch in batches)
@@ -261,7 +247,7 @@ def main() -> None:
             with contextlib.ExitStack() as stack:
                 socket = Path(folder) / "owner.sock"
                 if "owner" in rows:
-                    stack.enter_context(owner_of_pool(socket))
+                    stack.enter_context(served_pool(str(socket), OWNER_POOL))
                 measured = [Row(row, MODELS[name], Path(folder), arguments, socket) for row in rows]
                 for row in measured:
                     stack.callback(row.close)

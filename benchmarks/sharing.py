@@ -23,11 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serve_pool import served_pool
 from vllm_ttft import ENVIRONMENT, SHAPES, versions
 
 from kvortex.config import GIB, format_bytes, parse_bytes
@@ -112,21 +112,6 @@ class Engine:
         self._process.wait()
 
 
-@contextlib.contextmanager
-def owner_of_pool(socket: str, pool_bytes: int) -> Iterator[None]:
-    """A process that holds the pool of the row `shared`."""
-    command = [sys.executable, "-m", "kvortex", "serve", "--pool", str(pool_bytes), "--socket", socket, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline():
-            raise RuntimeError(f"no owner could be started: run {' '.join(command)}")
-        yield
-    finally:
-        process.terminate()
-        process.communicate()
-
-
 def measure(name: str, arguments: argparse.Namespace, model: str, logs: Path) -> Row:
     """One row, from the start of its engines to their end."""
     row, lots = Row(name), random.Random(1)
@@ -146,7 +131,7 @@ def measure(name: str, arguments: argparse.Namespace, model: str, logs: Path) ->
 
     with contextlib.ExitStack() as stack:
         if name == "shared":
-            stack.enter_context(owner_of_pool(socket, arguments.pool))
+            stack.enter_context(served_pool(socket, arguments.pool))
         engines: list[Engine] = []
         for number in range(arguments.engines):
             began = time.monotonic()

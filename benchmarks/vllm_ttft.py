@@ -3,10 +3,10 @@
     python benchmarks/vllm_ttft.py
     python benchmarks/vllm_ttft.py --rows kvortex,native,lmcache:v1 --lengths 8192,32768 --together 2 --json FILE
 
-A row is a connector in an engine of its own: `none`, `kvortex`, `kvortex-fp8`, `native` (vLLM's OffloadingConnector) or
-`lmcache`; `:v1` behind it takes vLLM's older model runner. The model has the shape of Llama-3-8B, or with `--shape`
-that of a model that mixes kinds of KV, and random weights, so nothing is downloaded; `--shape tiny` is for a quick look
-on any device.
+A row is a connector in an engine of its own: `none`, `kvortex`, `kvortex-fp8`, `kvortex-owner` (its pool in an owner
+process), `native` (vLLM's OffloadingConnector) or `lmcache`; `:v1` behind it takes vLLM's older model runner. The model
+has the shape of Llama-3-8B, or with `--shape` that of a model that mixes kinds of KV, and random weights, so nothing is
+downloaded; `--shape tiny` is for a quick look on any device.
 
 For each length the time to first token of a prompt that is new (cold), that the device's own prefix cache still has
 (the floor), and that only the connector has (hit); then tokens per second of batches of prompts that are all new, and
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from typing import Any
 from kvortex.config import GIB, parse_bytes
 
 ANSWER, THROUGHPUT_ANSWER = 8, 64
+OWNER_ROW = "kvortex-owner"
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": LLAMA
@@ -160,7 +161,7 @@ class Row:
         return self.kind != "none"
 
 
-def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
+def connector(kind: str, pool_bytes: int, socket: str) -> dict[str, Any] | None:
     """What `--kv-transfer-config` says of a row."""
     if kind == "none":
         return None
@@ -172,6 +173,8 @@ def connector(kind: str, pool_bytes: int) -> dict[str, Any] | None:
     options: dict[str, Any] = {"pool": pool_bytes}
     if kind == "kvortex-fp8":
         options["codec"] = "fp8"
+    if kind == OWNER_ROW:
+        options = {"owner": socket}
     return {
         "kv_connector": "KVortexConnector",
         "kv_connector_module_path": "kvortex.vllm",
@@ -190,7 +193,7 @@ class Engine:
         from kvortex.testing.dummy_model import scale_weights
 
         row = Row(arguments.row)
-        transfer = connector(row.kind, arguments.pool)
+        transfer = connector(row.kind, arguments.pool, arguments.socket)
         settings = json.loads(arguments.engine)
         if transfer is not None:
             settings["kv_transfer_config"] = KVTransferConfig(**transfer)
@@ -287,12 +290,18 @@ class RunningRow:
     def __init__(self, name: str, options: list[str], arguments: argparse.Namespace, log: Path) -> None:
         self.row = Row(name)
         self._log = log
+        self._owner = ExitStack()
+        socket = str(log.with_suffix(".sock"))
+        if self.row.kind == OWNER_ROW:
+            from serve_pool import served_pool  # not in a row's process, which does not look beside this file
+
+            self._owner.enter_context(served_pool(socket, arguments.pool))
         lmcache = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(arguments.pool / GIB)}
         environment = {**os.environ, **ENVIRONMENT, **lmcache}
         if name.endswith(":v1"):
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         # -P: what vLLM imports must not be found beside this file (transformers looks for a package `kernels`).
-        command = [sys.executable, "-P", __file__, *options, "--row", name]
+        command = [sys.executable, "-P", __file__, *options, "--row", name, "--socket", socket]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -343,6 +352,7 @@ class RunningRow:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._owner.close()
 
 
 def measure_rows(names: Sequence[str], options: list[str], arguments: argparse.Namespace, logs: Path) -> list[Row]:
@@ -457,6 +467,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file too")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--socket", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
         run_row(arguments)
