@@ -317,10 +317,9 @@ class GroupWorkers:
             del self.pool[begin]
         self.pool[offset] = (nbytes, content)
 
-    def _at(self, transfer: Any, position: int) -> Content:
-        offset = int(transfer.offsets[position])
+    def _at(self, offset: int, nbytes: int) -> Content:
         if self.owner is not None:
-            found: Content | None = self.owner.at(offset, self._nbytes(transfer, position))
+            found: Content | None = self.owner.at(offset, nbytes)
             return EMPTY if found is None else found
         return self.pool.get(offset, (0, EMPTY))[1]
 
@@ -335,7 +334,7 @@ class GroupWorkers:
         failed = self._failed(job.transfer.num_blocks) | self.bad.intersection(range(job.transfer.num_blocks))
         corrupt = frozenset(n for n in failed if self.random.random() < 0.5)
         for n, block_id in enumerate(job.transfer.block_ids.tolist()):
-            content = self._at(job.transfer, n)
+            content = self._at(int(job.transfer.offsets[n]), self._nbytes(job.transfer, n))
             self.memory.blocks[block_id] = EMPTY if n in failed else content
         return JobOutcome(job.job_id, tuple(failed - corrupt), tuple(corrupt))
 

@@ -41,6 +41,10 @@ class ServingOwner:
     def allocated_bytes(self) -> int:
         return self.owner.control.allocator.allocated_bytes
 
+    def flush(self) -> None:
+        """Have everything written that waits for a lower tier."""
+        self.thread.run(self.owner.flush(30.0))
+
     def end(self) -> None:
         self.thread.run(self.owner.aclose())
 

@@ -1,15 +1,11 @@
 """Engines of several processes: a program of its own, which prints what it found."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from owner_support import serving
 
 PROMPT_BLOCKS = 192
 """Tokens of the prompt's whole blocks."""
@@ -82,14 +78,3 @@ def run_program(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
-
-
-@contextlib.contextmanager
-def pool_that_outlives(tmp_path: Path, over: str) -> Iterator[dict[str, Any]]:
-    """Settings of a pool, or of a disk, in which the next engine finds what one has stored."""
-    if over == "disk":
-        yield {"disk": {"path": str(tmp_path / "disk"), "capacity_bytes": "1GiB"}}
-        return
-    with serving(tmp_path / "kv.sock") as owner:
-        yield {"owner": str(owner.path)}
-        assert owner.allocated_bytes > 0

@@ -121,9 +121,8 @@ def abandon_loads(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
 
 
 @pytest.fixture
-def engine(options: dict[str, Any], tmp_path: Path) -> Iterator[Engine]:
-    disk = {"path": str(tmp_path), "capacity_bytes": "1GiB"}
-    with running(options={"disk": disk}, **options | {"num_gpu_blocks_override": DEVICE_BLOCKS}) as made:
+def engine(options: dict[str, Any]) -> Iterator[Engine]:
+    with running(**options | {"num_gpu_blocks_override": DEVICE_BLOCKS}) as made:
         yield made
 
 

@@ -277,7 +277,10 @@ class Worker(GroupWorkers):
                 pins = control.index.hold(self._keys(request, number))
                 own = self._contents(request, vllm_number)
                 for position, offset in zip(np.flatnonzero(pins.slots >= 0), pins.offsets.tolist(), strict=True):
-                    assert self._at(offset) == own[position], f"block {position} of {request.request_id} is not its own"
+                    foreign = f"block {position} of {request.request_id} is not its own"
+                    assert self._at(offset, 0) == own[position], foreign
+                        f"block {position} of {request.request_id} is not its own"
+                    )
                 self.num_checked += pins.num_hits
                 control.index.unpin(pins.hits)
 
