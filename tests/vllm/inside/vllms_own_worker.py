@@ -279,8 +279,6 @@ class Worker(GroupWorkers):
                 for position, offset in zip(np.flatnonzero(pins.slots >= 0), pins.offsets.tolist(), strict=True):
                     foreign = f"block {position} of {request.request_id} is not its own"
                     assert self._at(offset, 0) == own[position], foreign
-                        f"block {position} of {request.request_id} is not its own"
-                    )
                 self.num_checked += pins.num_hits
                 control.index.unpin(pins.hits)
 
