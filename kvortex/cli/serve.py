@@ -80,6 +80,8 @@ def _end_with(parent: int, ended: asyncio.Event) -> None:
         return
     if os.getppid() != parent:  # it was gone before, and another process has its number
         ended.set()
+        os.close(descriptor)
+        return
     loop = asyncio.get_running_loop()
 
     def end() -> None:

@@ -24,8 +24,9 @@ from kvortex.types import Direction, MissReason, form_of
 
 NOT_KNOWN: Final = 0
 USUAL: Final = 1  # packed, or raw where the blocks of its group are never packed
-WORD_BYTES: Final = 8
 AS_IS: Final = 2  # raw, although the blocks of its group are packed
+
+WORD_BYTES: Final = 8  # of the digest behind each part of a block
 
 
 class HasContains(Protocol):

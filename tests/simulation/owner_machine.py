@@ -27,8 +27,8 @@ SLOW_S, FAST_S = 2.0, 0.02
 class MachineLoop(VirtualClockLoop):
     """A virtual clock, processes that can be watched through descriptors, and connections that are no sockets."""
 
-    def __init__(self, *, shuffle: random.Random | None, after_pass: Callable[[], None]) -> None:
-        super().__init__(shuffle=shuffle, after_pass=after_pass)
+    def __init__(self, *, shuffle: random.Random | None) -> None:
+        super().__init__(shuffle=shuffle)
         self._ended: set[int] = set()
         self._watched: dict[int, int] = {}  # descriptor -> process
         self._callbacks: dict[int, Callable[[], Any]] = {}

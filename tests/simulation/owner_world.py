@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import logging
 import random
-from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,71 +10,45 @@ from typing import Any
 from unittest import mock
 
 from kvortex.errors import OwnerError
-from kvortex.testing.simulation import NothingLeftToDoError
 from kvortex.types import SaveOutcome
 from tests.simulation.owner_machine import Link, MachineLoop, MachineProcess
 from tests.simulation.owner_player import Player
 from tests.simulation.owner_pool import SimulatedOwner, SlowStore
 from tests.simulation.owner_record import Record
 from tests.simulation.owner_scenario import Scenario, shape_of
-from tests.simulation.world import ViolationError, _errors_logged_to, describe
+from tests.simulation.seeded_world import SeededWorld, order_of
 
-MAX_PASSES = 100_000  # of the loop, in one seed
 LONGEST_LIFE_S = 3000.0
 REST_S = 40.0  # in which all transfers settle, all that is dead ends, and all clients connect again
 ASK_INTERVAL_S = 0.02  # of clients that wait for a tier: ten times as long as in earnest, and so ten times as fast
 FIRST_RETRY_S = 0.1  # of clients that have lost their connection: so they have more of their short lives
-SHOWN_EVENTS = 40
-ABANDONS = 10
 PROBES = 8
 MAX_PLAYERS = 8
 
 
-class OwnerWorld:
-    """Everything of one seed; `run` it once.
+class OwnerWorld(SeededWorld):
+    """Owners that follow each other, and their clients."""
 
-    `tally` counts what has happened: a simulation in which something never happens proves nothing of it.
-    """
+    runner = "tests.simulation.owner_run"
+    _loop: MachineLoop
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
         self.scenario = Scenario.drawn(random.Random(f"{seed}/owner scenario"))
-        self.tally: Counter[str] = Counter()
-        self.trace: list[tuple[float, str]] = []
+        loop = MachineLoop(shuffle=order_of(seed, shuffled=self.scenario.shuffled))
+        super().__init__(seed, loop, self.scenario)
         self.record = Record()
         self._dice = random.Random(f"{seed}/owner")
-        self._complaints: list[str] = []
-        self._tokens = self._pids = self._passes = 0
+        self._tokens = self._pids = 0
         self._owner: SimulatedOwner | None = None
         self._players: list[Player] = []
         self._lives: dict[Player, asyncio.Task[None]] = {}
         self._spawned: set[asyncio.Task[None]] = set()
-        shuffle = random.Random(f"{seed}/order") if self.scenario.shuffled else None
-        self._loop = MachineLoop(shuffle=shuffle, after_pass=self._after_pass)
         digests = [shape_of(number).digest for number in range(2)]
         nbytes = 1024 * self.scenario.store_blocks
         self._stores = {digest: SlowStore(nbytes, digest, random.Random(f"{seed}/store")) for digest in digests}
 
-    # -- running -----------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Raises `ViolationError` for the first thing that is wrong."""
-        self._loop.set_exception_handler(lambda loop, context: self.complain(f"unexpected: {describe(context)}"))
-        with _errors_logged_to(self._logged), self._alone():
-            try:
-                self._loop.run_until_complete(self._main())
-                self._after_pass()
-            except NothingLeftToDoError as error:
-                self.complain(str(error))
-            except ViolationError:
-                pass
-            finally:
-                self._abandon()
-        if self._complaints:
-            raise ViolationError(self._report())
-
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _surroundings(self) -> Iterator[None]:
         """Nothing of the real machine decides anything: neither clocks nor processes nor random numbers."""
         dice = random.Random(f"{self.seed}/salts")
         with contextlib.ExitStack() as patches:
@@ -90,50 +62,19 @@ class OwnerWorld:
                 patches.enter_context(mock.patch(name, value))
             yield
 
-    def _after_pass(self) -> None:
-        self._passes += 1
-        if self._passes > MAX_PASSES or self._loop.time() > 1000.0 + LONGEST_LIFE_S:
+    def _check(self) -> None:
+        if self._loop.time() > 1000.0 + LONGEST_LIFE_S:
             self.complain("it does not come to an end")
         if self._owner is not None:
             self._owner.check()
-        if self._complaints:
-            raise ViolationError
 
-    def _abandon(self) -> None:
-        """After a violation: what is left is of no interest, but must not be heard of again."""
-        self._loop.set_exception_handler(lambda loop, context: None)
-        self._loop._after_pass = None
-        for _ in range(ABANDONS):
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            with contextlib.suppress(NothingLeftToDoError, asyncio.CancelledError):
-                if tasks:
-                    self._loop.run_until_complete(asyncio.wait(tasks))
+    def _let_go(self) -> None:
         self._loop.close_descriptors()
         if self._owner is not None:
             self._owner._memory.close()
-        self._loop.close()
 
-    def complain(self, what: str) -> None:
-        """Something is wrong."""
-        self._complaints.append(what)
-        self.note(f"VIOLATION {what}")
-
-    def note(self, event: str) -> None:
-        """Something has happened."""
-        self.trace.append((self._loop.time(), event))
-
-    def _logged(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "cannot be used" not in text or "tier" not in text:
-            self.complain(f"logged: {text} {record.exc_info[1] if record.exc_info else ''}")
-
-    def _report(self) -> str:
-        lines = [f"seed {self.seed}: {self._complaints[0]}", f"  {self.scenario}"]
-        lines += [f"  {time_s:10.4f} {event}" for time_s, event in self.trace[-SHOWN_EVENTS:]]
-        lines.append(f"replay: python -m tests.simulation.owner_run --seed {self.seed} --trace")
-        return "\n".join(lines)
+    def _may_log(self, text: str) -> bool:
+        return "cannot be used" in text and "tier" in text
 
     # -- what players need -------------------------------------------------------------------------
 
@@ -170,9 +111,7 @@ class OwnerWorld:
         await self._let_things_happen()
         await self._come_to_rest()
         await self._end()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        if left:
-            self.complain(f"{len(left)} tasks are left: {sorted(task.get_name() for task in left)}")
+        self._complain_of_tasks()
 
     def _start_owner(self) -> None:
         dice = random.Random(self._dice.getrandbits(64))

@@ -1,10 +1,7 @@
 """Hundreds of lives around an owner; that a seed repeats itself; and that a wrong owner or client is found out."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +15,8 @@ from kvortex.owner.session import Session
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
 from tests.simulation import owner_player
-from tests.simulation.owner_run import run_seeds
 from tests.simulation.owner_world import OwnerWorld
+from tests.simulation.seeds import repeats_itself, run_seeds, run_side_by_side
 
 SEEDS = max(400, int(os.environ.get("KVORTEX_HUNT_RUNS", "0")))
 SEEDS_OF_BROKEN = 300
@@ -52,34 +49,13 @@ FEWEST = {
 
 @pytest.mark.slow
 def test_many_seeds() -> None:
-    tally, failures = run_seeds(range(SEEDS))
+    tally, failures = run_side_by_side(OwnerWorld, range(SEEDS), jobs=2)
     assert not failures, failures[0]
     assert {name: (tally[name], least) for name, least in FEWEST.items() if tally[name] < least} == {}
 
 
-def trace_of(seed: int) -> list[tuple[float, str]]:
-    world = OwnerWorld(seed)
-    world.run()
-    return world.trace
-
-
 def test_a_seed_repeats_itself() -> None:
-    """In this process, and in another whose sets are in another order."""
-    seeds = [3, 4, 5, 6]
-    first = [trace_of(seed) for seed in seeds]
-    assert first == [trace_of(seed) for seed in seeds]
-    program = (
-        f"from tests.simulation.test_owner_simulation import trace_of; print([trace_of(seed) for seed in {seeds}])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str(first)
+    assert repeats_itself(OwnerWorld, [3, 4, 5, 6], hash_seeds=["1"])
 
 
 # What follows breaks the owner or its clients, in the ways in which they could break, and wants to be told of it.
@@ -209,7 +185,7 @@ def the_tier_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_broken_owner_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: Patch, complaint: str) -> None:
     broken(monkeypatch)
-    _, failures = run_seeds(range(SEEDS_OF_BROKEN))
+    _, failures = run_seeds(OwnerWorld, range(SEEDS_OF_BROKEN))
     assert failures, f"{SEEDS_OF_BROKEN} seeds see nothing wrong"
     assert any(words in failures[0] for words in complaint.split("|")), failures[0]
     assert "replay: python -m tests.simulation.owner_run --seed" in failures[0]

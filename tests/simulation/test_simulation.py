@@ -1,10 +1,6 @@
 """Thousands of seeds; that a seed repeats itself; and that a wrong engine is found out."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,7 @@ from kvortex.tiering import LoadFetch
 from kvortex.tiering.fetches import Fetches
 from kvortex.tiering.write_behind import WriteBehind
 from kvortex.types import MissReason
-from tests.simulation.run import run_seeds, run_side_by_side
+from tests.simulation.seeds import repeats_itself, run_seeds, run_side_by_side, trace_of
 from tests.simulation.world import World
 
 SEEDS = 2000
@@ -54,37 +50,17 @@ FEWEST = {
 
 @pytest.mark.slow
 def test_many_seeds() -> None:
-    tally, failures = run_side_by_side(range(SEEDS), jobs=2)
+    tally, failures = run_side_by_side(World, range(SEEDS), jobs=2)
     assert not failures, failures[0]
     assert {name: (tally[name], least) for name, least in FEWEST.items() if tally[name] < least} == {}
 
 
-def trace_of(seed: int) -> list[tuple[float, str]]:
-    world = World(seed)
-    world.run()
-    return world.trace
-
-
 def test_a_seed_repeats_itself() -> None:
-    """In this process, and in others whose sets are in another order."""
-    seeds = [3, 4, 5, 6]
-    first = [trace_of(seed) for seed in seeds]
-    assert first == [trace_of(seed) for seed in seeds]
-    program = f"from tests.simulation.test_simulation import trace_of; print([trace_of(seed) for seed in {seeds}])"
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.strip() == str(first)
+    assert repeats_itself(World, [3, 4, 5, 6], hash_seeds=["1", "2"])
 
 
 def test_seeds_differ() -> None:
-    assert trace_of(3) != trace_of(4)
+    assert trace_of(World, 3) != trace_of(World, 4)
 
 
 # What follows breaks the engine, in the ways in which it could break, and wants to be told of it.
@@ -204,7 +180,7 @@ def leases_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_broken_engine_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: Patch, complaint: str) -> None:
     broken(monkeypatch)
-    _, failures = run_seeds(range(200))
+    _, failures = run_seeds(World, range(200))
     assert failures, "200 seeds see nothing wrong"
     assert any(words in failures[0] for words in complaint.split("|")), failures[0]
     assert "replay: python -m tests.simulation.run --seed" in failures[0]

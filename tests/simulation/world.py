@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import logging
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from kvortex import BlockHash, MissReason, SaveOutcome
 from kvortex.errors import EngineStateError
 from kvortex.index import pack_keys
-from kvortex.testing.simulation import NothingLeftToDoError, VirtualClockLoop
+from kvortex.testing.simulation import VirtualClockLoop
 from kvortex.tiering.keys import key_as_is
 from kvortex.tiers import WriteRequest
 from kvortex.tiers.payload import payload_digest
@@ -37,32 +35,24 @@ from tests.simulation.scenario import (
     is_lossy,
     name_of,
 )
+from tests.simulation.seeded_world import SeededWorld, order_of
 from tests.simulation.tier import WIDTH as TIER_WIDTH
 from tests.simulation.tier import Store, TierFaults
 
 SLACK_S = 1.0  # what transfers may take beside a deadline, stalled ones included
 LONGEST_S = 60.0  # of any call, while the tier hangs
 THEFTS = 200  # at most, in a life
-MAX_PASSES = 100_000  # of the loop, in one seed: more is a loop without an end
-SHOWN_EVENTS = 40
-ABANDONS = 10  # times that what is left after a violation is cancelled
 
 
-class ViolationError(AssertionError):
-    """Something has happened that never must; the message names the seed and how to see it again."""
+class World(SeededWorld):
+    """One or more lives of an engine."""
 
-
-class World:
-    """Everything of one seed; `run` it once.
-
-    `tally` counts what has happened: a simulation in which something never happens proves nothing of it.
-    """
+    runner = "tests.simulation.run"
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
         self.scenario = Scenario.drawn(random.Random(f"{seed}/scenario"))
-        self.tally: Counter[str] = Counter()
-        self.trace: list[tuple[float, str]] = []
+        loop = VirtualClockLoop(shuffle=order_of(seed, shuffled=self.scenario.shuffled))
+        super().__init__(seed, loop, self.scenario)
         self._harm = Harm()
         self._store: Store | None = None
         backing = torch.zeros(CLIENTS * BLOCKS_EACH, LAYERS, BLOCK_SIZE, WIDTH)
@@ -72,85 +62,30 @@ class World:
         self._last_asked_s: dict[bytes, float] = {}  # by a load or a prefetch
         self._invalidated: set[bytes] = set()
         self._num_forgotten = 0  # calls that have taken blocks from the pool
-        self._complaints: list[str] = []
         self._lives: list[Life] = []
-        self._passes = 0
-        shuffle = random.Random(f"{seed}/order") if self.scenario.shuffled else None
-        self._loop = VirtualClockLoop(shuffle=shuffle, after_pass=self._after_pass)
 
-    # -- running ---------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Raises `ViolationError` for the first thing that is wrong."""
-        self._loop.set_exception_handler(lambda loop, context: self._complain(f"unexpected: {describe(context)}"))
-        with _errors_logged_to(self._logged):
-            try:
-                self._loop.run_until_complete(self._main())
-                self._after_pass()
-            except NothingLeftToDoError as error:
-                self._complain(str(error))
-            except ViolationError:
-                pass
-            finally:
-                self._abandon()
-        if self._complaints:
-            raise ViolationError(self._report())
-
-    def _after_pass(self) -> None:
-        self._passes += 1
-        if self._passes > MAX_PASSES:
-            self._complain("it does not come to an end")
+    def _check(self) -> None:
         for life in self._lives:
             life.check()
-        if self._complaints:
-            raise ViolationError
 
-    def _abandon(self) -> None:
-        """After a violation: what is left is of no interest, but must not be heard of again."""
-        self._loop.set_exception_handler(lambda loop, context: None)
-        self._loop._after_pass = None
-        for _ in range(ABANDONS):
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            with contextlib.suppress(NothingLeftToDoError, asyncio.CancelledError):
-                if tasks:
-                    self._loop.run_until_complete(asyncio.wait(tasks))
+    def _let_go(self) -> None:
         for life in self._lives:
             life.engine._data = None
-        self._loop.close()
 
-    def _complain(self, what: str) -> None:
-        self._complaints.append(what)
-        self._note(f"VIOLATION {what}")
-
-    def _note(self, event: str) -> None:
-        self.trace.append((self._loop.time(), event))
-
-    def _logged(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+    def _may_log(self, text: str) -> bool:
         late = "extents still held" in text and any(life.tier.moving for life in self._lives)
-        if "cannot be used" not in text and not late:
-            self._complain(f"logged: {text} {record.exc_info[1] if record.exc_info else ''}")
-
-    def _report(self) -> str:
-        lines = [f"seed {self.seed}: {self._complaints[0]}", f"  {self.scenario}"]
-        lines += [f"  {time_s:10.4f} {event}" for time_s, event in self.trace[-SHOWN_EVENTS:]]
-        lines.append(f"replay: python -m tests.simulation.run --seed {self.seed} --trace")
-        return "\n".join(lines)
+        return "cannot be used" in text or late
 
     # -- lives -----------------------------------------------------------------------------------------
 
     async def _main(self) -> None:
         for number in range(self.scenario.lives):
             await self._live(number)
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        if left:
-            self._complain(f"{len(left)} tasks are left: {sorted(task.get_name() for task in left)}")
+        self._complain_of_tasks()
 
     async def _live(self, number: int) -> None:
         name = f"{self.seed}/{number}"
-        life = Life(name, self.scenario, self._tensors, self._cache, self._store, self._harm, self._complain)
+        life = Life(name, self.scenario, self._tensors, self._cache, self._store, self._harm, self.complain)
         self._lives.append(life)
         self._store = life.store
         assert self._store is not None
@@ -165,7 +100,7 @@ class World:
         thief = asyncio.create_task(self._steal(dice), name="thief")
         if self.scenario.shutdown:
             await asyncio.sleep(dice.uniform(0.0, 1.0))
-            self._note("shutdown")
+            self.note("shutdown")
             await self._bounded("shutdown", life.engine.shutdown, self._longest_s(life) + life.tier.hang_s)
             self.tally["shutdown in the middle"] += 1
         for client in clients:
@@ -177,9 +112,9 @@ class World:
         await self._bounded("shutdown", life.engine.shutdown, self._longest_s(life) + life.tier.hang_s)
         await asyncio.sleep(2 * life.tier.hang_s)
         if left := life.control.allocator.leak_report():
-            self._complain(f"after the shutdown the pool holds {left}")
+            self.complain(f"after the shutdown the pool holds {left}")
         if life.ledger.uses:
-            self._complain(f"after the shutdown {len(life.ledger.uses)} transfers go on")
+            self.complain(f"after the shutdown {len(life.ledger.uses)} transfers go on")
         self._count(life)
 
     async def _warm_up(self, life: Life) -> None:
@@ -202,7 +137,7 @@ class World:
         """With the faults gone the engine works as if nothing had been."""
         life.executor.faults = ExecutorFaults()
         life.tier.faults = TierFaults()
-        self._note("rest")
+        self.note("rest")
         await asyncio.sleep(2 * life.tier.hang_s)
         await self._bounded("flush", life.engine.flush)
         await asyncio.sleep(2 * life.tier.hang_s)
@@ -211,7 +146,7 @@ class World:
         self._write(hashes, ids)
         saved = await life.engine.save_blocks(hashes, ids)
         if not saved.ok:
-            self._complain(f"an idle engine cannot save: {saved.counts()}")
+            self.complain(f"an idle engine cannot save: {saved.counts()}")
         await self._check_hits(life, hashes)
         await life.engine.flush()
         await asyncio.sleep(2 * life.tier.hang_s)
@@ -241,7 +176,7 @@ class World:
         self._write(hashes, ids, garbage=True)
         loaded = await life.engine.load_blocks(hashes, ids, deadline_s=LONGEST_S)
         if not loaded.ok:
-            self._complain(f"an idle engine does not load {list(map(name_of, hashes))}: {loaded.miss_counts()}")
+            self.complain(f"an idle engine does not load {list(map(name_of, hashes))}: {loaded.miss_counts()}")
         self._check_bytes(hashes, ids, loaded.outcomes)
 
     def _count(self, life: Life) -> None:
@@ -285,10 +220,10 @@ class World:
             async with asyncio.timeout(10 * within_s):
                 return await call()
         except TimeoutError:
-            self._complain(f"{name} does not come to an end")
+            self.complain(f"{name} does not come to an end")
         finally:
             if self._loop.time() - began_s > within_s:
-                self._complain(f"{name} took {self._loop.time() - began_s:.2f} s, not at most {within_s:.2f}")
+                self.complain(f"{name} took {self._loop.time() - began_s:.2f} s, not at most {within_s:.2f}")
 
     async def _perhaps_cancelled(
         self,
@@ -309,7 +244,7 @@ class World:
         try:
             return await task
         except asyncio.CancelledError:
-            self._note(f"cancelled {name} {span_of(hashes)}")
+            self.note(f"cancelled {name} {span_of(hashes)}")
             return None
 
     async def _save(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
@@ -317,7 +252,7 @@ class World:
         span = [self._loop.time(), np.inf]
         for block_hash in hashes:
             self._save_spans.setdefault(block_hash, []).append(span)
-        self._note(f"save {span_of(hashes)} from {ids}")
+        self.note(f"save {span_of(hashes)} from {ids}")
         try:
             call = partial(life.engine.save_blocks, hashes, ids)
             result = await self._perhaps_cancelled(dice, "save", call, hashes, LONGEST_S)
@@ -326,12 +261,12 @@ class World:
             self._take_back(life, ids)
         if result is None:
             return
-        self._note(f"saved {span_of(hashes)}: {dict(result.counts())}")
+        self.note(f"saved {span_of(hashes)}: {dict(result.counts())}")
         for block_hash, outcome in zip(hashes, result.outcomes, strict=True):
             self.tally[f"save {outcome}"] += 1
             unfounded = outcome is SaveOutcome.FAILED and block_hash not in self._harm.failed
             if unfounded or outcome is SaveOutcome.TOO_LOSSY:
-                self._complain(f"the save of {name_of(block_hash)} is {outcome} for no reason")
+                self.complain(f"the save of {name_of(block_hash)} is {outcome} for no reason")
 
     async def _load(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         self._write(hashes, ids, garbage=True)
@@ -340,13 +275,13 @@ class World:
         began_s = self._loop.time()
         absent = ~life.control.index.contains_mask(pack_keys(hashes))
         self._last_asked_s.update(dict.fromkeys(hashes, began_s))
-        self._note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
+        self.note(f"load {span_of(hashes)} to {ids}, deadline {due_s}")
         try:
             call = partial(life.engine.load_blocks, hashes, ids, deadline_s=deadline_s)
             within_s = self._longest_s(life) if due_s is None else due_s + SLACK_S
             result = await self._perhaps_cancelled(dice, "load", call, hashes, within_s)
             if result is not None:
-                self._note(f"loaded {span_of(hashes)}: {[o and o.value for o in result.outcomes]}")
+                self.note(f"loaded {span_of(hashes)}: {[o and o.value for o in result.outcomes]}")
                 self._check_bytes(hashes, ids, result.outcomes)
                 for block_hash, outcome, was_absent in zip(hashes, result.outcomes, absent.tolist(), strict=True):
                     self._check_reason(life, block_hash, outcome, began_s, due_s, was_absent)
@@ -379,56 +314,56 @@ class World:
             MissReason.PENDING: bool(reads or saves),
         }
         if outcome is not None and not founded.get(outcome, True):
-            self._complain(f"the load of {name_of(block_hash)} is missed as {outcome} for no reason")
+            self.complain(f"the load of {name_of(block_hash)} is missed as {outcome} for no reason")
         arrives = any(s[0] <= began_s + (due_s or 0) and s[1] >= now_s and now_s < s[0] + TIMEOUT_S for s in reads)
         awaited = was_absent and arrives and len(reads) == 1 and not saves and not self.scenario.tier_faults.stale
         awaited = awaited and self._last_asked_s[block_hash] <= began_s  # else it may come for somebody else
         if outcome is MissReason.PENDING and overdue and awaited:
-            self._complain(f"{name_of(block_hash)} was on its way when the deadline passed, and is missed as {outcome}")
+            self.complain(f"{name_of(block_hash)} was on its way when the deadline passed, and is missed as {outcome}")
 
     async def _prefetch(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
-        self._note(f"prefetch {span_of(hashes)}")
+        self.note(f"prefetch {span_of(hashes)}")
         self._last_asked_s.update(dict.fromkeys(hashes, self._loop.time()))
         found = await self._perhaps_cancelled(
             dice, "prefetch", partial(life.engine.prefetch, hashes), (), self._longest_s(life)
         )
-        self._note(f"prefetched {span_of(hashes)}: {found}")
+        self.note(f"prefetched {span_of(hashes)}: {found}")
 
     async def _look(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         known = life.engine.check_blocks(hashes)
         if len(known) != len(hashes) or life.engine.match_prefix(hashes) > len(hashes):
-            self._complain("a look-up answers another question")
+            self.complain("a look-up answers another question")
         life.engine.get_stats()
 
     async def _flush(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         await self._perhaps_cancelled(dice, "flush", life.engine.flush, (), LONGEST_S)
 
     async def _clear(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
-        self._note("clear")
+        self.note("clear")
         self._num_forgotten += 1
         life.engine.clear()
         if len(life.control.index):
-            self._complain("a cleared engine still has blocks")
+            self.complain("a cleared engine still has blocks")
 
     async def _pin(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
         ttl_s, before = dice.choice((0.01, 0.5, 2.0)), self._num_forgotten
         lease = life.engine.pin(hashes, ttl_s=ttl_s)
-        self._note(f"lease of {lease.num_blocks} of {span_of(hashes)} for {ttl_s} s")
+        self.note(f"lease of {lease.num_blocks} of {span_of(hashes)} for {ttl_s} s")
         self.tally["leased"] += lease.num_blocks
         await asyncio.sleep(dice.uniform(0.0, 0.9) * ttl_s)
         leased = hashes[: lease.num_blocks]
         is_lost = life.control.index.prefix_length(leased) < lease.num_blocks
         if is_lost and before == self._num_forgotten and self._harm.corrupted.isdisjoint(leased) and not lease.is_over:
-            self._complain(f"leased blocks of {span_of(leased)} have left the pool")
+            self.complain(f"leased blocks of {span_of(leased)} have left the pool")
         if dice.random() < 0.5:
             lease.release()
 
     async def _invalidate(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
-        self._note(f"invalidate {span_of(hashes)}")
+        self.note(f"invalidate {span_of(hashes)}")
         await self._forget(life, dice, "invalidate", partial(life.engine.invalidate, hashes), hashes)
 
     async def _clear_tiers(self, life: Life, dice: random.Random, hashes: list[BlockHash], ids: list[int]) -> None:
-        self._note("clear all")
+        self.note("clear all")
         every = [block_hash for chain in chains()[:CHAINS] for block_hash in chain]
         await self._forget(life, dice, "clear", partial(life.engine.clear, tiers=True), every)
 
@@ -446,7 +381,7 @@ class World:
         self._invalidated.update(hashes)
         is_sure = await self._perhaps_cancelled(dice, name, call, (), LONGEST_S)
         self._num_forgotten += 1
-        self._note(f"{name} is {'done' if is_sure else 'not sure'}")
+        self.note(f"{name} is {'done' if is_sure else 'not sure'}")
         self.tally[f"{name} {is_sure}"] += 1
         if is_sure is None or life.engine.is_shut_down:
             return
@@ -454,10 +389,10 @@ class World:
         spans = self._save_spans
         old = [h for h in hashes if not any(s[0] <= now_s and s[1] >= began_s for s in spans.get(h, []))]
         if life.control.index.contains_mask(pack_keys(old)).any():
-            self._complain(f"{name}: forgotten blocks are still in the pool")
+            self.complain(f"{name}: forgotten blocks are still in the pool")
         earlier = any(other.tier.moving for other in self._lives if other is not life)
         if is_sure and not earlier and not self.scenario.tier_faults.stale and life.tiering.known(pack_keys(old)).any():
-            self._complain(f"{name}: forgotten blocks are still in the tier")
+            self.complain(f"{name}: forgotten blocks are still in the tier")
 
     # -- the cache -------------------------------------------------------------------------------------
 
@@ -469,7 +404,7 @@ class World:
     def _take_back(self, life: Life, ids: list[int]) -> None:
         """The caller has control again: nothing may touch its blocks."""
         if life.executor.touches(ids):
-            self._complain(f"a call has returned, and a transfer touches its blocks {ids}")
+            self.complain(f"a call has returned, and a transfer touches its blocks {ids}")
         self._cache[ids] = 0xDD
 
     def _check_bytes(
@@ -477,33 +412,8 @@ class World:
     ) -> None:
         for block_hash, block_id, outcome in zip(hashes, ids, outcomes, strict=True):
             if outcome is None and not np.array_equal(self._cache[block_id], content(block_hash)):
-                self._complain(f"wrong bytes for {name_of(block_hash)}")
+                self.complain(f"wrong bytes for {name_of(block_hash)}")
 
 
 def span_of(hashes: Sequence[bytes]) -> str:
     return f"{name_of(hashes[0])}-{name_of(hashes[-1])}" if hashes else "nothing"
-
-
-def describe(context: dict[str, Any]) -> str:
-    error = context.get("exception")
-    return (
-        f"{context.get('message')}: {type(error).__name__}: {error}" if error is not None else str(context["message"])
-    )
-
-
-@contextlib.contextmanager
-def _errors_logged_to(receive: Any) -> Iterator[None]:
-    """Meanwhile the library's errors go there, and its warnings, of which faults make many, nowhere."""
-    logger = logging.getLogger("kvortex")
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = receive  # type: ignore[method-assign]
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.ERROR)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before
-        logger.setLevel(before[0])
