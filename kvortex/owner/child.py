@@ -1,5 +1,6 @@
 """An owner as a child process: the pool of one engine with lower tiers. It ends with the process that started it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -68,12 +69,12 @@ class OwnerProcess:
         assert process.stdout is not None
         watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
         watchdog.start()
+        said = ""
         try:
-            process.stdin.write(self._settings)
-            process.stdin.flush()
-            said = process.stdout.readline()
-        except OSError:
-            said = ""
+            with process.stdout:
+                with contextlib.suppress(BrokenPipeError), process.stdin:
+                    process.stdin.write(self._settings)
+                said = process.stdout.readline()
         finally:
             watchdog.cancel()
         if not said:
@@ -87,7 +88,6 @@ class OwnerProcess:
         pause_s = FIRST_RESTART_S
         while True:
             status = self._process.wait()
-            _end(self._process)  # closes the pipes
             if self._closing.wait(pause_s):
                 return
             logger.error("the process that held the pool has ended with status %d: starting another one", status)
@@ -107,16 +107,13 @@ class OwnerProcess:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    if process.poll() is None:
-        process.terminate()
+    process.terminate()
     try:
-        process.communicate(timeout=STOP_TIMEOUT_S)
+        process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         logger.error("the process that holds the pool does not end: it is killed")
         process.kill()
-        process.communicate()
-    except ValueError:
-        process.wait()  # its pipes were closed before
+        process.wait()
 
 
 def as_mapping(config: KVortexConfig) -> dict[str, Any]:

@@ -279,9 +279,13 @@ class RemoteTiering:
             self._asking = asyncio.get_running_loop().create_task(self._ask())
 
     async def _ask(self) -> None:
-        while len(self._calls):
-            await asyncio.sleep(ASK_INTERVAL_S)
-            self._calls.ask()
+        try:
+            while len(self._calls):
+                await asyncio.sleep(ASK_INTERVAL_S)
+                self._calls.ask()
+                self._tell_progress()
+        finally:  # whatever has happened, nobody waits for ever
+            self._calls.end_all()
             self._tell_progress()
 
     def _tell_progress(self) -> None:

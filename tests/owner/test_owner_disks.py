@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ from kvortex.config import KIB, MIB
 from kvortex.errors import ConfigError
 from kvortex.owner import OwnerClient
 from kvortex.owner.child import OwnerProcess
+from kvortex.owner.tiering import RemoteCalls
 from kvortex.testing import FaultInjectingTier, TierFault
 from kvortex.tiers import MemoryTier
 from kvortex.types import Direction
@@ -182,6 +184,29 @@ async def test_calls_that_wait_for_the_tier_end_when_their_engine_ends(tmp_path:
             await asyncio.to_thread(stack.close)
 
 
+async def test_calls_that_wait_for_the_tier_end_although_asking_how_far_they_are_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unexpected: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unexpected.append(context))
+
+    def fail(self: RemoteCalls) -> None:
+        raise RuntimeError("unexpected")
+
+    with local_owner(tmp_path / "kv.sock", disk=str(tmp_path / "blocks")) as owner:
+        async with engine_of(make_cache(), owner.path) as engine:
+            await save(engine)
+            with monkeypatch.context() as broken:
+                broken.setattr(RemoteCalls, "ask", fail)
+                async with asyncio.timeout(30):
+                    await engine.flush()
+            await save(engine, salt=1)
+            await engine.flush()
+            assert len(stored_files(tmp_path / "blocks")) == 24
+            gc.collect()
+    assert ["unexpected" in str(context["exception"]) for context in unexpected] == [True]
+
+
 async def test_what_one_engine_forgets_is_gone_from_the_disk_for_all(tmp_path: Path) -> None:
     path, disk = tmp_path / "kv.sock", tmp_path / "blocks"
     with local_owner(path, disk=str(disk)) as owner:
@@ -228,6 +253,30 @@ async def test_the_owner_of_one_engine_writes_what_waits_before_it_ends(tmp_path
     assert child._process.returncode == 0
     assert files_at(path) == []
     assert len(stored_files(disk)) == 60
+
+
+def test_the_owner_of_one_engine_is_started_again_until_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvortex.owner.child.FIRST_RESTART_S", 0.05)
+    path = tmp_path / "kv.sock"
+    child = OwnerProcess(KVortexConfig(pool={"bytes": 1 * MIB, "pin_piece_bytes": 1 * MIB}), path)
+    try:
+        for _ in range(2):
+            pid = child.pid
+            os.kill(pid, signal.SIGKILL)
+            due_s = time.monotonic() + 60
+            while child.pid == pid:
+                assert time.monotonic() < due_s, "no other one was started"
+                time.sleep(0.01)
+            client = OwnerClient(path, 60.0)
+            assert client.owner_pid == child.pid
+            client.close()
+        os.kill(child.pid, signal.SIGKILL)  # it may be starting another one while it is closed
+    finally:
+        child.close()
+    assert not child._watcher.is_alive()
+    assert child._process.returncode is not None
 
 
 PARENT = """
