@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
+START_DEADLINE_S: Final = 10.0
+"""Of calls while an engine starts, if its own deadline is shorter: then it waits, and does without the pool later."""
 
 
 class OwnerLost(OwnerError):
@@ -36,7 +38,7 @@ class OwnerClient:
 
     Args:
         path: the owner's socket.
-        deadline_s: seconds that a call may take.
+        deadline_s: seconds that a call may take; the first connection has `START_DEADLINE_S` at least.
 
     Raises:
         OwnerError: the owner refuses this process, or does not answer.
@@ -59,11 +61,16 @@ class OwnerClient:
         self.on_connected: Callable[[], None] | None = None
         """Called after a connection was made anew, before anything else is asked; may ask itself."""
         try:
-            self._socket, self.memory, self.piece_bytes, self.owner_pid = self._connect()
+            self._socket, self.memory, self.piece_bytes, self.owner_pid = self._connect(self.start_deadline_s)
         except OSError as error:
             raise ConfigError(
                 f"no owner of a pool answers at {self.path} ({error}): start one with `kvortex serve`"
             ) from error
+
+    @property
+    def start_deadline_s(self) -> float:
+        """Seconds that a call may take while an engine starts."""
+        return max(self._deadline_s, START_DEADLINE_S)
 
     @property
     def is_connected(self) -> bool:
@@ -90,8 +97,8 @@ class OwnerClient:
 
     # -- calls -------------------------------------------------------------------------------------
 
-    def ask(self, kind: Kind, *fields: Field) -> Arrays:
-        """Ask, and wait for the answer; returns its fields.
+    def ask(self, kind: Kind, *fields: Field, deadline_s: float | None = None) -> Arrays:
+        """Ask, and wait for the answer, no longer than that, or the usual deadline; returns its fields.
 
         Raises:
             OwnerLost: there is no answer.
@@ -101,7 +108,7 @@ class OwnerClient:
             tag = next(self._tags)
             parts = pack(kind, tag, *fields)
             try:
-                due_s = time.monotonic() + self._deadline_s
+                due_s = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
                 self._send(parts, due_s)
                 answered, values = self._receive(tag, due_s)
             except (OSError, OwnerError) as error:
@@ -161,11 +168,11 @@ class OwnerClient:
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _connect(self) -> tuple[socket.socket, SharedMemory, int, int]:
+    def _connect(self, deadline_s: float) -> tuple[socket.socket, SharedMemory, int, int]:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            due_s = time.monotonic() + self._deadline_s
-            connection.settimeout(self._deadline_s)
+            due_s = time.monotonic() + deadline_s
+            connection.settimeout(deadline_s)
             connection.connect(str(self.path))
             connection.sendall(b"".join(pack(Kind.HELLO, 1, numbers(VERSION, self._number))))
             header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 4, socket.MSG_CMSG_CLOEXEC)
@@ -208,7 +215,7 @@ class OwnerClient:
             while not self.is_connected and not self._closing.wait(pause_s):
                 pause_s = min(2 * pause_s, LAST_RETRY_S)
                 try:
-                    connection, memory, _, _ = self._connect()
+                    connection, memory, _, _ = self._connect(self._deadline_s)
                 except (OSError, OwnerError, ConfigError) as error:
                     logger.debug("the owner is still not there: %s", error)
                     continue

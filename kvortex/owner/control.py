@@ -99,13 +99,13 @@ class RemoteControl:
         self._described = describe_groups(groups, num_parts).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
-        self._add_cache()
+        self._add_cache(client.start_deadline_s)
         client.on_connected = self._connected
 
-    def _add_cache(self) -> None:
+    def _add_cache(self, deadline_s: float | None = None) -> None:
         for writer in self._writers:
             self.client.ask(Kind.WRITERS, writer.encode())
-        (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described)
+        (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described, deadline_s=deadline_s)
         self.tier = text_of(tier)
 
     def move_to(self, client: OwnerClient) -> None:

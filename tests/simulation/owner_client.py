@@ -62,7 +62,7 @@ class SimulatedClient(OwnerClient):
         """The owner of the memory that this client has."""
         return self._next.owner
 
-    def _connect(self) -> Any:
+    def _connect(self, deadline_s: float) -> Any:
         memory = self._next.owner._memory
         shown = SimpleNamespace(ticket=memory.ticket, close=lambda: None)
         return self._next, shown, self._next.owner.control.allocator.piece_bytes, 1

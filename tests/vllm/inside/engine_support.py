@@ -83,6 +83,8 @@ def ours(connector: Any) -> Any:
     return next(c for c in getattr(connector, "_connectors", [connector]) if type(c).__name__ == "KVortexConnector")
 
 
+PATIENCE_S = 30.0
+"""What a call to an owner may take: it may be a thread of this process, while this one loads a model."""
 SETTLE_S = 30.0  # a save that has not ended by then never ends
 
 
@@ -152,6 +154,13 @@ def settle_disk(engine: Engine) -> None:
         time.sleep(0.01)
 
 
+def patient(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the connector with more time for the owner, if there is one."""
+    owner = options.get("owner", {})
+    named = owner if isinstance(owner, dict) else {"socket": owner}
+    return {**options, "owner": {"deadline_s": PATIENCE_S, **named}}
+
+
 @contextlib.contextmanager
 def running(
     model: str,
@@ -187,7 +196,7 @@ def running(
             "kv_connector": "KVortexConnector",
             "kv_connector_module_path": "kvortex.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {**(options or {}), "pool": pool},
+            "kv_connector_extra_config": patient({**(options or {}), "pool": pool}),
         }
         if beside is not None:
             several = {"connectors": beside(mine)}

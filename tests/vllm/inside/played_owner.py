@@ -131,11 +131,12 @@ class DirectClient:
         self.generation, self.on_connected = 0, None
         self.label = owner.memory.ticket.label
         self.path = Path("played")
+        self.start_deadline_s = 1.0
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def ask(self, kind: Kind, *fields: Field) -> Arrays:
+    def ask(self, kind: Kind, *fields: Field, deadline_s: float | None = None) -> Arrays:
         async def answer() -> Any:
             return self._session.answer(kind, _through(kind, fields))
 

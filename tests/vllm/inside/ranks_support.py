@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine_support import patient
+
 PROMPT_BLOCKS = 192
 """Tokens of the prompt's whole blocks."""
 PROGRAM = """
@@ -73,7 +75,7 @@ def run_program(
     }
     if compiles:
         environment.pop("TORCHDYNAMO_DISABLE", None)
-    command = [sys.executable, str(script), str(model), json.dumps(options), json.dumps(extra or {})]
+    command = [sys.executable, str(script), str(model), json.dumps(options), json.dumps(patient(extra or {}))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
