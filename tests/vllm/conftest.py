@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if IS_VLLM_HERE:
         config.addinivalue_line("filterwarnings", "default")  # vLLM's own are many
         config.pluginmanager.register(importlib.import_module("inside_fixtures"))
+        importlib.import_module("forked").start_template()  # now, while this process has done nothing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,17 +38,17 @@ LONGEST_FIRST = tuple(
     for name in (
         *(
             "models",
-            "examples",
-            "progress",
             "benchmark",
-            "mismatch",
             "uneven",
-            "shared_pool",
+            "progress",
+            "examples",
             "chat",
-            "multi",
             "tensor_parallel",
+            "mismatch",
+            "owner",
+            "disk",
         ),
-        *("vllms_own", "disk", "hybrid_lives", "placement", "not_reused", "adapters"),
+        *("multi", "vllms_own", "hybrid_lives", "placement", "not_reused", "adapters"),
     )
 )
 """So that no long file is left when all others have ended."""

@@ -1,13 +1,11 @@
 """Engines of several processes: a program of its own, which prints what it found."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from engine_support import patient
+from forked import Program
 
 PROMPT_BLOCKS = 192
 """Tokens of the prompt's whole blocks."""
@@ -65,18 +63,17 @@ def run_program(
     """What a program prints behind "RESULT", with a model, engine options and ours as its arguments."""
     script = tmp_path / "ranks.py"
     script.write_text(program)
-    environment = {
-        **os.environ,
+    environment: dict[str, str | None] = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the workers for their state
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONHASHSEED": "0",
     }
     if compiles:
-        environment.pop("TORCHDYNAMO_DISABLE", None)
-    command = [sys.executable, str(script), str(model), json.dumps(options), json.dumps(patient(extra or {}))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        environment["TORCHDYNAMO_DISABLE"] = None
+    output = tmp_path / "output.txt"
+    arguments = [str(model), json.dumps(options), json.dumps(patient(extra or {}))]
+    status = Program(script, arguments, environment, output=output).wait(400.0)
+    said = output.read_text(errors="replace")
+    assert status == 0, said[-9000:]
+    (line,) = [line for line in said.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Program
 from tiny_model import make_tiny_model
 
 from kvortex.vllm.versions import IS_NEWER
@@ -22,15 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(name: str, *arguments: str) -> str:
     # With the older version operators have stand-ins, which live in this process: its engine has to as well.
-    processes = "1" if IS_NEWER else "0"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "VLLM_LOGGING_LEVEL": "ERROR"}
-    program = f"import cpu_ops_0151, runpy, sys; cpu_ops_0151.install(); sys.argv = {[name, *arguments]!r}; "
-    program += f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
-    script = Path(arguments[0]) / f"run_{name}"
-    script.write_text(f"if __name__ == '__main__':\n    {program}\n")
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if IS_NEWER else "0"}
+    output = Path(arguments[0]) / f"{name}.txt"
+    status = Program(EXAMPLES / name, arguments, environment, output=output).wait(300.0)
+    said = output.read_text(errors="replace")
+    assert status == 0, said[-9000:]
+    return said
 
 
 def test_offline(model: str) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
+from forked import Program
 from lora_support import make_adapter, request_of
+from owner_support import serving
 from tiny_model import make_tiny_model, quantization, quantize
 
 from kvortex.vllm.versions import IS_NEWER
@@ -38,14 +40,19 @@ class Server:
 
     def run(self, home: Path, disk: Path | None) -> tuple[list[int], int]:
         """Its answer, and the blocks that it loaded; `disk` None for no connector."""
-        options = {"disk": {"path": str(disk), "capacity_bytes": "1GiB"}, **self.options}
         model = str(home / self.model)
         lora = {"enable_lora": True, "max_lora_rank": 8} if self.adapter else {}
-        with running(model, connector=disk is not None, options=options, **lora, **self.settings) as engine:
-            adapter = request_of(home / self.adapter) if self.adapter else None
+        adapter = request_of(home / self.adapter) if self.adapter else None
+        if disk is None:
+            with running(model, connector=False, **lora, **self.settings) as engine:
+                return ask(engine, adapter), 0
+        options = {name: value for name, value in self.options.items() if name != "pool"}
+        pool = self.options.get("pool", "64MiB")
+        with (
+            serving(home / "kv.sock", pool=pool, disk={"path": str(disk), "capacity_bytes": "1GiB"}) as owner,
+            running(model, options={"owner": str(owner.path), **options}, **lora, **self.settings) as engine,
+        ):
             answer = ask(engine, adapter)
-            if disk is None:
-                return answer, 0
             settle_disk(engine)
             return answer, engine.loaded_blocks
 
@@ -226,28 +233,27 @@ if __name__ == "__main__":
 """
 
 
-def run_program(program: str, home: Path, disk: Path, **environment: str) -> Any:
-    script = home / "program.py"
-    script.write_text(program)
-    done = subprocess.run(
-        [sys.executable, str(script), str(home), str(disk)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+def result_of(said: str) -> Any:
+    (line,) = [line for line in said.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 
 
 def test_another_seed_of_the_hashes(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
-    answer, loaded = run_program(IN_A_PROCESS, home, disk, PYTHONHASHSEED="1")
+    """A Python of its own, which reads the seed when it starts."""
+    command = [sys.executable, "-c", IN_A_PROCESS, str(home), str(disk)]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    answer, loaded = result_of(done.stdout)
     assert loaded == 0
     assert answer == without(Server())
 
 
 @pytest.mark.skipif(not IS_NEWER, reason="the older version's operators have stand-ins in one process only")
 def test_another_number_of_ranks(home: Path, disk: Path, without: Callable[[Server], list[int]]) -> None:
+    (home / "two_ranks.py").write_text(TWO_RANKS)
     ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    assert run_program(TWO_RANKS, home, disk, **ranks) == [without(Server()), 0]
+    output = home / "output.txt"
+    status = Program(home / "two_ranks.py", [str(home), str(disk)], ranks, output=output).wait(300.0)
+    assert status == 0, output.read_text()[-9000:]
+    assert result_of(output.read_text()) == [without(Server()), 0]

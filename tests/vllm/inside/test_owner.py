@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
+from forked import Program
 from inside_fixtures import PROMPTS
 from model_shapes import engine_options, make_shape
 from owner_support import ServingOwner, serving
@@ -201,10 +202,7 @@ class Process:
     """An engine in a process of its own."""
 
     def __init__(self, owner: Path, model: str) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("owner_engine.py")), str(owner), model]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        self._process = Program(Path(__file__).with_name("owner_engine.py"), [str(owner), model], has_pipes=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
@@ -224,11 +222,11 @@ class Process:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
 
     def end(self) -> int:
-        self._process.communicate(timeout=60)
-        return self._process.returncode
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(60.0)
 
 
 def test_engines_that_run_side_by_side_hit_each_others_blocks_and_survive_each_other(

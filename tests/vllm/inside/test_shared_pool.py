@@ -26,7 +26,8 @@ from kvortex.vllm.worker.ranks import Peers
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 16, 32, 64
 BLOCK_NBYTES = BLOCK_SIZE * WIDTH * 4
 OPTIONS = {"pool": {"bytes": 16 * BLOCK_NBYTES, "pin_piece_bytes": 8 * BLOCK_NBYTES}}
-SPAWN = multiprocessing.get_context("spawn")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kvortex.vllm.worker.half", "vllm.v1.kv_cache_interface"])  # once for all ranks
 HASHES = hash_blocks(range(100 * BLOCK_SIZE), block_size=BLOCK_SIZE)
 
 
@@ -101,9 +102,9 @@ class Server:
     """Both ranks and a control plane over their pool."""
 
     def __init__(self, blind: bool = False) -> None:
-        pipes = [SPAWN.Pipe() for _ in range(2)]
+        pipes = [SERVER.Pipe() for _ in range(2)]
         self.pipes = [here for here, _ in pipes]
-        self.ranks = [SPAWN.Process(target=work, args=(pipe[1], rank, blind)) for rank, pipe in enumerate(pipes)]
+        self.ranks = [SERVER.Process(target=work, args=(pipe[1], rank, blind)) for rank, pipe in enumerate(pipes)]
         for rank, (_, there) in zip(self.ranks, pipes, strict=True):
             rank.start()
             there.close()
