@@ -9,7 +9,9 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +29,22 @@ START_DEADLINE_S: Final = 10.0
 
 class OwnerLost(OwnerError):
     """The owner does not answer now. The engine computes what it cannot look up."""
+
+
+@dataclass(slots=True, eq=False)
+class Question:
+    """What the owner was asked ahead."""
+
+    tag: int
+    on_answer: Callable[[Arrays], None] | None = None
+    """Called when the answer comes, before that of any later question is read, whoever reads it."""
+    found: tuple[Kind, Arrays] | None = None
+
+    def take(self, kind: Kind, values: Arrays) -> None:
+        """The answer has come."""
+        self.found = kind, values
+        if self.on_answer is not None and kind is not Kind.REFUSED:
+            self.on_answer(values)
 
 
 class OwnerClient:
@@ -50,6 +68,7 @@ class OwnerClient:
         self._deadline_s = deadline_s
         self._lock = threading.RLock()
         self._tags = itertools.count(1)
+        self._asked: deque[Question] = deque()  # that are not answered yet
         self._number = secrets.randbits(62)
         self._socket: socket.socket | None = None
         self.generation = 0
@@ -104,16 +123,58 @@ class OwnerClient:
             OwnerLost: there is no answer.
             OwnerError: the owner refuses; the message says why.
         """
+        due_s = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
         with self._lock:
-            tag = next(self._tags)
-            parts = pack(kind, tag, *fields)
+            return self._wait_for(self._ask(kind, fields, due_s), due_s)
+
+    def ask_ahead(self, kind: Kind, *fields: Field, on_answer: Callable[[Arrays], None] | None = None) -> Question:
+        """Ask, and go on; `answer` gives what `ask` gives. Questions are answered in the order in which they come.
+
+        Args:
+            kind: what is asked.
+            fields: its fields.
+            on_answer: see `Question`.
+
+        Raises:
+            OwnerLost: the owner is not there.
+        """
+        return self._ask(kind, fields, time.monotonic() + self._deadline_s, on_answer)
+
+    def answer(self, question: Question) -> Arrays:
+        """Wait for the answer to a question that was asked ahead, as `ask` does."""
+        with self._lock:
+            return self._wait_for(question, time.monotonic() + self._deadline_s)
+
+    def _ask(
+        self,
+        kind: Kind,
+        fields: tuple[Field, ...],
+        due_s: float,
+        on_answer: Callable[[Arrays], None] | None = None,
+    ) -> Question:
+        with self._lock:
+            question = Question(next(self._tags), on_answer)
+            parts = pack(kind, question.tag, *fields)
             try:
-                due_s = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
                 self._send(parts, due_s)
-                answered, values = self._receive(tag, due_s)
             except (OSError, OwnerError) as error:
                 raise self._lose(error) from error
-        if answered is Kind.REFUSED:
+            self._asked.append(question)
+            return question
+
+    def _wait_for(self, question: Question, due_s: float) -> Arrays:
+        while question.found is None and question in self._asked:
+            asked = self._asked[0]
+            try:
+                found = self._receive(asked.tag, due_s)
+            except (OSError, OwnerError) as error:
+                raise self._lose(error) from error
+            self._asked.popleft()
+            asked.take(*found)
+        if question.found is None:
+            raise OwnerLost(f"the connection to the owner at {self.path} was lost before it answered")
+        kind, values = question.found
+        if kind is Kind.REFUSED:
             raise OwnerError(text_of(values[0]))
         return values
 
@@ -202,6 +263,7 @@ class OwnerClient:
             )
             self._socket.close()
             self._socket = None
+            self._asked.clear()
             self._is_wanted.set()
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._reconnect, name="kvortex-owner", daemon=True)
@@ -247,6 +309,7 @@ class OwnerClient:
         with self._lock:
             self._closing.set()
             self.on_connected = None
+            self._asked.clear()
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
@@ -275,4 +338,4 @@ def _read(connection: socket.socket, nbytes: int, due_s: float) -> bytearray:
     return data
 
 
-__all__ = ["OwnerClient", "OwnerLost"]
+__all__ = ["OwnerClient", "OwnerLost", "Question"]

@@ -19,13 +19,14 @@ from kvortex.groups import GroupSet
 from kvortex.index import MISS_REASONS, Pins
 from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
 from kvortex.owner.caches import describe_forms, describe_groups
-from kvortex.owner.client import OwnerClient, OwnerLost
-from kvortex.owner.protocol import Kind, PoolNumbers, as_flags, numbers, text_of
+from kvortex.owner.client import OwnerClient, OwnerLost, Question
+from kvortex.owner.protocol import Arrays, Field, Kind, PoolNumbers, as_flags, numbers, text_of
 from kvortex.owner.remote_index import RemoteAllocator, RemoteIndex
 from kvortex.planes.control import (
     NOT_PLANNED,
     HeldBlocks,
     LoadPlan,
+    Planned,
     SavePlan,
     load_outcomes,
     save_outcomes,
@@ -46,6 +47,21 @@ class RemoteEvents(NamedTuple):
 
     written: list[bytes]
     lost: list[bytes]
+
+
+class _Asked(NamedTuple):
+    """A question to the owner, and the connection that it went over."""
+
+    client: OwnerClient
+    question: Question
+    generation: int
+
+
+def _answer_to(asked: _Asked | None) -> tuple[Arrays, int]:
+    """The answer, and the number of the connection that it came over."""
+    if asked is None:
+        raise OwnerLost("the owner is lost")
+    return asked.client.answer(asked.question), asked.generation
 
 
 class RemoteControl:
@@ -93,6 +109,7 @@ class RemoteControl:
         self._salt = self._namespace
         self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
         self._in_flight: set[int] = set()  # slots of saves in flight
+        self._begun: list[Planned[SavePlan]] = []  # for which the owner was asked
         self._forms = describe_forms(self.extents.tolist(), encodings)
         self.tier = ""
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
@@ -175,22 +192,50 @@ class RemoteControl:
         chain: NDArray[np.uint64] | None = None,
     ) -> SavePlan:
         """See `ControlPlane.plan_save`."""
+        return self.begin_save(keys, block_ids, owner, groups=groups, as_is=as_is, chain=chain).result()
+
+    def begin_save(
+        self,
+        keys: NDArray[np.uint64],
+        block_ids: NDArray[np.int32],
+        owner: str,
+        *,
+        groups: NDArray[np.uint8] | None = None,
+        as_is: bool = False,
+        chain: NDArray[np.uint64] | None = None,
+    ) -> Planned[SavePlan]:
+        """See `ControlPlane.begin_save`."""
         count = len(keys)
         of_blocks = np.zeros(count, dtype=np.uint8) if groups is None else np.ascontiguousarray(groups)
         front = _NO_KEYS if chain is None or len(chain) == count else self.own(chain)
+        told = self._told_by_a_save
+        asked = self._ask_ahead(Kind.PLAN_SAVE, numbers(as_is), self.own(keys), of_blocks, front, on_answer=told)
+        planned = Planned(lambda: self._planned_save(asked, block_ids))
+        with self._lock:
+            self._begun = [*(begun for begun in self._begun if not begun.is_made), planned]
+        return planned
+
+    def _told_by_a_save(self, fields: Arrays) -> None:
+        self._tell_removed(fields[-1])
+
+    def _ask_ahead(
+        self, kind: Kind, *fields: Field, on_answer: Callable[[Arrays], None] | None = None
+    ) -> _Asked | None:
+        """None if the owner is lost."""
         client = self.client
+        with client.exclusive():
+            try:
+                return _Asked(client, client.ask_ahead(kind, *fields, on_answer=on_answer), client.generation)
+            except OwnerLost:
+                return None
+
+    def _planned_save(self, asked: _Asked | None, block_ids: NDArray[np.int32]) -> SavePlan:
         try:
-            with client.exclusive():
-                states, slots, offsets, forms, positions, removed = client.ask(
-                    Kind.PLAN_SAVE, numbers(as_is), self.own(keys), of_blocks, front
-                )
-                generation = client.generation
+            (states, slots, offsets, forms, positions, _), generation = _answer_to(asked)
         except OwnerLost:
-            states = np.full(count, NOT_PLANNED, dtype=np.int64)
+            states = np.full(len(block_ids), NOT_PLANNED, dtype=np.int64)
             slots = offsets = positions = np.empty(0, dtype=np.int64)
             forms, generation = np.empty(0, dtype=np.uint8), -1
-            removed = slots
-        self._tell_removed(removed)
         numbered = slots + generation * _GENERATION
         if slots.size:
             with self._lock:
@@ -248,14 +293,17 @@ class RemoteControl:
 
     def plan_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> LoadPlan:
         """See `ControlPlane.plan_load`."""
-        return LoadPlan.of_pins(self._pin(Kind.PLAN_LOAD, keys), block_ids, self.has_forms)
+        return self.begin_load(keys, block_ids).result()
 
-    def _pin(self, kind: Kind, keys: NDArray[np.uint64]) -> Pins:
-        results = np.full((7, len(keys)), -1, dtype=np.int64)
+    def begin_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> Planned[LoadPlan]:
+        """See `ControlPlane.begin_load`."""
+        asked = self._ask_ahead(Kind.PLAN_LOAD, self.own(keys))
+        return Planned(lambda: LoadPlan.of_pins(self._pins(asked, len(keys)), block_ids, self.has_forms))
+
+    def _pins(self, asked: _Asked | None, count: int) -> Pins:
+        results = np.full((7, count), -1, dtype=np.int64)
         try:
-            with self.client.exclusive():
-                slots, reasons, offsets, nbytes, digests, forms = self.client.ask(kind, self.own(keys))
-                generation = self.client.generation
+            (slots, reasons, offsets, nbytes, digests, forms), generation = _answer_to(asked)
         except OwnerLost:
             results[PIN_REASONS] = MISS_REASONS.index(MissReason.OWNER_LOST)
             return Pins(results, 0)
@@ -284,7 +332,7 @@ class RemoteControl:
 
     def hold(self, keys: NDArray[np.uint64]) -> HeldBlocks:
         """See `ControlPlane.hold`."""
-        pins = self._pin(Kind.HOLD, keys)
+        pins = self._pins(self._ask_ahead(Kind.HOLD, self.own(keys)), len(keys))
         return HeldBlocks(
             np.flatnonzero(pins.slots >= 0), pins.hits, pins.offsets, pins.nbytes, pins.digests, pins.forms
         )
@@ -353,6 +401,8 @@ class RemoteControl:
         What this engine saves afterwards, nobody else finds: for instance because its model has got other weights,
         which the namespace does not tell. Saves in flight will not be seen.
         """
+        for begun in self._begun:
+            begun.result()
         with self._lock:
             self._salt = self._namespace ^ np.frombuffer(os.urandom(32), dtype=np.uint64)
             self._forgotten |= self._in_flight

@@ -8,7 +8,7 @@ a data plane carries it out, in this process or another. The caller passes the o
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Self, TypeAlias
+from typing import Final, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from kvortex.types import MAX_GROUPS, BlockSizes, Direction, MissReason, SaveOut
 
 logger = logging.getLogger(__name__)
 
+P = TypeVar("P")
 CPU_TIER: Final = "cpu"
 
 OnEvicted: TypeAlias = Callable[[Evicted], NDArray[np.bool_]]
@@ -115,6 +116,37 @@ class LoadPlan(NamedTuple):
     def positions(self) -> NDArray[np.intp]:
         """Positions in the call of the blocks that move, `intp [m]`."""
         return np.flatnonzero(self.pins.slots >= 0)
+
+
+class Planned(Generic[P]):
+    """A plan that somebody else may still be working out.
+
+    Args:
+        work: gives the plan; called once.
+    """
+
+    def __init__(self, work: Callable[[], P]) -> None:
+        self._work: Callable[[], P] | None = work
+        self._plan: P | None = None
+
+    @classmethod
+    def made(cls, plan: P) -> Self:
+        """One that is there already."""
+        planned = cls(lambda: plan)
+        planned.result()
+        return planned
+
+    @property
+    def is_made(self) -> bool:
+        """True if `result` does not wait."""
+        return self._work is None
+
+    def result(self) -> P:
+        """Wait for the plan."""
+        if self._work is not None:
+            self._plan, self._work = self._work(), None
+        assert self._plan is not None
+        return self._plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +329,18 @@ class ControlPlane:
         if len(slots) < len(block_ids):
             plan = plan._replace(transfer=plan.transfer._replace(block_ids=block_ids[plan.positions]))
         return plan
+
+    def begin_save(
+        self,
+        keys: NDArray[np.uint64],
+        block_ids: NDArray[np.int32],
+        owner: str,
+        *,
+        groups: NDArray[np.uint8] | None = None,
+        as_is: bool = False,
+    ) -> Planned[SavePlan]:
+        """`plan_save`; where an owner plans, the caller can do something else meanwhile."""
+        return Planned.made(self.plan_save(keys, block_ids, owner, groups=groups, as_is=as_is))
 
     def finish_save(
         self,
@@ -512,6 +556,10 @@ class ControlPlane:
             block_ids: ids of these blocks in the paged cache, `int32 [n]`.
         """
         return LoadPlan.of_pins(self.index.pin(keys), block_ids, self.has_forms)
+
+    def begin_load(self, keys: NDArray[np.uint64], block_ids: NDArray[np.int32]) -> Planned[LoadPlan]:
+        """`plan_load`; where an owner plans, the caller can do something else meanwhile."""
+        return Planned.made(self.plan_load(keys, block_ids))
 
     def finish_load(
         self, plan: LoadPlan, intact: NDArray[np.bool_] | None = None, succeeded: NDArray[np.bool_] | None = None

@@ -334,7 +334,10 @@ class SchedulerHalf:
             tracked.has_kv_from(plan.number)
         if self._ready and self._may_save:
             tails = self._planners.rules.tails(self._tracked, scheduler_output)
-            self._planners.saves.plan(computing, scheduler_output.scheduled_spec_decode_tokens, tails, plan)
+            self._planners.saves.begin(computing, scheduler_output.scheduled_spec_decode_tokens, tails)
+        if self._made is not None:
+            self._made.loads.add_jobs(plan)
+            self._made.saves.add_jobs(plan)
         plan.has_forward = bool(scheduler_output.num_scheduled_tokens)
         if plan.has_forward:
             self._stale.step_computes(plan.number)
@@ -421,6 +424,8 @@ class SchedulerHalf:
     def _drop_stale(self) -> None:
         """The weights have changed: drop all that is stored, and what the saves in flight store."""
         self._keys.forget_adapters()
+        if self._made is not None:
+            self._made.saves.give_up()
         for job in self._jobs:
             if isinstance(job, SaveInFlight):
                 job.is_stale = True
@@ -432,7 +437,10 @@ class SchedulerHalf:
         It refuses while blocks are in use. The next step waits for the saves that may still read them.
         """
         made = self._made
-        if made is None or not made.rules.holds or any(made.rules.num_held(t) for t in self._tracked.values()):
+        if made is None:
+            return
+        made.saves.give_up()
+        if not made.rules.holds or any(made.rules.num_held(t) for t in self._tracked.values()):
             return
         self._plan.fresh_block_ids |= made.saves.let_go()
 
@@ -452,12 +460,16 @@ class SchedulerHalf:
 
     def has_work(self) -> bool:
         """True while jobs are in flight: the workers report their ends with a step."""
-        is_late = self._made is not None and self._made.rules.num_late > 0
+        made = self._made
+        is_late = made is not None and (made.rules.num_late > 0 or made.saves.waits)
         return is_late or bool(self._jobs)
 
     def holds_device_blocks(self) -> bool:
         """True while saves in flight keep device blocks from being given to others."""
-        return not self._is_simple and any(isinstance(job, SaveInFlight) and job.holds_blocks for job in self._jobs)
+        if self._is_simple:
+            return False
+        waits = self._made is not None and self._made.saves.waits
+        return waits or any(isinstance(job, SaveInFlight) and job.holds_blocks for job in self._jobs)
 
     def take_stats(self) -> ConnectorStats | None:
         """Counters since they were last taken; None if there are none. vLLM asks once a step, when the step is over.

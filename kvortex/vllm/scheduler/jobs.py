@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.kernels.digest import digests_of_rows
-from kvortex.planes.control import LoadPlan, SavePlan
+from kvortex.planes.control import LoadPlan, Planned, SavePlan
 from kvortex.vllm.plans import JobOutcome, SaveDigests
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.events import PlannedBlocks
@@ -68,6 +68,18 @@ class SavePart:
     tracked: TrackedRequest
     run: BlockRun
     event: PlannedBlocks | None  # None where vLLM publishes no events
+
+
+@dataclass(kw_only=True, slots=True)
+class BegunSave:
+    """A save that the owner of the pool works out, and that becomes a job in this step or the next."""
+
+    planned: Planned[SavePlan]
+    parts: list[SavePart]
+    order: NDArray[np.intp] | None  # see `SaveInFlight`
+    as_is: bool
+    block_ids: list[int]
+    pool: str
 
 
 @dataclass(kw_only=True)

@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kvortex.planes.control import LoadPlan, Planned
 from kvortex.stats import EngineStats
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash, MissReason
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+
+class _BegunLoad(NamedTuple):
+    """A load that is planned for the next step, and in which memory."""
+
+    job_id: int
+    request_id: str
+    planned: Planned[LoadPlan]
+    block_ids: NDArray[np.int32]
+    pool: str
 
 
 class LoadPlanner:
@@ -50,6 +62,7 @@ class LoadPlanner:
         self._admission = admission
         self._tracked = tracked
         self._stats = stats
+        self._begun: list[_BegunLoad] = []
         self._waiting_since_s: dict[str, float] = {}  # request -> since when it waits for a pending save
 
     # -- look-up -----------------------------------------------------------------------------------
@@ -123,30 +136,36 @@ class LoadPlanner:
             plan: the plan of the next step; the job is added to it.
         """
         keys, block_ids = self._context.rules.to_load(tracked, num_tokens, blocks)
-        load = self._control.plan_load(keys, block_ids)
-        missing = np.delete(block_ids, load.positions)
-        request_id = tracked.request.request_id
         job_id = next(self._context.job_ids)
-        digests = load.pins.digests.copy() if self._context.keeps_digests else None
-        plan.loads.append(
-            LoadJob(
-                job_id,
-                request_id,
-                load.transfer,
-                tuple(missing.tolist()),
-                digests,
-                self._context.num_weights(),
-                self._context.pool,
-            )
-        )
+        begun = self._control.begin_load(keys, block_ids)
+        self._begun.append(_BegunLoad(job_id, tracked.request.request_id, begun, block_ids, self._context.pool))
         plan.fresh_block_ids.update(block_ids.tolist())
-        self._context.jobs.add(
-            LoadInFlight(job_id=job_id, plan=load, request_id=request_id, started_s=time.perf_counter())
-        )
         tracked.loading = job_id
         tracked.loaded = range(tracked.local_tokens, tracked.local_tokens + num_tokens)
         tracked.disk_tokens = self._disk_tokens(tracked, num_tokens)
         tracked.has_kv_from(plan.number)
+
+    def add_jobs(self, plan: ConnectorPlan) -> None:
+        """Add the loads that were planned for a step to its plan. An owner has worked them out meanwhile."""
+        begun, self._begun = self._begun, []
+        for one in begun:
+            load = one.planned.result()
+            missing = np.delete(one.block_ids, load.positions)
+            digests = load.pins.digests.copy() if self._context.keeps_digests else None
+            plan.loads.append(
+                LoadJob(
+                    one.job_id,
+                    one.request_id,
+                    load.transfer,
+                    tuple(missing.tolist()),
+                    digests,
+                    self._context.num_weights(),
+                    one.pool,
+                )
+            )
+            self._context.jobs.add(
+                LoadInFlight(job_id=one.job_id, plan=load, request_id=one.request_id, started_s=time.perf_counter())
+            )
 
     def _disk_tokens(self, tracked: TrackedRequest, num_tokens: int) -> int:
         """How many of the tokens that a request loads came from the lower tier, by the blocks of the anchor group."""

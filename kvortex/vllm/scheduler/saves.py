@@ -12,7 +12,7 @@ from kvortex.tiering.keys import split_keys
 from kvortex.vllm.plans import ConnectorPlan, SaveJob
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.context import PlannerContext
-from kvortex.vllm.scheduler.jobs import SaveInFlight, SavePart
+from kvortex.vllm.scheduler.jobs import BegunSave, SaveInFlight, SavePart
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ the workers, and a step of decoding may complete a block of every request. Large
 together."""
 
 MIN_SAVE_BLOCKS_OF_OWNER: Final = 512
-"""The same where an owner plans: each job is a question, some 0.15 ms of the step."""
+"""The same where an owner plans: each job is a question."""
 
 
 class SavePlanner:
@@ -36,23 +36,24 @@ class SavePlanner:
     def __init__(self, context: PlannerContext) -> None:
         self._context = context
         self._control = context.control
+        self._late: list[tuple[TrackedRequest, BlockRun]] = []  # held until this step's saves hold them
+        self._new: list[BegunSave] = []  # begun by this step
+        self._waiting: list[BegunSave] = []  # begun by the last step
 
     # -- plan --------------------------------------------------------------------------------------
 
-    def plan(
+    def begin(
         self,
         computing: Iterable[tuple[TrackedRequest, int]],
         drafts: Mapping[str, Sequence[int]],
         tails: Iterable[tuple[TrackedRequest, BlockRun]],
-        plan: ConnectorPlan,
     ) -> None:
-        """Plan to save every block that a step completes.
+        """Begin to plan the save of every block that a step completes; `add_jobs` ends it.
 
         Args:
             computing: the step's requests, each with the number of tokens that it computes.
             drafts: the draft tokens among these, by request; they may be rejected, so they complete no block.
             tails: blocks that are not full, and from which a request may resume.
-            plan: the plan of this step; the jobs are added to it.
         """
         rules = self._context.rules
         late = rules.late()
@@ -66,19 +67,16 @@ class SavePlanner:
             if tracked.too_lossy:
                 as_is += [self._part(tracked, run) for run in rules.again(tracked)]
         least = rules.num_groups * (MIN_SAVE_BLOCKS_OF_OWNER if self._context.keeps_digests else MIN_SAVE_BLOCKS)
-        for parts in _jobs(new, least):
-            self._plan_save(parts, plan)
-        for parts in _jobs(as_is, least):
-            self._plan_save(parts, plan, as_is=True)
-        for _, run in late:
-            rules.release(run.block_ids)  # those that move are held by their saves
+        self._new = [self._begin(parts) for parts in _jobs(new, least)]
+        self._new += [self._begin(parts, as_is=True) for parts in _jobs(as_is, least)]
+        self._late = late
 
     def _part(self, tracked: TrackedRequest, run: BlockRun) -> SavePart:
         events = self._context.events
         event = events.planned(tracked.request, run.group, run.blocks) if events is not None else None
         return SavePart(tracked, run, event)
 
-    def _plan_save(self, parts: list[SavePart], plan: ConnectorPlan, *, as_is: bool = False) -> None:
+    def _begin(self, parts: list[SavePart], *, as_is: bool = False) -> BegunSave:
         context, runs = self._context, [part.run for part in parts]
         keys = np.concatenate([run.keys for run in runs])
         block_ids = np.array([block_id for run in runs for block_id in run.block_ids], dtype=np.int32)
@@ -87,14 +85,66 @@ class SavePlanner:
             numbers = np.repeat([run.group for run in runs], [len(run.keys) for run in runs])
             keys, block_ids = keys[order], block_ids[order]
             groups = numbers[order].astype(np.uint8)
-        save = self._control.plan_save(keys, block_ids, "save", groups=groups, as_is=as_is)
-        if not save.transfer.num_blocks:
-            return
-        job_id = next(context.job_ids)
-        context.jobs.add(SaveInFlight(job_id=job_id, plan=save, parts=parts, order=order, as_is=as_is))
-        context.rules.hold(save.transfer.block_ids.tolist())
-        plan.saves.append(SaveJob(job_id, save.transfer, context.pool))
-        logger.debug("job %d saves %d of %d blocks", job_id, save.transfer.num_blocks, len(keys))
+        planned = self._control.begin_save(keys, block_ids, "save", groups=groups, as_is=as_is)
+        ids: list[int] = block_ids.tolist()
+        return BegunSave(planned=planned, parts=parts, order=order, as_is=as_is, block_ids=ids, pool=context.pool)
+
+    def add_jobs(self, plan: ConnectorPlan) -> None:
+        """Add the saves that were begun in the last step to the plan of this one, and those that were begun now.
+
+        A step that completes few blocks is a short one, which would wait for the owner's answer: its saves become jobs
+        of the next step.
+        """
+        rules = self._context.rules
+        waiting, new, late = self._waiting, self._new, self._late
+        self._waiting, self._new, self._late = [], [], []
+        for begun in waiting:
+            overwritten = not rules.holds and not plan.fresh_block_ids.isdisjoint(begun.block_ids)
+            if overwritten or any(part.tracked.has_stale_kv for part in begun.parts):
+                self._give_up(begun)
+            else:
+                self._add_job(begun, plan)
+                rules.release(begun.block_ids)
+        few = sum(len(begun.block_ids) for begun in new) < MIN_SAVE_BLOCKS
+        for begun in new:
+            if few and not begun.planned.is_made:
+                rules.hold(begun.block_ids)
+                self._waiting.append(begun)
+            else:
+                self._add_job(begun, plan)
+        for _, run in late:
+            rules.release(run.block_ids)  # those that are saved are held by their saves
+
+    def _add_job(self, begun: BegunSave, plan: ConnectorPlan) -> None:
+        context, save = self._context, begun.planned.result()
+        moved = save.transfer.block_ids.tolist()
+        if moved:
+            job_id = next(context.job_ids)
+            context.jobs.add(
+                SaveInFlight(job_id=job_id, plan=save, parts=begun.parts, order=begun.order, as_is=begun.as_is)
+            )
+            context.rules.hold(moved)
+            plan.saves.append(SaveJob(job_id, save.transfer, begun.pool))
+            logger.debug("job %d saves %d of %d blocks", job_id, len(moved), len(begun.block_ids))
+
+    def _give_up(self, begun: BegunSave) -> None:
+        """Save nothing: vLLM has given device blocks to others, or the KV is not what its keys say any more."""
+        save = begun.planned.result()
+        nothing = np.zeros(save.transfer.num_blocks, dtype=np.bool_)
+        self._control.finish_save(save, np.zeros(len(nothing), dtype=np.uint64), nothing, tried=nothing)
+        self._context.rules.release(begun.block_ids)
+        _save_again(begun.parts)
+
+    @property
+    def waits(self) -> bool:
+        """True if the next step has saves that this one has begun."""
+        return bool(self._waiting)
+
+    def give_up(self) -> None:
+        """Give up what was begun and is no job yet."""
+        waiting, self._waiting = self._waiting, []
+        for begun in waiting:
+            self._give_up(begun)
 
     # -- end ---------------------------------------------------------------------------------------
 
@@ -131,12 +181,8 @@ class SavePlanner:
             context.stats.add("kept_as_is_blocks", int(np.count_nonzero(succeeded)))
         nbytes = context.bytes_moved(transfer.forms, succeeded)
         context.stats.count_save(len(job.failed - job.too_lossy), count - len(job.too_lossy), nbytes)
-        if job.is_stale:  # requests whose KV is not stale save their blocks again
-            for part in job.parts:
-                planned, run = part.tracked.num_planned, part.run
-                if not run.is_tail:
-                    planned[run.group] = min(planned[run.group], run.blocks.start)
-                    part.tracked.looked_for = None
+        if job.is_stale:
+            _save_again(job.parts)
         if job.too_lossy or context.events is not None:
             self._finish_parts(job, succeeded, lossy)
 
@@ -168,6 +214,15 @@ class SavePlanner:
             there = self._control.allocator.holds(offsets)
         order = np.argsort(numbers[there], kind="stable")
         events.add_stored(part.event, numbers[there][order].tolist(), offsets[there][order].tolist())
+
+
+def _save_again(parts: Iterable[SavePart]) -> None:
+    """Have requests whose KV is not stale save these blocks again, if they still have them."""
+    for part in parts:
+        planned, run = part.tracked.num_planned, part.run
+        if not run.is_tail:
+            planned[run.group] = min(planned[run.group], run.blocks.start)
+            part.tracked.looked_for = None
 
 
 def _jobs(parts: Iterable[SavePart], least: int) -> Iterator[list[SavePart]]:

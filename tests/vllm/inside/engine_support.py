@@ -138,7 +138,7 @@ class Engine:
         """Let the last outcomes come in: vLLM stops stepping when the answers are out, and a busy machine is slow."""
         until_s = time.monotonic() + SETTLE_S
         self.generate([prompt(3, seed=999)], max_tokens=2)
-        while len(getattr(self.scheduler_half, "_jobs", ())) and time.monotonic() < until_s:
+        while self.scheduler_half.has_work() and time.monotonic() < until_s:
             self.generate([prompt(3, seed=999)], max_tokens=2)
 
 

@@ -6,7 +6,8 @@ content in every word of its extent: so what a tier has brought back can be told
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from kvortex.config import KVortexConfig
 from kvortex.hashing import Namespace
 from kvortex.memory import SharedMemory
 from kvortex.owner.caches import Caches
+from kvortex.owner.client import Question
 from kvortex.owner.protocol import HEADER, Arrays, Field, Kind, join, pack, unpack, unpack_header
 from kvortex.owner.session import Session
 from kvortex.owner.tiers import OwnerTiers
@@ -132,13 +134,37 @@ class DirectClient:
         self.label = owner.memory.ticket.label
         self.path = Path("played")
         self.start_deadline_s = 1.0
+        self._asked: deque[tuple[Question, Kind, Arrays]] = deque()
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def ask(self, kind: Kind, *fields: Field, deadline_s: float | None = None) -> Arrays:
+        return self.answer(self._queue(kind, fields))
+
+    def ask_ahead(self, kind: Kind, *fields: Field, on_answer: Callable[[Arrays], None] | None = None) -> Question:
+        question = self._queue(kind, fields, on_answer)
+        if self._owner.random.random() < 0.5:
+            self.answer(question)  # now, or when somebody wants to know it
+        return question
+
+    def answer(self, question: Question) -> Arrays:
+        while question.found is None:
+            asked, kind, fields = self._asked.popleft()
+            asked.take(kind, self._do(kind, fields))
+        return question.found[1]
+
+    def _queue(
+        self, kind: Kind, fields: tuple[Field, ...], on_answer: Callable[[Arrays], None] | None = None
+    ) -> Question:
+        # A frame has the bytes of when it was sent.
+        question = Question(len(self._asked), on_answer)
+        self._asked.append((question, kind, _through(kind, fields)))
+        return question
+
+    def _do(self, kind: Kind, fields: Arrays) -> Arrays:
         async def answer() -> Any:
-            return self._session.answer(kind, _through(kind, fields))
+            return self._session.answer(kind, fields)
 
         answered = self._owner.loop.run_until_complete(answer())
         return [] if answered is None else _through(*answered)
