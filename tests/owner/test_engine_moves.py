@@ -20,6 +20,7 @@ import torch
 from kvortex import KVortexConfig, KVortexEngine, MissReason, SaveOutcome
 from kvortex.config import KIB, MIB
 from kvortex.errors import InvalidBlockIdError
+from kvortex.memory import PinnedPool
 from kvortex.owner import OwnerClient, RemoteControl, following, server
 from kvortex.owner import client as client_module
 from kvortex.owner.protocol import VERSION
@@ -77,7 +78,7 @@ def nothing_more() -> Iterator[None]:
     assert Held.now() == before
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
     due_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < due_s, "it did not come true"
@@ -580,6 +581,57 @@ async def test_blocks_that_do_not_arrive_keep_an_engine_away(
     owners.stop()
 
 
+class Pinning:
+    """A device for which memory is pinned: which addresses are."""
+
+    def __init__(self) -> None:
+        self.pinned: set[int] = set()
+
+    def numa_node(self) -> None:
+        return None
+
+    def make_current(self) -> None:
+        pass
+
+    enter_thread = make_current
+
+    def register_host(self, address: int, nbytes: int) -> None:
+        self.pinned.add(address)
+
+    def unregister_host(self, address: int) -> None:
+        self.pinned.remove(address)
+
+
+async def test_the_new_memory_is_pinned_and_the_old_is_not_any_more(
+    owners: Owners, monkeypatch: pytest.MonkeyPatch, nothing_more: None
+) -> None:
+    device = Pinning()
+
+    def make(nbytes: int, **how: Any) -> PinnedPool:
+        return PinnedPool(nbytes, **{**how, "device": device})
+
+    def pieces(engine: KVortexEngine) -> set[int]:
+        pool = data_of(engine).pool
+        return set(range(pool.address, pool.address + pool.capacity_bytes, pool.piece_bytes))
+
+    monkeypatch.setattr(data_module, "PinnedPool", make)
+    cache = make_cache(seed=1)
+    owners.start()
+    async with connected(owners.path, cache) as engine:
+        await engine.wait_pinned()
+        old, label = data_of(engine).pool, client_of(engine).label
+        assert device.pinned == pieces(engine)
+        owners.start({"bytes": 2 * MIB, "pin_piece_bytes": 128 * KIB})
+        await moved(engine, label)
+        await engine.wait_pinned()
+        assert data_of(engine).pool is not old
+        assert len(device.pinned) == 16
+        assert device.pinned == pieces(engine)
+        await check_serves(engine, cache)
+    assert not device.pinned
+    owners.stop()
+
+
 async def test_a_new_pool_that_cannot_be_pinned_is_not_used(
     owners: Owners, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -612,14 +664,14 @@ async def hangs(*_: Any) -> None:
 async def test_shutdown_while_it_moves_leaves_nothing(
     owners: Owners, monkeypatch: pytest.MonkeyPatch, stage: str, nothing_more: None
 ) -> None:
-    reached, introduce, close = threading.Event(), RemoteControl.introduce, data_module.PinnedPool.close
+    reached, introduce, close = threading.Event(), RemoteControl.introduce, PinnedPool.close
 
     def introduce_slowly(self: RemoteControl, client: OwnerClient) -> None:
         introduce(self, client)
         reached.set()
         time.sleep(0.3)
 
-    def close_slowly(self: data_module.PinnedPool) -> None:
+    def close_slowly(self: PinnedPool) -> None:
         reached.set()
         time.sleep(0.3)
         close(self)
@@ -631,7 +683,7 @@ async def test_shutdown_while_it_moves_leaves_nothing(
     owners.start()
     async with connected(owners.path) as engine:
         if stage == "the old pool":
-            monkeypatch.setattr(data_module.PinnedPool, "close", close_slowly)
+            monkeypatch.setattr(PinnedPool, "close", close_slowly)
         elif stage == "the new owner":
             monkeypatch.setattr(RemoteControl, "introduce", introduce_slowly)
         else:
