@@ -406,14 +406,17 @@ async def test_a_call_that_waits_for_its_turn_goes_on_in_the_new_pool_with_its_c
     async with connected(owners.path, cache, transfer={"max_outstanding_requests": 1}) as engine:
         await check_serves(engine, cache)
         await engine._queue.acquire()
-        saving = asyncio.create_task(engine.save_blocks(chain(12), range(12)))
-        await asyncio.sleep(0)
-        label = client_of(engine).label
-        owners.start()
-        await moved(engine, label)
-        with pytest.raises(InvalidBlockIdError):
-            await engine.load_blocks(chain(4), range(4))
-        engine._queue.release()
+        try:
+            saving = asyncio.create_task(engine.save_blocks(chain(12), range(12)))
+            await asyncio.sleep(0)
+            label = client_of(engine).label
+            owners.start()
+            await moved(engine, label)
+            with pytest.raises(InvalidBlockIdError):
+                async with asyncio.timeout(5):
+                    await engine.load_blocks(chain(4), range(4))
+        finally:
+            engine._queue.release()
         assert (await saving).ok
         await check_loads(engine, cache)
 
@@ -648,8 +651,10 @@ async def test_a_new_pool_that_cannot_be_pinned_is_not_used(
         owners.start()
         await until(lambda: client_of(engine).label != label)
         assert f"only {4 * BLOCK_NBYTES} of the pool's" in caplog.text
+        told: list[int] = []
+        data_of(engine)._on_pinning_stopped = told.append
         data_of(engine)._pinning_stopped(pool, 0)  # what is told of the old pool comes too late
-        assert caplog.text.count("can be pinned here") == 1
+        assert not told
         assert set((await engine.save_blocks(chain(4), range(4))).outcomes) == {SaveOutcome.FAILED}
 
 
@@ -754,7 +759,10 @@ async def test_ctrl_c_while_it_moves_ends_the_program(owners: Owners, how: str) 
     second = owners.start()
     assert await asyncio.to_thread(process.stdout.readline) == "moving\n"
     process.send_signal(signal.SIGINT)
-    _, errors = await asyncio.to_thread(process.communicate, timeout=10)
+    try:
+        _, errors = await asyncio.to_thread(process.communicate, timeout=10)
+    finally:
+        process.kill()
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert "never retrieved" not in errors
     await until(lambda: second.owner.num_clients == 0)
