@@ -26,7 +26,7 @@ from kvortex.hashing import Namespace
 from kvortex.index import pack_keys
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import check_memory
-from kvortex.owner import Control, OwnerClient, RemoteControl, RemoteTiering
+from kvortex.owner import Control, OwnerClient, OwnerFollower, RemoteControl, RemoteTiering
 from kvortex.owner.control import scratch_of
 from kvortex.owner.protocol import Kind
 from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
@@ -57,6 +57,7 @@ class EngineCore:
         self._namespace: Namespace | None = None
         self._tiering: Tiering | RemoteTiering | None = None
         self._leases: Leases | None = None
+        self._follower: OwnerFollower | None = None
         self._shutdown: asyncio.Task[None] | None = None
         self._released = False
 
@@ -144,6 +145,9 @@ class EngineCore:
                 )
             self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
             self._tiering = self._make_tiering(self._control, self._data, self._namespace)
+            if isinstance(self._control, RemoteControl):
+                deadline_s, end_leases = self.config.owner.deadline_s, self._leases.end_all
+                self._follower = OwnerFollower(self._control, self._data, deadline_s, end_leases)
             undo.pop_all()
         logger.info("registered %s", cache.describe())
         return cache if groups is not None else cache.layouts[0]
@@ -490,7 +494,7 @@ class EngineCore:
         """
         self._check_loop()
         _, data = self._planes()
-        await data.pool.ready(data.pool.capacity_bytes)
+        await data.wait_pinned()
 
     async def wait_tier(self) -> bool:
         """Wait until the lower tier is open and what it holds is known; False if it cannot be used, or there is none.
@@ -638,6 +642,8 @@ class EngineCore:
                     stack.callback(self._leases.end_all)
             if self._tiering is not None:
                 stack.push_async_callback(self._tiering.aclose)
+            if self._follower is not None:
+                await self._follower.aclose()
             await self._queue.wait_empty()
 
     def __del__(self) -> None:

@@ -39,7 +39,7 @@ class Lease:
 
     @property
     def is_over(self) -> bool:
-        """True once its time has passed, it was released, or the engine was shut down."""
+        """True once its time has passed, it was released, the engine was shut down, or its pool was left."""
         return self not in self._leases.open
 
     def release(self) -> None:

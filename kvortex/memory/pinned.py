@@ -71,6 +71,7 @@ class PinnedPool:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
         self.address: int = self.bytes.ctypes.data
         self._condition = threading.Condition()
+        self._one_closes = threading.Lock()
         self._stopping = False
         self._held = 0
         self._wanted_bytes = 0
@@ -186,14 +187,15 @@ class PinnedPool:
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Unpin and unmap, whatever fails; idempotent. No transfer may be in flight."""
+        """Unpin and unmap, whatever fails; idempotent, from any thread. No transfer may be in flight."""
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._one_closes)
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
             stack.callback(self._unmap)
             if self._device is not None and self._registered:
                 self._device.make_current()

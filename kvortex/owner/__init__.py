@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from kvortex.owner.client import OwnerClient
 from kvortex.owner.control import RemoteControl
+from kvortex.owner.following import OwnerFollower
 from kvortex.owner.server import Owner
 from kvortex.owner.tiering import RemoteTiering
 from kvortex.planes.control import ControlPlane
@@ -14,4 +15,4 @@ from kvortex.planes.control import ControlPlane
 Control: TypeAlias = ControlPlane | RemoteControl
 """Plans saves and loads, in this process or in that of an owner."""
 
-__all__ = ["Control", "Owner", "OwnerClient", "RemoteControl", "RemoteTiering"]
+__all__ = ["Control", "Owner", "OwnerClient", "OwnerFollower", "RemoteControl", "RemoteTiering"]

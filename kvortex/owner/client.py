@@ -52,7 +52,8 @@ class OwnerClient:
 
     If the owner does not answer in time, or ends, the connection is given up: every call raises `OwnerLost` at once,
     until a thread in the background has connected again. An owner that was started anew has other memory: then the
-    client stays without one, `is_replaced` is true, and whoever wants that memory makes another client.
+    client stays without one, `is_replaced` is true, and whoever wants that memory makes another client. An owner that
+    refuses is asked again, and said once.
 
     Args:
         path: the owner's socket.
@@ -77,6 +78,7 @@ class OwnerClient:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._replaced = threading.Event()
+        self._refusal = ""  # the last one that was said
         self.on_connected: Callable[[], None] | None = None
         """Called after a connection was made anew, before anything else is asked; may ask itself."""
         try:
@@ -279,7 +281,7 @@ class OwnerClient:
                 try:
                     connection, memory, _, _ = self._connect(self._deadline_s)
                 except (OSError, OwnerError, ConfigError) as error:
-                    logger.debug("the owner is still not there: %s", error)
+                    self._say_why(error)
                     continue
                 memory.close()
                 if memory.ticket.label != self.memory.ticket.label:
@@ -288,6 +290,14 @@ class OwnerClient:
                     self._replaced.set()
                     return
                 self._resume(connection)
+
+    def _say_why(self, error: Exception) -> None:
+        is_absent = isinstance(error, OSError) and not isinstance(error, PermissionError)
+        if is_absent or str(error) == self._refusal:
+            logger.debug("the owner is still not there: %s", error)
+            return
+        self._refusal = str(error)
+        logger.warning("the owner that listens at %s now cannot be used: %s", self.path, error)
 
     def _resume(self, connection: socket.socket) -> None:
         with self._lock:

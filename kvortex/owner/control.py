@@ -8,6 +8,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -116,14 +117,14 @@ class RemoteControl:
         self._described = describe_groups(groups, num_parts).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
-        self._add_cache(client.start_deadline_s)
-        client.on_connected = self._connected
+        self.tier = self._add_cache(client, client.start_deadline_s)
+        client.on_connected = partial(self._connected, client)
 
-    def _add_cache(self, deadline_s: float | None = None) -> None:
+    def _add_cache(self, client: OwnerClient, deadline_s: float | None = None) -> str:
         for writer in self._writers:
-            self.client.ask(Kind.WRITERS, writer.encode())
-        (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described, deadline_s=deadline_s)
-        self.tier = text_of(tier)
+            client.ask(Kind.WRITERS, writer.encode())
+        (tier,) = client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described, deadline_s=deadline_s)
+        return text_of(tier)
 
     def move_to(self, client: OwnerClient) -> None:
         """Plan in the pool of another owner from now on. What was planned before ends as if the connection was lost.
@@ -131,29 +132,42 @@ class RemoteControl:
         Raises:
             OwnerError: the owner refuses this cache, or has not the same kind of lower tier. The client is closed then.
         """
-        before, tier = self.client, self.tier
+        self.introduce(client)
+        self.switch_to(client)
+
+    def introduce(self, client: OwnerClient) -> None:
+        """Tell another owner of this cache; from any thread. Nothing is planned there before `switch_to`.
+
+        Raises:
+            OwnerError: as `move_to`.
+        """
+        try:
+            with client.exclusive():
+                tier = self._add_cache(client)
+                if tier != self.tier:
+                    raise OwnerError(f"its lower tier is {tier or 'none'}, not {self.tier or 'none'}")
+                if self.on_removed is not None:
+                    client.ask(Kind.WATCH)
+                client.on_connected = partial(self._connected, client)
+        except OwnerError:
+            client.close()
+            raise
+
+    def switch_to(self, client: OwnerClient) -> None:
+        """Plan in the pool of an owner that was told of this cache; where saves and loads are planned."""
+        before = self.client
         with before.exclusive(), client.exclusive():
             client.generation = before.generation + 1
             self.client = client
-            try:
-                self._add_cache()
-                if self.tier != tier:
-                    raise OwnerError(f"its lower tier is {self.tier or 'none'}, not {tier or 'none'}")
-                if self.on_removed is not None:
-                    client.ask(Kind.WATCH)
-            except OwnerError:
-                self.client, self.tier = before, tier
-                client.close()
-                raise
-            client.on_connected = self._connected
             self.allocator.capacity_bytes = client.pool_bytes
         before.close()
 
-    def _connected(self) -> None:
-        self._add_cache()
+    def _connected(self, client: OwnerClient) -> None:
+        self._add_cache(client)
         if self.on_removed is not None:
-            self.client.ask(Kind.WATCH)
-        self._say_if_settled()
+            client.ask(Kind.WATCH)
+        if client is self.client:
+            self._say_if_settled()
 
     def _say_if_settled(self) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ If the owner is lost, nothing is found, and the figures are zero.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from kvortex.owner.protocol import Kind, PoolNumbers
 from kvortex.planes.control import CPU_TIER
 from kvortex.stats import PoolFigures
 from kvortex.types import MissReason
+
+_CHANGES_BOUND: Final = 1 << 40
+"""More changes than one owner counts."""
 
 
 class AsksOwner(Protocol):
@@ -87,8 +90,9 @@ class RemoteIndex:
 
     @property
     def removed_blocks(self) -> int:
-        """Changes when a block may have gone."""
-        return self._control.figures().changes
+        """Changes when a block may have gone, as all have when another owner is asked."""
+        generation = self._control.client.generation
+        return self._control.figures().changes + generation * _CHANGES_BOUND
 
 
 class RemoteAllocator:

@@ -1,4 +1,8 @@
-"""The data plane: carries out transfer plans with a pool, an executor and a scheduler."""
+"""The data plane: carries out transfer plans with a pool, an executor and a scheduler.
+
+The pool of an owner ends with it, and the next owner has another one: then the data plane leaves its pool, and enters
+the new one. Between the two it is away.
+"""
 
 import asyncio
 import contextlib
@@ -17,11 +21,11 @@ from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.kernels.claims import BlockClaims
-from kvortex.layout import PagedCache
+from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import PinnedPool, SharedMemory
 from kvortex.planes.control import check_blocks_fit
-from kvortex.planes.self_test import run_self_test
-from kvortex.runtime.blocking import run_blocking
+from kvortex.planes.self_test import check_arrival, run_self_test
+from kvortex.runtime.blocking import run_blocking, run_to_its_end
 from kvortex.sched import Batcher, CudaExecutor, HostExecutor, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.stats import PoolFigures
 from kvortex.types import BlockSizes, Direction, TransferPlan
@@ -76,14 +80,10 @@ class DataPlane:
         self._events: list[Event] = []
         self._claims = _claims_of(cache)
         self._on_pinning_stopped = on_pinning_stopped
-        self.pool = PinnedPool(
-            config.pool.bytes,
-            device=self.device,
-            piece_bytes=config.pool.pin_piece_bytes,
-            numa_aware=config.pool.numa_aware,
-            memory=memory,
-            on_stopped=_on_loop(self._pinning_stopped),
-        )
+        self._numa_aware = config.pool.numa_aware
+        self._is_away = False
+        self._stopped_bytes: int | None = None
+        self.pool = self._make_pool(config.pool.bytes, config.pool.pin_piece_bytes, memory)
         with contextlib.ExitStack() as undo, self.pool.held():
             undo.callback(self._drop_callback)
             undo.callback(self.pool.close)
@@ -126,8 +126,22 @@ class DataPlane:
             return name
         return f"{name}, groups {' '.join(str(n) for n, packs in enumerate(self.encodings.packs) if packs)}"
 
-    def _pinning_stopped(self, pinned_bytes: int) -> None:
-        if self._on_pinning_stopped is not None:
+    def _make_pool(self, nbytes: int, piece_bytes: int, memory: SharedMemory | None) -> PinnedPool:
+        pool = PinnedPool(
+            nbytes,
+            device=self.device,
+            piece_bytes=piece_bytes,
+            numa_aware=self._numa_aware,
+            memory=memory,
+            on_stopped=_on_loop(lambda pinned_bytes: self._pinning_stopped(pool, pinned_bytes)),
+        )
+        return pool
+
+    def _pinning_stopped(self, pool: PinnedPool, pinned_bytes: int) -> None:
+        if pool is not self.pool:
+            return
+        self._stopped_bytes = pinned_bytes
+        if self._on_pinning_stopped is not None and not self._is_away:
             self._on_pinning_stopped(pinned_bytes)
 
     def _drop_callback(self) -> None:
@@ -135,11 +149,7 @@ class DataPlane:
 
     def _make_executor(self, config: KVortexConfig) -> TransferExecutor:
         if self.device is None:
-            kernels: list[HostKernels | HostPackKernels] = []
-            for layout, packing in self.pages:
-                raw = HostKernels(layout, self.pool.bytes)
-                kernels += [raw, HostPackKernels(layout, packing, self.pool.bytes) if packing else raw]
-            return HostExecutor(kernels, max_pack_error=config.codec.max_error)
+            return HostExecutor(self._host_kernels(), max_pack_error=config.codec.max_error)
         return CudaExecutor(
             self.pages,
             self.pool,
@@ -149,12 +159,15 @@ class DataPlane:
             max_pack_error=config.codec.max_error,
         )
 
+    def _host_kernels(self) -> list[HostKernels | HostPackKernels]:
+        kernels: list[HostKernels | HostPackKernels] = []
+        for layout, packing in self.pages:
+            raw = HostKernels(layout, self.pool.bytes)
+            kernels += [raw, HostPackKernels(layout, packing, self.pool.bytes) if packing else raw]
+        return kernels
+
     def _self_test(self, executor: TransferExecutor, scratch: Callable[[int], int]) -> None:
-        piece_nbytes = min(self.pool.piece_bytes, self.pool.capacity_bytes)
-        counts = [
-            min(SELF_TEST_BLOCKS, pages.layout.num_blocks, piece_nbytes // size.raw)
-            for pages, size in zip(self.pages, self.sizes, strict=True)
-        ]
+        counts = self._num_test_blocks()
         nbytes = max(count * size.raw for count, size in zip(counts, self.sizes, strict=True))
         start = scratch(nbytes)
         self.pool.wait_ready(start + nbytes)
@@ -163,12 +176,19 @@ class DataPlane:
                 pages,
                 group,
                 self._tensors,
-                [b * (pages.layout.num_blocks - 1) for b in range(count)],  # the first and the last
+                _first_and_last(pages.layout, count),
                 executor,
                 start + np.arange(count, dtype=np.int64) * size.raw,
                 self.pool.bytes,
                 self.record_event,
             )
+
+    def _num_test_blocks(self) -> list[int]:
+        piece_nbytes = min(self.pool.piece_bytes, self.pool.capacity_bytes)
+        return [
+            min(SELF_TEST_BLOCKS, pages.layout.num_blocks, piece_nbytes // size.raw)
+            for pages, size in zip(self.pages, self.sizes, strict=True)
+        ]
 
     def namespace(self, identity: ModelIdentity) -> Namespace:
         """The namespace of this cache's blocks: what must agree, besides the tokens, before they may be reused."""
@@ -232,10 +252,13 @@ class DataPlane:
             claim: the caller's claim on the plan's blocks, held until the request has settled. If it is None the blocks
                 are claimed here, until a save has read them or a load has settled.
 
+        While it is away from its pool, and if it leaves it before the transfer has begun, the request fails.
+
         Raises:
             EngineStateError: the data plane is shutting down.
             InvalidBlockIdError: see `claim`.
         """
+        pool = self.pool
         request = TransferRequest(
             plan.direction,
             plan.block_ids,
@@ -254,12 +277,14 @@ class DataPlane:
                     request.on_source_released = claim.release
                 else:
                     request.on_settled = partial(_release_then, claim, on_settled)
-            if request.num_blocks and not self.pool.is_ready(self.pool.capacity_bytes):
+            if request.num_blocks and not self._is_away and not pool.is_ready(pool.capacity_bytes):
                 end = int(plan.offsets.max()) + max(self.encodings.extents)
-                await self.pool.ready(min(end, self.pool.capacity_bytes))
+                await pool.ready(min(end, pool.capacity_bytes))
+            if self._is_away or pool is not self.pool:
+                raise DeviceError("the pool that the blocks are in is not used any more")
             self._scheduler.submit(request)
         except DeviceError as error:
-            request.fail(error)  # its extents cannot be pinned; the pool has logged that once
+            request.fail(error)  # if its extents cannot be pinned, the pool has logged that once
         except BaseException:
             request.cancel()
             raise
@@ -295,12 +320,95 @@ class DataPlane:
         """Cancel requests and wait for their transfers in flight; a cancellation of this call does not shorten that."""
         await self._scheduler.cancel_and_wait(requests)
 
+    # -- another pool ------------------------------------------------------------------------------
+
+    @property
+    def is_away(self) -> bool:
+        """True while there is no pool."""
+        return self._is_away
+
+    async def leave(self) -> None:
+        """Finish the transfers in flight, then unpin and unmap the pool. Claims of calls stay. Idempotent."""
+        self._is_away = True
+        await self._scheduler.drain()
+        await self._close_pool()
+
+    async def enter(self, memory: SharedMemory, piece_bytes: int, scratch: Callable[[int], int] | None = None) -> None:
+        """Map other memory, begin to pin it, and prove that blocks arrive there. `arrive` ends being away.
+
+        The proof reads blocks of the cache and writes none, because a model may be using them. How blocks lie in the
+        cache was proven at the start.
+
+        Args:
+            memory: the memory of the new pool, all of which is used.
+            piece_bytes: bytes that are pinned at a time; no block lies in two pieces.
+            scratch: see `DataPlane`; called on another thread. None for no proof, which may wait for much to be pinned.
+
+        Raises:
+            ConfigError: a block does not fit the pool or a piece of it.
+            LayoutSelfTestError: blocks do not arrive as they should.
+            DeviceError: the memory cannot be pinned.
+
+            After any error it is away as before.
+        """
+        check_blocks_fit(self.sizes, memory.ticket.nbytes, piece_bytes)
+        self._stopped_bytes = None
+        self.pool = self._make_pool(memory.ticket.nbytes, piece_bytes, memory)
+        try:
+            if isinstance(self._executor, CudaExecutor):
+                self._executor.use(self.pool)
+            elif isinstance(self._executor, HostExecutor):
+                self._executor.use(self._host_kernels())
+            if scratch is not None:
+                await self._check_arrival(scratch)
+        except BaseException:
+            await self._close_pool()
+            raise
+
+    def arrive(self) -> None:
+        """Carry out plans for the pool that was entered, from now on."""
+        self._is_away = False
+        if self._stopped_bytes is not None:
+            self._pinning_stopped(self.pool, self._stopped_bytes)
+
+    async def _close_pool(self) -> None:
+        if isinstance(self._executor, HostExecutor):
+            self._executor.use(())  # its kernels hold views of the pool
+        await run_blocking(self.pool.close)
+
+    async def _check_arrival(self, scratch: Callable[[int], int]) -> None:
+        counts = self._num_test_blocks()
+        nbytes = max(count * size.raw for count, size in zip(counts, self.sizes, strict=True))
+        start = await run_to_its_end(partial(scratch, nbytes), lambda offset: None)
+        await self.pool.ready(start + nbytes)
+        for group, (pages, count) in enumerate(zip(self.pages, counts, strict=True)):
+            offsets = start + np.arange(count, dtype=np.int64) * pages.sizes.raw
+            block_ids = _first_and_last(pages.layout, count)
+            await check_arrival(pages, group, block_ids, self._scheduler, offsets, self.pool)
+
     # -- figures and end ---------------------------------------------------------------------------
 
     def figures(self) -> list[PoolFigures]:
         """Figures of the device's staging pool; none on the host, and after it is closed."""
         executor = self._executor
         return [executor.staging.figures()] if isinstance(executor, CudaExecutor) else []
+
+    async def wait_pinned(self) -> None:
+        """Wait until the whole pool is pinned, if there is one just now.
+
+        Raises:
+            DeviceError: no more of it can be pinned.
+        """
+        pool = self.pool
+        try:
+            if not self._is_away:
+                await pool.ready(pool.capacity_bytes)
+        except DeviceError:
+            if self._is_away:
+                return
+            if pool is self.pool:
+                raise
+            await self.wait_pinned()
 
     async def drain(self) -> None:
         """Wait for every transfer that was submitted."""
@@ -349,6 +457,10 @@ class Claim:
         parts, self._parts = self._parts, []
         for claims, block_ids in parts:
             claims.release(self._direction, block_ids)
+
+
+def _first_and_last(layout: KVLayout, count: int) -> list[int]:
+    return [b * (layout.num_blocks - 1) for b in range(count)]
 
 
 def _release_then(claim: Claim, then: Callable[[TransferRequest], None], request: TransferRequest) -> None:

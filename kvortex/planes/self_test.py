@@ -3,6 +3,8 @@
 The pattern is written and compared with torch's own indexing, which does not use segments; the transfers in between are
 the same as later. If blocks are packed, a second pattern, which packing does not change, is saved and loaded packed. At
 the end the blocks get their previous contents back.
+
+A cache that is in use is only read: `check_arrival` saves blocks of it, which proves that they arrive in another pool.
 """
 
 import select
@@ -17,7 +19,8 @@ from kvortex.codecs import Pages
 from kvortex.cuda.driver import Event
 from kvortex.errors import LayoutSelfTestError
 from kvortex.kernels import digest_reference
-from kvortex.sched import Batch, Slice, TransferExecutor, TransferRequest
+from kvortex.memory import PinnedPool
+from kvortex.sched import Batch, Slice, TransferExecutor, TransferRequest, TransferScheduler
 from kvortex.types import Direction, form_of
 
 
@@ -67,6 +70,41 @@ def _run(pages: Pages, group: int, tensors: Mapping[str, torch.Tensor], path: "_
     finally:
         for place, block in blocks.items():
             block.copy_(before[place])
+
+
+async def check_arrival(
+    pages: Pages,
+    group: int,
+    block_ids: Sequence[int],
+    scheduler: TransferScheduler,
+    offsets: NDArray[np.int64],
+    pool: PinnedPool,
+) -> None:
+    """Save blocks, and compare the digest that was computed on the way with that of the bytes that have arrived.
+
+    It holds whatever else writes to the blocks meanwhile: the kernel reads each byte once.
+
+    Args:
+        pages: the group's layout, and how its blocks are packed.
+        group: the group's number.
+        block_ids: `n` blocks of the cache.
+        scheduler: carries out the transfer.
+        offsets: byte offsets of `n` extents of the pool that hold no blocks, `int64 [n]`.
+        pool: the pool.
+
+    Raises:
+        LayoutSelfTestError: the transfer failed, or other bytes have arrived.
+    """
+    form, count, payload_nbytes = form_of(group, False), len(block_ids), pages.layout.block_nbytes
+    forms, extents = np.full(count, form, np.uint8), [pages.sizes.raw] * (form + 1)
+    request = TransferRequest(Direction.SAVE, np.array(block_ids, np.int32), offsets, extents, forms=forms)
+    scheduler.submit(request)
+    await scheduler.wait([request])
+    if request.num_succeeded < count:
+        raise LayoutSelfTestError(f"blocks cannot be written to the new pool: {request.errors}")
+    for digest, offset in zip(request.digests.tolist(), offsets.tolist(), strict=True):
+        if digest_reference(pool.bytes[offset : offset + payload_nbytes]) != digest:
+            raise LayoutSelfTestError("blocks do not arrive in the new pool as they were sent")
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,10 @@ class CudaExecutor(TransferExecutor):
 
     # -- batches -----------------------------------------------------------------------------------
 
+    def use(self, pool: PinnedPool) -> None:
+        """Move blocks from and to another pool from now on. No batch may be in flight."""
+        self._pool = pool
+
     def free_slots(self, direction: Direction) -> int:
         return len(self._lanes[direction].idle)
 

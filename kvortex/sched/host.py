@@ -45,6 +45,10 @@ class HostExecutor(TransferExecutor):
         self._in_flight = 0
         self._closed = False
 
+    def use(self, kernels: Sequence[HostKernels | HostPackKernels]) -> None:
+        """Move blocks with other kernels from now on, as many as before, or none. No batch may be in flight."""
+        self._kernels[:] = kernels
+
     def free_slots(self, direction: Direction) -> int:
         return self._DEPTH - self._in_flight
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.owner import OwnerClient
 from kvortex.owner import session as session_module
 from kvortex.owner.control import _GENERATION, RemoteControl
 from kvortex.owner.events import Watcher
@@ -81,9 +82,9 @@ def other_writers_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def writers_are_named_on_the_first_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
     connected = RemoteControl._connected
 
-    def without(self: RemoteControl) -> None:
+    def without(self: RemoteControl, client: OwnerClient) -> None:
         self._writers = ()
-        connected(self)
+        connected(self, client)
 
     monkeypatch.setattr(RemoteControl, "_connected", without)
 

@@ -14,6 +14,7 @@ from kvortex.errors import EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
 from kvortex.owner.control import scratch_of
+from kvortex.owner.following import JOIN_AGAIN_S
 from kvortex.owner.protocol import Kind
 from kvortex.planes.data import DataPlane, pages_of
 from kvortex.runtime.loop_thread import LoopThread
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 MAX_READ_WAIT_S: Final = 30.0
 """How long a step waits for saves that have not read the blocks that it will overwrite. A device that takes longer is
 stuck: then the step goes on, and these saves fail."""
-
-JOIN_AGAIN_S: Final = 5.0
-"""Seconds between two attempts to join an owner that was started anew."""
 
 
 class WorkerHalf:
@@ -169,25 +167,28 @@ class WorkerHalf:
 
     def _follow_owner(self) -> None:
         """Join the owner again if it was started anew: then it has another pool."""
-        share, thread = self._share, self._thread
-        if not isinstance(share, OwnedPool) or thread is None or self._asleep:
+        share, thread, data = self._share, self._thread, self._data
+        if not isinstance(share, OwnedPool) or thread is None or data is None or self._asleep:
             return
         share.client.probe()
-        has_left = share.client.is_replaced or self._data is None
-        if not has_left or time.monotonic() < self._join_after_s:
+        if not (share.client.is_replaced or data.is_away) or time.monotonic() < self._join_after_s:
             return
         self._settle(thread)
-        before, self._data = self._data, None
-        if before is not None:
-            self._runner().release()
-            thread.run(before.aclose())
+        self._runner().release()
+        thread.run(data.leave())
         try:
-            self._share = share.again()
-            data = self._begin(thread, self._share)
+            self._share = share = share.again()
+            thread.run(data.enter(share.memory, share.client.piece_bytes))
+            self._begin_jobs(thread, share, data)
         except KVortexError as error:
             self._join_after_s = time.monotonic() + JOIN_AGAIN_S
             logger.warning("the new owner of the pool cannot be used yet: %s", error)
             return
+
+        async def arrive() -> None:
+            data.arrive()
+
+        thread.run(arrive())
         self._reports.add(self._make_handshake(data))
 
     def _pinning_stopped(self, pinned_bytes: int) -> None:
@@ -347,7 +348,7 @@ class WorkerHalf:
             self._start(part)
 
     def _start(self, part: RankJob) -> None:
-        if self._asleep or self._data is None or part.job.pool != self._runner().pool:
+        if self._asleep or self._data is None or self._data.is_away or part.job.pool != self._runner().pool:
             self._runner().refuse(part)
         else:
             self._runner().start(part)

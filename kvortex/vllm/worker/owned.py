@@ -37,7 +37,7 @@ class OwnedPool:
     """The pool of an owner, as one rank uses it.
 
     Args:
-        config: the settings, with the size of the whole pool and of its pieces.
+        config: the settings, with the size of the whole pool and of its pieces as the first owner had them.
         client: the connection to the owner.
         parts: this rank's part of the blocks.
         rank, size: number of this rank among those that hold the same KV; each saves some of the blocks.
@@ -73,11 +73,8 @@ class OwnedPool:
             ConfigError, OwnerError: there is none, or it refuses this process.
         """
         client = OwnerClient(self.client.path, self.config.owner.deadline_s)
-        pool = {"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes}
-        # The layout was proven at the start; a test now would overwrite blocks that requests are using.
-        config = self.config.replace(pool=pool, transfer={"self_test": False})
         self.client.close()
-        return replace(self, config=config, client=client)
+        return replace(self, client=client)
 
     def close(self) -> None:
         """End the connection, and the owner if this rank has started it; idempotent."""
