@@ -4,7 +4,6 @@ A new Python takes some seconds to import vLLM, and so does each process that an
 """
 
 import contextlib
-import faulthandler
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from typing import IO, Any
 import torch._dynamo
 from engine_support import freeze_imports
 
+START_TIMEOUT_S = 60.0
 _MAX_REQUEST_BYTES = 1 << 16
 
 
@@ -92,6 +92,7 @@ class Program:
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
+        self._line.settimeout(START_TIMEOUT_S)
         self.pid = int(self._line.recv(32))
 
     def wait(self, timeout_s: float) -> int:
@@ -136,7 +137,6 @@ def _never_return(work: Any, *arguments: Any) -> None:
 
 
 def _serve(requests: socket.socket) -> None:
-    faulthandler.cancel_dump_traceback_later()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, _MAX_REQUEST_BYTES, 4)
