@@ -60,6 +60,8 @@ class RemoteControl:
         groups: the groups of the cache.
         num_parts: how many parts a block has, of which the digests stand at the end of its payload.
         writers: names of other processes that write to what it reserves.
+        priority: of the blocks of this namespace; None to leave it as it is.
+        quota_bytes: what they may take of the pool; None to leave it as it is.
 
     Attributes:
         tier: name of the lower tier behind the pool, empty if there is none.
@@ -80,6 +82,8 @@ class RemoteControl:
         *,
         num_parts: int = 1,
         writers: Sequence[str] = (),
+        priority: int | None = None,
+        quota_bytes: int | None = None,
     ) -> None:
         self.client = client
         self.groups = groups
@@ -89,6 +93,7 @@ class RemoteControl:
         self.index = RemoteIndex(self)
         self.allocator = RemoteAllocator(self, client.pool_bytes)
         self._writers = tuple(writers)
+        self._rank = numbers(priority is not None, priority or 0, quota_bytes is not None, quota_bytes or 0)
         self._namespace = np.frombuffer(namespace, dtype=np.uint64)
         self._salt = self._namespace
         self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
@@ -107,6 +112,8 @@ class RemoteControl:
             self.client.ask(Kind.WRITERS, writer.encode())
         (tier,) = self.client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described)
         self.tier = text_of(tier)
+        if self._rank.any():
+            self.client.ask(Kind.RANK, self._rank)
 
     def move_to(self, client: OwnerClient) -> None:
         """Plan in the pool of another owner from now on. What was planned before ends as if the connection was lost.
