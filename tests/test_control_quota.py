@@ -101,6 +101,18 @@ def test_what_is_in_use_is_passed_over_and_its_priority_stays() -> None:
     ended(control)
 
 
+def test_what_was_fetched_has_the_priority_of_its_cache() -> None:
+    control = make_control(6, ratio=0.01)
+    rank(control, 1, 1)
+    fetch = control.plan_fetch(keys(3, 1), np.full(3, 2, np.uint8), name(1))
+    for slot, offset in zip(fetch.slots.tolist(), fetch.offsets.tolist(), strict=True):
+        control.finish_fetch(slot, offset, 2, 0)
+    save(control, 0, keys(3, 0))
+    save(control, 1, keys(1, 1, 3))
+    assert [there(control, keys(4, cache)) for cache in (0, 1)] == [1, 4]
+    ended(control)
+
+
 # -- quotas ------------------------------------------------------------------------------------------
 
 

@@ -508,7 +508,10 @@ class CacheIndex:
     def _freed(self, num_offsets: int, num_idle: int) -> Offsets:
         """Insert the idle slots of the scratch array into the eviction order, and return its offsets."""
         if num_idle:
-            self._policy.insert(self._results[1, :num_idle])
+            idle = self._results[1, :num_idle]
+            self._policy.insert(idle)
+            if self._orders is not None:  # an order to which their cache has moved meanwhile does not know their sizes
+                self._orders.weigh(idle, self._table.rows["nbytes"][idle])
         return self._results[0, :num_offsets].copy() if num_offsets else _NO_OFFSETS
 
     def _drop(self, slots: Slots, reason: MissReason) -> Offsets:
