@@ -84,8 +84,12 @@ BITS = st.integers(0, 2**14 - 1)
 class Lives(RuleBasedStateMachine):
     """Three clients of two namespaces in a pool that is too small for all their blocks."""
 
-    @initialize(policy=st.sampled_from(["lru", "s3fifo", "arc"]))
-    def start(self, policy: str) -> None:
+    @initialize(
+        policy=st.sampled_from(["lru", "s3fifo", "arc"]),
+        is_full=st.sampled_from([True, True, False]),
+        first_priority=st.sampled_from([1, -1]),
+    )
+    def start(self, policy: str, is_full: bool, first_priority: int) -> None:
         self.caches = make_caches(180_000, 65_536, policy=policy)
         self.control = self.caches.control
         self.stored: dict[bytes, int] = {}  # key -> digest, of blocks that may be found
@@ -94,6 +98,11 @@ class Lives(RuleBasedStateMachine):
         self.priorities, self.quotas = [0, 0], [1 << 30, 1 << 30]
         self.num_saved = 0
         self.players = [self.opened(0), self.opened(1), self.opened(1)]
+        if is_full:
+            self.rank(at=0, priority=first_priority, quota=None)
+            for at, count in ((1, 32), (0, 12)):
+                self.plan_save(at=at, places=list(range(count)), raw=True)
+                self.finish_save(at=at, which=2**14 - 1, good=0, lossy=0, tried=0, all_good=True)
 
     def opened(self, namespace: int) -> Player:
         client = Client(self.caches, namespace)
