@@ -37,7 +37,7 @@ class SaveOutcome(StrEnum):
     STORED = "stored"
     ALREADY_STORED = "already_stored"
     PENDING = "pending"  # another save of the same block is in flight
-    NO_SPACE = "no_space"  # the pool is full of blocks that are pinned, in flight, or before it in its chain
+    NO_SPACE = "no_space"  # pool or quota are full of blocks that are pinned, in flight, or before it in its chain
     GONE = "gone"  # it was stored, and then evicted or cleared before the call ended
     TOO_LOSSY = "too_lossy"  # packing would lose more than allowed, and it could not be stored raw
     FAILED = "failed"  # the transfer failed; the log has the cause

@@ -334,7 +334,10 @@ def other_value(setting: str) -> object:
     return OTHER_VALUES[setting] if setting in OTHER_VALUES else by_type[type(default)]
 
 
-@pytest.mark.parametrize("setting", [name for name in SETTINGS if not name.endswith("_rank")])  # these need a size too
+NEED_OTHERS = ("identity.tp_rank", "identity.pp_rank", "owner.priority", "owner.quota")  # a size, or a socket
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in NEED_OTHERS])
 def test_every_setting_has_one_name_everywhere(setting: str, tmp_path: Path) -> None:
     section, name = setting.split(".")
     value = other_value(setting)
@@ -345,6 +348,41 @@ def test_every_setting_has_one_name_everywhere(setting: str, tmp_path: Path) -> 
     path.write_text(f"[{section}]\n{name} = {json.dumps(value)}\n")
     assert KVortexConfig.from_file(path) == config
     assert KVortexConfig().replace(**{section: {name: value}}) == config
+
+
+def test_what_an_engine_gets_of_a_shared_pool_needs_the_socket_of_its_owner(tmp_path: Path) -> None:
+    given = {"socket": "/run/kv.sock", "priority": -3, "quota": "20GiB"}
+    config = KVortexConfig(owner=given)
+    assert (config.owner.priority, config.owner.quota) == (-3, 20 * GIB)
+    assert KVortexConfig.from_env({f"KVORTEX_OWNER_{n}".upper(): str(value) for n, value in given.items()}) == config
+    path = tmp_path / "kvortex.toml"
+    path.write_text("[owner]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
+    assert KVortexConfig.from_file(path) == config
+    assert KVortexConfig(owner="/run/kv.sock").replace(owner={"priority": -3, "quota": 20 * GIB}) == config
+    assert (KVortexConfig().owner.priority, KVortexConfig().owner.quota) == (None, None)
+    assert KVortexConfig(owner={"socket": "/s", "priority": 0}).owner.priority == 0
+    for name in ("priority", "quota"):
+        with pytest.raises(ConfigError, match=rf"give the socket of an owner as owner\.socket, or leave owner\.{name}"):
+            KVortexConfig(owner={name: 8192}, disk="/somewhere") if name == "quota" else KVortexConfig(owner={name: 0})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quota": 0}, r"leave it out for no quota, or give a size such as 20GiB"),
+        ({"quota": "0"}, r"leave it out for no quota"),
+        ({"quota": 20}, r"did you mean '20GiB'"),
+        ({"quota": -1}, r"owner\.quota must be at least 1"),
+        ({"quota": "40%"}, r"no size; write it as 16GiB"),
+        ({"quota": 1 << 62}, r"below 4 EiB"),
+        ({"priority": 1001}, r"owner\.priority must lie in \[-1000, 1000\]"),
+        ({"priority": -1001}, r"owner\.priority must lie in"),
+        ({"priority": 0.5}, r"owner\.priority must be a whole number"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KVortexConfig(owner={"socket": "/run/kv.sock", **given})
 
 
 def test_a_variable_and_its_short_form_are_one_setting() -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,19 @@ def test_prometheus_text():
     assert 'kv_pool_fragmentation{pool="pinned"} 0.25' in text
     types = re.findall(r"# TYPE (\S+)", text)
     assert len(types) == len(set(types))
+
+
+def test_what_an_engine_gets_of_a_shared_pool_is_shown_if_somebody_has_set_it() -> None:
+    for share, line in (
+        ({"priority": -1}, "pinned: priority -1"),
+        ({"quota_bytes": 4096, "quota_used_bytes": 2048}, "pinned: priority 0, 2.0 KiB of a quota of 4.0 KiB"),
+    ):
+        snapshot = busy_stats().snapshot([replace(POOL, **share)])
+        assert line in str(snapshot).splitlines()
+        text = snapshot.to_prometheus("kv")
+        assert ('kv_pool_quota_bytes{pool="pinned"} 4096' in text) == ("quota_bytes" in share)
+        assert ('kv_pool_quota_used_bytes{pool="pinned"} 2048' in text) == ("quota_bytes" in share)
+    assert "priority" not in str(busy_stats().snapshot([POOL]))
 
 
 @pytest.mark.parametrize("prefix", ["", "9kv", "kv-cache", "kv\n"])

@@ -66,9 +66,9 @@ def require_size(name: str, nbytes: int, example: str) -> None:
 def conform(settings: Any, *, prefix: str = "", paths: Iterable[str] = ()) -> None:
     """Convert the fields of a frozen dataclass to their types; called first in `__post_init__`.
 
-    Whole numbers of any type become `int`, other numbers `float`. Sizes (`...bytes`) may be text. Paths may be any
-    `os.PathLike` and begin with `~`. A mapping becomes a section; so does a plain value, if the section names the field
-    for it. If a time may be None (no limit), infinity becomes None.
+    Whole numbers of any type become `int`, other numbers `float`. Sizes (`...bytes`, `quota`) may be text. Paths may be
+    any `os.PathLike` and begin with `~`. A mapping becomes a section; so does a plain value, if the section names the
+    field for it. If a time may be None (no limit), infinity becomes None.
 
     Args:
         settings: the object.
@@ -116,7 +116,7 @@ def from_text(name: str, text: str, hint: Any) -> Any:
 
 def is_size(name: str) -> bool:
     """Whether a setting of that name is a number of bytes, which may be written as text such as "16GiB"."""
-    return name.endswith("bytes")
+    return name.endswith(("bytes", "quota"))
 
 
 def require_known(names: Iterable[object], known: Collection[str], owner: str, what: str = "setting") -> None:

@@ -13,6 +13,7 @@ TIER_ADMISSIONS = ("always", "second_touch")
 TIER_INCLUSIONS = ("inclusive", "exclusive")
 TIER_SHEDS = ("newest", "oldest")
 MAX_GHOST_ENTRIES = 1 << 28  # 72 bytes each
+MAX_PRIORITY = 1000
 UNNAMED_MODEL = "unnamed"
 
 
@@ -279,6 +280,11 @@ class OwnerConfig(Section):
             pool and its eviction are the owner's settings.
         deadline_s: seconds that a call to the owner may take. After that the engine goes on without the pool, and tries
             to connect again.
+        priority: blocks of this engine's namespace are evicted before those of namespaces with a higher priority, from
+            -1000 to 1000. None leaves it as another engine of the namespace has set it, at first 0.
+        quota: bytes of the pool that the blocks of this engine's namespace may take, such as "20GiB"; if they need
+            more, its own blocks are evicted. None leaves it as another engine of the namespace has set it, at first
+            without a limit.
     """
 
     section: ClassVar[str] = "owner"
@@ -287,9 +293,26 @@ class OwnerConfig(Section):
 
     socket: str | os.PathLike[str] = ""
     deadline_s: float = 1.0
+    priority: int | None = None
+    quota: int | None = None
 
     def _check(self) -> None:
         self._require("deadline_s", self.deadline_s > 0, "be positive")
+        if self.priority is not None:
+            self._require("priority", abs(self.priority) <= MAX_PRIORITY, f"lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+        if self.quota is not None:
+            require(
+                self.quota != 0,
+                "owner.quota = 0 leaves no room for a block: leave it out for no quota, or give a size such as 20GiB",
+            )
+            self._require_size("quota", "GiB")
+            self._require("quota", self.quota < 1 << 62, "be below 4 EiB")
+        for name in ("priority", "quota"):
+            require(
+                bool(self.socket) or getattr(self, name) is None,
+                f"owner.{name} says what an engine gets of a pool that it shares, and this pool is its own: give the "
+                f"socket of an owner as owner.socket, or leave owner.{name} out",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

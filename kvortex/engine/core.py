@@ -138,7 +138,16 @@ class EngineCore:
             if owner is not None:
                 owner.tell(Kind.SCRATCH_DONE)
                 namespace = self._namespace.digest
-                self._control = RemoteControl(owner, namespace, self._data.sizes, self._data.encodings, cache.groups)
+                settings = self.config.owner
+                self._control = RemoteControl(
+                    owner,
+                    namespace,
+                    self._data.sizes,
+                    self._data.encodings,
+                    cache.groups,
+                    priority=settings.priority,
+                    quota_bytes=settings.quota,
+                )
             else:
                 self._control = ControlPlane.from_config(
                     self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
 from kvortex.index import table as steps
 from kvortex.index.keys import WORDS, as_packed, pack_keys
+from kvortex.index.orders import EvictionOrders
 from kvortex.index.policy import EvictionPolicy
 from kvortex.index.table import MISS_REASONS
 from kvortex.types import Forms, MissReason
@@ -174,6 +175,7 @@ class CacheIndex:
         if expected_entries < 1:
             raise ConfigError(f"expected_entries must be at least 1, not {expected_entries}")
         self._policy = policy
+        self._orders: EvictionOrders | None = None  # is the policy from the first `rank` on
         self._lock = threading.Lock()
         self._table = steps.new_table(expected_entries, ghost_entries)
         self._results = np.empty((2, 64), np.int64)
@@ -261,8 +263,12 @@ class CacheIndex:
 
     # Changes.
 
-    def reserve(self, keys: Keys) -> Reservation:
+    def reserve(self, keys: Keys, form: int = 0) -> Reservation:
         """Reserve the blocks that are neither committed nor reserved. All blocks count as accessed.
+
+        Args:
+            keys: keys of a chain, `uint64 [n, 4]`.
+            form: a form of the cache that the blocks belong to; it tells their priority, see `rank`.
 
         Raises:
             InvalidHashError: the keys are not `uint64 [n, 4]`; nothing is reserved.
@@ -271,7 +277,9 @@ class CacheIndex:
         results = np.empty((5, len(keys)), np.int64)
         with self._lock:
             self._make_room(len(keys))
-            owned, length = steps.reserve(*self._table, keys, results)
+            owned, length = steps.reserve(*self._table, keys, form, results)
+            if self._orders is not None:
+                self._orders.assign(results[steps.RESERVE_OWNED, :owned], form)
             self._policy.insert(results[steps.RESERVE_CHAIN, :length], results[steps.RESERVE_EVICTED, :length])
         return Reservation(results, owned)
 
@@ -430,16 +438,43 @@ class CacheIndex:
             meant = (rows["state"] == steps.COMMITTED) & (rows["form"] >= first) & (rows["form"] < stop)
             return self._drop(np.flatnonzero(meant), reason)
 
+    def rank(self, forms: range, *, priority: int, is_bounded: bool) -> None:
+        """Rank the blocks of a cache: those that are there, and those that come.
+
+        Args:
+            forms: the forms of its blocks.
+            priority: blocks of a lower priority are evicted first; 0 for all caches of which nothing was said.
+            is_bounded: whether `evict_of` may be asked for its blocks. Once true it stays so.
+        """
+        with self._lock:
+            if self._orders is None:
+                self._policy = self._orders = EvictionOrders(self._policy, self._table.capacity)
+            rows = self._table.rows
+            used = rows[: self._table.totals[steps.SLOTS_USED]]
+            is_live = (used["state"] == steps.COMMITTED) | (used["state"] == steps.PENDING)
+            live = np.flatnonzero(is_live & (used["form"] >= forms.start) & (used["form"] < forms.stop))
+            self._orders.rank(forms, live, rows["nbytes"], rows["pins"], priority=priority, is_bounded=is_bounded)
+
     def evict(self, nbytes: int) -> Evicted:
         """Remove the coldest idle blocks until `nbytes` are free, or no idle block is left.
 
-        The cost is amortised O(1) per removed block, however many blocks are pinned.
+        As long as there are idle blocks of a lower priority, none of a higher one is removed. The cost is amortised
+        O(1) per removed block, however many blocks are pinned.
         """
         with self._lock:
             rows = self._table.rows
-            coldest = self._policy.pop_coldest(nbytes, rows["nbytes"], rows["pins"])
-            results, keys = np.empty((4, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
-            count = steps.evict(*self._table, coldest, _EVICTED, results, keys)
+            return self._evict(self._policy.pop_coldest(nbytes, rows["nbytes"], rows["pins"]))
+
+    def evict_of(self, form: int, nbytes: int) -> Evicted:
+        """`evict`, of the blocks of one cache, which `rank` has called bounded. `form` is one of theirs."""
+        assert self._orders is not None
+        with self._lock:
+            rows = self._table.rows
+            return self._evict(self._orders.pop_coldest_of(form, nbytes, rows["nbytes"], rows["pins"]))
+
+    def _evict(self, coldest: Slots) -> Evicted:
+        results, keys = np.empty((4, len(coldest)), np.int64), np.empty((len(coldest), WORDS), np.uint64)
+        count = steps.evict(*self._table, coldest, _EVICTED, results, keys)
         offsets, sizes, digests, forms = results[:, :count]
         return Evicted(offsets, keys[:count], sizes, digests.view(np.uint64), forms)
 
@@ -473,7 +508,10 @@ class CacheIndex:
     def _freed(self, num_offsets: int, num_idle: int) -> Offsets:
         """Insert the idle slots of the scratch array into the eviction order, and return its offsets."""
         if num_idle:
-            self._policy.insert(self._results[1, :num_idle])
+            idle = self._results[1, :num_idle]
+            self._policy.insert(idle)
+            if self._orders is not None:  # an order to which their cache has moved meanwhile does not know their sizes
+                self._orders.weigh(idle, self._table.rows["nbytes"][idle])
         return self._results[0, :num_offsets].copy() if num_offsets else _NO_OFFSETS
 
     def _drop(self, slots: Slots, reason: MissReason) -> Offsets:

@@ -1,5 +1,7 @@
 """Decides when to evict and how many bytes at a time."""
 
+from typing import Self
+
 from kvortex.errors import ConfigError
 
 _FLOOR_DIVISOR = 256
@@ -37,6 +39,10 @@ class EvictionPacer:
         self._eviction_ratio = eviction_ratio
         self._in_cycle = False
         self.resize(capacity_bytes)
+
+    def of(self, capacity_bytes: int) -> Self:
+        """Another pacer with these shares, for as many bytes."""
+        return type(self)(capacity_bytes, self._watermark, self._eviction_ratio)
 
     def resize(self, capacity_bytes: int) -> None:
         """Use another pool size from now on.

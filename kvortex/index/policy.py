@@ -1,7 +1,9 @@
 """The contract of eviction policies, which choose the blocks to evict, and the LRU policy."""
 
+import copy
+import sys
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,11 @@ class EvictionPolicy(ABC):
                 no slot does.
         """
 
+    def append(self, slots: Slots) -> None:
+        """Add slots that are not held, the coldest first. They are no chain, and hotter than all that are held."""
+        for at in range(len(slots)):
+            self.insert(slots[at : at + 1])
+
     @abstractmethod
     def access(self, slots: Slots) -> None:
         """Note that a chain was used. Slots that are not held are ignored."""
@@ -73,6 +80,14 @@ class EvictionPolicy(ABC):
     def __len__(self) -> int:
         """Number of held slots."""
 
+    def another(self) -> Self:
+        """An empty policy of the same kind."""
+        return type(self)()
+
+    def in_order(self, nbytes: NDArray[np.int64], pins: NDArray[np.int32]) -> Slots:
+        """All held slots, coldest first, as they would be evicted now; arguments as of `pop_coldest`. They stay."""
+        return copy.deepcopy(self).pop_coldest(sys.maxsize, nbytes, pins)
+
 
 class LRUPolicy(EvictionPolicy):
     """Least recently used, over chains: a chain's tail is colder than its root. O(1) and 8 bytes per slot."""
@@ -88,6 +103,9 @@ class LRUPolicy(EvictionPolicy):
 
     def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         _touch(self._links, self._count, slots, True)
+
+    def append(self, slots: Slots) -> None:
+        _touch(self._links, self._count, slots[::-1].copy(), True)
 
     def access(self, slots: Slots) -> None:
         _touch(self._links, self._count, slots, False)

@@ -60,6 +60,9 @@ class S3FIFOPolicy(_TwoQueues):
     def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         steps.s3_insert(self._cells, self._counters, slots, _NONE_EVICTED if evicted is None else evicted)
 
+    def append(self, slots: Slots) -> None:
+        steps.s3_append(self._cells, self._counters, slots)
+
     def access(self, slots: Slots) -> None:
         steps.s3_use(self._cells, self._counters, slots, self._counters["arrivals"], True)
 
@@ -91,6 +94,9 @@ class ARCPolicy(_TwoQueues):
 
     def insert(self, slots: Slots, evicted: NDArray[np.int64] | None = None) -> None:
         steps.arc_insert(self._cells, self._counters, slots, _NONE_EVICTED if evicted is None else evicted)
+
+    def append(self, slots: Slots) -> None:
+        steps.arc_append(self._cells, self._counters, slots)
 
     def access(self, slots: Slots) -> None:
         steps.arc_use(self._cells, self._counters, slots, self._counters["arrivals"], True)

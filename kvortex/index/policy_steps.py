@@ -307,6 +307,15 @@ def s3_insert(cells: Cells, counters: Counters, slots: Slots, evicted: NDArray[n
 
 
 @njit(cache=True)
+def s3_append(cells: Cells, counters: Counters, slots: Slots) -> None:
+    """Hold slots that are not held, as new blocks without parents."""
+    for slot in slots:
+        _forget(cells, counters, slot)
+        _arrive(cells, counters, slot)
+        _s3_hold(cells, counters, slot, SMALL)
+
+
+@njit(cache=True)
 def s3_remove(cells: Cells, counters: Counters, slots: Slots) -> None:
     for slot in slots:
         if _is_held(cells, slot):
@@ -437,6 +446,15 @@ def arc_insert(cells: Cells, counters: Counters, slots: Slots, evicted: NDArray[
             _arrive(cells, counters, slot)
             _arc_hold(cells, counters, slot, T2 if returns else T1)
     arc_use(cells, counters, slots, known, False)
+
+
+@njit(cache=True)
+def arc_append(cells: Cells, counters: Counters, slots: Slots) -> None:
+    """Hold slots that are not held, as new blocks without parents."""
+    for slot in slots:
+        _forget(cells, counters, slot)
+        _arrive(cells, counters, slot)
+        _arc_hold(cells, counters, slot, T1)
 
 
 @njit(cache=True)

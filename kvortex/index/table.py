@@ -64,8 +64,8 @@ _ONE = np.uint64(1)
 ROW = np.dtype(
     [
         ("key", np.uint64, 4),
-        ("offset", np.int64),  # set for committed and dropped blocks, as are `nbytes` and `digest`
-        ("nbytes", np.int64),
+        ("offset", np.int64),  # set for committed and dropped blocks, as is `digest`
+        ("nbytes", np.int64),  # 0 for a reservation
         ("digest", np.uint64),
         ("pins", np.int32),
         ("ring_at", np.int32),  # position in the ring that names this slot, or -1
@@ -73,7 +73,7 @@ ROW = np.dtype(
         ("state", np.uint8),
         ("parked", np.uint8),  # 1 if an eviction met the slot while it was busy and took it out of the eviction order
         ("reason", np.uint8),  # position in MISS_REASONS, valid while `ring_at` is not -1
-        ("form", np.uint8),  # what the block's bytes are; set for committed and dropped blocks
+        ("form", np.uint8),  # what the block's bytes are; of a reservation, a form of the same cache
     ],
     align=True,
 )
@@ -346,9 +346,9 @@ PIN_SLOTS, PIN_REASONS, PIN_HITS, PIN_OFFSETS, PIN_NBYTES, PIN_DIGESTS, PIN_FORM
 
 @njit(cache=True)
 def reserve(
-    rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, keys: Keys, results: Results
+    rows: Rows, buckets: Buckets, ring: NDArray[np.int32], totals: Totals, keys: Keys, form: int, results: Results
 ) -> tuple[int, int]:
-    """Reserve the blocks that are neither committed nor reserved.
+    """Reserve the blocks that are neither committed nor reserved. Their form is `form`, until `commit` says it.
 
     A ghost becomes a reservation in the same slot, so a policy recognises a block that it evicted by its slot.
 
@@ -381,6 +381,7 @@ def reserve(
             results[RESERVE_SLOTS, i] = results[RESERVE_OWNED, owned] = slot
             owned += 1
             rows[slot].state, rows[slot].pins = PENDING, 1
+            rows[slot].form, rows[slot].nbytes = form, 0
             totals[PENDING_BLOCKS] += 1
         if state != ORPHANED and not rows[slot].parked:
             results[RESERVE_CHAIN, length] = slot

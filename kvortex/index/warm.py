@@ -32,4 +32,7 @@ def warm_up(eviction_policy: str = "lru") -> None:
     index.unpin(pinned)
     index.invalidate(keys[1:2])
     index.evict(1)
+    index.rank(range(2), priority=1, is_bounded=True)
+    index.evict_of(0, 1)
+    index.evict(1)
     index.clear()

@@ -40,6 +40,7 @@ class ExtentAllocator:
         self.piece_bytes = piece_bytes or max(self.capacity_bytes, 1)
         self.allocated_bytes = 0
         self._allocated: dict[int, tuple[int, str]] = {}  # offset -> (size, owner)
+        self._bytes_of: dict[str, int] = {}  # bytes of the extents of owners that are watched
         self._hole_size: dict[int, int] = {}  # start -> size
         self._hole_starting: list[int] = []  # sorted starts
         self._hole_ending: dict[int, int] = {}  # end -> start
@@ -114,6 +115,8 @@ class ExtentAllocator:
         run = range(start, start + size * count, size)
         self._allocated.update(dict.fromkeys(run, (size, owner)))
         self.allocated_bytes += size * count
+        if owner in self._bytes_of:
+            self._bytes_of[owner] += size * count
         if self._hole_size[start] > size * count:
             self._shorten_hole(start, run.stop)
         else:
@@ -154,6 +157,8 @@ class ExtentAllocator:
         ordered = np.sort(np.asarray(offsets, dtype=np.int64)).tolist()
         if not self._allocated.keys() >= set(ordered) or len(set(ordered)) != len(ordered):
             self._refuse(ordered)
+        if self._bytes_of:
+            self._discount(ordered)
         start = end = ordered[0]
         for offset in ordered:
             size = self._allocated.pop(offset)[0]
@@ -162,6 +167,12 @@ class ExtentAllocator:
                 start = offset
             end = offset + size
         self._give_back(start, end)
+
+    def _discount(self, offsets: list[int]) -> None:
+        for offset in offsets:
+            size, owner = self._allocated[offset]
+            if owner in self._bytes_of:
+                self._bytes_of[owner] -= size
 
     def _give_back(self, start: int, end: int) -> None:
         # A run of extents may span pieces; its holes may not.
@@ -244,6 +255,15 @@ class ExtentAllocator:
     @property
     def largest_free_bytes(self) -> int:
         return max(self._hole_size.values(), default=0)
+
+    def watch(self, owner: str) -> None:
+        """Keep count of the bytes of an owner's extents from now on; idempotent."""
+        if owner not in self._bytes_of:
+            self._bytes_of[owner] = self.bytes_by_owner().get(owner, 0)
+
+    def bytes_of(self, owner: str) -> int:
+        """Bytes of the extents of an owner that is watched."""
+        return self._bytes_of[owner]
 
     def bytes_by_owner(self) -> dict[str, int]:
         """Owner -> bytes of its extents; empty if every extent was freed."""

@@ -1,6 +1,7 @@
 """The caches whose blocks are in one pool, and how a client describes its own."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -9,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.codecs import Codec, Encodings
+from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, KVortexError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.owner.events import Watcher
-from kvortex.owner.tiers import OpenTier, OwnerTiers
+from kvortex.owner.tiers import OpenTier, OwnerTiers, account_of
 from kvortex.planes.control import ControlPlane
 from kvortex.tiering import Tiering
 from kvortex.types import BlockSizes
+
+logger = logging.getLogger(__name__)
 
 MAX_PARTS: Final = 1024
 
@@ -32,6 +36,8 @@ class Cache:
         tier: its lower tier; None without one.
         num_clears: how often it was cleared; what was reserved before is not seen.
         watchers: events for its clients that publish them.
+        priority: blocks of a lower one are evicted first.
+        quota_bytes: what its blocks may take of the pool; None for as much as there is.
     """
 
     namespace: NDArray[np.uint64]
@@ -42,6 +48,13 @@ class Cache:
     tier: OpenTier | None = None
     num_clears: int = 0
     watchers: list[Watcher] = field(default_factory=list)
+    priority: int = 0
+    quota_bytes: int | None = None
+
+    @property
+    def account(self) -> str:
+        """Name under which its extents are accounted."""
+        return account_of(self.namespace)
 
     @property
     def tiering(self) -> Tiering | None:
@@ -105,6 +118,22 @@ class Caches:
             raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
         return known
 
+    def rank(self, cache: Cache, priority: int | None, quota_bytes: int | None) -> None:
+        """Set what a client says of its cache, whatever others have said before; None for what it does not say.
+
+        Raises:
+            ConfigError: a block of each group does not fit the quota; nothing has changed.
+        """
+        priority = cache.priority if priority is None else priority
+        quota_bytes = cache.quota_bytes if quota_bytes is None else quota_bytes
+        if (priority, quota_bytes) == (cache.priority, cache.quota_bytes):
+            return
+        groups = range(cache.first, cache.first + cache.num_groups)
+        self.control.rank(cache.account, groups, priority=priority, quota_bytes=quota_bytes)
+        before = _described_rank(cache)
+        cache.priority, cache.quota_bytes = priority, quota_bytes
+        logger.info("%s has %s instead of %s now", cache.account, _described_rank(cache), before)
+
     def _removed(self, offsets: NDArray[np.int64]) -> None:
         for cache in self._caches.values():
             for watcher in cache.watchers:
@@ -121,6 +150,11 @@ class Caches:
             if cache.tiering is not None:
                 cache.tiering.backing.on_written, cache.tiering.backing.on_lost = cache.written, cache.lost
         return cache
+
+
+def _described_rank(cache: Cache) -> str:
+    quota = "no quota" if cache.quota_bytes is None else f"a quota of {format_bytes(cache.quota_bytes)}"
+    return f"priority {cache.priority} and {quota}"
 
 
 def describe_forms(extents: Sequence[int], encodings: Encodings) -> NDArray[np.int64]:

@@ -77,6 +77,8 @@ class RemoteControl:
         groups: the groups of the cache.
         num_parts: how many parts a block has, of which the digests stand at the end of its payload.
         writers: names of other processes that write to what it reserves.
+        priority: of the blocks of this namespace; None to leave it as it is.
+        quota_bytes: what they may take of the pool; None to leave it as it is.
 
     Attributes:
         tier: name of the lower tier behind the pool, empty if there is none.
@@ -97,6 +99,8 @@ class RemoteControl:
         *,
         num_parts: int = 1,
         writers: Sequence[str] = (),
+        priority: int | None = None,
+        quota_bytes: int | None = None,
     ) -> None:
         self.client = client
         self.groups = groups
@@ -106,6 +110,7 @@ class RemoteControl:
         self.index = RemoteIndex(self)
         self.allocator = RemoteAllocator(self, client.pool_bytes)
         self._writers = tuple(writers)
+        self._rank = numbers(priority is not None, priority or 0, quota_bytes is not None, quota_bytes or 0)
         self._namespace = np.frombuffer(namespace, dtype=np.uint64)
         self._salt = self._namespace
         self._forgotten: set[int] = set()  # slots of saves in flight that must not be seen
@@ -124,6 +129,8 @@ class RemoteControl:
         for writer in self._writers:
             client.ask(Kind.WRITERS, writer.encode())
         (tier,) = client.ask(Kind.ADD_CACHE, self._namespace, self._forms, self._described, deadline_s=deadline_s)
+        if self._rank.any():
+            client.ask(Kind.RANK, self._rank)
         return text_of(tier)
 
     def move_to(self, client: OwnerClient) -> None:

@@ -50,6 +50,7 @@ class Kind(IntEnum):
     WRITER = 16  # a name: this process writes for the connection that names it in WRITERS
     WRITERS = 17  # the name of a WRITER: what this connection reserves may be written to until that process has ended
     SHRINK = 18  # bytes: use no more of the pool; only the owner of one engine does it
+    RANK = 19  # of this client's cache: whether a priority is given, it, whether a quota is given, it in bytes
     SETTLED = 15  # no transfer of an earlier connection of this client writes any more
 
     PLAN_SAVE = 20  # whether raw; keys; groups; keys that must not be evicted
@@ -106,7 +107,7 @@ class TierCall(IntEnum):
 
 
 class PoolNumbers(NamedTuple):
-    """The fields of a POOL_FIGURES frame, in this order; of the whole pool, all its engines together."""
+    """The fields of a POOL_FIGURES frame, in this order; of the whole pool, unless it says otherwise."""
 
     capacity_bytes: int
     allocated_bytes: int
@@ -116,6 +117,12 @@ class PoolNumbers(NamedTuple):
     evicted_blocks: int
     changes: int
     """Another number whenever a block of the asking cache may have gone."""
+    priority: int
+    """That of the asking cache."""
+    quota_bytes: int
+    """What its blocks may take; 0 without a quota."""
+    quota_used_bytes: int
+    """What they take; 0 without a quota."""
 
 
 _FLAGS, _NUMBERS, _KEYS, _TEXT = np.uint8, np.int64, np.uint64, None
@@ -133,6 +140,7 @@ FIELDS: Final[dict[Kind, tuple[Any, ...]]] = {
     Kind.WRITER: (_TEXT,),
     Kind.WRITERS: (_TEXT,),
     Kind.SHRINK: (_NUMBERS,),
+    Kind.RANK: (_NUMBERS,),
     Kind.SETTLED: (),
     Kind.PLAN_SAVE: (_NUMBERS, _KEYS, _FLAGS, _KEYS),
     Kind.SAVE_PLANNED: (_FLAGS, _NUMBERS, _NUMBERS, _FLAGS, _NUMBERS, _NUMBERS),

@@ -118,4 +118,7 @@ class RemoteAllocator:
             fragmentation=found.fragmentation_ppb / 1e9,
             num_extents=found.num_extents,
             pinned_bytes=pinned_bytes,
+            priority=found.priority,
+            quota_bytes=found.quota_bytes,
+            quota_used_bytes=found.quota_used_bytes,
         )

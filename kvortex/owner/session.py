@@ -111,6 +111,7 @@ class Session:
             Kind.WRITER: self._write_for,
             Kind.WRITERS: self._written_by,
             Kind.SETTLED: self._settled,
+            Kind.RANK: self._rank,
             Kind.SHRINK: self._shrink,
             Kind.PLAN_SAVE: self._plan_save,
             Kind.FINISH_SAVE: self._finish_save,
@@ -189,6 +190,11 @@ class Session:
         self._tier = TierSession(cache, cache.tiering, self._control)
         return Kind.CACHE_ADDED, (cache.tiering.backing.tier.name.encode(),)
 
+    def _rank(self, request: NDArray[np.int64]) -> Answer:
+        has_priority, priority, has_quota, quota_bytes = expected(request, 4).tolist()
+        self._caches.rank(self.cache, priority if has_priority else None, quota_bytes if has_quota else None)
+        return Kind.DONE, ()
+
     def _give_scratch(self, request: NDArray[np.int64]) -> Answer:
         nbytes = int(expected(request, 1)[0])
         if self._scratch is not None or not 0 < nbytes <= self._control.allocator.piece_bytes:
@@ -239,7 +245,7 @@ class Session:
         plan = self._control.plan_save(
             keys,
             np.zeros(len(keys), dtype=np.int32),
-            "save",
+            self.cache.account,
             groups=groups + np.uint8(self.cache.first),
             as_is=bool(expected(options, 1)[0]),
             chain=chain if len(chain) else keys,
@@ -406,6 +412,9 @@ class Session:
             num_extents=figures.num_extents,
             evicted_blocks=control.index.evicted_blocks,
             changes=control.index.removed_blocks + self.cache.num_clears,
+            priority=self.cache.priority,
+            quota_bytes=self.cache.quota_bytes or 0,
+            quota_used_bytes=control.allocator.bytes_of(self.cache.account) if self.cache.quota_bytes else 0,
         )
         return Kind.POOL_FIGURES, (numbers(*found),)
 

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 MakeTier: TypeAlias = Callable[[KVortexConfig, bytes], Tier | None]
 
 
+def account_of(namespace: NDArray[np.uint64]) -> str:
+    """Name under which the extents of a cache are accounted in the pool; `namespace` is the cache's, `uint64 [4]`."""
+    return f"namespace {namespace.tobytes()[:8].hex()}"
+
+
 class CacheView:
     """The control plane as the tiering of one cache sees it: with the cache's own keys and forms.
 
@@ -43,6 +48,7 @@ class CacheView:
         self._tiers = tiers
         self._control = control
         self._namespace = namespace
+        self._account = account_of(namespace)
         self._first_form = 2 * first
         self._stop_form = 2 * (first + num_groups)
         self._on_evicted: OnEvicted | None = None
@@ -82,9 +88,10 @@ class CacheView:
         *,
         chain: NDArray[np.uint64] | None = None,
     ) -> FetchPlan:
+        # Accounted with what is saved, whatever the tiering calls it.
         front = None if chain is None else chain ^ self._namespace
         in_pool = (forms + self._first_form).astype(np.uint8)
-        plan = self._control.plan_fetch(keys ^ self._namespace, in_pool, owner, chain=front)
+        plan = self._control.plan_fetch(keys ^ self._namespace, in_pool, self._account, chain=front)
         own = (plan.forms - self._first_form).astype(np.uint8)
         self._fetching.update(plan.slots.tolist())
         return FetchPlan(plan.positions, plan.slots, plan.offsets, own)

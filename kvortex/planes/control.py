@@ -13,7 +13,9 @@ from typing import Final, Generic, NamedTuple, Self, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvortex.arithmetic import align_up
 from kvortex.config import KVortexConfig
+from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet, KVKind
 from kvortex.index import (
@@ -30,6 +32,7 @@ from kvortex.index import (
     warm_up,
 )
 from kvortex.memory import ExtentAllocator
+from kvortex.planes.quota import Quota, check_quota
 from kvortex.types import MAX_GROUPS, BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
 
 logger = logging.getLogger(__name__)
@@ -209,6 +212,7 @@ class ControlPlane:
         """Bytes of an extent, by form, `int64 [2 * num_groups]`."""
         self.usual_forms = np.empty(0, dtype=np.uint8)
         """The form in which blocks of each group are stored: packed if they can be, `uint8 [num_groups]`."""
+        self._quotas: dict[str, Quota] = {}  # by the name under which a cache's extents are accounted
         self._caches: list[tuple[int, GroupSet]] = []  # those with several groups, with the number of their first one
         if sizes:
             self.add_cache(sizes, groups)
@@ -279,6 +283,27 @@ class ControlPlane:
             self._caches.append((first, groups))
         return first
 
+    def rank(self, owner: str, groups: range, *, priority: int = 0, quota_bytes: int | None = None) -> None:
+        """Say when the blocks of a cache are evicted. If it has more than its quota, it shrinks with its next save.
+
+        Args:
+            owner: name under which its extents are accounted, in every call for it.
+            groups: numbers of its groups.
+            priority: its blocks are evicted before those of a higher priority.
+            quota_bytes: bytes that its extents may take together; None for as many as there are.
+
+        Raises:
+            ConfigError: a block of each group does not fit the quota; nothing has changed.
+        """
+        forms = range(2 * groups.start, 2 * groups.stop)
+        if quota_bytes is not None:
+            check_quota(self.extents[forms.start : forms.stop : 2], quota_bytes)
+            self.allocator.watch(owner)
+            self._quotas[owner] = Quota(quota_bytes, forms.start, self._pacer.of(quota_bytes))
+        else:
+            self._quotas.pop(owner, None)
+        self.index.rank(forms, priority=priority, is_bounded=quota_bytes is not None)
+
     # -- save --------------------------------------------------------------------------------------
 
     def plan_save(
@@ -297,13 +322,13 @@ class ControlPlane:
             keys: keys of blocks, `uint64 [n, 4]` from `pack_keys`; what is worth more comes first, such as the root of
                 a chain.
             block_ids: ids of these blocks in the paged cache, `int32 [n]`.
-            owner: name under which the extents are accounted.
-            groups: the number of each block's group, `uint8 [n]`; None if all belong to the first.
+            owner: name under which the extents are accounted; if a quota was set for it, they keep to that.
+            groups: the number of each block's group, `uint8 [n]`, all of one cache; None if all belong to the first.
             as_is: store the blocks raw, although the codec packs.
             chain: keys, `uint64 [m, 4]`, of blocks that must not be evicted to make room for these, such as those in
                 front of them; by default `keys`.
         """
-        reservation = self.index.reserve(keys)
+        reservation = self.index.reserve(keys, 0 if groups is None or not len(groups) else 2 * int(groups[0]))
         slots, chain = reservation.owned, keys if chain is None else chain
         if self.num_groups == 1 or groups is None:
             form = 0 if as_is else int(self.usual_forms[0])
@@ -402,7 +427,7 @@ class ControlPlane:
             return offsets
         # All that can go has gone, and the largest blocks have taken the room: give it to the first blocks instead.
         self.allocator.free_many(offsets[offsets >= 0])
-        free = self.allocator.capacity_bytes - self.allocator.allocated_bytes
+        free = self._free_bytes(owner)
         fitting = int(np.searchsorted(np.cumsum(nbytes), free, "right"))
         offsets[:] = -1
         offsets[:fitting] = _by_size(
@@ -410,7 +435,14 @@ class ControlPlane:
         )
         return offsets
 
+    def _free_bytes(self, owner: str) -> int:
+        free = self.allocator.capacity_bytes - self.allocator.allocated_bytes
+        quota = self._quotas.get(owner)
+        return free if quota is None else min(free, max(quota.nbytes - self.allocator.bytes_of(owner), 0))
+
     def _make_room(self, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> NDArray[np.int64]:
+        if self._quotas and owner in self._quotas:
+            count = self._keep_to_quota(self._quotas[owner], count, nbytes, owner, chain)
         unusable = self._unusable_bytes if self.on_evicted is not None else 0
         paced = self._pacer.step(self.allocator.allocated_bytes + unusable, count * nbytes)
         if not paced:
@@ -424,6 +456,19 @@ class ControlPlane:
         finally:
             self._remove(self.index.unpin(held))
 
+    def _keep_to_quota(self, quota: Quota, count: int, nbytes: int, owner: str, chain: NDArray[np.uint64]) -> int:
+        """Evict blocks of a cache until as many bytes more keep to its quota; returns how many of the blocks do."""
+        size = align_up(nbytes, EXTENT_ALIGNMENT_BYTES)
+        if paced := quota.pacer.step(self.allocator.bytes_of(owner), count * size):
+            held = self.index.hold(chain).hits
+            try:
+                self._evict(paced, self.on_evicted, quota)
+                # What a tier has taken over still takes room.
+                self._evict(self.allocator.bytes_of(owner) + count * size - quota.nbytes, quota=quota)
+            finally:
+                self._remove(self.index.unpin(held))
+        return min(count, max(quota.nbytes - self.allocator.bytes_of(owner), 0) // size)
+
     def _evict_and_allocate(self, count: int, nbytes: int, owner: str, paced_bytes: int) -> NDArray[np.int64]:
         self._evict(paced_bytes, self.on_evicted)
         offsets = self.allocator.allocate_many(count, nbytes, owner)
@@ -436,10 +481,10 @@ class ControlPlane:
             offsets = np.concatenate([offsets, more])
         return offsets
 
-    def _evict(self, nbytes: int, on_evicted: OnEvicted | None = None) -> int:
+    def _evict(self, nbytes: int, on_evicted: OnEvicted | None = None, quota: Quota | None = None) -> int:
         if nbytes <= 0:
             return 0
-        evicted = self.index.evict(nbytes)
+        evicted = self.index.evict(nbytes) if quota is None else self.index.evict_of(quota.form, nbytes)
         offsets = evicted.offsets
         free = offsets
         if on_evicted is not None and offsets.size:
@@ -485,7 +530,7 @@ class ControlPlane:
             owner: name under which the extents are accounted.
             chain: blocks that must not be evicted, as in `plan_save`.
         """
-        reservation = self.index.reserve(keys)
+        reservation = self.index.reserve(keys, int(forms[0]) if len(forms) else 0)
         wanted = np.flatnonzero(reservation.states == RESERVED)
         forms = forms[wanted]
         offsets = self._place(forms, owner, keys if chain is None else chain)

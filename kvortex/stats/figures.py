@@ -75,7 +75,9 @@ class TieringFigures:
 class PoolFigures:
     """Occupancy of one memory pool. `fragmentation` is 1 - largest free range / free bytes, 0.0 when full.
 
-    `pinned_bytes` are page-locked; `leased_bytes` belong to blocks that leases keep from eviction.
+    `pinned_bytes` are page-locked; `leased_bytes` belong to blocks that leases keep from eviction. In a pool that
+    engines share, `priority` is that of this engine's namespace; its blocks take `quota_used_bytes` of `quota_bytes`,
+    both 0 without a quota.
     """
 
     name: str
@@ -86,6 +88,9 @@ class PoolFigures:
     num_extents: int
     pinned_bytes: int
     leased_bytes: int = 0
+    priority: int = 0
+    quota_bytes: int = 0
+    quota_used_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,19 @@ def metrics_of(snapshot: StatsSnapshot) -> list[Metric]:
         ("pool_extents", gauge, "Extents in use.", [("", ls, p.num_extents) for ls, p in pools]),
         ("pool_pinned_bytes", gauge, "Page-locked bytes.", [("", ls, p.pinned_bytes) for ls, p in pools]),
         ("pool_leased_bytes", gauge, "Bytes kept by leases.", [("", ls, p.leased_bytes) for ls, p in pools]),
+        *_quota_metrics([(ls, p) for ls, p in pools if p.quota_bytes]),
+    ]
+
+
+def _quota_metrics(pools: Sequence[tuple[dict[str, str], PoolFigures]]) -> list[Metric]:
+    """Those of a namespace with a quota; none without one."""
+    if not pools:
+        return []
+    used: list[Sample] = [("", ls, p.quota_used_bytes) for ls, p in pools]
+    quotas: list[Sample] = [("", ls, p.quota_bytes) for ls, p in pools]
+    return [
+        ("pool_quota_bytes", "gauge", "Bytes that this namespace may take.", quotas),
+        ("pool_quota_used_bytes", "gauge", "Bytes that this namespace takes.", used),
     ]
 
 

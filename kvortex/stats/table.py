@@ -16,9 +16,10 @@ def transfer_lines(transfers: tuple[TransferSnapshot, ...]) -> list[str]:
 
 
 def pool_lines(pools: tuple[PoolFigures, ...]) -> list[str]:
-    """A header and one line for each pool; no lines without pools."""
+    """A header and one line for each pool; no lines without pools. Then what this engine gets of one that it shares."""
     rows = [_pool_row(p) for p in pools]
-    return _aligned([_POOL_HEAD, *rows], num_left=1) if rows else []
+    shares = [_share_line(p) for p in pools if p.priority or p.quota_bytes]
+    return [*_aligned([_POOL_HEAD, *rows], num_left=1), *shares] if rows else []
 
 
 def tiering_lines(t: TieringFigures) -> list[str]:
@@ -57,6 +58,11 @@ def _transfer_row(t: TransferSnapshot) -> tuple[str, ...]:
 def _pool_row(p: PoolFigures) -> tuple[str, ...]:
     sizes = (format_bytes(n) for n in (p.capacity_bytes, p.allocated_bytes, p.largest_free_bytes))
     return (p.name, *sizes, f"{p.fragmentation:.1%}", str(p.num_extents), format_bytes(p.pinned_bytes))
+
+
+def _share_line(p: PoolFigures) -> str:
+    quota = f", {format_bytes(p.quota_used_bytes)} of a quota of {format_bytes(p.quota_bytes)}" if p.quota_bytes else ""
+    return f"{p.name}: priority {p.priority}{quota}"
 
 
 def _aligned(rows: list[tuple[str, ...]], num_left: int) -> list[str]:

@@ -82,6 +82,10 @@ class Client:
         self.ask(Kind.ADD_CACHE, self.namespace, forms_of(sizes), describe_groups(groups).encode())
         return self
 
+    def rank(self, priority: int | None = None, quota_bytes: int | None = None) -> None:
+        given = (priority is not None, priority or 0, quota_bytes is not None, quota_bytes or 0)
+        self.ask(Kind.RANK, numbers(*given))
+
     def plan_save(self, keys: Keys, groups: NDArray[np.uint8] | None = None, *, raw: bool = False) -> Arrays:
         of_blocks = np.zeros(len(keys), np.uint8) if groups is None else groups
         return self.ask(Kind.PLAN_SAVE, numbers(raw), keys, of_blocks, NO_KEYS)

@@ -1,6 +1,7 @@
 """What an owner keeps of its clients, without any I/O: who sees which blocks, and who may write where."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvortex.errors import ConfigError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
-from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, table
+from kvortex.index import BUSY, MISS_REASONS, RESERVED, STORED, policy, policy_steps, table
 from kvortex.owner.caches import Caches
 from kvortex.owner.protocol import Kind, numbers
 from kvortex.types import BlockSizes, MissReason
@@ -83,14 +84,25 @@ BITS = st.integers(0, 2**14 - 1)
 class Lives(RuleBasedStateMachine):
     """Three clients of two namespaces in a pool that is too small for all their blocks."""
 
-    @initialize(policy=st.sampled_from(["lru", "s3fifo", "arc"]))
-    def start(self, policy: str) -> None:
+    @initialize(
+        policy=st.sampled_from(["lru", "s3fifo", "arc"]),
+        is_full=st.sampled_from([True, True, False]),
+        first_priority=st.sampled_from([1, -1]),
+    )
+    def start(self, policy: str, is_full: bool, first_priority: int) -> None:
         self.caches = make_caches(180_000, 65_536, policy=policy)
         self.control = self.caches.control
         self.stored: dict[bytes, int] = {}  # key -> digest, of blocks that may be found
         self.abandoned: dict[int, int] = {}  # offset -> bytes, of extents that a closed client may still write to
+        self.whose: dict[int, int] = {}  # offset -> namespace of the block that it was given to last, or -1
+        self.priorities, self.quotas = [0, 0], [1 << 30, 1 << 30]
         self.num_saved = 0
         self.players = [self.opened(0), self.opened(1), self.opened(1)]
+        if is_full:
+            self.rank(at=0, priority=first_priority, quota=None)
+            for at, count in ((1, 32), (0, 12)):
+                self.plan_save(at=at, places=list(range(count)), raw=True)
+                self.finish_save(at=at, which=2**14 - 1, good=0, lossy=0, tried=0, all_good=True)
 
     def opened(self, namespace: int) -> Player:
         client = Client(self.caches, namespace)
@@ -111,6 +123,28 @@ class Lives(RuleBasedStateMachine):
             if player.scratch is not None:
                 yield player.scratch
 
+    def extents(self) -> set[tuple[int, int]]:
+        """Offset and bytes of all extents."""
+        held = self.control.hold(np.concatenate([all_blocks(n)[0] for n in range(2)]))
+        self.control.release(held.slots)
+        return set(self.in_use()) | set(zip(held.offsets.tolist(), held.nbytes.tolist(), strict=True))
+
+    def bytes_of(self, namespace: int) -> int:
+        return sum(nbytes for offset, nbytes in self.extents() if self.whose[offset] == namespace)
+
+    def idle(self, without: set[bytes]) -> dict[bytes, int]:
+        """Blocks that may be evicted now, and their namespaces."""
+        pinned = {pin.slot for player in self.players for pin in player.pins}
+        found: dict[bytes, int] = {}
+        for namespace in range(2):
+            keys, _ = all_blocks(namespace)
+            held = self.control.hold(keys)
+            self.control.release(held.slots)
+            for place, slot in zip(held.positions.tolist(), held.slots.tolist(), strict=True):
+                if slot not in pinned and keys[place].tobytes() not in without:
+                    found[keys[place].tobytes()] = namespace
+        return found
+
     def check_new(self, offset: int, nbytes: int) -> None:
         for other, length in self.in_use():
             assert offset + nbytes <= other or other + length <= offset, "an extent was handed out that is in use"
@@ -122,7 +156,11 @@ class Lives(RuleBasedStateMachine):
         player = self.players[at]
         keys, groups = self.chosen(player, places)
         in_flight = {save.key for other in self.players for save in other.saves.values()}
+        named = {key.tobytes() for key in keys}
+        before, used = self.idle(named), self.bytes_of(player.number)
+        idle_bytes = sum(self.sizes_of([key for key, number in before.items() if number == player.number]))
         states, slots, offsets, forms, positions, _ = player.client.plan_save(keys, groups, raw=raw)
+        self.check_evictions(before, self.idle(named), player.number)
         assert (np.diff(positions) > 0).all()
         for key, state in zip(keys, states.tolist(), strict=True):
             if state == STORED:
@@ -144,6 +182,38 @@ class Lives(RuleBasedStateMachine):
             nbytes = size.raw if raw else size.packed
             self.check_new(offset, nbytes)
             player.saves[slot] = Saving(keys[place].tobytes(), offset, nbytes)
+            self.whose[offset] = player.number
+        if (states == RESERVED).any():
+            busy_bytes = used - idle_bytes
+            assert self.bytes_of(player.number) <= max(self.quotas[player.number], busy_bytes)
+
+    def sizes_of(self, keys: list[bytes]) -> list[int]:
+        held = self.control.hold(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 4))
+        self.control.release(held.slots)
+        return [int(nbytes) for nbytes in held.nbytes]
+
+    def check_evictions(self, before: dict[bytes, int], after: dict[bytes, int], namespace: int) -> None:
+        """No block has gone while one of a lower priority stayed, unless its own namespace has needed its quota."""
+        lowest = min((self.priorities[number] for number in after.values()), default=1 << 30)
+        for number in {number for key, number in before.items() if key not in after}:
+            keeps_to_quota = number == namespace and self.quotas[number] < 1 << 30
+            assert self.priorities[number] <= lowest or keeps_to_quota, "evicted before what has a lower priority"
+
+    @rule(
+        at=PLACES,
+        priority=st.none() | st.integers(-1, 1),
+        quota=st.none() | st.sampled_from([4000, 30_000, 60_000, 120_000]),
+    )
+    def rank(self, at: int, priority: int | None, quota: int | None) -> None:
+        player = self.players[at]
+        if quota == 4000:
+            with pytest.raises(ConfigError, match=r"raise owner\.quota"):
+                player.client.rank(priority, quota)
+            return
+        player.client.rank(priority, quota)
+        number = player.number
+        self.priorities[number] = self.priorities[number] if priority is None else priority
+        self.quotas[number] = self.quotas[number] if quota is None else quota
 
     @rule(at=PLACES, which=BITS, good=BITS, lossy=BITS, tried=BITS, all_good=st.booleans())
     def finish_save(self, at: int, which: int, good: int, lossy: int, tried: int, all_good: bool) -> None:
@@ -236,6 +306,7 @@ class Lives(RuleBasedStateMachine):
             offset = int(answer[1][0][0])
             self.check_new(offset, nbytes)
             player.scratch = (offset, nbytes)
+            self.whose[offset] = -1
 
     @rule(at=PLACES, namespace=st.integers(0, 1))
     def close_and_open(self, at: int, namespace: int) -> None:
@@ -262,14 +333,19 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def extents_do_not_overlap_and_account(self) -> None:
-        held = self.control.hold(np.concatenate([all_blocks(n)[0] for n in range(2)]))
-        extents = set(self.in_use()) | set(zip(held.offsets.tolist(), held.nbytes.tolist(), strict=True))
-        self.control.release(held.slots)
+        extents = self.extents()
         end = 0
         for offset, nbytes in sorted(extents):
             assert offset >= end, "two extents overlap"
             end = offset + nbytes
         assert self.control.allocator.allocated_bytes == sum(nbytes for _, nbytes in extents)
+
+    @invariant()
+    def bytes_of_namespaces_are_counted_exactly(self) -> None:
+        for player in self.players:
+            priority, quota, used = player.client.ask(Kind.FIGURES)[0][7:].tolist()
+            assert (priority, quota or 1 << 30) == (self.priorities[player.number], self.quotas[player.number])
+            assert used == (self.bytes_of(player.number) if quota else 0)
 
     @invariant()
     def nothing_is_found_that_must_not_be(self) -> None:
@@ -290,6 +366,7 @@ class Lives(RuleBasedStateMachine):
         self.control.clear()
         assert self.control.allocator.allocated_bytes == 0
         assert self.control.allocator.leak_report() == ""
+        assert not any(self.control.allocator.bytes_of(name) for name in self.control._quotas)
 
 
 TestLives = Lives.TestCase
@@ -340,6 +417,7 @@ WRONG_FRAMES = {
     "no key for one": (Kind.MISS_REASON, (NO_KEYS,)),
     "keys and a half": (Kind.HOLD, (np.zeros(6, np.uint64),)),
     "no size of scratch": (Kind.SCRATCH, (numbers(),)),
+    "half a rank": (Kind.RANK, (numbers(1, 7),)),
 }
 
 
@@ -508,17 +586,58 @@ def test_a_clear_leaves_other_namespaces_and_hides_what_is_being_saved(caches: C
     ended(mine, twin, other)
 
 
-def serve_everything() -> None:
+def test_the_client_that_says_something_last_ranks_the_namespace(
+    caches: Caches, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvortex.owner")
+    first, second, other = Client(caches, 1).add(), Client(caches, 1).add(), Client(caches, 2).add()
+
+    def shown() -> list[list[int]]:
+        return [client.ask(Kind.FIGURES)[0][7:9].tolist() for client in (first, second, other)]
+
+    for client in (first, other):
+        client.rank()
+    assert shown() == [[0, 0]] * 3
+    assert not caplog.messages, "nothing was said"
+    first.rank(2, 10 * BLOCK)
+    second.rank(priority=1)
+    assert shown() == [[1, 10 * BLOCK]] * 2 + [[0, 0]]
+    second.rank(quota_bytes=20 * BLOCK)
+    first.rank(1, 20 * BLOCK)  # nothing new
+    first.rank(0)
+    assert shown() == [[0, 20 * BLOCK]] * 2 + [[0, 0]]
+    (name,) = {message.split(" has ")[0] for message in caplog.messages}
+    assert [message.split(" has ")[1] for message in caplog.messages] == [
+        "priority 2 and a quota of 40.0 KiB instead of priority 0 and no quota now",
+        "priority 1 and a quota of 40.0 KiB instead of priority 2 and a quota of 40.0 KiB now",
+        "priority 1 and a quota of 80.0 KiB instead of priority 1 and a quota of 40.0 KiB now",
+        "priority 0 and a quota of 80.0 KiB instead of priority 1 and a quota of 80.0 KiB now",
+    ]
+    assert name == f"namespace {'01' + '00' * 7}"
+    for quota in (0, -1, BLOCK - 1):
+        with pytest.raises(ConfigError, match=r"a block takes 4096 bytes, .* raise owner\.quota"):
+            first.rank(5, quota)
+    assert shown() == [[0, 20 * BLOCK]] * 2 + [[0, 0]]
+    first.save(some_keys(30, 1))
+    assert first.ask(Kind.FIGURES)[0][9] == 20 * BLOCK
+    assert caches.control.allocator.bytes_by_owner() == {name: 20 * BLOCK}
+    ended(first, second, other)
+
+
+def serve_everything(name: str) -> None:
     """All that an owner does for a client, in a pool that is too small, and a check that nothing is compiled for it."""
-    steps = [step for step in vars(table).values() if hasattr(step, "signatures")]
-    caches = make_caches(1 << 16)
+    modules = (table, policy, policy_steps)
+    steps = [step for module in modules for step in vars(module).values() if hasattr(step, "signatures")]
+    caches = make_caches(1 << 16, policy=name)
     before = [len(step.signatures) for step in steps]
     client, keys = Client(caches).add((PACKING,)), some_keys(20)
-    for salt in range(6):
+    for salt in range(12):
+        if salt > 5:
+            client.rank(salt % 2, (1 << 15) + salt)
         _, slots, *_ = client.plan_save(keys ^ np.uint64(salt))
         client.finish_save(slots[:9])
         client.finish_save(slots[9:], None, np.arange(slots.size - 9, dtype=np.uint8) % 2)
-    slots, *_ = client.ask(Kind.PLAN_LOAD, keys ^ np.uint64(5))
+    slots, *_ = client.ask(Kind.PLAN_LOAD, keys ^ np.uint64(11))
     client.ask(Kind.FINISH_LOAD, slots[:2], np.array([1, 0], np.uint8))
     for kind in (Kind.HOLD, Kind.CONTAINS, Kind.PREFIX, Kind.STATES, Kind.TOUCH, Kind.INVALIDATE):
         client.ask(kind, keys)
@@ -530,8 +649,9 @@ def serve_everything() -> None:
     ended(client)
 
 
-def test_nothing_is_compiled_while_clients_are_served() -> None:
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "arc"])
+def test_nothing_is_compiled_while_clients_are_served(policy: str) -> None:
     """A compilation takes seconds, and all clients would wait. In a process that has compiled nothing else."""
-    program = spawn(["-c", "from tests.owner.test_session import serve_everything; serve_everything()"])
+    program = spawn(["-c", f"from tests.owner.test_session import serve_everything; serve_everything({policy!r})"])
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 0, errors

@@ -21,7 +21,7 @@ from tests.simulation.owner_client import Machine, SimulatedClient
 from tests.simulation.owner_machine import MachineProcess, Transfer
 from tests.simulation.owner_mirror import Mirror
 from tests.simulation.owner_record import Identity, Record, content
-from tests.simulation.owner_scenario import LONGEST_CHAIN, NUM_HASHES, Scenario, shape_of
+from tests.simulation.owner_scenario import LONGEST_CHAIN, NUM_HASHES, PRIORITIES, QUOTAS, Scenario, shape_of
 
 LONGEST_S = 120.0  # of any call
 SCRATCH_BYTES = 512
@@ -79,6 +79,9 @@ class Player:
         self._world = world
         self._dice = dice
         self._shape = shape_of(namespace)
+        is_usual = dice.random() < 0.8
+        usual, other = world.scenario.ranks[namespace], (dice.choice(PRIORITIES), dice.choice(QUOTAS))
+        self.priority, self.quota = usual if is_usual else other
         self._token = 0
         self._saving: set[int] = set()
         self._mirror: Mirror | None = None
@@ -114,7 +117,14 @@ class Player:
                 shape = self._shape
                 writers = [self.name] if self.writer is not self.process else []
                 self.control = RemoteControl(
-                    client, shape.digest, shape.sizes, shape.encodings, shape.groups, writers=writers
+                    client,
+                    shape.digest,
+                    shape.sizes,
+                    shape.encodings,
+                    shape.groups,
+                    writers=writers,
+                    priority=self.priority,
+                    quota_bytes=self.quota,
                 )
                 self._token, self._saving, self._mirror = 0, set(), None
                 self.tiering = RemoteTiering(self.control) if self.control.tier else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from kvortex.tiers.payload import payload_digest
 from kvortex.types import Direction
 from tests.simulation.ledger import Ledger, Use
 from tests.simulation.owner_machine import GARBAGE, Link, MachineProcess
+from tests.simulation.owner_ranks import WatchedRanks
 from tests.simulation.owner_record import Record
 from tests.simulation.owner_scenario import TIMEOUT_S, Scenario
 from tests.simulation.tier import Store
@@ -153,6 +155,7 @@ class SimulatedOwner(Owner):
         record: what was written.
         dice: seeded.
         complain: is told what is wrong.
+        tally: counts what happens.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class SimulatedOwner(Owner):
         record: Record,
         dice: random.Random,
         complain: Callable[[str], None],
+        tally: Counter[str],
     ) -> None:
         self.tiers: dict[bytes, WatchedTier] = {}
         self.is_over = False
@@ -173,6 +177,7 @@ class SimulatedOwner(Owner):
         self._seen = -1
         self._links: dict[Link, None] = {}
         super().__init__(KVortexConfig(**scenario.settings), Path("simulated"), self._make_watched)
+        self.ranks = WatchedRanks(self.caches, complain, tally)
         self.ledger = Ledger(self.control, complain, self._became_visible)
         nbytes = self._memory.ticket.nbytes
         self.pool = np.frombuffer(self._memory.map(0, nbytes), dtype=np.uint8)
@@ -306,6 +311,7 @@ class SimulatedOwner(Owner):
         if self.is_over or self._seen == (changes := self.ledger.changes):
             return
         self._seen = changes
+        self.ranks.check()
         index, held = self.control.index._table, self.control.allocator._allocated
         rows = index.rows[: int(index.totals[table.SLOTS_USED])]
         state = rows["state"]
@@ -339,4 +345,5 @@ class SimulatedOwner(Owner):
         }
         if any(left.values()):
             self._complain(f"at rest there are left: { {name: n for name, n in left.items() if n} }")
+        self.ranks.check_at_rest()
         self.check_forgotten()

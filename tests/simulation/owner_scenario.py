@@ -17,6 +17,8 @@ from tests.owner.owner_support import some_keys
 
 TIMEOUT_S = 1.0  # of the tier
 NUM_HASHES, LONGEST_CHAIN = 10, 6
+PRIORITIES = (None, -1, 1, 2)
+QUOTAS = (None, None, None, 1536, 4096)  # the smaller one holds a block of each group
 UNUSED_BYTES = 24  # of an extent, behind the payload
 
 
@@ -40,6 +42,7 @@ class Scenario:
     kills: float  # chances of what happens every now and then
     cuts: float
     owner_ends: float
+    ranks: tuple[tuple[int | None, int | None], ...]  # priority and quota that most clients of a namespace ask for
     has_writers: bool  # other processes write to what clients reserve
     shuffled: bool
 
@@ -49,7 +52,7 @@ class Scenario:
             return dice.choice((0.0, most / 4, most))
 
         settings: dict[str, Any] = {
-            "pool": {"bytes": 4096 * dice.choice((1, 1, 2, 3)), "pin_piece_bytes": 4096},
+            "pool": {"bytes": 4096 * dice.choice((1, 2, 4)), "pin_piece_bytes": 4096},
             "eviction": {
                 "watermark": dice.choice((0.6, 0.8, 1.0)),
                 "ratio": dice.choice((0.2, 0.5)),
@@ -67,7 +70,7 @@ class Scenario:
         }
         return cls(
             settings=settings,
-            num_namespaces=dice.choice((1, 1, 2)),
+            num_namespaces=dice.choice((1, 2, 2)),
             num_players=dice.randint(2, 4),
             rounds=dice.randint(6, 20),
             has_tier=dice.random() < 0.8,
@@ -82,6 +85,7 @@ class Scenario:
             kills=chance(0.3),
             cuts=chance(0.4),
             owner_ends=chance(0.1),
+            ranks=tuple((dice.choice(PRIORITIES), dice.choice(QUOTAS)) for _ in range(2)),
             has_writers=dice.random() < 0.5,
             shuffled=dice.random() < 0.5,
         )

@@ -115,7 +115,7 @@ class OwnerWorld(SeededWorld):
 
     def _start_owner(self) -> None:
         dice = random.Random(self._dice.getrandbits(64))
-        self._owner = SimulatedOwner(self.scenario, self._stores, self.record, dice, self.complain)
+        self._owner = SimulatedOwner(self.scenario, self._stores, self.record, dice, self.complain, self.tally)
         self.note("an owner begins")
 
     def _new_process(self) -> MachineProcess:
@@ -212,8 +212,20 @@ class OwnerWorld(SeededWorld):
             if not player.client.is_connected:
                 self.complain(f"{player.name} has not connected again")
         owner.check_at_rest()
+        self._check_ranks(living)
         for player in living[:2]:
             await self._probe(player)
+
+    def _check_ranks(self, living: list[Player]) -> None:
+        """Whoever says something has said it to this owner, and nobody has said anything else."""
+        assert self._owner is not None
+        for cache in self._owner.caches:
+            every = [p for p in self._players if shape_of(p.namespace).digest == cache.namespace.tobytes()]
+            for what, found, unset in (("priority", cache.priority, 0), ("quota", cache.quota_bytes, None)):
+                said = {getattr(player, what) for player in every} - {None}
+                must = {getattr(player, what) for player in every if player in living} - {None}
+                if found not in said and (must or found != unset):
+                    self.complain(f"a cache has {what} {found}, and its clients have said {said}")
 
     async def _probe(self, player: Player) -> None:
         keys, groups = player.blocks(0, 1)

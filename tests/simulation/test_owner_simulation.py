@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.index.orders import EvictionOrders
+from kvortex.memory import ExtentAllocator
 from kvortex.owner import OwnerClient
 from kvortex.owner import session as session_module
 from kvortex.owner.control import _GENERATION, RemoteControl
@@ -27,6 +29,8 @@ FEWEST = {
     "connected again": 560,
     "deaths": 480,
     "evicted": 800,
+    "evicted before a higher priority": 10,
+    "evicted for a quota": 400,
     "fetches that wait": 160,
     "forget": 80,
     "forgotten for sure: False": 80,
@@ -164,6 +168,54 @@ def the_tier_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tiering, "invalidate", invalidate)
 
 
+def priorities_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pop_coldest = EvictionOrders.pop_coldest
+
+    def backwards(self: EvictionOrders, *arguments: Any) -> Any:
+        self._levels = dict(reversed(self._levels.items()))
+        try:
+            return pop_coldest(self, *arguments)
+        finally:
+            self._levels = dict(reversed(self._levels.items()))
+
+    monkeypatch.setattr(EvictionOrders, "pop_coldest", backwards)
+
+
+def a_new_priority_is_for_new_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EvictionOrders, "_copy", nothing)
+
+
+def quotas_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlPlane, "_keep_to_quota", lambda self, quota, count, *rest: count)
+
+
+def a_quota_takes_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EvictionOrders, "pop_coldest_of", lambda self, form, *rest: self.pop_coldest(*rest))
+
+
+def what_is_freed_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExtentAllocator, "_discount", nothing)
+
+
+def what_comes_from_a_tier_counts_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_fetch = ControlPlane.plan_fetch
+
+    def for_nobody(self: ControlPlane, keys: Any, forms: Any, owner: str, **how: Any) -> Any:
+        return plan_fetch(self, keys, forms, "fetch", **how)
+
+    monkeypatch.setattr(ControlPlane, "plan_fetch", for_nobody)
+
+
+def another_owner_is_not_told_of_priority_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    move_to = RemoteControl.move_to
+
+    def without(self: RemoteControl, client: Any) -> None:
+        self._rank = np.zeros(4, dtype=np.int64)
+        move_to(self, client)
+
+    monkeypatch.setattr(RemoteControl, "move_to", without)
+
+
 @pytest.mark.leaves_extents
 @pytest.mark.parametrize(
     ("broken", "complaint"),
@@ -182,6 +234,13 @@ def the_tier_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (saves_in_flight_are_not_forgotten, "forgotten"),
         (nobody_is_told_what_has_left, "was not told"),
         (the_tier_forgets_nothing, "forgotten"),
+        (priorities_do_not_matter, "was evicted before one of"),
+        (a_new_priority_is_for_new_blocks_only, "was evicted before one of"),
+        (quotas_are_not_kept, "and its quota is"),
+        (a_quota_takes_from_others, "for the quota of another"),
+        (what_is_freed_still_counts, "are counted"),
+        (what_comes_from_a_tier_counts_for_nobody, "and has blocks of"),
+        (another_owner_is_not_told_of_priority_and_quota, "and its clients have said"),
     ],
 )
 def test_a_broken_owner_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: Patch, complaint: str) -> None:

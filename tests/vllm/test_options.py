@@ -26,6 +26,9 @@ def test_options_reach_the_engine() -> None:
     assert (options.engine.pool.bytes, options.min_hit_blocks) == (1 << 30, 4)
     assert (options.engine.tier.load_deadline_s, options.engine.identity.model) == (None, "llama")
     assert options.engine.transfer.max_batch_bytes == 32 << 20
+    shared = {"owner": {"socket": "/run/kvortex.sock", "priority": 1, "quota": "20GiB"}}
+    owner = ConnectorOptions.from_extra_config(shared).engine.owner
+    assert (owner.priority, owner.quota) == (1, 20 << 30)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,8 @@ def test_options_reach_the_engine() -> None:
         ({"pending_wait_s": float("inf")}, "pending_wait_s must be a finite number"),
         ({"save_decoded": 1}, "save_decoded must be true or false"),
         ({"codec": "fp4"}, r"codec\.name must be one of"),
+        ({"owner": {"priority": 1}}, r"give the socket of an owner as owner\.socket"),
+        ({"owner": {"quota": "1GiB"}, "disk": "/var/cache"}, r"give the socket of an owner as owner\.socket"),
     ],
 )
 def test_what_means_nothing_is_refused_with_the_reason(extra: dict[str, object], message: str) -> None:

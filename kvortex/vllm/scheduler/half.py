@@ -104,7 +104,7 @@ class SchedulerHalf:
         self._may_load = transfer is None or transfer.is_kv_consumer
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._has_owner = bool(options.engine.owner.socket or options.engine.lower_tier)
-        self._members = Members(self._num_workers, options.engine.owner.deadline_s)
+        self._members = Members(self._num_workers, options.engine.owner)
         self._num_parts = 1
         self._owner_events: OwnerEvents | None = None
         self._ready = not handshake_in_step and not self._has_owner

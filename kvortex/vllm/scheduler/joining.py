@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kvortex.codecs import Codec, Encodings
+from kvortex.config import OwnerConfig
 from kvortex.groups import GroupSet
 from kvortex.hashing import namespace_of_parts
 from kvortex.owner import OwnerClient, RemoteControl
@@ -15,12 +16,12 @@ class Members:
 
     Args:
         num_workers: how many there are.
-        deadline_s: seconds that a call to the owner may take.
+        owner: the section of the settings. If it names no socket, the workers join an owner that they have started.
     """
 
-    def __init__(self, num_workers: int, deadline_s: float) -> None:
+    def __init__(self, num_workers: int, owner: OwnerConfig) -> None:
         self._num_workers = num_workers
-        self._deadline_s = deadline_s
+        self._owner = owner
         self._owned: dict[str, OwnedHandshake] = {}  # by writer, of the owner that was joined last
 
     def add(self, handshakes: Sequence[WorkerHandshake]) -> OwnedHandshake | None:
@@ -47,10 +48,18 @@ class Members:
         first = of_parts[0]
         encodings = Encodings(first.payloads, map(Codec, first.codecs))
         namespace = namespace_of_parts([of_parts[part].namespace for part in range(first.num_parts)])
-        client = self.client(first)
+        client, owner = self.client(first), self._owner
         try:
             return RemoteControl(
-                client, namespace, sizes, encodings, groups, num_parts=first.num_parts, writers=list(self._owned)
+                client,
+                namespace,
+                sizes,
+                encodings,
+                groups,
+                num_parts=first.num_parts,
+                writers=list(self._owned),
+                priority=owner.priority,
+                quota_bytes=owner.quota,
             )
         except BaseException:
             client.close()
@@ -62,4 +71,4 @@ class Members:
         Raises:
             OwnerError, ConfigError: there is no owner, or it refuses this process.
         """
-        return OwnerClient(first.socket, self._deadline_s)
+        return OwnerClient(first.socket, self._owner.deadline_s)

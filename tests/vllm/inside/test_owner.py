@@ -23,6 +23,7 @@ from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 
 KILLS = int(os.environ.get("KVORTEX_KILLS", "3"))
 """How many engines are killed; more of them for a long run."""
+QUOTA_BYTES = 8 * (128 << 10)  # eight blocks
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 
 
@@ -119,7 +120,8 @@ def hits_again(engine: Engine, answer: list[list[int]]) -> None:
 def test_an_engine_moves_to_an_owner_that_was_started_anew(
     model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
 ) -> None:
-    with running(model, options={"owner": str(owner.path)}) as engine:
+    """It says its priority and its quota to that one, too."""
+    with running(model, options={"owner": {"socket": str(owner.path), "priority": 2, "quota": QUOTA_BYTES}}) as engine:
         for _ in range(2):
             assert engine.generate([PROMPTS["long"]]) == expected["long"]
             engine.settle()
@@ -127,6 +129,12 @@ def test_an_engine_moves_to_an_owner_that_was_started_anew(
             assert engine.generate([PROMPTS["long"]]) == expected["long"]
             owner.begin()
             hits_again(engine, expected["long"])
+            assert [(cache.priority, cache.quota_bytes) for cache in owner.owner.caches] == [(2, QUOTA_BYTES)]
+        for name in WHOLE:
+            assert engine.generate([PROMPTS[name]]) == expected[name]
+        engine.settle()
+        assert 0 < owner.allocated_bytes <= QUOTA_BYTES
+        assert owner.owner.control.index.evicted_blocks > 0
         assert engine.misses(MissReason.CORRUPT) == 0
 
 
