@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from kvortex.config import KVortexConfig
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.index import Evicted, pack_keys
-from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
+from kvortex.planes.control import ControlPlane
+from kvortex.planes.plans import LoadPlan, SavePlan
 from kvortex.types import BlockSizes, MissReason, SaveOutcome
 
 TOKENS = 16

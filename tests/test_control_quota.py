@@ -9,7 +9,8 @@ from kvortex.config import KVortexConfig
 from kvortex.errors import ConfigError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.index import Evicted, pack_keys
-from kvortex.planes.control import ControlPlane, SavePlan
+from kvortex.planes.control import ControlPlane
+from kvortex.planes.plans import SavePlan
 from kvortex.types import BlockSizes, MissReason, SaveOutcome
 
 BLOCK = 4096

@@ -29,8 +29,9 @@ from kvortex.memory import check_memory
 from kvortex.owner import Control, OwnerClient, OwnerFollower, RemoteControl, RemoteTiering
 from kvortex.owner.control import scratch_of
 from kvortex.owner.protocol import Kind
-from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
+from kvortex.planes.control import ControlPlane
 from kvortex.planes.data import DataPlane
+from kvortex.planes.plans import LoadPlan, SavePlan
 from kvortex.runtime.loop_thread import running_loop
 from kvortex.sched import TransferRequest
 from kvortex.stats import EngineStats, StatsSnapshot

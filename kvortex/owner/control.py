@@ -23,15 +23,7 @@ from kvortex.owner.caches import describe_forms, describe_groups
 from kvortex.owner.client import OwnerClient, OwnerLost, Question
 from kvortex.owner.protocol import Arrays, Field, Kind, PoolNumbers, as_flags, numbers, text_of
 from kvortex.owner.remote_index import RemoteAllocator, RemoteIndex
-from kvortex.planes.control import (
-    NOT_PLANNED,
-    HeldBlocks,
-    LoadPlan,
-    Planned,
-    SavePlan,
-    load_outcomes,
-    save_outcomes,
-)
+from kvortex.planes.plans import NOT_PLANNED, HeldBlocks, LoadPlan, Planned, SavePlan, load_outcomes, save_outcomes
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockSizes, Direction, MissReason, SaveOutcome, TransferPlan, form_of
 

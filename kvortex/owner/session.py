@@ -24,7 +24,7 @@ from kvortex.owner.protocol import (
     text_of,
 )
 from kvortex.owner.tier_session import TierSession
-from kvortex.planes.control import SavePlan
+from kvortex.planes.plans import SavePlan
 from kvortex.types import Direction, TransferPlan
 
 logger = logging.getLogger(__name__)

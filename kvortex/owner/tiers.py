@@ -12,7 +12,8 @@ from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
 from kvortex.index import CacheIndex, Evicted
 from kvortex.memory import SharedMemory
-from kvortex.planes.control import ControlPlane, FetchPlan, HeldBlocks, OnEvicted
+from kvortex.planes.control import ControlPlane, OnEvicted
+from kvortex.planes.plans import FetchPlan, HeldBlocks
 from kvortex.stats import EngineStats
 from kvortex.tiering import BackingTier, TieredPool, Tiering, tier_of
 from kvortex.tiers import Tier

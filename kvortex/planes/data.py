@@ -20,9 +20,9 @@ from kvortex.cuda.driver import Device, Event, stream_handle
 from kvortex.errors import DeviceError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.kernels import HostKernels, HostPackKernels
-from kvortex.kernels.claims import BlockClaims
 from kvortex.layout import KVLayout, PagedCache
 from kvortex.memory import PinnedPool, SharedMemory
+from kvortex.planes.claims import Claim, claims_of
 from kvortex.planes.control import check_blocks_fit
 from kvortex.planes.self_test import check_arrival, run_self_test
 from kvortex.runtime.blocking import run_blocking, run_to_its_end
@@ -78,7 +78,7 @@ class DataPlane:
         self.device = _device_of(cache.device)
         self._tensors = dict(tensors)
         self._events: list[Event] = []
-        self._claims = _claims_of(cache)
+        self._claims = claims_of(cache)
         self._on_pinning_stopped = on_pinning_stopped
         self._numa_aware = config.pool.numa_aware
         self._is_away = False
@@ -239,7 +239,7 @@ class DataPlane:
         *,
         more_follows: bool = False,
         wants_source_released: bool = False,
-        claim: "Claim | None" = None,
+        claim: Claim | None = None,
     ) -> TransferRequest:
         """Start to carry out a plan.
 
@@ -292,7 +292,7 @@ class DataPlane:
 
     def claim(
         self, direction: Direction, block_ids: NDArray[np.int32], groups: NDArray[np.uint8] | None = None
-    ) -> "Claim":
+    ) -> Claim:
         """Claim blocks of the cache until the claim is released. A load excludes all others, a save excludes loads.
 
         Args:
@@ -438,27 +438,6 @@ class DataPlane:
             self.device.destroy_event(self._events.pop())
 
 
-class Claim:
-    """Blocks of the paged cache that one save or load uses. `DataPlane.claim` creates it."""
-
-    def __init__(self, parts: Sequence[tuple[BlockClaims, NDArray[np.int32]]], direction: Direction) -> None:
-        self._parts: list[tuple[BlockClaims, NDArray[np.int32]]] = []
-        self._direction = direction
-        try:
-            for claims, block_ids in parts:
-                claims.claim(direction, block_ids)
-                self._parts.append((claims, block_ids))
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Release the blocks; idempotent."""
-        parts, self._parts = self._parts, []
-        for claims, block_ids in parts:
-            claims.release(self._direction, block_ids)
-
-
 def _first_and_last(layout: KVLayout, count: int) -> list[int]:
     return [b * (layout.num_blocks - 1) for b in range(count)]
 
@@ -489,16 +468,6 @@ def pages_of(cache: PagedCache, codec: str) -> tuple[Pages, ...]:
         Pages(layout, packing_for(layout, codec if group.may_pack else RAW))
         for group, layout in zip(cache.groups.groups, cache.layouts, strict=True)
     )
-
-
-def _claims_of(cache: PagedCache) -> list[BlockClaims]:
-    """The claims for each group; groups that share memory share them, too."""
-    sizes = [layout.num_blocks for layout in cache.layouts]
-    claims = {
-        space: BlockClaims(max(n for n, s in zip(sizes, cache.block_spaces, strict=True) if s == space))
-        for space in set(cache.block_spaces)
-    }
-    return [claims[space] for space in cache.block_spaces]
 
 
 def _device_of(device: str) -> Device | None:

@@ -12,7 +12,8 @@ from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
 from kvortex.config.sections import require_named_model
 from kvortex.hashing import Namespace
-from kvortex.planes.control import FetchPlan, HeldBlocks, OnEvicted
+from kvortex.planes.control import OnEvicted
+from kvortex.planes.plans import FetchPlan, HeldBlocks
 from kvortex.stats import EngineStats
 from kvortex.tiering.guard import GuardedTier
 from kvortex.tiering.keys import key_as_is, keys_as_is, split_keys

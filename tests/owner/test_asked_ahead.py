@@ -13,7 +13,7 @@ from kvortex.groups import GroupSet, KVGroup
 from kvortex.owner import OwnerClient, RemoteControl
 from kvortex.owner.client import OwnerLost
 from kvortex.owner.protocol import Kind, numbers
-from kvortex.planes.control import NOT_PLANNED, SavePlan
+from kvortex.planes.plans import NOT_PLANNED, SavePlan
 from kvortex.types import BlockSizes, MissReason, SaveOutcome
 
 BLOCK_NBYTES = 64 << 10

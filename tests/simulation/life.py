@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvortex import BlockHash, KVortexConfig, KVortexEngine
 from kvortex.hashing import Namespace
 from kvortex.index import Reservation, table
-from kvortex.planes.control import FetchPlan, LoadPlan
+from kvortex.planes.plans import FetchPlan, LoadPlan
 from kvortex.sched import HostExecutor, TransferExecutor
 from kvortex.tiering.keys import key_as_is
 from kvortex.tiers.payload import payload_digest

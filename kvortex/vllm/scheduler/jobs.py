@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.kernels.digest import digests_of_rows
-from kvortex.planes.control import LoadPlan, Planned, SavePlan
+from kvortex.planes.plans import LoadPlan, Planned, SavePlan
 from kvortex.vllm.plans import JobOutcome, SaveDigests
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.events import PlannedBlocks

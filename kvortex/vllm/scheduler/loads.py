@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.planes.control import LoadPlan, Planned
+from kvortex.planes.plans import LoadPlan, Planned
 from kvortex.stats import EngineStats
 from kvortex.tiering.keys import split_keys
 from kvortex.types import BlockHash, MissReason

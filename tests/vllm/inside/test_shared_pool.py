@@ -17,7 +17,8 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec
 from kvortex.errors import DeviceError
 from kvortex.hashing import hash_blocks
 from kvortex.index import pack_keys
-from kvortex.planes.control import ControlPlane, LoadPlan, SavePlan
+from kvortex.planes.control import ControlPlane
+from kvortex.planes.plans import LoadPlan, SavePlan
 from kvortex.types import BlockSizes
 from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, JobOutcome, LoadJob, SaveJob
