@@ -298,12 +298,15 @@ class TierConformance(ABC):
             for number in range(4):
                 await tier.write([write_request(number)])
             await tier.read([read_request(0)])
+            coldest = [block.key for block in tier.coldest([NBYTES] * 2)]
+            assert coldest in ([], [key_of(1), key_of(2)]), "none where the store evicts"
             for number in (4, 5):
                 assert (await tier.write([write_request(number)]))[0].outcome is SaveOutcome.STORED
             assert tier.used_bytes == tier.capacity_bytes == 4 * one
             assert self.raw_keys(tier) == {key_of(n) for n in (0, 3, 4, 5)}
             assert tier.stats().evicted_blocks == 2
             assert tier.stats().num_blocks == 4
+            assert len(tier.coldest([NBYTES])) == len(coldest) // 2
 
     async def test_a_block_larger_than_the_tier_is_refused_and_evicts_nothing(self, tmp_path: Path) -> None:
         async with self.tier(tmp_path, capacity_bytes=2 * NBYTES) as tier:

@@ -90,6 +90,9 @@ class FaultInjectingTier(Tier):
     async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         return await self._inner.find(keys, deadline_s=deadline_s)
 
+    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
+        return self._inner.coldest(payloads)
+
     def scan(self) -> AsyncIterator[StoredBlock]:
         return self._inner.scan()
 

@@ -1,7 +1,9 @@
 """Several lower tiers, one behind the other, as one tier: small and fast ones in front, large and slow ones behind."""
 
 import asyncio
+import contextlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvortex.errors import ConfigError, EngineStateError
-from kvortex.tiering.chain_parts import ABSENT, REFUSED, ChainRead, ChainWrite, Link, unread
+from kvortex.tiering.chain_parts import ABSENT, REFUSED, ChainRead, ChainWrite, Link, Takes, unread
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, StoredBlock, Tier, TierStats, WriteOutcome, WriteRequest
 from kvortex.tiers.base import ScanProgress, as_bytes, check_keys, check_reads, check_writes
 from kvortex.tiers.counters import TierCounters
@@ -23,24 +25,31 @@ OPEN_WAIT_S: Final = 0.5
 SETTLE_S: Final = 0.2
 """Seconds that tiers get to settle what a deadline has ended, before it counts as late."""
 
-ALWAYS: Final = "always"
-SECOND_TOUCH: Final = "second_touch"
-
 
 class ChainTier(Tier):
     """A block is written to all tiers, and read from the first that has it; then the tiers in front get a copy.
 
+    A tier behind the first may take only blocks that are used again, or only those that the tier in front of it is
+    about to evict: then the two have no block twice, and their capacities add up.
+
     A tier that cannot be opened, hangs or fails is passed over, and the others go on.
 
     Args:
-        tiers: the tiers, not opened, each with its admission: "always", or "second_touch" for one that gets only blocks
-            that are used again. The first takes every block.
+        tiers: the tiers, not opened, each with what it takes. The first takes every block.
         timeout_s: seconds that a call may take. Each tier gets its part of them.
         copies_forward: the tiers in front of the one that had a block get a copy.
     """
 
-    def __init__(self, tiers: Sequence[tuple[Tier, str]], timeout_s: float, *, copies_forward: bool = True) -> None:
-        self.links = [Link(tier, admission, timeout_s / len(tiers)) for tier, admission in tiers]
+    def __init__(self, tiers: Sequence[tuple[Tier, Takes]], timeout_s: float, *, copies_forward: bool = True) -> None:
+        self.links = [Link(tier, Takes(takes), timeout_s / len(tiers)) for tier, takes in tiers]
+        self._below = {
+            ahead: link for ahead, link in itertools.pairwise(self.links) if link.takes is Takes.EVICTED
+        }  # what a tier evicts goes there
+        self._exclusive: dict[Link, list[Link]] = {}  # tiers that have no block twice, for each of them
+        for ahead, link in self._below.items():
+            together = self._exclusive.setdefault(ahead, [ahead])
+            together.append(link)
+            self._exclusive[link] = together
         self.name = "+".join(tier.name for tier, _ in tiers)
         self.outlives_process = any(tier.outlives_process for tier, _ in tiers)
         self.finds_more = any(tier.finds_more for tier, _ in tiers)
@@ -154,7 +163,9 @@ class ChainTier(Tier):
         for position, request in enumerate(requests):
             have = [link for link, sizes in zip(links, known, strict=True) if sizes[position]]
             may_have = [link for link, asks_store in zip(links, asks, strict=True) if asks_store and link not in have]
-            reads.append(ChainRead(request, have + may_have))
+            # Between exclusive tiers a block may move before it is read.
+            moving = [link for one in have for link in self._exclusive.get(one, ()) if link.reads]
+            reads.append(ChainRead(request, list(dict.fromkeys(have + may_have + moving))))
         return reads
 
     def _try_next(self, reads: Iterable[ChainRead]) -> list[asyncio.Task[None]]:
@@ -205,7 +216,7 @@ class ChainTier(Tier):
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
         self._check(())
         sizes = check_writes(requests)
-        links = [link for link in self.links if link.writes and (link.admission == ALWAYS or link is self.links[0])]
+        links = [link for link in self.links if link.writes and (link.takes is Takes.ALWAYS or link is self.links[0])]
         writes = [ChainWrite(request, len(links)) for request in requests]
         if not links:
             for write in writes:
@@ -227,14 +238,41 @@ class ChainTier(Tier):
         return outcomes
 
     async def _write_to(self, link: Link, number: int, writes: Sequence[ChainWrite], not_begun: set[int]) -> None:
-        not_begun.remove(number)
-        admitted = link.guard.writes.admit(len(writes))
-        for write in writes[admitted:]:
-            write.settled(number, REFUSED)
-        if admitted:
-            await link.guard.write(
-                [replace(w.request, on_settled=partial(w.settled, number)) for w in writes[:admitted]]
-            )
+        async with self._room(link, [write.request for write in writes]):
+            if number not in not_begun:
+                return
+            not_begun.remove(number)
+            admitted = link.guard.writes.admit(len(writes))
+            for write in writes[admitted:]:
+                write.settled(number, REFUSED)
+            if admitted:
+                await link.guard.write(
+                    [replace(w.request, on_settled=partial(w.settled, number)) for w in writes[:admitted]]
+                )
+
+    @contextlib.asynccontextmanager
+    async def _room(self, link: Link, requests: Sequence[WriteRequest]) -> AsyncIterator[None]:
+        """Before blocks are written to a tier, what it evicts for them goes to the tier below it."""
+        sizes = Counter(as_bytes(request.payload).size for request in requests)
+        link.coming += sizes
+        try:
+            if (below := self._below.get(link)) is not None and below.writes and link.reads and link.writes:
+                await self._move_back(link, below)
+            yield
+        finally:
+            link.coming -= sizes
+
+    async def _move_back(self, link: Link, below: Link) -> None:
+        """Move what the writes under way would evict to the tier below, or wait for who has begun with that."""
+        moves = set()
+        for block in link.tier.coldest(list(link.coming.elements())):
+            key, nbytes = block.key, link.tier.lookup([block.key])[0]
+            if nbytes and not below.tier.lookup([key])[0] and self._may_copy(key, nbytes):
+                self._start_copy(key, nbytes, self._copy(link, nbytes, below, key, block.last_use_s, moves=True))
+            if key in self._copies:
+                moves.add(self._copies[key])
+        if moves:
+            await asyncio.wait(moves, timeout=below.guard.longest_call_s)
 
     async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
         self._check(keys)
@@ -259,7 +297,7 @@ class ChainTier(Tier):
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
         for number, link in enumerate(self.links[1:], 1):
-            if link.admission == SECOND_TOUCH and link.writes:
+            if link.takes is Takes.SECOND_TOUCH and link.writes:
                 for key, nbytes, time_s in zip(keys, link.tier.lookup(keys), used_s, strict=True):
                     if not nbytes:
                         self._copy_back(self.links[:number], link, key, time_s)
@@ -269,12 +307,28 @@ class ChainTier(Tier):
     def _copy_forward(self, link: Link, request: ReadRequest, outcome: ReadOutcome) -> None:
         """A block was read from one tier: the tiers in front of it get a copy."""
         ahead = list(itertools.takewhile(lambda other: other is not link, self.links))
-        lacking = [other for other in ahead if other.writes and not other.tier.lookup([request.key])[0]]
+        taking = [other for other in ahead if other.writes and other.takes is not Takes.EVICTED]
+        lacking = [other for other in taking if not other.tier.lookup([request.key])[0]]
         if lacking and self._may_copy(request.key, outcome.payload_bytes):
             payload = as_bytes(request.buffer)[: outcome.payload_bytes].copy()  # the caller's memory is given back now
             self._start_copy(
-                request.key, payload.size, self._put(lacking, request.key, payload, outcome, request.used_s)
+                request.key,
+                payload.size,
+                self._move_forward(link, lacking, request.key, payload, outcome, request.used_s),
             )
+
+    async def _move_forward(
+        self,
+        link: Link,
+        ahead: Sequence[Link],
+        key: bytes,
+        payload: Any,
+        outcome: ReadOutcome,
+        used_s: float | None,
+    ) -> None:
+        is_ahead = await self._put(ahead, key, payload, outcome, used_s)
+        if is_ahead and link.takes is Takes.EVICTED:
+            await link.guard.delete([key])
 
     def _copy_back(self, ahead: Sequence[Link], link: Link, key: bytes, used_s: float) -> None:
         """A block was used again: a tier that gets only such blocks gets it from one in front of it."""
@@ -283,21 +337,29 @@ class ChainTier(Tier):
             source, nbytes = sources[0]
             self._start_copy(key, nbytes, self._copy(source, nbytes, link, key, used_s))
 
-    async def _copy(self, source: Link, nbytes: int, link: Link, key: bytes, used_s: float) -> None:
+    async def _copy(
+        self, source: Link, nbytes: int, link: Link, key: bytes, used_s: float, *, moves: bool = False
+    ) -> None:
         if not source.guard.reads.admit(1):
             return
         buffer = np.empty(nbytes, dtype=np.uint8)
         for outcome in await source.guard.read([ReadRequest(key, buffer, used_s=used_s)]):
             if outcome.reason is None:
-                await self._put([link], key, buffer[: outcome.payload_bytes], outcome, used_s)
+                is_there = await self._put([link], key, buffer[: outcome.payload_bytes], outcome, used_s)
+                if is_there and moves:  # now, and not by an eviction, which may take another block by then
+                    await source.guard.delete([key])
 
     async def _put(
         self, links: Sequence[Link], key: bytes, payload: Any, outcome: ReadOutcome, used_s: float | None
-    ) -> None:
+    ) -> bool:
+        """Returns True if one of the tiers has the block now."""
+        is_there = False
         for link in links:
-            if link.guard.writes.admit(1):
-                request = WriteRequest(key, payload, outcome.digest, outcome.raw_bytes, outcome.codec, used_s=used_s)
-                await link.guard.write([request])
+            request = WriteRequest(key, payload, outcome.digest, outcome.raw_bytes, outcome.codec, used_s=used_s)
+            async with self._room(link, [request]):
+                if link.guard.writes.admit(1):
+                    is_there |= any(one.outcome.is_stored for one in await link.guard.write([request]))
+        return is_there
 
     def _may_copy(self, key: bytes, nbytes: int) -> bool:
         return not self._is_closed and key not in self._copies and self._copied_bytes + nbytes <= COPY_BYTES
@@ -323,11 +385,13 @@ class ChainTier(Tier):
 
     def stats(self) -> TierStats:
         of_links = [link.tier.stats() for link in self.links]
+        stats_of = dict(zip(self.links, of_links, strict=True))
+        together = [self._exclusive.get(link, [link]) for link in self.links]
         scans = [stats.scan for link, stats in zip(self.links, of_links, strict=True) if link.is_open]
         return self._counters.snapshot(
             self.name,
-            evicted_blocks=max(stats.evicted_blocks for stats in of_links),
-            num_blocks=max(stats.num_blocks for stats in of_links),
+            evicted_blocks=max(stats_of[last].evicted_blocks for *_, last in together),
+            num_blocks=max(sum(stats_of[link].num_blocks for link in several) for several in together),
             used_bytes=self.used_bytes,
             capacity_bytes=self.capacity_bytes,
             unsettled=sum(stats.unsettled for stats in of_links),

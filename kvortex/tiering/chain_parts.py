@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections import Counter
+from enum import StrEnum
 from typing import Final
 
 from kvortex.errors import KVortexError
@@ -16,18 +18,31 @@ ABSENT: Final = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT)
 REFUSED: Final = WriteOutcome(SaveOutcome.FAILED, cause=Cause.IO_ERROR)
 
 
+class Takes(StrEnum):
+    """When a tier of a chain gets a block."""
+
+    ALWAYS = "always"
+    """When it is saved."""
+    SECOND_TOUCH = "second_touch"
+    """When it is used again."""
+    EVICTED = "evicted"
+    """When the tier in front evicts it; it gives the block away when that gets it back."""
+
+
 class Link:
     """One tier of a chain, behind circuit breakers of its own.
 
     Args:
         tier: the tier, not opened.
-        admission: "always", or "second_touch" for a tier that gets only blocks that are used again.
+        takes: when it gets a block.
         timeout_s: seconds that one of its calls may take.
     """
 
-    def __init__(self, tier: Tier, admission: str, timeout_s: float) -> None:
+    def __init__(self, tier: Tier, takes: Takes, timeout_s: float) -> None:
         self.tier = tier
-        self.admission = admission
+        self.takes = takes
+        self.coming: Counter[int] = Counter()
+        """Bytes of the payloads that are being written."""
         self.guard = GuardedTier(tier, timeout_s, time.monotonic)
         self.is_open = False
         self.error = ""

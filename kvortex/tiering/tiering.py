@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
-from kvortex.config.sections import TIER_ADMISSIONS
+from kvortex.config.sections import TIER_ADMISSIONS, TIER_INCLUSIONS
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.stats import LinkFigures, TieringFigures
 from kvortex.tiering.backing import NOT_KNOWN, BackingTier
-from kvortex.tiering.chain import ALWAYS, ChainTier
+from kvortex.tiering.chain import ChainTier
+from kvortex.tiering.chain_parts import Takes
 from kvortex.tiering.fetches import Fetch, Fetches
 from kvortex.tiering.keys import split_keys
 from kvortex.tiering.write_behind import WriteBehind
@@ -348,12 +349,27 @@ def tier_of(config: KVortexConfig, namespace: bytes) -> Tier | None:
         return DiskTier(config.disk, namespace=namespace) if config.disk.path else None
     tiers = []
     for number, text in enumerate(config.tier.urls):
-        url, admission = TierUrl.parse(text).without("admission")
-        if admission is not None and not number:
-            raise ConfigError(f"{text!r}: what the first tier takes is set by tier.admission; leave the option out")
-        if admission not in (None, *TIER_ADMISSIONS):
-            raise ConfigError(f"{text!r}: admission must be one of {', '.join(TIER_ADMISSIONS)}")
-        tiers.append((tier_from_url(url, namespace), admission or ALWAYS))
+        url, takes = _takes_of(TierUrl.parse(text), is_first=not number)
+        tiers.append((tier_from_url(url, namespace), takes))
     if len(tiers) == 1:
         return tiers[0][0]
     return ChainTier(tiers, config.tier.timeout_s, copies_forward=config.tier.inclusion == "inclusive")
+
+
+def _takes_of(url: TierUrl, *, is_first: bool) -> tuple[TierUrl, Takes]:
+    """What a tier of a chain takes, and its URL without the options that say so."""
+    named: dict[str, str] = {}
+    for option, choices in (("admission", TIER_ADMISSIONS), ("inclusion", TIER_INCLUSIONS)):
+        url, choice = url.without(option)
+        if choice is None:
+            continue
+        if is_first:
+            raise ConfigError(f"{url.text!r}: what the first tier takes is set by tier.{option}; leave the option out")
+        if choice not in choices:
+            raise ConfigError(f"{url.text!r}: {option} must be one of {', '.join(choices)}")
+        named[option] = choice
+    if named.get("inclusion") != "exclusive":
+        return url, Takes(named.get("admission", Takes.ALWAYS))
+    if "admission" in named:
+        raise ConfigError(f"{url.text!r}: an exclusive tier takes what the one in front evicts; leave admission out")
+    return url, Takes.EVICTED

@@ -286,6 +286,13 @@ class Tier(ABC):
         """All blocks of the namespace, from the store itself, in no order. A block that is written or removed during
         the scan may be seen or not; none is seen twice. Parts of the store that cannot be read are left out."""
 
+    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
+        """The blocks of this namespace that are evicted to make room for payloads of these bytes, the coldest first.
+
+        None, as here, where the store evicts by itself.
+        """
+        return []
+
     # -- moving ----------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -203,6 +203,9 @@ class BaseTier(Tier):
             sizes += found
         return sizes
 
+    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
+        return self._index.coldest(sum(payloads) + SHORT_HEADER_BYTES * len(payloads))
+
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
         if not self.lists_objects:

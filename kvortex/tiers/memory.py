@@ -84,6 +84,15 @@ class MemoryTier(Tier):
         self._check(keys)
         return self.lookup(keys)
 
+    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
+        excess, found = self._used_bytes + sum(payloads) - self._capacity_bytes, []
+        for key, kept in sorted(self._kept.items(), key=lambda item: item[1].last_use_s):
+            if excess <= 0:
+                break
+            excess -= kept.payload.size
+            found.append(StoredBlock(key, kept.payload.size, kept.last_use_s))
+        return found
+
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
         for key, kept in list(self._kept.items()):

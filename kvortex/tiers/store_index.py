@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from kvortex.tiers.base import StoredBlock
 from kvortex.tiers.uses import UseClock
+from kvortex.types import BLOCK_HASH_BYTES
 
 
 @dataclass(slots=True)
@@ -97,6 +99,23 @@ class StoreIndex:
             return [0] * len(keys)
         get = self._blocks.get
         return [block.stored_bytes if (block := get(key)) is not None else 0 for key in keys]
+
+    def coldest(self, nbytes: int) -> list[StoredBlock]:
+        """The blocks that have to go before `nbytes` more have room, the least recently used first; all stay.
+
+        Those of other namespaces are left out.
+        """
+        with self._lock:
+            excess = self._used_bytes + nbytes - self.capacity_bytes
+            found: Victims = []
+            while excess > 0 and (oldest := self._oldest()) is not None:
+                heapq.heappop(self._order)
+                excess -= oldest[1].stored_bytes
+                found.append(oldest)
+            for key, block in found:
+                heapq.heappush(self._order, (block.last_use_s, next(self._numbers), key, block))
+        own = (item for item in found if len(item[0]) == BLOCK_HASH_BYTES)
+        return [StoredBlock(key, block.stored_bytes, block.last_use_s) for key, block in own]
 
     # -- writing and removing --------------------------------------------------------------------------
 

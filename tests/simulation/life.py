@@ -111,8 +111,8 @@ class Life:
             self.tier.read_spans.setdefault(keys[position].tobytes(), []).append(span)
         return plan
 
-    def _watch_reserve(self, keys: NDArray[np.uint64]) -> Reservation:
-        reservation = self._reserve(keys)
+    def _watch_reserve(self, keys: NDArray[np.uint64], form: int = 0) -> Reservation:
+        reservation = self._reserve(keys, form)
         for key, slot in zip(keys, reservation.slots.tolist(), strict=True):
             self._forgotten_before[slot] = self._forgotten[key.tobytes()]
         return reservation

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason
 from kvortex.errors import ConfigError, EngineStateError
+from kvortex.layout import PagedCache
 from kvortex.testing.tier_conformance import (
     NAMESPACE,
     NBYTES,
@@ -25,12 +27,15 @@ from kvortex.testing.tier_conformance import (
 )
 from kvortex.tiering import chain as chain_module
 from kvortex.tiering.chain import ChainTier
+from kvortex.tiering.chain_parts import Takes
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, Tier, breaker
+from kvortex.tiers.frame import SHORT_HEADER_BYTES, frame_bytes
 from kvortex.types import SaveOutcome
 from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config
 from tests.tiers.object_support import DictTier, UnlistedTier, failing, hanging, keys_in
 
 TIMEOUT_S = 1.0
+STORED_BYTES = NBYTES + SHORT_HEADER_BYTES
 STORES: dict[Path, tuple[dict[str, bytes], dict[str, bytes]]] = {}
 
 
@@ -79,12 +84,17 @@ class Bench:
     """A chain over dicts.
 
     Args:
-        admissions: of each tier.
+        takes: what each tier takes.
+        room: blocks that each tier has room for; None for no limit.
     """
 
-    def __init__(self, *admissions: str, timeout_s: float = TIMEOUT_S, **named: Any) -> None:
-        self.parts = [DictTier({}, namespace=NAMESPACE) for _ in admissions]
-        self.tier = ChainTier(list(zip(self.parts, admissions, strict=True)), timeout_s, **named)
+    def __init__(
+        self, *takes: str, room: Sequence[int | None] = (), timeout_s: float = TIMEOUT_S, **named: Any
+    ) -> None:
+        capacities = [None if count is None else count * STORED_BYTES for count in room] or [None] * len(takes)
+        self.parts = [DictTier({}, namespace=NAMESPACE, capacity_bytes=nbytes) for nbytes in capacities]
+        tiers = [(part, Takes(one)) for part, one in zip(self.parts, takes, strict=True)]
+        self.tier = ChainTier(tiers, timeout_s, **named)
 
     async def __aenter__(self) -> "Bench":
         await self.tier.open()
@@ -179,6 +189,139 @@ async def test_a_tier_may_take_only_what_is_used_again() -> None:
         assert [bench.has(n)[1] for n in range(4)] == [False, True, True, False]
         bench.lose(0, [1])
         assert [o.reason for o in await bench.read(1)] == [None]
+
+
+async def write_one_by_one(bench: Bench, *numbers: int) -> None:
+    """Each is used later than the one before it."""
+    for number in numbers:
+        (outcome,) = await bench.tier.write([write_request(number)])
+        assert outcome.outcome.is_stored
+        await bench.copied()
+
+
+async def test_an_exclusive_tier_has_what_the_tier_in_front_has_evicted() -> None:
+    async with Bench("always", "evicted", room=[4, 4]) as bench:
+        await write_one_by_one(bench, *range(4))
+        assert [bench.has(n) for n in range(4)] == [[True, False]] * 4
+        await write_one_by_one(bench, *range(4, 7))
+        assert [bench.has(n) for n in range(7)] == [[False, True]] * 3 + [[True, False]] * 4
+        assert bench.tier.lookup([key_of(n) for n in range(7)]) == [NBYTES] * 7
+        stats = bench.tier.stats()
+        assert (stats.num_blocks, stats.evicted_blocks) == (7, 0)
+        assert [o.reason for o in await bench.read(0)] == [None]  # it comes forward, and pushes another one back
+        await bench.copied()
+        assert [bench.has(n) for n in range(7)] == [[True, False]] + [[False, True]] * 3 + [[True, False]] * 3
+        await write_one_by_one(bench, 7, 8)
+        assert bench.tier.lookup([key_of(1), key_of(2)]) == [0, NBYTES], "the coldest of all is lost"
+        assert bench.tier.stats().evicted_blocks == 1
+
+
+async def test_many_blocks_at_once_push_as_many_back() -> None:
+    async with Bench("always", "evicted", "evicted", room=[8, 8, None]) as bench:
+        for start in range(0, 48, 8):
+            writes = [bench.tier.write([write_request(n)]) for n in range(start, start + 8)]
+            assert all(outcome.outcome.is_stored for (outcome,) in await asyncio.gather(*writes))
+            await bench.copied()
+        assert bench.tier.lookup([key_of(n) for n in range(48)]) == [NBYTES] * 48
+        assert all(0 < len(part.objects) <= 8 for part in bench.parts[:2])
+        assert all(outcome.reason is None for outcome in await bench.read(*range(48)))
+        await bench.copied()
+
+
+@pytest.mark.parametrize("how", [failing, hanging])
+@pytest.mark.usefixtures("paused_for_good")
+async def test_a_sick_exclusive_tier_does_not_keep_the_one_in_front_from_storing(how: Any) -> None:
+    async with Bench("always", "evicted", room=[4, None], timeout_s=0.4) as bench:
+        await write_one_by_one(bench, *range(4))
+        bench.parts[1].before = how("put")
+        await write_one_by_one(bench, *range(4, 12))
+        assert [bench.has(n)[0] for n in range(4, 12)] == [False] * 4 + [True] * 4
+        assert not bench.parts[1].objects
+
+
+async def test_what_comes_from_behind_an_exclusive_tier_passes_it_by() -> None:
+    async with Bench("always", "evicted", "always", room=[2, None, None]) as bench:
+        await write_one_by_one(bench, 0)
+        bench.lose(0, [0])
+        assert [o.reason for o in await bench.read(0)] == [None]
+        await bench.copied()
+        assert bench.has(0) == [True, False, True]
+
+
+async def test_a_block_that_does_not_come_forward_stays_where_it_is() -> None:
+    async with Bench("always", "evicted", room=[2, None]) as bench:
+        await write_one_by_one(bench, *range(4))
+        bench.parts[0].before = failing("put")
+        assert [o.reason for o in await bench.read(0)] == [None]
+        await bench.copied()
+        assert bench.has(0) == [False, True]
+
+
+def held(tier: DictTier, kind: str) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold a tier's calls of a kind; returns what tells that one has begun, and what lets them go on."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def before(call: str, name: str) -> None:
+        if call == kind:
+            begun.set()
+            await go_on.wait()
+
+    tier.before = before
+    return begun, go_on
+
+
+async def test_what_is_used_while_it_is_pushed_back_pushes_no_other_out() -> None:
+    async with Bench("always", "evicted", room=[2, None]) as bench:
+        await write_one_by_one(bench, 0, 1)
+        begun, go_on = held(bench.parts[1], "put")
+        writing = asyncio.create_task(bench.tier.write([write_request(2)]))
+        await begun.wait()
+        await bench.parts[0].touch([key_of(0)], [time.time()])
+        go_on.set()
+        await writing
+        assert [bench.has(n) for n in range(3)] == [[False, True], [True, False], [True, False]]
+
+
+async def test_writes_that_come_together_wait_for_the_same_blocks_to_be_pushed_back() -> None:
+    async with Bench("always", "evicted", room=[2, None]) as bench:
+        await write_one_by_one(bench, 0, 1)
+        begun, go_on = held(bench.parts[1], "put")
+        writing = [asyncio.create_task(bench.tier.write([write_request(n)])) for n in (2, 3)]
+        await begun.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert [bench.has(n) for n in range(4)] == [[True, False]] * 2 + [[False, False]] * 2
+        go_on.set()
+        await asyncio.gather(*writing)
+        assert [bench.has(n) for n in range(4)] == [[False, True]] * 2 + [[True, False]] * 2
+
+
+async def test_a_block_that_is_pushed_back_before_it_is_read_is_read_there() -> None:
+    async with Bench("always", "evicted", room=[2, None]) as bench:
+        await write_one_by_one(bench, 0, 1)
+        bench.parts[1].finds_more = False  # so it is not asked for what it is not known to have
+        begun, go_on = held(bench.parts[0], "get")
+        reading = asyncio.create_task(bench.read(0))
+        await begun.wait()
+        name = bench.parts[0]._name(key_of(0))
+        bench.parts[1].objects[name] = bench.parts[0].objects.pop(name)
+        go_on.set()
+        assert [outcome.reason for outcome in await reading] == [None]
+
+
+async def test_what_is_deleted_while_it_is_pushed_back_does_not_come_again() -> None:
+    async with Bench("always", "evicted", room=[2, None]) as bench:
+        await write_one_by_one(bench, 0, 1)
+        begun, go_on = held(bench.parts[1], "put")
+        writing = asyncio.create_task(bench.tier.write([write_request(2)]))
+        await begun.wait()
+        deleting = asyncio.create_task(bench.tier.delete([key_of(0)]))
+        await asyncio.sleep(0.01)
+        go_on.set()
+        assert await deleting == [True]
+        await writing
+        await bench.copied()
+        assert bench.has(0) == [False, False]
 
 
 async def test_a_full_tier_does_not_keep_the_others_from_storing() -> None:
@@ -307,13 +450,15 @@ async def test_a_late_block_is_settled_when_its_tier_lets_go() -> None:
         assert [o.reason for o in await bench.read(0)] == [None]  # the first one's reads are paused now
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(9))
 async def test_a_storm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Tiers that fail, hang and are slow; calls with deadlines, and cancelled ones: every buffer comes back once."""
     monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setattr(breaker, "LONGEST_PAUSE_S", 0.02)
     dice = random.Random(seed)
-    async with Bench("always", dice.choice(("always", "second_touch")), "always", timeout_s=0.3) as bench:
+    middle = dice.choice(("always", "second_touch", "evicted"))
+    room = [20, None, None] if middle == "evicted" else []
+    async with Bench("always", middle, "always", room=room, timeout_s=0.3) as bench:
 
         async def before(call: str, name: str) -> None:
             roll = dice.random()
@@ -369,9 +514,13 @@ async def test_a_storm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         assert bench.tier.stats().unsettled == bench.tier._copied_bytes == 0
         await asyncio.sleep(0.03)
         await bench.tier.delete([key_of(n) for n in range(30)])
-        written = await bench.tier.write([write_request(n) for n in range(30)])
-        assert all(outcome.outcome.is_stored for outcome in written)
-        assert all(outcome.reason is None for outcome in await bench.read(*range(30)))
+        for _ in range(200):  # a breaker that has opened lets one block through from time to time
+            await bench.tier.write([write_request(n) for n in range(30)])
+            if all(outcome.reason is None for outcome in await bench.read(*range(30))):
+                break
+            await asyncio.sleep(0.03)
+        else:
+            raise AssertionError("blocks are lost")
 
 
 async def test_what_others_store_is_asked_for() -> None:
@@ -419,11 +568,34 @@ async def test_an_engine_over_two_disks(tmp_path: Path) -> None:
         assert [link.num_blocks for link in engine.get_stats().tiering.links] == [0, 0]
 
 
+async def test_an_engine_over_a_small_disk_and_an_exclusive_one(tmp_path: Path) -> None:
+    cache, hashes, small, large = make_cache(), chain(12), tmp_path / "small", tmp_path / "large"
+    nbytes = frame_bytes(PagedCache.from_tensors(cache, BLOCK_SIZE).layouts[0].block_nbytes)
+    urls = [f"disk://{small}?capacity_bytes={4 * nbytes}", f"disk://{large}?inclusion=exclusive"]
+    config = small_config(tier=urls, identity={"model": "a"})
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert await engine.wait_tier()
+        for number in range(12):
+            assert (await engine.save_blocks(hashes[number : number + 1], [number])).ok
+            await engine.flush()
+        assert [link.num_blocks for link in engine.get_stats().tiering.links] == [4, 8]
+    async with KVortexEngine.create(config) as engine:
+        engine.register_kv_caches(cache, BLOCK_SIZE)
+        assert await engine.wait_tier()
+        assert engine.match_prefix(hashes) == 12
+        assert (await engine.load_blocks(hashes, range(16, 28))).ok
+        assert contents(cache, range(12)) == contents(cache, range(16, 28))
+
+
 @pytest.mark.parametrize(
     ("urls", "message"),
     [
         (["disk:///a?admission=always", "disk:///b"], r"what the first tier takes is set by tier\.admission"),
         (["disk:///a", "disk:///b?admission=never"], "admission must be one of always, second_touch"),
+        (["disk:///a?inclusion=exclusive", "disk:///b"], r"what the first tier takes is set by tier\.inclusion"),
+        (["disk:///a", "disk:///b?inclusion=no"], "inclusion must be one of inclusive, exclusive"),
+        (["disk:///a", "disk:///b?inclusion=exclusive&admission=always"], "leave admission out"),
         (["disk:///a", 7], "must be a list of texts"),
         (["disk:///a", "nothing"], "is no URL of a tier"),
     ],

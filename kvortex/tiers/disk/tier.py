@@ -36,7 +36,7 @@ from kvortex.tiers.disk.runner import BatchRunner
 from kvortex.tiers.disk.scan import list_parts, read_part
 from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.disk.writer import DiskWriter
-from kvortex.tiers.frame import HEADER_BYTES
+from kvortex.tiers.frame import HEADER_BYTES, frame_bytes
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.store_index import StoreIndex
 from kvortex.types import MissReason, SaveOutcome
@@ -160,6 +160,9 @@ class DiskTier(Tier):
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
             return [0] * len(keys)
+
+    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
+        return self._index.coldest(sum(map(frame_bytes, payloads)))
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
