@@ -278,8 +278,8 @@ class OwnerConfig(Section):
     Args:
         socket: path of the owner's Unix socket; empty for a pool of this engine alone. With an owner, the size of the
             pool and its eviction are the owner's settings.
-        deadline_s: seconds that a call to the owner may take. After that the engine goes on without the pool, and tries
-            to connect again.
+        deadline_s: seconds that a call to the owner may take, at least 10 while the engine starts. Then the engine
+            goes on without the pool, and tries to connect again.
         priority: blocks of this engine's namespace are evicted before those of namespaces with a higher priority, from
             -1000 to 1000. None leaves it as another engine of the namespace has set it, at first 0.
         quota: bytes of the pool that the blocks of this engine's namespace may take, such as "20GiB"; if they need
