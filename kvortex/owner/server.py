@@ -64,7 +64,7 @@ class Owner:
         self._inode: tuple[int, int] | None = None
         self._lock: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._accepting: asyncio.Task[None] | None = None
+        self._accepting: asyncio.TimerHandle | None = None
         self._processes: dict[int, Process] = {}
         self.num_clients = 0
 
@@ -86,7 +86,7 @@ class Owner:
         except BaseException:
             self._release()
             raise
-        self._accepting = self._spawn(self._accept())
+        self._begin_accepting()
         self._spawn(self._watch_socket())
         logger.info("a pool of %s for the engines that connect to %s", format_bytes(self._config.pool.bytes), self.path)
 
@@ -135,9 +135,7 @@ class Owner:
             await asyncio.sleep(SOCKET_CHECK_S)
             if _inode_of(self.path) == self._inode:
                 continue
-            if self._accepting is not None:  # the loop must not wait for a descriptor that is closed
-                self._accepting.cancel()
-                await asyncio.wait([self._accepting])
+            self._stop_accepting()  # the loop must not wait for a descriptor that is closed
             try:
                 self._listen()
             except OSError as error:
@@ -146,7 +144,7 @@ class Owner:
             else:
                 logger.warning("%s was deleted or replaced: it was made again", self.path)
                 said = ""
-                self._accepting = self._spawn(self._accept())
+            self._begin_accepting()
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until what waits for lower tiers is written or dropped, but no longer than that."""
@@ -158,6 +156,7 @@ class Owner:
 
     async def aclose(self) -> None:
         """Close all connections and release the pool; engines go on without it. Idempotent."""
+        self._stop_accepting()
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
             task.cancel()
@@ -191,43 +190,55 @@ class Owner:
 
     # -- connections -------------------------------------------------------------------------------
 
-    async def _accept(self) -> None:
-        listener = self._listener
-        assert listener is not None
-        while True:
-            try:
-                connection, _ = await self._loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors
-                logger.error("cannot accept a client: %s", error)
-                await asyncio.sleep(SOCKET_CHECK_S)
-                continue
-            connection.setblocking(False)
-            self._spawn(self._serve(connection))
+    def _begin_accepting(self) -> None:
+        self._accepting = None
+        if self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _stop_accepting(self) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # it has gone again
+        except OSError as error:  # out of descriptors
+            logger.error("cannot accept a client: %s", error)
+            self._stop_accepting()
+            self._accepting = self._loop.call_later(SOCKET_CHECK_S, self._begin_accepting)
+            return
+        connection.setblocking(False)
+        # Closed by the task's end, because one that is cancelled before it begins does nothing.
+        self._spawn(self._serve(connection)).add_done_callback(lambda _: connection.close())
 
     async def _serve(self, connection: socket.socket) -> None:
         pid, uid, _ = _CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
-        with connection:
-            try:
-                async with asyncio.timeout(HELLO_TIMEOUT_S):
-                    client = await self._greet(connection, pid, uid)
-            except (OwnerError, OSError, TimeoutError) as error:
-                logger.warning("process %d of user %d was not served: %s", pid, uid, error or "it said nothing")
-                return
-            process = self._process(pid)
-            session = Session(self.caches, process, client, is_sole=self._is_sole)
-            self.num_clients += 1
-            served = Connection(session, pid)
-            process.connections.add(served)
-            try:
-                await self._loop.create_connection(lambda: served, sock=connection)
-                await served.ended
-            finally:
-                served.abort()
-                process.connections.discard(served)
-                self.num_clients -= 1
-                process.may_write(client, session.close(), self._writers_of(session, process))
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                client = await self._greet(connection, pid, uid)
+        except (OwnerError, OSError, TimeoutError) as error:
+            logger.warning("process %d of user %d was not served: %s", pid, uid, error or "it said nothing")
+            return
+        process = self._process(pid)
+        session = Session(self.caches, process, client, is_sole=self._is_sole)
+        self.num_clients += 1
+        served = Connection(session, pid)
+        process.connections.add(served)
+        try:
+            await self._loop.create_connection(lambda: served, sock=connection)
+            await served.ended
+        finally:
+            served.abort()
+            process.connections.discard(served)
+            self.num_clients -= 1
+            process.may_write(client, session.close(), self._writers_of(session, process))
 
     async def _greet(self, connection: socket.socket, pid: int, uid: int) -> int:
         """Receive the first frame and answer it; returns the client's number."""
