@@ -34,7 +34,7 @@ from tests.owner.client_program import Churn, config_of
 from tests.owner.owner_support import LocalOwner, read_line, spawn, wait_until
 
 DEADLINE_S = 0.5
-RESTARTS = int(os.environ.get("KVORTEX_RESTARTS", "20"))
+RESTARTS = int(os.environ.get("KVORTEX_RESTARTS", "6"))
 """How often the owner is killed; more of them for a long run."""
 
 

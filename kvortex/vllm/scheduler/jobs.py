@@ -78,7 +78,7 @@ class BegunSave:
     parts: list[SavePart]
     order: NDArray[np.intp] | None  # see `SaveInFlight`
     as_is: bool
-    block_ids: list[int]
+    block_ids: list[int]  # of the device, each once
     pool: str
 
 

@@ -86,7 +86,7 @@ class SavePlanner:
             keys, block_ids = keys[order], block_ids[order]
             groups = numbers[order].astype(np.uint8)
         planned = self._control.begin_save(keys, block_ids, "save", groups=groups, as_is=as_is)
-        ids: list[int] = block_ids.tolist()
+        ids = list(dict.fromkeys(block_ids.tolist()))  # requests share blocks, and vLLM must not free one twice at once
         return BegunSave(planned=planned, parts=parts, order=order, as_is=as_is, block_ids=ids, pool=context.pool)
 
     def add_jobs(self, plan: ConnectorPlan) -> None:

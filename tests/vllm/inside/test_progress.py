@@ -25,7 +25,7 @@ from kvortex.vllm.versions import IS_NEWER, WorkerReports
 
 BLOCK_SIZE = 32
 BLOCK_NBYTES = BLOCK_SIZE * 4096
-RUNS = int(os.environ.get("KVORTEX_HUNT_RUNS", "400"))
+RUNS = int(os.environ.get("KVORTEX_HUNT_RUNS", "240"))
 MAX_MODEL_LEN = 512
 
 
