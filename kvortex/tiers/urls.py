@@ -1,4 +1,4 @@
-"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB`, from this package and from others.
+"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB` or `redis://host:6379`.
 
 Another package adds a scheme by an entry point of the group `kvortex.tiers`, whose name is the scheme:
 
@@ -19,6 +19,8 @@ from kvortex.config.fields import conformed, from_text, hints_of, nearest, requi
 from kvortex.errors import ConfigError
 from kvortex.tiers.base import Tier
 from kvortex.tiers.disk import DiskTier
+from kvortex.tiers.redis import RedisTier
+from kvortex.tiers.redis.settings import OPTIONS, settings_of
 
 ENTRY_POINTS: Final = "kvortex.tiers"
 
@@ -95,7 +97,12 @@ def _make_disk(url: TierUrl, namespace: bytes) -> Tier:
     return DiskTier(DiskTierConfig(path=url.path, **url.values(hints)), namespace=namespace)
 
 
-OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk}
+def _make_redis(url: TierUrl, namespace: bytes) -> Tier:
+    settings = settings_of(url.scheme, url.host, url.path, url.values(OPTIONS[url.scheme]))
+    return RedisTier(settings, namespace=namespace)
+
+
+OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk, **dict.fromkeys(OPTIONS, _make_redis)}
 """The schemes of this package."""
 
 
