@@ -26,7 +26,7 @@ def dial(settings: RedisSettings) -> Wire:
     except exceptions.NoPermissionError as error:
         raise ReplyError(f"NOPERM {error}") from error
     except exceptions.ResponseError as error:
-        raise ReplyError(_with_code(str(error))) from error
+        raise ReplyError(f"ERR {error}") from error
     except exceptions.RedisError as error:
         if isinstance(error.__context__, ssl.SSLCertVerificationError):
             raise ReplyError(f"TLS {error.__context__.verify_message}") from error
@@ -41,8 +41,8 @@ def _connection_of(settings: RedisSettings) -> AbstractConnection:
         "db": settings.db,
         "username": settings.username,
         "password": settings.secret(),
-        "socket_timeout": settings.timeout_s,
-        "socket_connect_timeout": settings.timeout_s,
+        "socket_timeout": settings.connect_timeout_s,
+        "socket_connect_timeout": settings.connect_timeout_s,
         "protocol": 2,  # of version 3 the server may say what nobody has asked for
         "retry": Retry(NoBackoff(), 0),
     }
@@ -59,8 +59,3 @@ def _connection_of(settings: RedisSettings) -> AbstractConnection:
         **place,
         **common,
     )
-
-
-def _with_code(text: str) -> str:
-    """The text with its code; redis-py keeps those that it does not know."""
-    return text if text.partition(" ")[0].isupper() else f"ERR {text}"

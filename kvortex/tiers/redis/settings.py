@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 from kvortex.errors import ConfigError
 
 PORT: Final = 6379
+CONNECT_S: Final = 3.0
+"""Seconds that a server may take for each step of a new connection, at most."""
 
 _EVERYWHERE: Final[Mapping[str, Any]] = {
     "connections": int,
@@ -93,6 +95,11 @@ class RedisSettings:
         """The server in words, for logs."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.path or f"{host}:{self.port}"
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """Seconds that each step of a new connection may take."""
+        return min(CONNECT_S, self.timeout_s)
 
     def secret(self) -> str | None:
         """The password of this moment.

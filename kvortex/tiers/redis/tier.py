@@ -120,7 +120,7 @@ class RedisTier(Tier):
         try:
             said = self._blocks.info()
         except StoreFailure:
-            return  # the user may not ask
+            return
         if why := _never_evicts(said, has_ttl=self._settings.ttl_s is not None):
             logger.warning(
                 "the redis server at %s %s; set maxmemory, and maxmemory-policy allkeys-lru",
@@ -140,7 +140,7 @@ class RedisTier(Tier):
             if self._scan_task is not None:
                 self._scan_task.cancel()
                 await asyncio.wait([self._scan_task])
-            timeout_s = CLOSE_GRACE_S + self._settings.timeout_s
+            timeout_s = 2 * CLOSE_GRACE_S + self._settings.connect_timeout_s
             await asyncio.gather(self._reads.aclose(timeout_s), self._writes.aclose(timeout_s))
         finally:
             ending.cancel()
