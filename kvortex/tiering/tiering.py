@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
+from kvortex.config.redaction import without_passwords
 from kvortex.config.sections import TIER_ADMISSIONS
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.stats import LinkFigures, TieringFigures
@@ -350,9 +351,10 @@ def tier_of(config: KVortexConfig, namespace: bytes) -> Tier | None:
     for number, text in enumerate(config.tier.urls):
         url, admission = TierUrl.parse(text).without("admission")
         if admission is not None and not number:
-            raise ConfigError(f"{text!r}: what the first tier takes is set by tier.admission; leave the option out")
+            shown = without_passwords(text)
+            raise ConfigError(f"{shown!r}: what the first tier takes is set by tier.admission; leave the option out")
         if admission not in (None, *TIER_ADMISSIONS):
-            raise ConfigError(f"{text!r}: admission must be one of {', '.join(TIER_ADMISSIONS)}")
+            raise ConfigError(f"{without_passwords(text)!r}: admission must be one of {', '.join(TIER_ADMISSIONS)}")
         tiers.append((tier_from_url(url, namespace), admission or ALWAYS))
     if len(tiers) == 1:
         return tiers[0][0]
