@@ -1,5 +1,6 @@
 """A real server refuses, is full, evicts, holds other things than blocks, or proves who it is by TLS."""
 
+import asyncio
 import logging
 import os
 import ssl
@@ -275,6 +276,19 @@ async def test_both_sides_prove_who_they_are(by_tls: Proxy, tmp_path: Path) -> N
         for number in range(8):
             assert (await read_one(tier, number, 1 << 20)).reason is None
         assert by_tls.num_accepted == accepted  # connections are kept
+
+
+@pytest.mark.parametrize("harm", [Harm.HOLD, Harm.DRIP])
+async def test_a_server_behind_tls_that_stands_still_is_a_miss(by_tls: Proxy, tmp_path: Path, harm: Harm) -> None:
+    files = f"&ca_file={tmp_path}/ca.pem&cert_file={tmp_path}/client.pem"
+    url = by_tls.url(files, scheme="rediss").replace("timeout_s=20", "timeout_s=0.5")
+    async with tier_over(url) as tier:
+        async with asyncio.timeout(PATIENCE_S):
+            while (await write_one(tier, 0)).outcome is not SaveOutcome.STORED:
+                await asyncio.sleep(0.01)
+        by_tls.fault = Fault(Way.ANSWERED, 6000, harm)
+        outcome = await asyncio.wait_for(read_one(tier, 0), PATIENCE_S)
+        assert (outcome.reason, outcome.cause) == (MissReason.TRANSFER_FAILED, Cause.IO_ERROR)
 
 
 async def test_another_authority_is_refused(by_tls: Proxy, tmp_path: Path) -> None:
