@@ -25,20 +25,22 @@ from kvortex.testing.tier_conformance import NAMESPACE, NBYTES, is_right, read_r
 from kvortex.tiers import ReadOutcome, RedisTier, WriteOutcome, tier_from_url
 
 START_S = 30.0
+NUM_SLOTS = 16384
+CLUSTER_SETTINGS = ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "60000", "--bind", "127.0.0.1"]
 
 
 class RedisServer:
     """Valkey on a Unix socket in a directory of its own; the proxy makes it known by TCP."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._arguments = arguments
+    def __init__(self, *arguments: str, port: int = 0) -> None:
+        self._arguments = ["--port", str(port), *arguments]
         self._directory = Path(tempfile.mkdtemp(prefix="kvortex-redis-"))  # a socket's path has at most 107 bytes
         self.socket = self._directory / "server.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
+        command = [str(get_binary_path()), "--unixsocket", str(self.socket), "--save", ""]
         command += ["--dir", str(self._directory), *self._arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         due_s = time.monotonic() + START_S
@@ -76,6 +78,13 @@ class RedisServer:
         with redis.Redis(unix_socket_path=str(self.socket), protocol=2) as client:
             return client.execute_command(*words)
 
+    def raw(self, *words: Any) -> bytes:
+        """The same, as the server says it."""
+        with redis.Redis(unix_socket_path=str(self.socket), protocol=2) as client:
+            client.response_callbacks.clear()
+            answer: bytes = client.execute_command(*words)
+            return answer
+
     def url(self, options: str = "", user: str = "") -> str:
         """The URL of its socket."""
         return f"unix://{user}{quote(str(self.socket))}?timeout_s=20{options}"
@@ -94,6 +103,74 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class RedisCluster:
+    """Three servers that share the names among them."""
+
+    def __init__(self) -> None:
+        ports = free_ports(6)
+        self.ports, self._buses = ports[:3], ports[3:]
+        self.nodes = [
+            RedisServer("--cluster-enabled", "yes", "--cluster-port", str(bus), *CLUSTER_SETTINGS, port=port)
+            for port, bus in zip(self.ports, self._buses, strict=True)
+        ]
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:
+            node.close()
+
+    def _start(self) -> None:
+        for number, node in enumerate(self.nodes):
+            node.start()
+            first, last = NUM_SLOTS * number // 3, NUM_SLOTS * (number + 1) // 3 - 1
+            node.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for port, bus in zip(self.ports[1:], self._buses[1:], strict=True):
+            self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", port, bus)
+        due_s = time.monotonic() + START_S
+        while not all(self._knows_all(node) for node in self.nodes):
+            assert time.monotonic() < due_s, "the cluster does not come together"
+            time.sleep(0.01)
+
+    def _knows_all(self, node: RedisServer) -> bool:
+        slots = node.ask("CLUSTER", "SLOTS")
+        is_up = b"cluster_state:ok" in node.raw("CLUSTER", "INFO")
+        return is_up and sum(int(last) - int(first) + 1 for first, last, *_ in slots) == NUM_SLOTS
+
+    def node_of(self, name: bytes) -> RedisServer:
+        """The server that has a name."""
+        slot = redis.crc.key_slot(name)
+        for first, last, place, *_ in self.nodes[0].ask("CLUSTER", "SLOTS"):
+            if int(first) <= slot <= int(last):
+                return self.nodes[self.ports.index(int(place[1]))]
+        raise AssertionError(f"no node has slot {slot}")
+
+    def move(self, name: bytes, target: RedisServer) -> None:
+        """Give the slot of a name, which must be empty, to another server."""
+        slot = redis.crc.key_slot(name)
+        number = target.ask("CLUSTER", "MYID")
+        for node in [target, *(node for node in self.nodes if node is not target)]:
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", number)
+
+    def url(self, options: str = "") -> str:
+        places = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        return f"redis+cluster://{places}?timeout_s=20{options}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def tier_over(url: str, namespace: bytes = NAMESPACE) -> RedisTier:

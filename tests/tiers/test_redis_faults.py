@@ -12,6 +12,7 @@ import pytest
 
 from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, read_request, until, write_request
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, RedisTier
+from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, proxied, read_one, tier_over, write_one
 
@@ -44,6 +45,11 @@ async def until_written(tier: RedisTier, number: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while (await write_one(tier, number)).outcome is not SaveOutcome.STORED:
             await asyncio.sleep(0.01)
+
+
+def used_by(tier: RedisTier) -> set[Wire]:
+    """The connections that threads use now."""
+    return tier._servers.all()[0]._used
 
 
 def num_files() -> int:
@@ -96,7 +102,7 @@ async def test_a_server_that_is_killed_under_way_is_a_miss(server: RedisServer) 
         await write_one(tier, 0)
         server.stop()
         reading = asyncio.create_task(read_one(tier, 0))
-        await until(lambda: bool(tier._connections._used))
+        await until(lambda: bool(used_by(tier)))
         server.kill()
         outcome = await asyncio.wait_for(reading, PATIENCE_S)
         assert (outcome.reason, outcome.cause) == (MissReason.TRANSFER_FAILED, Cause.IO_ERROR)
@@ -217,7 +223,7 @@ async def test_no_more_blocks_move_at_a_time_than_there_are_connections(server: 
         server.stop()
         requests = [read_request(n) for n in range(64)]
         reading = asyncio.create_task(tier.read(requests))
-        await until(lambda: len(tier._connections._used) == 3)
+        await until(lambda: len(used_by(tier)) == 3)
         assert len([name for name in threads() if "read" in name]) == 3
         server.go_on()
         assert all(map(is_right, requests, await reading))
@@ -237,7 +243,7 @@ async def test_closing_ends_what_a_server_that_stands_still_would_keep(
     reading = asyncio.create_task(tier.read(requests))
     finding = [asyncio.create_task(tier.find([key_of(n)])) for n in range(4)]
     # One has a connection, and waits for its answer; the others wait for the first answer to a new connection.
-    await until(lambda: len(tier._connections._used) == 1)
+    await until(lambda: len(used_by(tier)) == 1)
     async with asyncio.timeout(10):  # the tier's own limit is 20 s
         await tier.aclose()
         assert {outcome.cause for outcome in await reading} <= {Cause.CLOSED, Cause.IO_ERROR}

@@ -49,6 +49,13 @@ def test_what_a_url_says(tmp_path: Path) -> None:
         path="/run/a b.sock", db=2, capacity_bytes=1 << 30
     )
     assert settings_of("unix://me:pw@/run/redis.sock").username == "me"
+    assert settings_of("redis+cluster://me:pw@a,b:7,[::1]:8") == RedisSettings(
+        seeds=(("a", 6379), ("b", 7), ("::1", 8)), username="me", password="pw"
+    )
+    assert settings_of("redis+cluster://a,[::1]:8").address == "a:6379,[::1]:8"
+    assert settings_of("rediss+sentinel://a,b:7/main/3") == RedisSettings(
+        seeds=(("a", 26379), ("b", 7)), service="main", db=3, tls=True
+    )
     ca_file = tmp_path / "ca.pem"
     ca_file.write_text("")
     assert settings_of(f"rediss://cache?ca_file={ca_file}") == RedisSettings(
@@ -59,10 +66,18 @@ def test_what_a_url_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("redis://", "name a server: redis://host:6379"),
-        ("redis:///0", "name a server"),
+        ("redis://", "name one server: redis://host:6379"),
+        ("redis:///0", "name one server"),
         ("unix://", "name a server"),
         ("unix://run/redis.sock", "three slashes: unix:///run/redis.sock"),
+        ("redis://a,b", "name one server"),
+        ("redis+cluster://", "name a server"),
+        ("redis+cluster://a/1", "a cluster has one database"),
+        ("redis+cluster://a?db=1", "unknown option 'db'"),
+        ("redis+cluster://a?ca_file=/b", "unknown option 'ca_file'"),
+        ("redis+sentinel://a", "name the service behind the sentinels"),
+        ("redis+sentinel:///main", "name a server"),
+        ("redis+sentinel://a/main/x", "the number of a database, not 'x'"),
         ("redis://cache:port", "no host and port"),
         ("redis://cache:70000", "no host and port"),
         ("redis://cache/seven", "the number of a database, not '/seven'"),

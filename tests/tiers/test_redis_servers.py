@@ -197,6 +197,15 @@ async def test_a_foreign_value_is_a_miss_and_is_removed(server: RedisServer, wor
         assert (await read_one(tier, 0)).reason is None
 
 
+async def test_a_foreign_value_is_not_found_and_is_written_over(server: RedisServer) -> None:
+    async with server.tier() as tier:
+        server.ask("RPUSH", name_of(tier, 0), "a", "b")
+        await write_one(tier, 1)
+        assert await tier.find([key_of(0), key_of(1)]) == [0, NBYTES]
+        assert (await write_one(tier, 0)).outcome is SaveOutcome.STORED
+        assert (await read_one(tier, 0)).reason is None
+
+
 async def test_names_and_the_end_of_blocks(server: RedisServer) -> None:
     """Blocks have names that people can read, and end by themselves; use puts the end off."""
     async with server.tier("&ttl_s=1000") as tier:

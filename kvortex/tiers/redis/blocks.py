@@ -1,8 +1,10 @@
 """Blocks as values of a server: blocking calls, for threads. A value is a frame (`kvortex.tiers.frame`)."""
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.counters import TierCounters
@@ -11,6 +13,7 @@ from kvortex.tiers.payload import payload_digest
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
+from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.store_index import Admission, IndexedBlock, StoreIndex
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
@@ -23,6 +26,9 @@ KNOWN_BLOCKS: Final = 1 << 18
 TOUCH_S: Final = 60.0
 """Seconds between two reports of a block's use to the server, at least."""
 LONG_AGO_S: Final = 1.0
+ATTEMPTS: Final = 2
+
+Reply = TypeVar("Reply")
 
 
 class RedisBlocks:
@@ -31,7 +37,7 @@ class RedisBlocks:
     Args:
         settings: of the server.
         namespace: digest of the namespace, 32 bytes.
-        connections: to the server.
+        servers: have the connections.
         index: remembers what is there.
         counters: count what was removed.
         log: is told what the server refuses.
@@ -41,7 +47,7 @@ class RedisBlocks:
         self,
         settings: RedisSettings,
         namespace: bytes,
-        connections: Connections,
+        servers: Servers,
         index: StoreIndex,
         counters: TierCounters,
         log: FailureLog,
@@ -49,7 +55,7 @@ class RedisBlocks:
         self._settings = settings
         self._namespace = namespace
         self._prefix = f"{settings.prefix}{namespace.hex()}:".encode()
-        self._connections = connections
+        self._servers = servers
         self._index = index
         self._counters = counters
         self._log = log
@@ -82,14 +88,27 @@ class RedisBlocks:
         self._forget()
         return sizes
 
-    def scan(self, cursor: bytes) -> tuple[bytes, list[bytes]]:
-        """Keys of some blocks from the server, and the cursor of the next ones, which is 0 at the end.
+    def servers(self) -> list[Connections]:
+        """The servers that `scan` takes.
+
+        Raises:
+            StoreFailure: they are not known.
+        """
+        return self._servers.all()
+
+    def scan(self, server: Connections, cursor: bytes) -> tuple[bytes, list[bytes]]:
+        """Keys of some blocks from one server, and the cursor of the next ones, which is 0 at the end.
 
         Raises:
             StoreFailure: the server cannot be asked.
         """
         pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._prefix) + b"*"
-        cursor, names = self._ask(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % SCAN_COUNT)
+        with server.exchange() as wire:
+            wire.send(command(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % SCAN_COUNT))
+            reply = wire.reply()
+        if isinstance(reply, ReplyError):
+            raise self._failure(reply)
+        cursor, names = reply
         return cursor, list(self._keys_in(names))
 
     def _keys_in(self, names: Sequence[bytes]) -> Iterator[bytes]:
@@ -99,12 +118,12 @@ class RedisBlocks:
                 yield bytes.fromhex(text.decode())
 
     def info(self) -> dict[str, str]:
-        """What the server says of its memory; nothing if this user may not ask.
+        """What a server says of its memory; nothing if this user may not ask.
 
         Raises:
             StoreFailure: the server cannot be asked.
         """
-        with self._connections.exchange() as wire:
+        with self._servers.all()[0].exchange() as wire:
             wire.send(command(b"INFO", b"memory"))
             reply = wire.reply()
         text = "" if isinstance(reply, ReplyError) else reply.decode("utf-8", "replace")
@@ -117,8 +136,7 @@ class RedisBlocks:
         known = self._index.get(request.key)
         try:
             with self._index.watching() as removed:
-                with self._connections.exchange() as wire:
-                    reply = self._get(wire, request)
+                reply = self._at_its_server(self.name_of(request.key), partial(self._get, request))
                 outcome = reply if isinstance(reply, ReadOutcome) else self._refused(reply)
                 if outcome.reason is None:
                     entry = seen(SHORT_HEADER_BYTES + outcome.payload_bytes)
@@ -135,7 +153,7 @@ class RedisBlocks:
             self._index.ignore(request.key)
         return outcome
 
-    def _get(self, wire: Wire, request: ReadRequest) -> ReadOutcome | ReplyError:
+    def _get(self, request: ReadRequest, wire: Wire) -> ReadOutcome | ReplyError:
         target = as_bytes(request.buffer)
         name = self.name_of(request.key)
         renewal = command(b"EXPIRE", name, self._ttl) if self._ttl else b""
@@ -212,9 +230,12 @@ class RedisBlocks:
         begin = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n" % (3 + len(expiry), len(name), name)
         begin += b"$%d\r\n%b" % (SHORT_HEADER_BYTES + payload.size, header)
         end = CRLF + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in expiry)
-        with self._connections.exchange() as wire:
+
+        def send(wire: Wire) -> Any:
             wire.send(begin, payload.data, end)
-            reply = wire.reply()
+            return wire.reply()
+
+        reply = self._at_its_server(name, send)
         if isinstance(reply, ReplyError):
             raise self._failure(reply)
 
@@ -263,24 +284,68 @@ class RedisBlocks:
     # -- inside ------------------------------------------------------------------------------------
 
     def _numbers(self, name: bytes, keys: Sequence[bytes], *further: bytes) -> list[int]:
-        """The number that a command answers for each key; 0 for a value that is no block."""
-        if not keys:
-            return []
-        with self._connections.exchange() as wire:
-            wire.send(commands(name, [self.name_of(key) for key in keys], *further))
-            replies = [integer_of(line) for line in wire.lines(len(keys))]
-        for reply in replies:
+        """The number that a command answers for each key; 0 for a value that is no block.
+
+        Names that have moved to another server are asked for once more. If one server of several fails, the answer is 0
+        for its names.
+
+        Raises:
+            StoreFailure: no server has answered, or one refuses.
+        """
+        names = [self.name_of(key) for key in keys]
+        replies: dict[bytes, int | ReplyError] = {}
+        for _ in range(ATTEMPTS):
+            failure = self._ask_all(name, [each for each in names if each not in replies], replies, *further)
+            if failure is not None and not replies:
+                raise failure
+            if not self._forget_moved(replies):
+                break
+        for reply in replies.values():
             if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
                 raise self._failure(reply)
-        return [0 if isinstance(reply, ReplyError) else reply for reply in replies]
+        numbers = {each: 0 if isinstance(reply, ReplyError) else reply for each, reply in replies.items()}
+        return [numbers.get(each, 0) for each in names]
 
-    def _ask(self, *words: bytes) -> Any:
-        with self._connections.exchange() as wire:
-            wire.send(command(*words))
-            reply = wire.reply()
-        if isinstance(reply, ReplyError):
-            raise self._failure(reply)
-        return reply
+    def _ask_all(
+        self, command_name: bytes, names: Sequence[bytes], replies: dict[bytes, int | ReplyError], *further: bytes
+    ) -> StoreFailure | None:
+        """Ask each server for its own names. The failure of one leaves out its names, and is returned."""
+        failure = None
+        for server, of_it in self._servers.split(names).items():
+            try:
+                with self._doubting(), server.exchange() as wire:
+                    wire.send(commands(command_name, of_it, *further))
+                    replies.update(zip(of_it, map(integer_of, wire.lines(len(of_it))), strict=True))
+            except StoreFailure as error:
+                failure = error
+        return failure
+
+    def _forget_moved(self, replies: dict[bytes, int | ReplyError]) -> bool:
+        moved = [name for name, reply in replies.items() if _has_moved(reply)]
+        for name in moved:
+            del replies[name]
+        if moved:
+            self._servers.doubt()
+        return bool(moved)
+
+    def _at_its_server(self, name: bytes, exchange: Callable[[Wire], Reply]) -> Reply:
+        """The reply of the server of a name; if another one has it now, that one is asked."""
+        with self._doubting(), self._servers.of(name).exchange() as wire:
+            reply = exchange(wire)
+        if not _has_moved(reply):
+            return reply
+        self._servers.doubt()
+        with self._doubting(), self._servers.of(name).exchange() as wire:
+            return exchange(wire)
+
+    @contextlib.contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """After a failure another server may have taken the place of this one."""
+        try:
+            yield
+        except StoreFailure:
+            self._servers.doubt()
+            raise
 
     def _failure(self, reply: ReplyError) -> StoreFailure:
         failure = StoreFailure(reply)
@@ -295,6 +360,10 @@ class RedisBlocks:
 def seen(nbytes: int, last_use_s: float = LONG_AGO_S) -> IndexedBlock:
     """The entry of a value of so many bytes."""
     return IndexedBlock("", nbytes, last_use_s)
+
+
+def _has_moved(reply: object) -> bool:
+    return isinstance(reply, ReplyError) and reply.code in ("MOVED", "ASK")
 
 
 def _corrupt(detail: str) -> ReadOutcome:

@@ -13,6 +13,40 @@ FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
 
 
+class Pauses:
+    """Pauses between attempts to connect, which grow. Its caller holds a lock.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failure: OSError | ReplyError | None = None  # of the last attempt
+        self._pause_s = self._retry_at_s = 0.0
+
+    def check(self) -> None:
+        """Raise the last failure again during the pause after it.
+
+        Raises:
+            OSError, ReplyError: nobody may try yet.
+        """
+        if self._failure is not None and self._clock() < self._retry_at_s:
+            raise type(self._failure)(*self._failure.args)
+
+    def failed(self, error: OSError | ReplyError) -> None:
+        """An attempt has failed: the next pause begins."""
+        if self._clock() >= self._retry_at_s:  # else other threads have just failed, too
+            self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+            self._retry_at_s = self._clock() + self._pause_s
+        self._failure = error
+
+    def worked(self) -> bool:
+        """An attempt has worked; True if the one before it had not."""
+        was_failing, self._failure, self._pause_s = self._failure is not None, None, 0.0
+        return was_failing
+
+
 class Connections:
     """As many connections as threads use at a time. After a failed attempt to connect nobody tries for a while.
 
@@ -25,13 +59,11 @@ class Connections:
     def __init__(self, dial: Callable[[], Wire], log: FailureLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._dial = dial
         self._log = log
-        self._clock = clock
+        self._pauses = Pauses(clock)
         self._lock = threading.Lock()
         self._idle: list[Wire] = []
         self._used: set[Wire] = set()
         self._is_closed = False
-        self._failure: OSError | ReplyError | None = None  # of the last attempt to connect
-        self._pause_s = self._retry_at_s = 0.0
 
     @property
     def num_open(self) -> int:
@@ -87,32 +119,25 @@ class Connections:
                     self._used.add(wire)
                     return wire
                 wire.close()
-            if self._failure is not None and self._clock() < self._retry_at_s:
-                raise type(self._failure)(*self._failure.args)
+            self._pauses.check()
         try:
             wire = self._dial()
         except (OSError, ReplyError) as error:
-            self._failed(error)
+            with self._lock:
+                self._pauses.failed(error)
             raise
         self._connected(wire)
         return wire
 
     def _connected(self, wire: Wire) -> None:
         with self._lock:
-            was_failing, self._failure, self._pause_s = self._failure is not None, None, 0.0
+            was_failing = self._pauses.worked()
             if self._is_closed:
                 wire.close()
             self._check_open()
             self._used.add(wire)
         if was_failing:
             self._log.works_again()
-
-    def _failed(self, error: OSError | ReplyError) -> None:
-        with self._lock:
-            if self._clock() >= self._retry_at_s:  # else other threads have just failed, too
-                self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-                self._retry_at_s = self._clock() + self._pause_s
-            self._failure = error
 
     def _give_back(self, wire: Wire) -> None:
         with self._lock:

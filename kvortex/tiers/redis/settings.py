@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from kvortex.errors import ConfigError
 
 PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
 CONNECT_S: Final = 3.0
 """Seconds that a server may take for each step of a new connection, at most."""
 
@@ -20,10 +21,15 @@ _EVERYWHERE: Final[Mapping[str, Any]] = {
     "prefix": str,
     "password_file": str,
 }
+_WITH_TLS: Final[Mapping[str, Any]] = {**_EVERYWHERE, "ca_file": str, "cert_file": str, "key_file": str}
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "redis": _EVERYWHERE,
-    "rediss": {**_EVERYWHERE, "ca_file": str, "cert_file": str, "key_file": str},
+    "rediss": _WITH_TLS,
     "unix": {**_EVERYWHERE, "db": int},
+    "redis+cluster": _EVERYWHERE,
+    "rediss+cluster": _WITH_TLS,
+    "redis+sentinel": _EVERYWHERE,
+    "rediss+sentinel": _WITH_TLS,
 }
 """The schemes of URLs, and the type of each option that they take."""
 
@@ -36,6 +42,8 @@ class RedisSettings:
         host: its name or address; empty for a Unix socket.
         port: its TCP port.
         path: its Unix socket; empty for TCP.
+        seeds: nodes of a cluster, or sentinels, each with its port; empty for one server.
+        service: name by which the sentinels know the server; empty for a cluster.
         username: user of the server's access control list; None for the default user.
         password: of this user; None if it needs none.
         password_file: file with the password, read for each connection, so that it may change; None if there is none.
@@ -55,6 +63,8 @@ class RedisSettings:
     host: str = ""
     port: int = PORT
     path: str = ""
+    seeds: tuple[tuple[str, int], ...] = ()
+    service: str = ""
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     password_file: str | None = None
@@ -70,7 +80,7 @@ class RedisSettings:
     prefix: str = "kvortex:"
 
     def __post_init__(self) -> None:
-        if bool(self.host) == bool(self.path):
+        if [bool(self.host), bool(self.path), bool(self.seeds)].count(True) != 1:
             raise ConfigError("name a server: redis://host:6379, rediss://host:6379 or unix:///run/redis.sock")
         if not 1 <= self.connections <= 256:
             raise ConfigError(f"redis: connections must be 1 to 256, not {self.connections}")
@@ -93,8 +103,7 @@ class RedisSettings:
     @property
     def address(self) -> str:
         """The server in words, for logs."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return self.path or f"{host}:{self.port}"
+        return self.path or ",".join(_shown(*place) for place in self.seeds or [(self.host, self.port)])
 
     @property
     def connect_timeout_s(self) -> float:
@@ -117,7 +126,7 @@ def settings_of(scheme: str, host: str, path: str, options: Mapping[str, Any]) -
     """The settings that a URL states.
 
     Args:
-        scheme: `redis`, `rediss` or `unix`.
+        scheme: one of `OPTIONS`.
         host: user, password, host and port, as written.
         path: the number of the database behind a slash, or the path of the socket.
         options: values of the options that `OPTIONS` has for this scheme.
@@ -125,25 +134,39 @@ def settings_of(scheme: str, host: str, path: str, options: Mapping[str, Any]) -
     Raises:
         ConfigError: there is no such server.
     """
-    try:
-        parts = urlsplit(f"//{host}")
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{scheme}: no host and port: {error}") from error
-    known = {
-        "username": unquote(parts.username) if parts.username else None,
-        "password": unquote(parts.password) if parts.password else None,
-        **options,
-    }
+    user, _, places = host.rpartition("@")
+    username, _, password = user.partition(":")
+    known = {"username": unquote(username) or None, "password": unquote(password) or None, **options}
     if scheme == "unix":
-        if parts.hostname:
-            raise ConfigError(
-                f"unix: names a host, {parts.hostname!r}; a socket has three slashes: unix:///run/redis.sock"
-            )
+        if places:
+            raise ConfigError(f"unix: names a host, {places!r}; a socket has three slashes: unix:///run/redis.sock")
         return RedisSettings(path=path, **known)
-    return RedisSettings(
-        host=parts.hostname or "", port=PORT if port is None else port, db=_db_of(path), tls=scheme == "rediss", **known
-    )
+    kind, tls = scheme.partition("+")[2], scheme.startswith("rediss")
+    found = [_place_of(text, SENTINEL_PORT if kind == "sentinel" else PORT) for text in places.split(",") if text]
+    if kind == "cluster":
+        if path.strip("/"):
+            raise ConfigError(f"redis: a cluster has one database, so nothing follows its hosts: {path!r}")
+        return RedisSettings(seeds=tuple(found), tls=tls, **known)
+    if kind == "sentinel":
+        service, _, database = path.strip("/").partition("/")
+        if not service:
+            raise ConfigError("redis: name the service behind the sentinels: redis+sentinel://host:26379/service")
+        return RedisSettings(seeds=tuple(found), service=service, db=_db_of(database), tls=tls, **known)
+    if len(found) != 1:
+        raise ConfigError("name one server: redis://host:6379, rediss://host:6379 or unix:///run/redis.sock")
+    return RedisSettings(host=found[0][0], port=found[0][1], db=_db_of(path), tls=tls, **known)
+
+
+def _place_of(text: str, port: int) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{text}")
+        return parts.hostname or "", port if parts.port is None else parts.port
+    except ValueError as error:
+        raise ConfigError(f"redis: no host and port: {error}") from error
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _db_of(path: str) -> int:

@@ -29,7 +29,7 @@ from kvortex.tiers.payload import warm_up
 from kvortex.tiers.redis.blocks import LONG_AGO_S, RedisBlocks
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
-from kvortex.tiers.redis.resp import Wire
+from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.runner import BatchRunner
 from kvortex.tiers.store_index import StoreIndex
@@ -73,8 +73,8 @@ class RedisTier(Tier):
         self._index = StoreIndex(settings.capacity_bytes or UNBOUNDED)
         self._counters = TierCounters()
         log = FailureLog(f"the redis tier at {settings.address}")
-        self._connections = Connections(partial(_dialler(), settings), log)
-        self._blocks = RedisBlocks(settings, namespace, self._connections, self._index, self._counters, log)
+        self._servers = _servers_of(settings, log)
+        self._blocks = RedisBlocks(settings, namespace, self._servers, self._index, self._counters, log)
         self._progress = ScanProgress(0, 1, 0, complete=False)
         self._scanned = asyncio.Event()
         self._scan_task: asyncio.Task[None] | None = None
@@ -114,7 +114,7 @@ class RedisTier(Tier):
             self._blocks.find([bytes(BLOCK_HASH_BYTES)])
         except StoreFailure as failure:
             if failure.is_lasting:
-                self._connections.abort()
+                self._servers.abort()
                 raise ConfigError(f"the redis server at {self._settings.address} refuses: {failure}") from failure
             return  # it may come later
         try:
@@ -133,9 +133,9 @@ class RedisTier(Tier):
             return
         self._is_closed = True
         if not self._is_open:
-            self._connections.abort()
+            self._servers.abort()
             return
-        ending = asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self._connections.abort)
+        ending = asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self._servers.abort)
         try:
             if self._scan_task is not None:
                 self._scan_task.cancel()
@@ -145,7 +145,7 @@ class RedisTier(Tier):
         finally:
             ending.cancel()
             self._scanned.set()
-            self._connections.abort()
+            self._servers.abort()
             self._asking.shutdown(wait=False)  # what waits there fails, as there are no connections
 
     async def scanned(self) -> None:
@@ -164,17 +164,17 @@ class RedisTier(Tier):
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
-        cursor, told = FIRST_CURSOR, set[bytes]()
-        while True:
-            cursor, keys = await self._ask(partial(self._blocks.scan, cursor))
-            new = [key for key in dict.fromkeys(keys) if key not in told]
-            told.update(new)  # the server may name a key again
-            for key, nbytes in zip(new, await self._ask(partial(self._blocks.find, new)), strict=True):
-                if nbytes:
-                    known = self._index.get(key)
-                    yield StoredBlock(key, nbytes, LONG_AGO_S if known is None else known.last_use_s)
-            if cursor == FIRST_CURSOR:
-                return
+        told: set[bytes] = set()
+        for server in await self._ask(self._blocks.servers):
+            cursor = b""
+            while cursor != FIRST_CURSOR:
+                cursor, keys = await self._ask(partial(self._blocks.scan, server, cursor or FIRST_CURSOR))
+                new = [key for key in dict.fromkeys(keys) if key not in told]
+                told.update(new)  # a server may name a key again
+                for key, nbytes in zip(new, await self._ask(partial(self._blocks.find, new)), strict=True):
+                    if nbytes:
+                        known = self._index.get(key)
+                        yield StoredBlock(key, nbytes, LONG_AGO_S if known is None else known.last_use_s)
 
     async def _keep_scanning(self) -> None:
         while True:
@@ -237,7 +237,7 @@ class RedisTier(Tier):
     @property
     def num_connections(self) -> int:
         """Connections to the server that there are now."""
-        return self._connections.num_open
+        return self._servers.num_open
 
     def stats(self) -> TierStats:
         return self._counters.snapshot(
@@ -272,15 +272,17 @@ class RedisTier(Tier):
         return await asyncio.wrap_future(submit_or_run(self._asking, work))
 
 
-def _dialler() -> Callable[[RedisSettings], Wire]:
+def _servers_of(settings: RedisSettings, log: FailureLog) -> Servers:
     """The module that needs redis-py is imported where a tier is made."""
     try:
-        from kvortex.tiers.redis.dialling import dial
+        from kvortex.tiers.redis.dialling import SlotTable, dial
     except ImportError as error:
         raise ConfigError(
             f"tiers over Redis need redis-py, which is not installed: pip install 'kvortex[redis]' ({error})"
         ) from error
-    return dial
+    if settings.seeds and not settings.service:
+        return Cluster(partial(SlotTable, settings), partial(dial, settings), log)
+    return OneServer(Connections(partial(dial, settings), log))
 
 
 def _never_evicts(info: dict[str, str], *, has_ttl: bool) -> str:
