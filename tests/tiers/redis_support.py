@@ -32,16 +32,22 @@ CLUSTER_SETTINGS = ["--cluster-require-full-coverage", "no", "--cluster-node-tim
 class RedisServer:
     """Valkey on a Unix socket in a directory of its own; the proxy makes it known by TCP."""
 
-    def __init__(self, *arguments: str, port: int = 0) -> None:
+    def __init__(self, *arguments: str, port: int = 0, config: str | None = None) -> None:
         self._arguments = ["--port", str(port), *arguments]
+        self._config = config  # of a sentinel, which has to write it
         self._directory = Path(tempfile.mkdtemp(prefix="kvortex-redis-"))  # a socket's path has at most 107 bytes
         self.socket = self._directory / "server.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        command = [str(get_binary_path()), "--unixsocket", str(self.socket), "--save", ""]
-        command += ["--dir", str(self._directory), *self._arguments]
+        command = [str(get_binary_path())]
+        if self._config is not None:
+            file = self._directory / "sentinel.conf"
+            file.write_text(self._config)
+            command += [str(file), "--sentinel"]
+        command += ["--unixsocket", str(self.socket), "--dir", str(self._directory), *self._arguments]
+        command += [] if self._config is not None else ["--save", ""]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         due_s = time.monotonic() + START_S
         while True:

@@ -169,8 +169,12 @@ async def test_a_server_that_asks_for_a_password(server: RedisServer, tmp_path: 
         assert (await read_one(by_file, 0)).reason is None
         server.kill()
         server.start()
-        password.write_text("none is asked for now")
+        server.ask("CONFIG", "SET", "requirepass", "second")
         assert (await read_one(by_file, 0)).cause is Cause.PERMISSION
+        password.write_text("second")
+        async with asyncio.timeout(PATIENCE_S):
+            while (await write_one(by_file, 0)).outcome is not SaveOutcome.STORED:
+                await asyncio.sleep(0.01)
 
 
 async def test_databases_are_kept_apart(server: RedisServer) -> None:
@@ -215,7 +219,10 @@ async def test_names_and_the_end_of_blocks(server: RedisServer) -> None:
         assert server.ask("GET", name)[128:] == payload_of(key_of(0))
         assert 0 < server.ask("TTL", name) <= 1000
         server.ask("EXPIRE", name, 100)
-        assert (await read_one(tier, 0)).reason is None
+        connections = set(tier._servers.all()[0]._idle)
+        for _ in range(2):
+            assert (await read_one(tier, 0)).reason is None
+        assert set(tier._servers.all()[0]._idle) == connections  # no answer was left in one of them
         assert server.ask("TTL", name) > 100
         server.ask("EXPIRE", name, 100)
         await tier.touch([key_of(0), key_of(1), key_of(2)], [time.time() + LATER_S] * 3)
@@ -240,6 +247,19 @@ async def test_what_others_store_is_found_without_being_told(server: RedisServer
         assert server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"] - before == 9000
         assert mine.lookup(keys[:20]) == [NBYTES] * 20
         assert {outcome.outcome for outcome in await mine.write([write_request(0)])} == {SaveOutcome.ALREADY_STORED}
+
+
+async def test_a_tier_that_lists_forgets_what_others_have_deleted(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvortex.tiers.redis.tier.RESCAN_S", 0.01)
+    async with server.tier("&capacity_bytes=1GiB") as mine, server.tier() as theirs:
+        await theirs.write([write_request(n) for n in range(3)])
+        keys = [key_of(n) for n in range(3)]
+        await until(lambda: all(mine.lookup(keys)), PATIENCE_S)
+        await theirs.delete(keys[:1])
+        await until(lambda: not mine.lookup(keys)[0], PATIENCE_S)
+        assert all(mine.lookup(keys[1:]))
 
 
 async def test_what_is_known_is_bounded(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class TestRedisTier(TierConformance):
         return self.server.url()
 
     def make_tier(self, root: Path, namespace: bytes, capacity_bytes: int) -> Tier:
-        url = f"{self.url()}&prefix={hashlib.sha256(str(root).encode()).hexdigest()[:16]}:*["
+        url = f"{self.url()}&prefix={hashlib.sha256(str(root).encode()).hexdigest()[:16]}:[x]*:"
         if self.lists_roomy or capacity_bytes != ROOMY_BYTES:
             url += f"&capacity_bytes={capacity_bytes}"
         return tier_over(url, namespace)

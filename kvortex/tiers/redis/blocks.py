@@ -349,6 +349,8 @@ class RedisBlocks:
 
     def _failure(self, reply: ReplyError) -> StoreFailure:
         failure = StoreFailure(reply)
+        if failure.cause is Cause.READ_ONLY:
+            self._servers.doubt()  # it has become a replica
         self._log.failed(failure)
         return failure
 

@@ -98,15 +98,20 @@ class Connections:
             if wire is not None:
                 self._end(wire)
 
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses now."""
+        with self._lock:
+            for wire in self._idle:
+                wire.close()
+            self._idle.clear()
+
     def abort(self) -> None:
         """Close all connections, and have the threads that use one fail at once; no new ones are made."""
         with self._lock:
             self._is_closed = True
             for wire in self._used:
                 wire.abort()
-            for wire in self._idle:
-                wire.close()
-            self._idle.clear()
+        self.close_idle()
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ class OneServer(Servers):
         return [self._connections]
 
     def doubt(self) -> None:
-        return
+        self._connections.close_idle()  # sentinels may have put another server in its place
 
     def abort(self) -> None:
         self._connections.abort()
