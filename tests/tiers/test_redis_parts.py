@@ -4,7 +4,7 @@ import itertools
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvortex.tiers import RedisTier, tier_from_url
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.resp import LONGEST_LINE, ReplyError, Wire, command, commands, integer_of
+from kvortex.tiers.redis.servers import Cluster, NoNode
 from kvortex.tiers.redis.settings import RedisSettings
 
 # -- URLs ------------------------------------------------------------------------------------------------
@@ -274,3 +275,73 @@ def test_a_connection_in_which_a_caller_fails_is_not_used_again() -> None:
     with pytest.raises(StoreFailure, match="closed"), connections.exchange():
         pass
     assert len(wires) == 1
+
+
+# -- the table of a cluster ------------------------------------------------------------------------------
+
+
+class Halves:
+    """Two nodes: one has the names that begin with a letter up to `middle`, the other has those behind it."""
+
+    def __init__(self, middle: bytes) -> None:
+        self._middle = middle
+        self.nodes = [("left", 1), ("right", 2)]
+
+    def node_of(self, name: bytes) -> tuple[str, int]:
+        if name == b"?":
+            raise NoNode("nobody has it")
+        return self.nodes[name > self._middle]
+
+
+def test_a_table_in_doubt_is_asked_for_again_and_kept_if_nobody_answers() -> None:
+    clock, tables, asked = Clock(), [b"m"], []
+
+    def open_table(known: Iterable[tuple[str, int]]) -> Halves:
+        asked.append(list(known))
+        if not tables:
+            raise ConnectionRefusedError("nobody there")
+        return Halves(tables[0])
+
+    cluster = Cluster(open_table, lambda place: lone_wire(), FailureLog("a test"), clock)
+    left, right = cluster.of(b"a"), cluster.of(b"z")
+    assert cluster.all() == [left, right]
+    assert cluster.split([b"a", b"z", b"?", b"b"]) == {left: [b"a", b"b"], right: [b"z"]}
+    with pytest.raises(StoreFailure, match="nobody has it"):
+        cluster.of(b"?")
+    assert len(asked) == 1
+    tables[0] = b"y"
+    cluster.doubt()
+    assert cluster.of(b"x") is right  # the table is young
+    clock.now_s += 1.0
+    assert cluster.of(b"x") is left
+    assert asked[1] == [("left", 1), ("right", 2)]
+    tables.clear()
+    for _ in range(100):
+        cluster.doubt()
+        clock.now_s += 0.1
+        assert cluster.of(b"x") is left
+    assert 3 <= len(asked) <= 10
+    cluster.abort()
+    with pytest.raises(StoreFailure, match="closed"):
+        cluster.of(b"x")
+
+
+def test_while_a_table_is_asked_for_others_use_the_old_one() -> None:
+    clock, asking, answered = Clock(), threading.Event(), threading.Event()
+
+    def open_table(known: Iterable[tuple[str, int]]) -> Halves:
+        if known:
+            asking.set()
+            assert answered.wait(30)
+        return Halves(b"m")
+
+    cluster = Cluster(open_table, lambda place: lone_wire(), FailureLog("a test"), clock)
+    left = cluster.of(b"a")
+    cluster.doubt()
+    clock.now_s += 1.0
+    other = threading.Thread(target=cluster.of, args=(b"a",))
+    other.start()
+    assert asking.wait(30)
+    assert cluster.of(b"a") is left
+    answered.set()
+    other.join()

@@ -106,7 +106,7 @@ def _place_of(settings: RedisSettings) -> Place:
     """Where the server is now; sentinels are asked, who may have put another one in its place."""
     if not settings.service:
         return settings.host, settings.port
-    sentinel = Sentinel(settings.seeds, socket_timeout=settings.connect_timeout_s, protocol=2)
+    sentinel = Sentinel(settings.seeds, sentinel_kwargs=_limits(settings))
     try:
         host, port = sentinel.discover_master(settings.service)
     finally:
@@ -116,12 +116,15 @@ def _place_of(settings: RedisSettings) -> Place:
 
 
 def _common(settings: RedisSettings) -> dict[str, Any]:
+    return {"username": settings.username, "password": settings.secret(), **_limits(settings)}
+
+
+def _limits(settings: RedisSettings) -> dict[str, Any]:
     return {
-        "username": settings.username,
-        "password": settings.secret(),
         "socket_timeout": settings.connect_timeout_s,
         "socket_connect_timeout": settings.connect_timeout_s,
         "protocol": 2,  # of version 3 the server may say what nobody has asked for
+        "retry": Retry(NoBackoff(), 0),  # the next attempt is ours
     }
 
 
@@ -135,7 +138,7 @@ def _of_tls(settings: RedisSettings) -> dict[str, Any]:
 
 
 def _connection_of(settings: RedisSettings, place: Place) -> AbstractConnection:
-    common = {**_common(settings), "db": settings.db, "retry": Retry(NoBackoff(), 0)}
+    common = {**_common(settings), "db": settings.db}
     if settings.path:
         return UnixDomainSocketConnection(path=settings.path, **common)
     address = {"host": place[0], "port": place[1], "socket_keepalive": True}

@@ -169,25 +169,35 @@ class Cluster(Servers):
     # -- inside ------------------------------------------------------------------------------------
 
     def _current(self) -> Table:
-        with self._asking:
-            if self._table is not None and not self._is_stale():
-                return self._table
+        table = self._table
+        if table is not None and (not self._is_stale() or not self._asking.acquire(blocking=False)):
+            return table  # it is right, or another thread asks just now, which may take long
+        if table is None:
+            self._asking.acquire()
+        try:
+            return self._asked_anew()
+        finally:
+            self._asking.release()
+
+    def _asked_anew(self) -> Table:
+        if self._table is not None and not self._is_stale():
+            return self._table
+        try:
             self._pauses.check()
-            try:
-                table = self._open_table([] if self._table is None else self._table.nodes)
-            except (OSError, ReplyError) as error:
-                self._pauses.failed(error)
-                if self._table is None:
-                    raise
-                return self._table
-            if self._pauses.worked():
-                self._log.works_again()
-            with self._lock:
-                self._table, self._is_doubted, self._asked_s = table, False, self._clock()
-                gone = [self._of_node.pop(place) for place in set(self._of_node) - set(table.nodes)]
-            for connections in gone:
-                connections.abort()
-            return table
+            table = self._open_table([] if self._table is None else self._table.nodes)
+        except (OSError, ReplyError) as error:
+            self._pauses.failed(error)
+            if self._table is None:
+                raise
+            return self._table
+        if self._pauses.worked():
+            self._log.works_again()
+        with self._lock:
+            self._table, self._is_doubted, self._asked_s = table, False, self._clock()
+            gone = [self._of_node.pop(place) for place in set(self._of_node) - set(table.nodes)]
+        for connections in gone:
+            connections.abort()
+        return table
 
     def _is_stale(self) -> bool:
         with self._lock:
