@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from kvortex.config.fields import changed_fields, conform, from_text, hints_of, nearest, require, section_fields
+from kvortex.config.redaction import without_passwords
 from kvortex.config.renamed import RENAMED, warn_of_old_name
 from kvortex.config.sections import (
     CodecConfig,
@@ -84,7 +85,7 @@ class KVortexConfig:
         conform(self)
         require(
             not (self.tier.urls and self.disk.path),
-            f"give lower tiers as tier.urls ({' '.join(self.tier.urls)}) or as disk.path ({self.disk.path}), not both",
+            f"give lower tiers as tier.urls ({self.lower_tier}) or as disk.path ({self.disk.path}), not both",
         )
         require(
             not (self.owner.socket and self.lower_tier),
@@ -111,8 +112,8 @@ class KVortexConfig:
 
     @property
     def lower_tier(self) -> str:
-        """The URLs or the directory of the lower tiers; empty if there is none."""
-        return " ".join(self.tier.urls) or str(self.disk.path)
+        """The URLs, without passwords, or the directory of the lower tiers; empty if there is none."""
+        return without_passwords(" ".join(self.tier.urls)) or str(self.disk.path)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed. Settings that a section's mapping or plain value does not name are kept.

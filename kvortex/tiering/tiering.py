@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import KVortexConfig
+from kvortex.config.redaction import without_passwords
 from kvortex.config.sections import TIER_ADMISSIONS, TIER_INCLUSIONS
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.stats import LinkFigures, TieringFigures
@@ -358,18 +359,18 @@ def tier_of(config: KVortexConfig, namespace: bytes) -> Tier | None:
 
 def _takes_of(url: TierUrl, *, is_first: bool) -> tuple[TierUrl, Takes]:
     """What a tier of a chain takes, and its URL without the options that say so."""
-    named: dict[str, str] = {}
+    shown, named = without_passwords(url.text), dict[str, str]()
     for option, choices in (("admission", TIER_ADMISSIONS), ("inclusion", TIER_INCLUSIONS)):
         url, choice = url.without(option)
         if choice is None:
             continue
         if is_first:
-            raise ConfigError(f"{url.text!r}: what the first tier takes is set by tier.{option}; leave the option out")
+            raise ConfigError(f"{shown!r}: what the first tier takes is set by tier.{option}; leave the option out")
         if choice not in choices:
-            raise ConfigError(f"{url.text!r}: {option} must be one of {', '.join(choices)}")
+            raise ConfigError(f"{shown!r}: {option} must be one of {', '.join(choices)}")
         named[option] = choice
     if named.get("inclusion") != "exclusive":
         return url, Takes(named.get("admission", Takes.ALWAYS))
     if "admission" in named:
-        raise ConfigError(f"{url.text!r}: an exclusive tier takes what the one in front evicts; leave admission out")
+        raise ConfigError(f"{shown!r}: an exclusive tier takes what the one in front evicts; leave admission out")
     return url, Takes.EVICTED

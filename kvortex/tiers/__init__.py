@@ -14,6 +14,7 @@ from kvortex.tiers.base import (
 from kvortex.tiers.base_tier import BaseTier
 from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.memory import MemoryTier
+from kvortex.tiers.redis import RedisTier
 from kvortex.tiers.urls import TierUrl, tier_from_url
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MemoryTier",
     "ReadOutcome",
     "ReadRequest",
+    "RedisTier",
     "ScanProgress",
     "StoredBlock",
     "Tier",

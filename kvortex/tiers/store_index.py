@@ -221,6 +221,15 @@ class StoreIndex:
             self._ignored.add(key)
             self._pop(key)
 
+    def forget_beyond(self, count: int) -> None:
+        """Forget the least recently used blocks if more than `count` are known; their files stay."""
+        if len(self._blocks) <= count:
+            return
+        with self._lock:
+            while len(self._blocks) > count and (oldest := self._oldest()) is not None:
+                heapq.heappop(self._order)
+                self._pop(oldest[0])
+
     # -- seeing ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB`, from this package and from others.
+"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB` or `redis://host:6379`.
 
 Another package adds a scheme by an entry point of the group `kvortex.tiers`, whose name is the scheme:
 
@@ -16,9 +16,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from kvortex.config import DiskTierConfig
 from kvortex.config.fields import conformed, from_text, hints_of, nearest, require_known
+from kvortex.config.redaction import without_passwords
 from kvortex.errors import ConfigError
 from kvortex.tiers.base import Tier
 from kvortex.tiers.disk import DiskTier
+from kvortex.tiers.redis import RedisTier
+from kvortex.tiers.redis.settings import OPTIONS, settings_of
 
 ENTRY_POINTS: Final = "kvortex.tiers"
 
@@ -52,14 +55,15 @@ class TierUrl:
             parts = urlsplit(text)
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         except ValueError as error:
-            raise ConfigError(f"{text!r} is no URL of a tier: {error}") from error
+            raise ConfigError(f"{without_passwords(text)!r} is no URL of a tier: {error}") from error
         if not parts.scheme or parts.fragment:
             raise ConfigError(
-                f"{text!r} is no URL of a tier; write it as disk:///var/cache/kvortex?capacity_bytes=64GiB"
+                f"{without_passwords(text)!r} is no URL of a tier; "
+                "write it as disk:///var/cache/kvortex?capacity_bytes=64GiB"
             )
         names = [name for name, _ in pairs]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"{text!r} gives {', '.join(sorted(twice))} twice")
+            raise ConfigError(f"{without_passwords(text)!r} gives {', '.join(sorted(twice))} twice")
         return cls(text, parts.scheme, parts.netloc, unquote(parts.path), dict(pairs))
 
     def without(self, name: str) -> tuple["TierUrl", str | None]:
@@ -95,7 +99,12 @@ def _make_disk(url: TierUrl, namespace: bytes) -> Tier:
     return DiskTier(DiskTierConfig(path=url.path, **url.values(hints)), namespace=namespace)
 
 
-OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk}
+def _make_redis(url: TierUrl, namespace: bytes) -> Tier:
+    settings = settings_of(url.scheme, url.host, url.path, url.values(OPTIONS[url.scheme]))
+    return RedisTier(settings, namespace=namespace)
+
+
+OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk, **dict.fromkeys(OPTIONS, _make_redis)}
 """The schemes of this package."""
 
 

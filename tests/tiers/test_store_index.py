@@ -187,3 +187,18 @@ def test_threads_leave_the_books_balanced(num_threads: int) -> None:
     keys = [key_of(n) for n in range(20)]
     assert {key for key in keys if index.get(key) is not None} == files
     assert index.used_bytes == sum(index.stored_bytes(keys))
+
+
+def test_what_is_too_much_to_remember_is_forgotten_from_the_least_recently_used() -> None:
+    index = StoreIndex(1000)
+    for number in range(6):
+        index.reserve(bytes([number]), 10, float(number))
+        index.commit(bytes([number]), "")
+    index.touch([bytes([0])], [9.0], 0.0)
+    index.forget_beyond(6)
+    assert len(index) == 6
+    index.forget_beyond(3)
+    assert [key for key, _ in index.blocks()] == [bytes([0]), bytes([4]), bytes([5])]
+    assert (index.used_bytes, index.evicted_blocks) == (30, 0)
+    index.forget_beyond(0)
+    assert len(index) == 0

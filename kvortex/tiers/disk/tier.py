@@ -32,12 +32,12 @@ from kvortex.tiers.disk.files import DiskFiles
 from kvortex.tiers.disk.layout import DiskLayout
 from kvortex.tiers.disk.os_calls import OsCalls
 from kvortex.tiers.disk.reader import DiskReader
-from kvortex.tiers.disk.runner import BatchRunner
 from kvortex.tiers.disk.scan import list_parts, read_part
 from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.disk.writer import DiskWriter
 from kvortex.tiers.frame import HEADER_BYTES, frame_bytes
 from kvortex.tiers.payload import warm_up
+from kvortex.tiers.runner import BatchRunner
 from kvortex.tiers.store_index import StoreIndex
 from kvortex.types import MissReason, SaveOutcome
 
