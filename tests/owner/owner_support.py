@@ -28,8 +28,10 @@ from kvortex.owner.session import Session
 from kvortex.owner.tiers import MakeTier
 from kvortex.planes.control import ControlPlane
 from kvortex.runtime.loop_thread import LoopThread
+from kvortex.testing import Fault, FaultInjectingExecutor
 from kvortex.tiering import tier_of
 from kvortex.types import BlockSizes
+from tests.engine_support import Parts
 
 Keys = NDArray[np.uint64]
 
@@ -119,6 +121,29 @@ def make_caches(pool_bytes: int, piece_bytes: int | None = None, **changes: Any)
 
 def some_keys(count: int, salt: int = 0) -> Keys:
     return pack_keys([bytes([salt]) * 16 + n.to_bytes(16, "little") for n in range(count)])
+
+
+class Holding(Parts):
+    """Transfers of an engine end when it is said."""
+
+    def __init__(self) -> None:
+        super().__init__(wrap_executor=self.wrap)
+        self.is_held = False
+        self.executor: FaultInjectingExecutor | None = None
+
+    def wrap(self, inner: Any) -> FaultInjectingExecutor:
+        self.executor = FaultInjectingExecutor(inner, lambda number, batch: Fault.HOLD if self.is_held else None)
+        return self.executor
+
+    def release(self) -> None:
+        self.is_held = False
+        assert self.executor is not None
+        self.executor.release()
+
+    @property
+    def num_held(self) -> int:
+        assert self.executor is not None
+        return self.executor.num_held
 
 
 # -- owners ------------------------------------------------------------------------------------------

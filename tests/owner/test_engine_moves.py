@@ -26,12 +26,11 @@ from kvortex.owner import client as client_module
 from kvortex.owner.protocol import VERSION
 from kvortex.planes import data as data_module
 from kvortex.planes.data import DataPlane
-from kvortex.testing import Fault, FaultInjectingExecutor
 from kvortex.tiers import MemoryTier
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, contents, make_cache, wipe
 from tests.groups_support import CACHES, places, request, tables
 from tests.owner.client_program import Churn, config_of
-from tests.owner.owner_support import LocalOwner, read_line, spawn, wait_until
+from tests.owner.owner_support import Holding, LocalOwner, read_line, spawn, wait_until
 
 DEADLINE_S = 0.5
 RESTARTS = int(os.environ.get("KVORTEX_RESTARTS", "6"))
@@ -113,29 +112,6 @@ async def connected(
         finally:
             if isinstance(parts, Holding):
                 parts.release()
-
-
-class Holding(Parts):
-    """Transfers of an engine end when it is said."""
-
-    def __init__(self) -> None:
-        super().__init__(wrap_executor=self.wrap)
-        self.is_held = False
-        self.executor: FaultInjectingExecutor | None = None
-
-    def wrap(self, inner: Any) -> FaultInjectingExecutor:
-        self.executor = FaultInjectingExecutor(inner, lambda number, batch: Fault.HOLD if self.is_held else None)
-        return self.executor
-
-    def release(self) -> None:
-        self.is_held = False
-        assert self.executor is not None
-        self.executor.release()
-
-    @property
-    def num_held(self) -> int:
-        assert self.executor is not None
-        return self.executor.num_held
 
 
 async def check_serves(engine: KVortexEngine, cache: dict[str, torch.Tensor], salt: int = 0) -> None:

@@ -21,10 +21,9 @@ from kvortex import KVortexEngine, MissReason, SaveOutcome
 from kvortex.errors import ConfigError, OwnerError
 from kvortex.owner import OwnerClient, server
 from kvortex.owner.protocol import HEADER, VERSION, Kind, join, numbers, pack, text_of, unpack, unpack_header
-from kvortex.testing import Fault, FaultInjectingExecutor
 from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, Parts, chain, make_cache
 from tests.owner.client_program import CHAIN_BLOCKS, Churn, config_of
-from tests.owner.owner_support import LocalOwner, local_owner, read_line, served_owner, spawn
+from tests.owner.owner_support import Holding, LocalOwner, local_owner, read_line, served_owner, spawn
 from tests.shared_memory import SHM
 
 KILLS = int(os.environ.get("KVORTEX_KILLS", "30"))
@@ -55,29 +54,6 @@ async def connected(path: Path, seed: int = 0, parts: Parts | None = None) -> As
         finally:
             if isinstance(parts, Holding):
                 parts.release()
-
-
-class Holding(Parts):
-    """Transfers of an engine end when it is said."""
-
-    def __init__(self) -> None:
-        super().__init__(wrap_executor=self.wrap)
-        self.is_held = False
-        self.executor: FaultInjectingExecutor | None = None
-
-    def wrap(self, inner: object) -> FaultInjectingExecutor:
-        self.executor = FaultInjectingExecutor(inner, lambda number, batch: Fault.HOLD if self.is_held else None)  # type: ignore[arg-type]
-        return self.executor
-
-    def release(self) -> None:
-        self.is_held = False
-        assert self.executor is not None
-        self.executor.release()
-
-    @property
-    def num_held(self) -> int:
-        assert self.executor is not None
-        return self.executor.num_held
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
