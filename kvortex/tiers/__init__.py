@@ -13,6 +13,7 @@ from kvortex.tiers.base import (
 )
 from kvortex.tiers.base_tier import BaseTier
 from kvortex.tiers.disk import DiskTier, DiskTierConfig
+from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.memory import MemoryTier
 from kvortex.tiers.redis import RedisTier
 from kvortex.tiers.urls import TierUrl, tier_from_url
@@ -22,6 +23,7 @@ __all__ = [
     "Cause",
     "DiskTier",
     "DiskTierConfig",
+    "IndexedTier",
     "MemoryTier",
     "ReadOutcome",
     "ReadRequest",

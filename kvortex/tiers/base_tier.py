@@ -16,20 +16,17 @@ from kvortex.tiers.base import (
     ReadRequest,
     ScanProgress,
     StoredBlock,
-    Tier,
-    TierStats,
     WriteOutcome,
     WriteRequest,
     as_bytes,
-    check_keys,
     check_reads,
     check_writes,
 )
 from kvortex.tiers.causes import cause_of
-from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, decode_header, encode_header
+from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.payload import copy_payload, warm_up
-from kvortex.tiers.store_index import Admission, IndexedBlock, StoreIndex
+from kvortex.tiers.store_index import Admission, IndexedBlock
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -37,8 +34,6 @@ logger = logging.getLogger(__name__)
 FIND_BATCH: Final = 256
 CLOSE_TIMEOUT_S: Final = 5.0
 """Seconds that calls of the store may take to notice that they are cancelled."""
-UNBOUNDED: Final = 1 << 62
-"""Capacity of a tier whose store bounds itself."""
 
 Result = TypeVar("Result")
 
@@ -56,7 +51,7 @@ class _Move:
             self.request.settle(outcome)
 
 
-class BaseTier(Tier):
+class BaseTier(IndexedTier):
     """Brings batches, deadlines, settling, digests, figures and eviction to a store that knows objects by name.
 
     A subclass has `get_object`, `put_object`, `find_objects`, `delete_objects` and, if the store can tell what it has,
@@ -91,16 +86,11 @@ class BaseTier(Tier):
             raise ConfigError(f"capacity_bytes must be at least 1, not {capacity_bytes}")
         if len(namespace) != BLOCK_HASH_BYTES:
             raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
+        super().__init__(capacity_bytes)
         self.namespace = namespace
-        self._index = StoreIndex(UNBOUNDED if capacity_bytes is None else capacity_bytes)
-        self._counters = TierCounters()
-        self._progress = ScanProgress(0, 1, 0, complete=False)
-        self._scanned = asyncio.Event()
         self._places = asyncio.Semaphore(self.concurrency)
-        self._opening = asyncio.Lock()
         self._moves: dict[_Move, asyncio.Task[None]] = {}
         self._scan_task: asyncio.Task[None] | None = None
-        self._is_open = self._is_closed = False
 
     # -- for subclasses --------------------------------------------------------------------------------
 
@@ -174,19 +164,12 @@ class BaseTier(Tier):
         self._scanned.set()
         await self.disconnect()
 
-    async def scanned(self) -> None:
-        await self._scanned.wait()
-
     # -- asking ----------------------------------------------------------------------------------------
-
-    def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        stored = self._index.stored_bytes(keys)
-        return [_room_for(nbytes) for nbytes in stored] if any(stored) else stored
 
     async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         self._check(keys)
         found = await self._within(deadline_s, self._find(keys))
-        return [0] * len(keys) if found is None else [_room_for(nbytes) for nbytes in found]
+        return [0] * len(keys) if found is None else self._rooms_for(found)
 
     async def _find(self, keys: Sequence[bytes]) -> list[int]:
         sizes: list[int] = []
@@ -202,9 +185,6 @@ class BaseTier(Tier):
                     self._index.discard(key, before)
             sizes += found
         return sizes
-
-    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
-        return self._index.coldest(sum(payloads) + SHORT_HEADER_BYTES * len(payloads))
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
@@ -279,33 +259,11 @@ class BaseTier(Tier):
         self._check(keys)
         self._index.touch(keys, used_s, float("inf"))
 
-    # -- figures ---------------------------------------------------------------------------------------
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._index.capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return self._index.used_bytes
-
-    def stats(self) -> TierStats:
-        return self._counters.snapshot(
-            self.name,
-            evicted_blocks=self._index.evicted_blocks,
-            num_blocks=len(self._index),
-            used_bytes=self.used_bytes,
-            capacity_bytes=self.capacity_bytes,
-            unsettled=len(self._moves),
-            scan=self._progress,
-        )
-
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _check(self, keys: Sequence[bytes]) -> None:
-        if not self._is_open or self._is_closed:
-            raise EngineStateError(f"the {self.name} tier is not open; use it between open() and aclose()")
-        check_keys(keys)
+    @property
+    def _num_unsettled(self) -> int:
+        return len(self._moves)
 
     def _name(self, key: bytes) -> str:
         return f"{self.namespace.hex()}/{key.hex()}"
@@ -431,11 +389,6 @@ class BaseTier(Tier):
 
 def _seen(nbytes: int, last_use_s: float | None = None) -> IndexedBlock:
     return IndexedBlock("", nbytes, time.time() if last_use_s is None else last_use_s)
-
-
-def _room_for(nbytes: int) -> int:
-    """Bytes of a buffer that is large enough for the block in an object of this length; 0 if there is none."""
-    return max(nbytes - SHORT_HEADER_BYTES, 0)
 
 
 def _key_in(name: str, prefix: str) -> bytes | None:

@@ -17,15 +17,11 @@ from kvortex.tiers.base import (
     ReadRequest,
     ScanProgress,
     StoredBlock,
-    Tier,
-    TierStats,
     WriteOutcome,
     WriteRequest,
-    check_keys,
     check_reads,
     check_writes,
 )
-from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.disk.direct import BUFFERED, DirectIO, probe
 from kvortex.tiers.disk.directories import check_owned, make_directories
 from kvortex.tiers.disk.files import DiskFiles
@@ -36,9 +32,9 @@ from kvortex.tiers.disk.scan import list_parts, read_part
 from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.disk.writer import DiskWriter
 from kvortex.tiers.frame import HEADER_BYTES, frame_bytes
+from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.runner import BatchRunner
-from kvortex.tiers.store_index import StoreIndex
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -49,7 +45,7 @@ Arguments = TypeVarTuple("Arguments")
 _METADATA_THREADS = 3  # the scan takes one
 
 
-class DiskTier(Tier):
+class DiskTier(IndexedTier):
     """Blocks of one namespace under `config.path`.
 
     It opens at once, and scans the directory in the background. Until the scan is complete `lookup` knows only blocks
@@ -65,22 +61,19 @@ class DiskTier(Tier):
     """
 
     name = "disk"
+    header_bytes = HEADER_BYTES
 
     def __init__(self, config: DiskTierConfig, *, namespace: bytes, calls: OsCalls | None = None) -> None:
         if not config.path:
             raise ConfigError("disk.path must name a directory")
+        super().__init__(config.capacity_bytes)
         self._config = config
         self._calls = calls or OsCalls()
         self._layout = DiskLayout(config.path, namespace)
-        self._index = StoreIndex(config.capacity_bytes)
-        self._counters = TierCounters()
         self._temp = TempSpace(self._layout.temp, self._calls)
         self._direct = BUFFERED
         self._progress = ScanProgress(0, 0, 0, False)
-        self._scanned = asyncio.Event()
         self._scan_task: asyncio.Task[None] | None = None
-        self._is_open = self._is_closed = False
-        self._opening = asyncio.Lock()
         self._metadata = ThreadPoolExecutor(_METADATA_THREADS, thread_name_prefix="kvortex-disk-meta")
 
     # -- life ------------------------------------------------------------------------------------------
@@ -148,21 +141,17 @@ class DiskTier(Tier):
 
     # -- asking ----------------------------------------------------------------------------------------
 
-    def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        stored = self._index.stored_bytes(keys)
-        return [_room_for(nbytes) for nbytes in stored] if any(stored) else stored
-
     async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         self._check(keys)
         try:
             async with asyncio.timeout(deadline_s):
-                return [_room_for(nbytes) for nbytes in await self._on_thread(_each, self._files.look_for, keys)]
+                return self._rooms_for(await self._on_thread(_each, self._files.look_for, keys))
         except TimeoutError:
             self._counters.record_cause(Cause.DEADLINE)
             return [0] * len(keys)
 
-    def coldest(self, payloads: Sequence[int]) -> list[StoredBlock]:
-        return self._index.coldest(sum(map(frame_bytes, payloads)))
+    def _stored_bytes(self, payload_bytes: int) -> int:
+        return frame_bytes(payload_bytes)
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
@@ -212,14 +201,6 @@ class DiskTier(Tier):
     # -- figures ---------------------------------------------------------------------------------------
 
     @property
-    def capacity_bytes(self) -> int:
-        return self._config.capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return self._index.used_bytes
-
-    @property
     def direct_io(self) -> DirectIO:
         """How files are opened, as the probe at start has found."""
         return self._direct
@@ -229,20 +210,9 @@ class DiskTier(Tier):
         """Progress of the start-up scan; after that the result of the last complete scan."""
         return self._progress
 
-    async def scanned(self) -> None:
-        """Wait until the start-up scan is over."""
-        await self._scanned.wait()
-
-    def stats(self) -> TierStats:
-        return self._counters.snapshot(
-            self.name,
-            evicted_blocks=self._index.evicted_blocks,
-            num_blocks=len(self._index),
-            used_bytes=self._index.used_bytes,
-            capacity_bytes=self.capacity_bytes,
-            unsettled=self._reads.num_unsettled + self._writes.num_unsettled if self._is_open else 0,
-            scan=self._progress,
-        )
+    @property
+    def _num_unsettled(self) -> int:
+        return self._reads.num_unsettled + self._writes.num_unsettled if self._is_open else 0
 
     # -- the scan --------------------------------------------------------------------------------------
 
@@ -292,11 +262,6 @@ class DiskTier(Tier):
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _check(self, keys: Sequence[bytes]) -> None:
-        if not self._is_open or self._is_closed:
-            raise EngineStateError("the disk tier is not open; use it between open() and aclose()")
-        check_keys(keys)
-
     async def _on_thread(self, function: Callable[[Unpack[Arguments]], Result], *args: *Arguments) -> Result:
         result: Result = await wrap(function)(*args, executor=self._metadata)
         return result
@@ -304,11 +269,6 @@ class DiskTier(Tier):
 
 def _each(function: Callable[[bytes], Result], keys: Sequence[bytes]) -> list[Result]:
     return [function(key) for key in keys]
-
-
-def _room_for(file_nbytes: int) -> int:
-    """Bytes of a buffer that is large enough for the block in a file of this length; 0 if there is none."""
-    return max(file_nbytes - HEADER_BYTES, 0)
 
 
 def _unread(cause: Cause, settled: bool) -> ReadOutcome:

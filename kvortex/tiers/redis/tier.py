@@ -15,16 +15,12 @@ from kvortex.tiers.base import (
     ReadRequest,
     ScanProgress,
     StoredBlock,
-    Tier,
-    TierStats,
     WriteOutcome,
     WriteRequest,
-    check_keys,
     check_reads,
     check_writes,
 )
-from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.frame import SHORT_HEADER_BYTES
+from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.redis.blocks import LONG_AGO_S, RedisBlocks
 from kvortex.tiers.redis.connections import Connections
@@ -32,14 +28,12 @@ from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.runner import BatchRunner
-from kvortex.tiers.store_index import StoreIndex
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-UNBOUNDED: Final = 1 << 62
 ASKING_THREADS: Final = 2
 RESCAN_S: Final = 300.0
 CLOSE_GRACE_S: Final = 1.0
@@ -47,7 +41,7 @@ CLOSE_GRACE_S: Final = 1.0
 FIRST_CURSOR: Final = b"0"
 
 
-class RedisTier(Tier):
+class RedisTier(IndexedTier):
     """Blocks of one namespace in a server that many hosts share.
 
     It opens even if there is no server yet, and uses it from the time that there is one. `lookup` knows what this
@@ -69,17 +63,12 @@ class RedisTier(Tier):
     def __init__(self, settings: RedisSettings, *, namespace: bytes) -> None:
         if len(namespace) != BLOCK_HASH_BYTES:
             raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
+        super().__init__(settings.capacity_bytes)
         self._settings = settings
-        self._index = StoreIndex(settings.capacity_bytes or UNBOUNDED)
-        self._counters = TierCounters()
         log = FailureLog(f"the redis tier at {settings.address}")
         self._servers = _servers_of(settings, log)
         self._blocks = RedisBlocks(settings, namespace, self._servers, self._index, self._counters, log)
-        self._progress = ScanProgress(0, 1, 0, complete=False)
-        self._scanned = asyncio.Event()
         self._scan_task: asyncio.Task[None] | None = None
-        self._opening = asyncio.Lock()
-        self._is_open = self._is_closed = False
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -148,19 +137,12 @@ class RedisTier(Tier):
             self._servers.abort()
             self._asking.shutdown(wait=False)  # what waits there fails, as there are no connections
 
-    async def scanned(self) -> None:
-        await self._scanned.wait()
-
     # -- asking ----------------------------------------------------------------------------------------
-
-    def lookup(self, keys: Sequence[bytes]) -> list[int]:
-        stored = self._index.stored_bytes(keys)
-        return [_room_for(nbytes) for nbytes in stored] if any(stored) else stored
 
     async def find(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[int]:
         self._check(keys)
         found = await self._within(deadline_s, partial(self._blocks.find, list(keys)))
-        return [0] * len(keys) if found is None else [_room_for(nbytes) for nbytes in found]
+        return [0] * len(keys) if found is None else self._rooms_for(found)
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
@@ -227,35 +209,15 @@ class RedisTier(Tier):
     # -- figures ---------------------------------------------------------------------------------------
 
     @property
-    def capacity_bytes(self) -> int:
-        return self._index.capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return self._index.used_bytes
-
-    @property
     def num_connections(self) -> int:
         """Connections to the server that there are now."""
         return self._servers.num_open
 
-    def stats(self) -> TierStats:
-        return self._counters.snapshot(
-            self.name,
-            evicted_blocks=self._index.evicted_blocks,
-            num_blocks=len(self._index),
-            used_bytes=self.used_bytes,
-            capacity_bytes=self.capacity_bytes,
-            unsettled=self._reads.num_unsettled + self._writes.num_unsettled if self._is_open else 0,
-            scan=self._progress,
-        )
+    @property
+    def _num_unsettled(self) -> int:
+        return self._reads.num_unsettled + self._writes.num_unsettled if self._is_open else 0
 
     # -- inside ----------------------------------------------------------------------------------------
-
-    def _check(self, keys: Sequence[bytes]) -> None:
-        if not self._is_open or self._is_closed:
-            raise EngineStateError("the redis tier is not open; use it between open() and aclose()")
-        check_keys(keys)
 
     async def _within(self, deadline_s: float | None, work: Callable[[], Result]) -> Result | None:
         """The result; None if it takes too long or fails."""
@@ -293,11 +255,6 @@ def _never_evicts(info: dict[str, str], *, has_ttl: bool) -> str:
     if policy == "noeviction" or (policy.startswith("volatile") and not has_ttl):
         return f"evicts no blocks (maxmemory-policy {policy}), so that writes fail once it is full"
     return ""
-
-
-def _room_for(nbytes: int) -> int:
-    """Bytes of a buffer that is large enough for the block in a value of this length; 0 if there is none."""
-    return max(nbytes - SHORT_HEADER_BYTES, 0)
 
 
 def _unread(cause: Cause, settled: bool) -> ReadOutcome:
