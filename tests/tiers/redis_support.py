@@ -161,11 +161,19 @@ class RedisCluster:
         raise AssertionError(f"no node has slot {slot}")
 
     def move(self, name: bytes, target: RedisServer) -> None:
-        """Give the slot of a name, which must be empty, to another server."""
+        """Give the slot of a name, which must be empty, to another server.
+
+        That server is told last: as long as the old one says that the slot is its own, it could take it back.
+        """
         slot = redis.crc.key_slot(name)
         number = target.ask("CLUSTER", "MYID")
-        for node in [target, *(node for node in self.nodes if node is not target)]:
+        for node in [*(node for node in self.nodes if node is not target), target]:
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", number)
+
+    def clear(self) -> None:
+        """Forget all that the servers hold."""
+        for node in self.nodes:
+            node.ask("FLUSHALL")
 
     def url(self, options: str = "") -> str:
         places = ",".join(f"127.0.0.1:{port}" for port in self.ports)

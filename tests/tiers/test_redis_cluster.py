@@ -18,9 +18,16 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisCluster]:
-    with RedisCluster() as running:
-        yield running
+def running() -> Iterator[RedisCluster]:
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running: RedisCluster) -> RedisCluster:
+    """The servers, empty: a slot of theirs can only be moved if no other test has left a block in it."""
+    running.clear()
+    return running
 
 
 def name_of(tier: Tier, key: bytes) -> bytes:
@@ -33,7 +40,7 @@ class TestRedisCluster(TierConformance):
 
     @pytest.fixture(autouse=True)
     @classmethod
-    def running(cls, cluster: RedisCluster) -> None:
+    def over_cluster(cls, cluster: RedisCluster) -> None:
         cls.cluster = cluster
 
     def make_tier(self, root: Path, namespace: bytes, capacity_bytes: int) -> Tier:
