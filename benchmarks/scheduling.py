@@ -86,7 +86,8 @@ class OurWorkers:
             self._half._reports.end(JobOutcome(save.job_id, digests=digests))
         for load in self._loads:
             self._half._reports.end_load(load, JobOutcome(load.job_id))
-        self._saves, self._loads = step.metadata.saves, step.metadata.loads
+        self._saves = [*step.metadata.early_saves, *step.metadata.saves]
+        self._loads = step.metadata.loads
         return WorkerReport(
             finished_recving=self._half.take_finished(),
             worker_meta=self._half.take_reports(),

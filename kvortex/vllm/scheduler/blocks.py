@@ -132,6 +132,10 @@ class BlockRules(ABC):
         """
 
     @abstractmethod
+    def stored_tokens(self, tracked: TrackedRequest) -> int:
+        """Tokens of a request, from its first on, whose blocks are stored or being saved, up to a boundary."""
+
+    @abstractmethod
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
         """The device blocks that vLLM has allocated for a request."""
 
@@ -267,6 +271,10 @@ class FullAttention(BlockRules):
 
     def used(self, tracked: TrackedRequest) -> NDArray[np.uint64]:
         return pack_keys(self._keys.of(tracked.request, slice(tracked.num_planned[0])))
+
+    def stored_tokens(self, tracked: TrackedRequest) -> int:
+        absent = np.flatnonzero(self._index.states(self.used(tracked)) == 0)
+        return int(absent[0] if absent.size else tracked.num_planned[0]) * self.alignment
 
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
         return list(blocks.get_block_ids()[0])

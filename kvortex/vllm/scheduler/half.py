@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
-from kvortex.config import format_bytes
+from kvortex.config import KVortexConfig, format_bytes
 from kvortex.errors import ConfigError, EngineStateError, KVortexError
 from kvortex.owner import Control, RemoteControl
 from kvortex.planes.control import ControlPlane
@@ -26,6 +26,7 @@ from kvortex.vllm.plans import (
     WeightsChanged,
     WorkerHandshake,
 )
+from kvortex.vllm.scheduler import handover
 from kvortex.vllm.scheduler.admission import Admission
 from kvortex.vllm.scheduler.blocks import BlockRules, FullAttention
 from kvortex.vllm.scheduler.context import PlannerContext
@@ -78,7 +79,8 @@ class SchedulerHalf:
         vllm_config: the engine's configuration.
         kv_cache_config: groups and sizes of the paged cache.
         options: the connector's options.
-        handshake_in_step: True if the workers' handshakes come with the first step. Nothing is planned before.
+        is_alone: False inside of a `MultiConnector`. There the workers' handshakes come with the first step, and
+            nothing is planned before. And another connector may carry prompts to other servers.
 
     Raises:
         ConfigError: the model cannot be served, see `refuse_unserved`.
@@ -90,7 +92,7 @@ class SchedulerHalf:
         kv_cache_config: "KVCacheConfig",
         options: ConnectorOptions,
         *,
-        handshake_in_step: bool = False,
+        is_alone: bool = True,
     ) -> None:
         refuse_unserved(vllm_config, kv_cache_config)
         self._options = options
@@ -107,7 +109,8 @@ class SchedulerHalf:
         self._members = Members(self._num_workers, options.engine.owner)
         self._num_parts = 1
         self._owner_events: OwnerEvents | None = None
-        self._ready = not handshake_in_step and not self._has_owner
+        self._ready = is_alone and not self._has_owner
+        self._hands_over = is_alone and _reaches_others(options.engine)
         self._num_weights = 0  # changes of the weights that are known here
         self._stale = StaleKV()
         self._sizes = expected_sizes(self._groups, options.engine.codec.name)
@@ -175,7 +178,7 @@ class SchedulerHalf:
             num_weights=lambda: self._num_weights,
         )
         admission = Admission(self._num_device_blocks, rules, num_lookahead_tokens(self._vllm_config))
-        loads = LoadPlanner(context, self._options, admission, self._tracked, self.stats)
+        loads = LoadPlanner(context, self._options, admission, self._tracked, self.stats, takes_over=self._hands_over)
         self._made = _Planners(rules, admission, loads, SavePlanner(context))
 
     @property
@@ -406,6 +409,16 @@ class SchedulerHalf:
         if tracked is not None and self._ready and self._may_save:
             self._planners.rules.add_finished_tail(tracked, block_ids, tails)
 
+    def promise(self, request: "Request") -> dict[str, Any] | None:
+        """What the answer to a request that ends says to the server that goes on with its prompt; None if nothing.
+
+        Call it before `request_finished`.
+        """
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not (self._hands_over and self._ready and self._may_save and handover.is_wanted(request)):
+            return None
+        return handover.promise(self._planners.rules.stored_tokens(tracked))
+
     def request_finished(self, request: "Request") -> bool:
         """Forget a request; returns True if its device blocks must be held, because a load still writes into them."""
         self._planners.loads.end_wait(request.request_id)
@@ -489,3 +502,10 @@ class SchedulerHalf:
             self._control.close()
         else:
             self._control.clear()
+
+
+def _reaches_others(config: KVortexConfig) -> bool:
+    """True if other servers may find what is saved: in a pool that they share, or in a tier that gets every block."""
+    return bool(config.owner.socket) or (
+        bool(config.lower_tier) and config.tier.inclusion == "inclusive" and config.tier.admission == "always"
+    )

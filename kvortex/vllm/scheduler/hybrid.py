@@ -327,6 +327,17 @@ class Hybrid(BlockRules):
                 entries[number] = np.append(entries[number], last_hash)  # the tail of the prompt
         return self._in_order(keys, entries)[0]
 
+    def stored_tokens(self, tracked: TrackedRequest) -> int:
+        keys = self._keys_of(tracked)
+        of_groups = [keys.keys(number) for number in range(self.num_groups)]
+        arriving = [state != 0 for state in self._states(of_groups, 0)]
+        for run in (run for late, run in self._late if late is tracked):
+            stride, (first, stop) = self._strides[run.group], (run.blocks.start, run.blocks.stop)
+            arriving[run.group][~first if run.is_tail else slice((first + 1) * stride - 1, stop * stride, stride)] = (
+                True
+            )
+        return self._longest(tracked, keys, arriving).num_tokens
+
     def ids_of(self, blocks: "KVCacheBlocks") -> list[int]:
         return [block.block_id for table in blocks.blocks for block in table if not block.is_null]
 

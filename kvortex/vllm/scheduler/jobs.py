@@ -25,6 +25,7 @@ from kvortex.planes.plans import LoadPlan, Planned, SavePlan
 from kvortex.vllm.plans import JobOutcome, SaveDigests
 from kvortex.vllm.scheduler.blocks import BlockRun
 from kvortex.vllm.scheduler.events import PlannedBlocks
+from kvortex.vllm.scheduler.handover import is_wanted
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
 
@@ -80,6 +81,11 @@ class BegunSave:
     as_is: bool
     block_ids: list[int]  # of the device, each once
     pool: str
+
+    @property
+    def is_handed_over(self) -> bool:
+        """True if another server is to go on with one of the requests."""
+        return any(is_wanted(part.tracked.request) for part in self.parts)
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from kvortex.vllm.plans import ConnectorPlan, LoadJob
 from kvortex.vllm.scheduler.admission import Admission
 from kvortex.vllm.scheduler.blocks import Reach, Wanted
 from kvortex.vllm.scheduler.context import PlannerContext
+from kvortex.vllm.scheduler.handover import Waits, promised_tokens
 from kvortex.vllm.scheduler.jobs import LoadInFlight
 from kvortex.vllm.scheduler.requests import TrackedRequest
 
@@ -46,6 +47,7 @@ class LoadPlanner:
         admission: says whether a request may load now.
         tracked: the requests by id, those that wait with blocks among them.
         stats: counts hits and misses.
+        takes_over: requests wait for blocks that other servers have promised.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class LoadPlanner:
         admission: Admission,
         tracked: Mapping[str, TrackedRequest],
         stats: EngineStats,
+        *,
+        takes_over: bool,
     ) -> None:
         self._context = context
         self._control = context.control
@@ -64,6 +68,8 @@ class LoadPlanner:
         self._stats = stats
         self._begun: list[_BegunLoad] = []
         self._waiting_since_s: dict[str, float] = {}  # request -> since when it waits for a pending save
+        self._takes_over = takes_over
+        self._handovers = Waits(options.handover_wait_s)
 
     # -- look-up -----------------------------------------------------------------------------------
 
@@ -96,6 +102,8 @@ class LoadPlanner:
             tracked.looked_up = tracked.local_tokens, Reach(found, wanted)
         if wanted.keys and (self._wait_for_blocks(request.request_id, wanted) or self._begin_fetch(request, wanted)):
             return None
+        if self._waits_for_promise(tracked, found):
+            return None
         if found < least * rules.alignment or not self._admission.may_load(request, self._tracked.values()):
             return 0
         return found
@@ -120,9 +128,21 @@ class LoadPlanner:
         tier = self._context.tier
         return tier is not None and tier.fetch(request, wanted)
 
+    def _waits_for_promise(self, tracked: TrackedRequest, found: int) -> bool:
+        """True while blocks that another server has promised are not in the pool, unless that takes too long."""
+        request, rules = tracked.request, self._context.rules
+        promised = promised_tokens(request) if self._takes_over else 0
+        ahead = min((promised - tracked.local_tokens) // rules.alignment, rules.num_ahead(tracked))
+        if found // rules.alignment >= ahead or not self._handovers.goes_on(request.request_id, found):
+            return False
+        if self._context.tier is not None:
+            self._context.tier.ask_again(request.request_id)
+        return True
+
     def end_wait(self, request_id: str) -> None:
-        """A request waits for no pending save any more."""
+        """A request waits for blocks of others no more."""
         self._waiting_since_s.pop(request_id, None)
+        self._handovers.end(request_id)
 
     # -- load --------------------------------------------------------------------------------------
 

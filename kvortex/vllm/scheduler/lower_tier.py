@@ -29,9 +29,14 @@ FIGURES_INTERVAL_S: Final = 1.0
 """Seconds between two questions for the tier's counters, at least."""
 
 
+ASK_AGAIN_S: Final = 0.05
+"""Seconds between two questions of a request whose blocks another server is storing, at least."""
+
+
 class _Question(NamedTuple):
     answer: RemoteCall
     due_s: float
+    asked_s: float
 
 
 class _Fetch(NamedTuple):
@@ -75,6 +80,7 @@ class LowerTier:
         self._overdue: list[_Question] = []
         self._fetches: dict[str, _Fetch] = {}  # by request
         self._asked: dict[str, set[tuple[int, int]]] = {}  # request -> blocks that were fetched for it
+        self._absent: dict[str, tuple[int, int]] = {}  # request -> the first block that the tier did not have
         self._counted = tier_figures(control)
         self._counted_s = time.monotonic()
         self._wait_for_scan()
@@ -117,7 +123,8 @@ class LowerTier:
             if not unknown.size or not known.asks_store:
                 return False
             asked = self._calls.start(TierCall.ASK, pack_keys([hashes[n] for n in unknown.tolist()]))
-            question = _Question(asked, time.monotonic() + self._ask_wait_s)
+            now_s = time.monotonic()
+            question = _Question(asked, now_s + self._ask_wait_s, now_s)
             self._questions[request_id] = question
         if question.answer.is_over:
             return False
@@ -126,6 +133,13 @@ class LowerTier:
         if question not in self._overdue:
             self._overdue.append(question)
         return False
+
+    def ask_again(self, request_id: str) -> None:
+        """The store may have got more blocks of a request by now: have it asked, but not all the time."""
+        question = self._questions.get(request_id)
+        if question is None or (question.answer.is_over and time.monotonic() - question.asked_s >= ASK_AGAIN_S):
+            self._questions.pop(request_id, None)
+            self._absent.pop(request_id, None)
 
     def _ask_progress(self) -> None:
         """Ask how far the calls are: once for all requests that are looked at in a step."""
@@ -146,6 +160,8 @@ class LowerTier:
         """
         numbers, hashes = wanted.numbers[: self._max_fetching], wanted.keys[: self._max_fetching]
         asked = self._asked.setdefault(request.request_id, set())
+        if self._absent.get(request.request_id) == numbers[0]:
+            return False
         if not asked.isdisjoint(numbers[:1] if wanted.is_chain else numbers):
             return False
         groups = np.array([group for group, _ in numbers], dtype=np.uint8)
@@ -153,7 +169,9 @@ class LowerTier:
         call = self._calls.fetch(keys, groups, leading=wanted.is_chain)
         assert call.flags is not None
         coming = np.flatnonzero(call.flags)
-        asked.update([numbers[n] for n in coming.tolist()] or numbers[:1])
+        asked.update([numbers[n] for n in coming.tolist()])
+        if not coming.size:
+            self._absent[request.request_id] = numbers[0]
         if call.is_over:
             return False
         known = len(call.flags)
@@ -183,6 +201,7 @@ class LowerTier:
     def forget_request(self, request_id: str) -> None:
         """A request has ended: fetch nothing for it any more."""
         self._asked.pop(request_id, None)
+        self._absent.pop(request_id, None)
         self._questions.pop(request_id, None)
         if (fetch := self._fetches.pop(request_id, None)) is not None:
             self._calls.cancel(fetch.call)

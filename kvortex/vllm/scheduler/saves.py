@@ -92,30 +92,29 @@ class SavePlanner:
     def add_jobs(self, plan: ConnectorPlan) -> None:
         """Add the saves that were begun in the last step to the plan of this one, and those that were begun now.
 
-        A step that completes few blocks is a short one, which would wait for the owner's answer: its saves become jobs
-        of the next step.
+        A step that completes few blocks is a short one, which would wait for the owner's answer: its saves become early
+        jobs of the next step. Those of a prompt with which another server goes on do not wait for a next step.
         """
         rules = self._context.rules
         waiting, new, late = self._waiting, self._new, self._late
         self._waiting, self._new, self._late = [], [], []
         for begun in waiting:
-            overwritten = not rules.holds and not plan.fresh_block_ids.isdisjoint(begun.block_ids)
-            if overwritten or any(part.tracked.has_stale_kv for part in begun.parts):
+            if any(part.tracked.has_stale_kv for part in begun.parts):
                 self._give_up(begun)
             else:
-                self._add_job(begun, plan)
+                self._add_job(begun, plan.early_saves)
                 rules.release(begun.block_ids)
         few = sum(len(begun.block_ids) for begun in new) < MIN_SAVE_BLOCKS
         for begun in new:
-            if few and not begun.planned.is_made:
+            if few and not begun.planned.is_made and not begun.is_handed_over:
                 rules.hold(begun.block_ids)
                 self._waiting.append(begun)
             else:
-                self._add_job(begun, plan)
+                self._add_job(begun, plan.saves)
         for _, run in late:
             rules.release(run.block_ids)  # those that are saved are held by their saves
 
-    def _add_job(self, begun: BegunSave, plan: ConnectorPlan) -> None:
+    def _add_job(self, begun: BegunSave, saves: list[SaveJob]) -> None:
         context, save = self._context, begun.planned.result()
         moved = save.transfer.block_ids.tolist()
         if moved:
@@ -124,11 +123,11 @@ class SavePlanner:
                 SaveInFlight(job_id=job_id, plan=save, parts=begun.parts, order=begun.order, as_is=begun.as_is)
             )
             context.rules.hold(moved)
-            plan.saves.append(SaveJob(job_id, save.transfer, begun.pool))
+            saves.append(SaveJob(job_id, save.transfer, begun.pool))
             logger.debug("job %d saves %d of %d blocks", job_id, len(moved), len(begun.block_ids))
 
     def _give_up(self, begun: BegunSave) -> None:
-        """Save nothing: vLLM has given device blocks to others, or the KV is not what its keys say any more."""
+        """Save nothing: vLLM gives device blocks to others, or the KV is not what its keys say any more."""
         save = begun.planned.result()
         nothing = np.zeros(save.transfer.num_blocks, dtype=np.bool_)
         self._control.finish_save(save, np.zeros(len(nothing), dtype=np.uint64), nothing, tried=nothing)

@@ -22,7 +22,7 @@ from kvortex.types import BlockSizes
 from kvortex.vllm.identity.identity import identity_of
 from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.options import ConnectorOptions
-from kvortex.vllm.plans import ConnectorPlan, OwnedHandshake, PoolShrunk, WeightsChanged, WorkerHandshake
+from kvortex.vllm.plans import ConnectorPlan, OwnedHandshake, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.versions import WorkerReports
 from kvortex.vllm.worker.caches import LayerCache, register
 from kvortex.vllm.worker.digests import Digests, OwnersDigests, WorkersDigests
@@ -314,6 +314,8 @@ class WorkerHalf:
 
     def wait_for_reads(self, plan: ConnectorPlan) -> None:
         """Before a step changes anything: wait until saves of earlier steps have read the blocks that it overwrites."""
+        early, plan.early_saves = plan.early_saves, []
+        self._start_all(early)
         due_s = time.monotonic() + MAX_READ_WAIT_S
         for save in self._unread:
             if not save.read.is_set() and not save.device_blocks.isdisjoint(plan.fresh_block_ids):
@@ -339,6 +341,9 @@ class WorkerHalf:
     def start_saves(self) -> None:
         """Start this rank's part of the step's saves, behind the forward that wrote their blocks."""
         saves, self._plan.saves = self._plan.saves, []
+        self._start_all(saves)
+
+    def _start_all(self, saves: Sequence[SaveJob]) -> None:
         for save in saves:
             part = self._runner().part_of(save)
             if not part.transfer.num_blocks:

@@ -201,7 +201,7 @@ def running(
         if beside is not None:
             several = {"connectors": beside(mine)}
             mine = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": several}
-        arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**mine, **(transfer or {}))
+        arguments["kv_transfer_config"] = vllm.config.KVTransferConfig(**{**mine, **(transfer or {})})
     freeze_imports()
     llm = vllm.LLM(**arguments)
     engine = Engine(llm)

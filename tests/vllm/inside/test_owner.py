@@ -59,6 +59,19 @@ def test_a_new_engine_loads_what_an_earlier_one_has_computed(
     assert owner.allocated_bytes == owner.owner.control.index.committed_bytes
 
 
+def test_prompts_whose_device_blocks_are_used_again_at_once_are_stored(
+    model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
+) -> None:
+    """A short prompt's save is worked out while the next step, of another prompt, gets its blocks."""
+    prompts = [prompt(3 * BLOCK_SIZE + 5, 70 + n) for n in range(5)]
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        answers = [engine.generate([tokens], max_tokens=1) for tokens in prompts]
+        answers.append(engine.generate([PROMPTS["long"]]))
+    with running(model, options={"owner": str(owner.path)}) as engine:
+        assert [engine.generate([tokens], max_tokens=1) for tokens in prompts] == answers[:-1]
+        assert loaded(engine) == 5 * 3
+
+
 def test_engines_of_two_models_do_not_see_each_others_blocks(
     model: str, expected: dict[str, list[list[int]]], owner: ServingOwner
 ) -> None:

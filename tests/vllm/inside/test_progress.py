@@ -51,6 +51,7 @@ class Workers:
     def step(self) -> Step:
         step = self.harness.schedule()
         plan: ConnectorPlan = step.metadata
+        self.unread += plan.early_saves
         for save in [save for save in self.unread if not plan.fresh_block_ids.isdisjoint(block_ids(save))]:
             self._read(save)
         self.loads += plan.loads

@@ -197,9 +197,11 @@ class Worker(GroupWorkers):
         while True:
             step, of_step = self._steps.popleft()
             works += of_step
+            if isinstance(plan := step.metadata, ConnectorPlan):
+                self.unread += plan.early_saves
             self._read_all()
             self.memory._prepare(step)
-            if isinstance(plan := step.metadata, ConnectorPlan):
+            if isinstance(plan, ConnectorPlan):
                 for load in plan.loads:
                     self._wipe(load)
                 self.loads += plan.loads
