@@ -99,9 +99,13 @@ class Router:
 
     async def _pass_on(self, request: web.Request, body: bytes) -> web.StreamResponse:
         headers = {"Content-Type": request.content_type}
-        async with self._client.request(
-            request.method, self._decode + request.path_qs, data=body, headers=headers
-        ) as answer:
+        try:
+            answer = await self._client.request(
+                request.method, self._decode + request.path_qs, data=body, headers=headers
+            )
+        except aiohttp.ClientConnectionError as error:
+            raise web.HTTPServiceUnavailable(text=f"the server that answers is not there (yet): {error}") from error
+        async with answer:
             kept = {name: value for name, value in answer.headers.items() if name.lower() not in NOT_PASSED_ON}
             response = web.StreamResponse(status=answer.status, headers=kept)
             await response.prepare(request)
@@ -167,9 +171,8 @@ async def serve(options: argparse.Namespace, further: list[str]) -> int:
         print("waiting for the two servers ...", flush=True)
         await asyncio.wait([ready, *ends], return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            async with routing(options):
-                print(f"ready: http://{HOST}:{options.port}", flush=True)
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            print(f"ready: http://{HOST}:{options.port}", flush=True)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         if stop.done():
             return 0
@@ -177,6 +180,12 @@ async def serve(options: argparse.Namespace, further: list[str]) -> int:
         return 1
     finally:
         await asyncio.gather(*(end(server) for server in servers))
+
+
+async def run(options: argparse.Namespace, further: list[str]) -> int:
+    """The router first: that its port is taken is known before the servers have loaded their models."""
+    async with routing(options):
+        return await serve(options, further)
 
 
 def main() -> int:
@@ -187,7 +196,11 @@ def main() -> int:
     parser.add_argument("--pool", default="4GiB", help="pinned memory of each server (4GiB)")
     parser.add_argument("--nixl", action="store_true", help="carry prompts with vLLM's NixlConnector")
     options, further = parser.parse_known_args()
-    return asyncio.run(serve(options, further))
+    try:
+        return asyncio.run(run(options, further))
+    except OSError as error:
+        print(f"{error}; choose another --port, or install vLLM where this Python is", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ says that it is complete, and a half-made one is made again. A lock file keeps t
 0.23.0 and 0.33.0 have no CPU build: their environments have the Python of their wheel above the packages of 0.32.0's
 environment. 0.33.0 takes the compiled operators of 0.32.0 and runs whole; of 0.23.0 only the scheduler runs. Beside
 0.33.0 there are vLLM's own tests of its scheduler and connectors, from its source distribution, in ``vllm-tests``.
-What tests use beside it (``extras.txt``: clients, servers, connectors) is added to an environment that is there.
+What tests use beside it (``extras.txt``: clients and servers of shared tiers) is added to an environment that is there.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ MAX_KNOWN_ON_DISK: Final = 1 << 20  # some 100 bytes each; a reset announces the
 _untagged: Callable[[list[Any]], Any] = getattr(kv_cache_utils, "to_event_extra_keys", lambda keys: keys)
 _OF_STORED: Final = frozenset(BlockStored.__struct_fields__)
 _REMOVED_NAMES_GROUP: Final = "group_idx" in BlockRemoved.__struct_fields__
+_NAMES_TIER: Final = "ownership" in _OF_STORED
+_OF_ONE_MACHINE: Final = frozenset({"disk", "memory"})
 
 
 BlockName: TypeAlias = tuple[int, bytes]
@@ -98,8 +100,14 @@ class PlannedBlocks:
         """The block at a position."""
         return self.group, self.hashes[position]
 
-    def event(self, first: int, stop: int, medium: str) -> BlockStored:
-        """The event that the blocks from `first` up to, and without, `stop` are stored in `medium`."""
+    def event(self, first: int, stop: int, medium: str, **of_tier: Any) -> BlockStored:
+        """The event that the blocks from `first` up to, and without, `stop` are stored in `medium`.
+
+        Args:
+            first, stop: positions in `hashes`.
+            medium: where they are.
+            of_tier: what the event says of the tier, as far as this vLLM's events have it.
+        """
         return BlockStored(
             block_hashes=[maybe_convert_block_hash(h) for h in self.hashes[first:stop]],
             parent_block_hash=_external(self.hashes[first - 1] if first else self.parent),
@@ -107,6 +115,7 @@ class PlannedBlocks:
             block_size=self.block_size,
             medium=medium,
             **self.of_all,
+            **of_tier,
             **{name: _untagged(values[first:stop]) for name, values in self.of_block.items()},
         )
 
@@ -118,6 +127,9 @@ class EventLog:
         groups: the groups of layers whose blocks are cached.
         hash_block_size: tokens of one block hash.
     """
+
+    tier = ""
+    """Name of the lower tier, such as "redis"; several are joined by "+"."""
 
     def __init__(self, groups: Sequence[EventGroup], hash_block_size: int) -> None:
         self._groups = groups
@@ -177,7 +189,7 @@ class EventLog:
         """The blocks at `positions` of a prepared event are on disk now."""
         fresh = [i for i in positions if blocks.name(i) not in self._on_disk]
         self._on_disk.update((blocks.name(i), None) for i in fresh)
-        self._events += [blocks.event(run[0], run[-1] + 1, DISK) for run in _runs(fresh)]
+        self._events += [blocks.event(run[0], run[-1] + 1, DISK, **self._of_tier) for run in _runs(fresh)]
         while len(self._on_disk) > MAX_KNOWN_ON_DISK:
             del self._on_disk[next(iter(self._on_disk))]
 
@@ -216,7 +228,16 @@ class EventLog:
             by_group.setdefault(group, []).append(maybe_convert_block_hash(block_hash))
         for group, external in by_group.items():
             of_group = {"group_idx": group} if _REMOVED_NAMES_GROUP else {}
-            self._events.append(BlockRemoved(block_hashes=external, medium=medium, **of_group))
+            of_tier = self._of_tier if medium == DISK else {}
+            self._events.append(BlockRemoved(block_hashes=external, medium=medium, **of_group, **of_tier))
+
+    @property
+    def _of_tier(self) -> dict[str, Any]:
+        """What events say of the lower tier: its name, and whether other machines can reach what it has."""
+        if not _NAMES_TIER or not self.tier:
+            return {}
+        is_local = _OF_ONE_MACHINE.issuperset(self.tier.split("+"))
+        return {"ownership": self.tier, "locality": "LOCAL" if is_local else "REMOTE"}
 
 
 def _external(block_hash: bytes | None) -> Any:

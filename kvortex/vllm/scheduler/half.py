@@ -238,6 +238,7 @@ class SchedulerHalf:
             return False
         self._control, self._sizes, self._num_parts = control, handshakes[0].sizes, first.num_parts
         if self._events is not None:
+            self._events.tier = control.tier
             self._owner_events = OwnerEvents(control, self._events)
         if control.tier:
             wait_s = self._options.pending_wait_s

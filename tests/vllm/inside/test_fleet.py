@@ -112,6 +112,28 @@ def test_a_prompt_with_another_salt_is_another_prompt(
             assert engine.loaded_blocks == (NUM_BLOCKS if hits else 0)
 
 
+def test_routers_are_told_in_which_tier_blocks_are(model: str, tier: str) -> None:
+    told: list[Any] = []
+    publishing = vllm.config.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    with running(model, options={"tier": tier}, kv_events_config=publishing) as engine:
+        half, take = engine.scheduler_half, engine.scheduler_half.take_events
+        half.take_events = lambda: told.extend(events := list(take())) or events  # type: ignore[method-assign]
+        engine.generate([TOKENS])
+        settle_disk(engine)
+        engine.settle()
+        half.reset_cache()
+        engine.settle()
+    for kind in ("BlockStored", "BlockRemoved"):
+        of_kind = [event for event in told if type(event).__name__ == kind]
+        assert {event.medium for event in of_kind} == {"CPU", "STORAGE"}
+        for event in of_kind:
+            where = ("redis", "REMOTE") if event.medium == "STORAGE" else (None, None)
+            assert (getattr(event, "ownership", where[0]), getattr(event, "locality", where[1])) == where
+            assert getattr(event, "group_idx", 0) == 0
+    stored = [len(event.block_hashes) for event in told if type(event).__name__ == "BlockStored"]
+    assert sum(stored) >= 2 * NUM_BLOCKS
+
+
 # -- one computes prompts, another goes on with them ---------------------------------------------------
 
 
