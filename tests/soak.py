@@ -7,8 +7,8 @@ owner. Its clients load random prompts, compare every byte with what belongs to 
 missing, cancel, prefetch and forget. Meanwhile servers are killed and started anew, or stand still for some seconds.
 
 It fails if a byte is wrong, if a call takes longer than a minute, if a pool does not account to zero at the end, if
-memory or descriptors of a host grow, if a host loads nothing from its tiers, or if, when the servers are left alone, some
-host does not find what the others have saved.
+memory or descriptors of a host grow, if a host loads nothing from its tiers, or if, when the servers are left alone,
+some host does not find what the others have saved.
 """
 
 import argparse

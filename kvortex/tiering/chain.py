@@ -35,7 +35,7 @@ class ChainTier(Tier):
     A tier that cannot be opened, hangs or fails is passed over, and the others go on.
 
     Args:
-        tiers: the tiers, not opened, each with what it takes. The first takes every block.
+        tiers: the tiers, not opened, each with what it takes. The first that can be used takes every block.
         timeout_s: seconds that a call may take. Each tier gets its part of them.
         copies_forward: the tiers in front of the one that had a block get a copy.
     """
@@ -216,7 +216,8 @@ class ChainTier(Tier):
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
         self._check(())
         sizes = check_writes(requests)
-        links = [link for link in self.links if link.writes and (link.takes is Takes.ALWAYS or link is self.links[0])]
+        usable = [link for link in self.links if link.writes]
+        links = [link for link in usable if link.takes is Takes.ALWAYS or link is usable[0]]
         writes = [ChainWrite(request, len(links)) for request in requests]
         if not links:
             for write in writes:
