@@ -48,7 +48,7 @@ LONGEST_FIRST = tuple(
             "owner",
             "disk",
         ),
-        *("multi", "vllms_own", "hybrid_lives", "placement", "not_reused", "adapters"),
+        *("fleet", "prefill_decode", "multi", "vllms_own", "hybrid_lives", "placement", "not_reused", "adapters"),
     )
 )
 """So that no long file is left when all others have ended."""
