@@ -246,11 +246,13 @@ class DiskTierConfig(Section):
         rescan_interval_s: seconds between two scans of the directory, in which other processes write and delete too.
             None scans at start only.
         close_timeout_s: seconds that closing waits for I/O in flight.
+        seal_keys: file with the secrets that seal blocks, for a directory that others can write to, see
+            docs/sealing.md. Empty for plain blocks.
     """
 
     section: ClassVar[str] = "disk"
     plain: ClassVar[str] = "path"
-    paths: ClassVar[tuple[str, ...]] = ("path",)
+    paths: ClassVar[tuple[str, ...]] = ("path", "seal_keys")
 
     path: str | os.PathLike[str] = ""
     capacity_bytes: int = 64 * GIB
@@ -262,6 +264,7 @@ class DiskTierConfig(Section):
     touch_interval_s: float = 60.0
     rescan_interval_s: float | None = 300.0
     close_timeout_s: float = 5.0
+    seal_keys: str | os.PathLike[str] = ""
 
     def _check(self) -> None:
         self._require_positive("read_threads", "write_threads")

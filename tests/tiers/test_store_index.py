@@ -175,9 +175,9 @@ def test_threads_leave_the_books_balanced(num_threads: int) -> None:
                     files.discard(key)
                     index.removed(key)
             else:
-                with index.watching() as removed:
+                with index.watching() as changed:
                     if key in files:
-                        index.use(key, indexed(), removed, 1e9)
+                        index.use(key, indexed(), changed, 1e9)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(num_threads)]
     for thread in threads:

@@ -8,13 +8,12 @@ from typing import Any, Final, TypeVar
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, decode_header, encode_header
-from kvortex.tiers.payload import payload_digest
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
+from kvortex.tiers.sealing import Framing
 from kvortex.tiers.store_index import Admission, IndexedBlock, StoreIndex
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
@@ -36,7 +35,7 @@ class RedisBlocks:
 
     Args:
         settings: of the server.
-        namespace: digest of the namespace, 32 bytes.
+        framing: how blocks are stored.
         servers: have the connections.
         index: remembers what is there.
         counters: count what was removed.
@@ -46,15 +45,15 @@ class RedisBlocks:
     def __init__(
         self,
         settings: RedisSettings,
-        namespace: bytes,
+        framing: Framing,
         servers: Servers,
         index: StoreIndex,
         counters: TierCounters,
         log: FailureLog,
     ) -> None:
         self._settings = settings
-        self._namespace = namespace
-        self._prefix = f"{settings.prefix}{namespace.hex()}:".encode()
+        self._framing = framing
+        self._prefix = f"{settings.prefix}{framing.namespace.hex()}:".encode()
         self._servers = servers
         self._index = index
         self._counters = counters
@@ -78,15 +77,19 @@ class RedisBlocks:
         for start in range(0, len(keys), KEYS_AT_A_TIME):
             batch = keys[start : start + KEYS_AT_A_TIME]
             known = [self._index.get(key) for key in batch]
-            with self._index.watching() as removed:
-                found = self._numbers(b"STRLEN", batch)
-                self._index.merge([(key, seen(size)) for key, size in zip(batch, found, strict=True) if size], removed)
+            with self._index.watching() as changed:
+                found = [self._if_block(size) for size in self._numbers(b"STRLEN", batch)]
+                self._index.merge([(key, seen(size)) for key, size in zip(batch, found, strict=True) if size], changed)
             for key, before, size in zip(batch, known, found, strict=True):
                 if not size:
                     self._index.discard(key, before)
             sizes += found
         self._forget()
         return sizes
+
+    def _if_block(self, nbytes: int) -> int:
+        """The same, or 0 for a value that is too short for a block, and so is none."""
+        return nbytes if nbytes > self._framing.header_bytes else 0
 
     def servers(self) -> list[Connections]:
         """The servers that `scan` takes.
@@ -135,12 +138,13 @@ class RedisBlocks:
         """Read one block straight into its buffer. Every failure becomes an outcome."""
         known = self._index.get(request.key)
         try:
-            with self._index.watching() as removed:
+            with self._index.watching() as changed:
                 reply = self._at_its_server(self.name_of(request.key), partial(self._get, request))
-                outcome = reply if isinstance(reply, ReadOutcome) else self._refused(reply)
+                outcome, nbytes = (self._refused(reply), 0) if isinstance(reply, ReplyError) else reply
                 if outcome.reason is None:
-                    entry = seen(SHORT_HEADER_BYTES + outcome.payload_bytes)
-                    self._index.use(request.key, entry, removed, float("inf"), request.used_s)
+                    self._index.use(request.key, seen(nbytes), changed, float("inf"), request.used_s)
+                elif outcome.reason is MissReason.AUTH and nbytes:
+                    self._index.condemn(request.key, seen(nbytes), changed)
             if outcome.cause is Cause.CORRUPT:
                 self._remove_corrupt(request.key)
         except StoreFailure as failure:
@@ -153,47 +157,47 @@ class RedisBlocks:
             self._index.ignore(request.key)
         return outcome
 
-    def _get(self, request: ReadRequest, wire: Wire) -> ReadOutcome | ReplyError:
+    def _get(self, request: ReadRequest, wire: Wire) -> tuple[ReadOutcome, int] | ReplyError:
+        """The outcome, and the bytes of the value; or why the server gives none."""
         target = as_bytes(request.buffer)
         name = self.name_of(request.key)
         renewal = command(b"EXPIRE", name, self._ttl) if self._ttl else b""
         wire.send(command(b"GET", name) + renewal)
         # Normally the payload fills the buffer: then the first bytes are taken without any of the payload.
-        nbytes = wire.bulk_bytes(len(b"$%d\r\n" % (SHORT_HEADER_BYTES + target.size)) + SHORT_HEADER_BYTES)
-        outcome: ReadOutcome | ReplyError
+        head_bytes = self._framing.header_bytes
+        nbytes = wire.bulk_bytes(len(b"$%d\r\n" % (head_bytes + target.size)) + head_bytes)
+        reply: tuple[ReadOutcome, int] | ReplyError
         if nbytes is None:
-            outcome = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT)
+            reply = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT), 0
         elif isinstance(nbytes, ReplyError):
-            outcome = nbytes
+            reply = nbytes
         else:
-            outcome = self._receive(wire, request.key, nbytes, target)
+            reply = self._receive(wire, request.key, nbytes, target), nbytes
         if renewal and not wire.is_spoiled:
             wire.reply()  # a user that may only read renews nothing
-        return outcome
+        return reply
 
     def _receive(self, wire: Wire, key: bytes, nbytes: int, target: Any) -> ReadOutcome:
+        framing = self._framing
         wire.is_spoiled = True  # until all of the value was received
-        if nbytes < SHORT_HEADER_BYTES:
-            return _corrupt("the value is shorter than a header")
-        header = decode_header(wire.take(SHORT_HEADER_BYTES), self._namespace, key, SHORT_HEADER_BYTES)
-        if header is Cause.UNKNOWN_VERSION:
-            return ReadOutcome(MissReason.NEVER_STORED, cause=header)
-        if not isinstance(header, FrameHeader) or header.payload_bytes != nbytes - SHORT_HEADER_BYTES:
-            return _corrupt("the header is damaged, another block's, or does not fit the value's length")
+        header = framing.decode(wire.take(min(framing.header_bytes, nbytes)), key)
+        if isinstance(header, ReadOutcome):
+            return header
+        if header.payload_bytes != nbytes - framing.header_bytes:
+            return framing.flawed("the value's length is not what its header says")
         if header.payload_bytes > target.size:
             detail = f"a payload of {header.payload_bytes} bytes does not fit a buffer of {target.size}"
             return ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.BUFFER_TOO_SMALL, detail=detail)
         payload = target[: header.payload_bytes]
+        stored = framing.landing(payload)
         end = bytearray(len(CRLF))
-        wire.fill(payload.data, memoryview(end))
+        wire.fill(stored.data, memoryview(end))
         wire.is_spoiled = end != CRLF
-        if payload_digest(payload) != header.digest:
-            return _corrupt("the payload's digest differs")
-        return ReadOutcome(None, header.payload_bytes, header.raw_bytes, header.codec, header.digest)
+        return framing.open(header, stored, payload)
 
     def _refused(self, reply: ReplyError) -> ReadOutcome:
         if reply.code == "WRONGTYPE":
-            return _corrupt(str(reply))
+            return self._framing.flawed(str(reply))
         raise self._failure(reply)
 
     def write(self, request: WriteRequest) -> WriteOutcome:
@@ -207,7 +211,7 @@ class RedisBlocks:
     def _write(self, request: WriteRequest) -> WriteOutcome:
         key, payload = request.key, as_bytes(request.payload)
         self.find([key])  # another host may have stored it, and the server may have evicted it
-        admission, victims = self._index.reserve(key, SHORT_HEADER_BYTES + payload.size, request.used_s)
+        admission, victims = self._index.reserve(key, self._framing.header_bytes + payload.size, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)
         if admission is not Admission.RESERVED:
@@ -215,7 +219,7 @@ class RedisBlocks:
             return WriteOutcome(SaveOutcome.ALREADY_STORED if is_stored else SaveOutcome.PENDING)
         try:
             self._remove_victims([victim for victim, _ in victims])
-            self._set(request, payload)
+            self._set(request)
         except BaseException:
             self._index.abort(key)
             raise
@@ -223,12 +227,11 @@ class RedisBlocks:
         self._forget()
         return WriteOutcome(SaveOutcome.STORED)
 
-    def _set(self, request: WriteRequest, payload: Any) -> None:
-        fields = (int(request.codec), payload.size, request.raw_bytes, request.digest)
-        header = encode_header(FrameHeader(self._namespace, request.key, *fields), SHORT_HEADER_BYTES)
+    def _set(self, request: WriteRequest) -> None:
+        header, payload = self._framing.encode(request)
         name, expiry = self.name_of(request.key), (b"EX", self._ttl) if self._ttl else ()
         begin = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n" % (3 + len(expiry), len(name), name)
-        begin += b"$%d\r\n%b" % (SHORT_HEADER_BYTES + payload.size, header)
+        begin += b"$%d\r\n%b" % (len(header) + payload.size, header)
         end = CRLF + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in expiry)
 
         def send(wire: Wire) -> Any:
@@ -366,7 +369,3 @@ def seen(nbytes: int, last_use_s: float = LONG_AGO_S) -> IndexedBlock:
 
 def _has_moved(reply: object) -> bool:
     return isinstance(reply, ReplyError) and reply.code in ("MOVED", "ASK")
-
-
-def _corrupt(detail: str) -> ReadOutcome:
-    return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT, detail=detail)

@@ -20,6 +20,7 @@ _EVERYWHERE: Final[Mapping[str, Any]] = {
     "capacity_bytes": int,
     "prefix": str,
     "password_file": str,
+    "seal_keys": str,
 }
 _WITH_TLS: Final[Mapping[str, Any]] = {**_EVERYWHERE, "ca_file": str, "cert_file": str, "key_file": str}
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -58,6 +59,7 @@ class RedisSettings:
         capacity_bytes: bytes of this namespace's values, which this tier evicts itself then; None leaves that to the
             server.
         prefix: begin of all names in the server.
+        seal_keys: file with the secrets that seal blocks; empty for plain blocks.
     """
 
     host: str = ""
@@ -78,6 +80,7 @@ class RedisSettings:
     ttl_s: int | None = None
     capacity_bytes: int | None = None
     prefix: str = "kvortex:"
+    seal_keys: str = ""
 
     def __post_init__(self) -> None:
         if [bool(self.host), bool(self.path), bool(self.seeds)].count(True) != 1:

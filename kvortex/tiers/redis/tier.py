@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
-from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
+from kvortex.errors import ConfigError, EngineStateError
 from kvortex.runtime.blocking import interpreter_ends, run_blocking, submit_or_run
 from kvortex.tiers.base import (
     Cause,
@@ -28,6 +28,7 @@ from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.runner import BatchRunner
+from kvortex.tiers.sealing import framing_of
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class RedisTier(IndexedTier):
         namespace: digest of the namespace, 32 bytes.
 
     Raises:
-        ConfigError: redis-py is not installed.
+        ConfigError: redis-py is not installed, or the keys that seal blocks cannot be used.
         InvalidHashError: `namespace` is not 32 bytes.
     """
 
@@ -61,13 +62,12 @@ class RedisTier(IndexedTier):
     finds_more = True
 
     def __init__(self, settings: RedisSettings, *, namespace: bytes) -> None:
-        if len(namespace) != BLOCK_HASH_BYTES:
-            raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
-        super().__init__(settings.capacity_bytes)
+        store = f"the redis tier at {settings.address}"
+        super().__init__(settings.capacity_bytes, framing_of(namespace, settings.seal_keys, store))
         self._settings = settings
-        log = FailureLog(f"the redis tier at {settings.address}")
+        log = FailureLog(store)
         self._servers = _servers_of(settings, log)
-        self._blocks = RedisBlocks(settings, namespace, self._servers, self._index, self._counters, log)
+        self._blocks = RedisBlocks(settings, self._framing, self._servers, self._index, self._counters, log)
         self._scan_task: asyncio.Task[None] | None = None
 
     # -- life ------------------------------------------------------------------------------------------
