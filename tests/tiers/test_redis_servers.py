@@ -14,6 +14,7 @@ import trustme
 from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, payload_of, read_request, until, write_request
 from kvortex.tiers import Cause, RedisTier
+from kvortex.tiers.frame import SHORT_HEADER_BYTES
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, read_one, tier_over, write_one
 
@@ -209,6 +210,16 @@ async def test_a_foreign_value_is_not_found_and_is_written_over(server: RedisSer
         assert await tier.find([key_of(0), key_of(1)]) == [0, NBYTES]
         assert (await write_one(tier, 0)).outcome is SaveOutcome.STORED
         assert (await read_one(tier, 0)).reason is None
+
+
+async def test_a_value_that_is_too_short_for_a_block_is_none(server: RedisServer) -> None:
+    """Nobody would read it, and so find out that it is damaged."""
+    async with server.tier() as tier:
+        for number, nbytes in enumerate([1, SHORT_HEADER_BYTES]):
+            server.ask("SET", name_of(tier, number), bytes(nbytes))
+            assert await tier.find([key_of(number)]) == [0]
+            assert (await write_one(tier, number)).outcome is SaveOutcome.STORED
+            assert (await read_one(tier, number)).reason is None
 
 
 async def test_names_and_the_end_of_blocks(server: RedisServer) -> None:
