@@ -4,6 +4,7 @@ import itertools
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvortex.testing.tier_conformance import NAMESPACE
 from kvortex.tiers import RedisTier, tier_from_url
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.lookup import LookUp
 from kvortex.tiers.redis.resp import LONGEST_LINE, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Cluster, NoNode
 from kvortex.tiers.redis.settings import RedisSettings
@@ -345,3 +347,73 @@ def test_while_a_table_is_asked_for_others_use_the_old_one() -> None:
     assert cluster.of(b"a") is left
     answered.set()
     other.join()
+
+
+# -- blocks that are looked up together ------------------------------------------------------------------
+
+
+def failure_of(text: str) -> StoreFailure:
+    return StoreFailure(ConnectionResetError(text))
+
+
+def test_a_question_is_asked_once_and_again_if_it_has_failed() -> None:
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(len(asked))
+        if len(asked) < 3:
+            raise failure_of(f"attempt {len(asked)}")
+
+    lookup = LookUp(ask)
+    for number in (1, 2):
+        with pytest.raises(StoreFailure, match=f"attempt {number}"):
+            lookup.ensure()
+    for _ in range(3):
+        lookup.ensure()
+    assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_wait_for_the_answer_of_the_first_and_share_its_failure(fails: bool) -> None:
+    """If each asked again, the last of many threads would fail only after as many timeouts."""
+    asking, answered, asked, failed = threading.Event(), threading.Event(), [], []
+
+    def ask() -> None:
+        asked.append(threading.current_thread())
+        asking.set()
+        assert answered.wait(30)
+        if fails:
+            raise failure_of("no answer")
+
+    lookup = LookUp(ask)
+
+    def ensure() -> None:
+        try:
+            lookup.ensure()
+        except StoreFailure as failure:
+            failed.append(str(failure))
+
+    threads = [threading.Thread(target=ensure) for _ in range(5)]
+    threads[0].start()
+    assert asking.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    waiting_for_lock(threads[1:])
+    answered.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert asked == [threads[0]]
+    assert failed == ["no answer"] * (5 * fails)
+
+
+def waiting_for_lock(threads: Iterable[threading.Thread]) -> None:
+    """Return once all of these threads wait inside of `LookUp.ensure`."""
+    due_s = time.monotonic() + 30
+    for thread in threads:
+        while True:
+            frame = sys._current_frames().get(thread.ident or 0)
+            if frame is not None and frame.f_code is LookUp.ensure.__code__ and "before" in frame.f_locals:
+                break
+            assert time.monotonic() < due_s
+            time.sleep(0.001)

@@ -261,6 +261,21 @@ async def test_what_others_store_is_found_without_being_told(server: RedisServer
         assert {outcome.outcome for outcome in await mine.write([write_request(0)])} == {SaveOutcome.ALREADY_STORED}
 
 
+async def test_the_blocks_of_a_write_are_looked_up_together(server: RedisServer) -> None:
+    async with server.tier() as mine, server.tier() as theirs:
+        await theirs.write([write_request(n) for n in range(0, 100, 3)])
+        before = server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"]
+        asked = []
+        find = mine._blocks.find
+        mine._blocks.find = lambda keys: asked.append(len(keys)) or find(keys)  # type: ignore[method-assign]
+        outcomes = await mine.write([write_request(n) for n in range(100)])
+        assert [outcome.outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes] == [
+            n % 3 == 0 for n in range(100)
+        ]
+        assert sorted(asked) == [4, 32, 32, 32]
+        assert server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"] - before == 100
+
+
 async def test_a_tier_that_lists_forgets_what_others_have_deleted(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

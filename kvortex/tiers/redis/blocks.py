@@ -10,6 +10,7 @@ from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, Wr
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.lookup import BlockWrite, LookUp
 from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
@@ -26,6 +27,8 @@ TOUCH_S: Final = 60.0
 """Seconds between two reports of a block's use to the server, at least."""
 LONG_AGO_S: Final = 1.0
 ATTEMPTS: Final = 2
+WRITES_A_LOOK_UP: Final = 32
+"""Blocks of a call that are looked up together, before the first of them is written."""
 
 Reply = TypeVar("Reply")
 
@@ -200,17 +203,26 @@ class RedisBlocks:
             return self._framing.flawed(str(reply))
         raise self._failure(reply)
 
-    def write(self, request: WriteRequest) -> WriteOutcome:
+    def writes(self, requests: Sequence[WriteRequest]) -> list[BlockWrite]:
+        """The blocks of a call as `write` takes them."""
+        writes = []
+        for start in range(0, len(requests), WRITES_A_LOOK_UP):
+            part = requests[start : start + WRITES_A_LOOK_UP]
+            lookup = LookUp(partial(self.find, [request.key for request in part]))
+            writes += [BlockWrite(request, lookup) for request in part]
+        return writes
+
+    def write(self, write: BlockWrite) -> WriteOutcome:
         """Write one block straight from its payload. Every failure becomes an outcome."""
         try:
-            return self._write(request)
+            write.lookup.ensure()  # another host may have stored it, and the server may have evicted it
+            return self._write(write.request)
         except StoreFailure as failure:
             outcome = SaveOutcome.NO_SPACE if failure.cause is Cause.NO_SPACE else SaveOutcome.FAILED
             return WriteOutcome(outcome, cause=failure.cause, detail=str(failure))
 
     def _write(self, request: WriteRequest) -> WriteOutcome:
         key, payload = request.key, as_bytes(request.payload)
-        self.find([key])  # another host may have stored it, and the server may have evicted it
         admission, victims = self._index.reserve(key, self._framing.header_bytes + payload.size, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)

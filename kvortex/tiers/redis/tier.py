@@ -25,6 +25,7 @@ from kvortex.tiers.payload import warm_up
 from kvortex.tiers.redis.blocks import LONG_AGO_S, RedisBlocks
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.lookup import BlockWrite
 from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.runner import BatchRunner
@@ -85,7 +86,7 @@ class RedisTier(IndexedTier):
         threads = self._settings.connections
         self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kvortex-redis-ask")
         self._reads = BatchRunner("kvortex-redis-read", threads, self._blocks.read, _unread, ReadRequest.settle)
-        self._writes = BatchRunner("kvortex-redis-write", threads, self._blocks.write, _unwritten, WriteRequest.settle)
+        self._writes = BatchRunner("kvortex-redis-write", threads, self._blocks.write, _unwritten, _settle_write)
         self._is_open = True
         if self._settings.capacity_bytes is not None:
             self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-redis-scan")
@@ -193,7 +194,7 @@ class RedisTier(IndexedTier):
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
         self._check(())
         sizes = check_writes(requests)
-        outcomes = await self._writes.run(requests, deadline_s)
+        outcomes = await self._writes.run(self._blocks.writes(requests), deadline_s)
         self._counters.record_writes(outcomes, sizes)
         return outcomes
 
@@ -260,6 +261,10 @@ def _never_evicts(info: dict[str, str], *, has_ttl: bool) -> str:
 def _unread(cause: Cause, settled: bool) -> ReadOutcome:
     reason = MissReason.DEADLINE if cause is Cause.DEADLINE else MissReason.TRANSFER_FAILED
     return ReadOutcome(reason, cause=cause, settled=settled)
+
+
+def _settle_write(write: BlockWrite, outcome: WriteOutcome) -> None:
+    write.request.settle(outcome)
 
 
 def _unwritten(cause: Cause, settled: bool) -> WriteOutcome:
