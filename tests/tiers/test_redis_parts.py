@@ -56,6 +56,14 @@ def test_what_a_url_says(tmp_path: Path) -> None:
         seeds=(("a", 6379), ("b", 7), ("::1", 8)), username="me", password="pw"
     )
     assert settings_of("redis+cluster://a,[::1]:8").address == "a:6379,[::1]:8"
+    password = tmp_path / "password"
+    password.write_text("of-sentinel\n")
+    of_sentinels = settings_of(
+        f"rediss+sentinel://a/main?sentinel_username=me&sentinel_password_file={password}&sentinel_tls=true"
+    )
+    assert (of_sentinels.sentinel_username, of_sentinels.sentinel_secret()) == ("me", "of-sentinel")
+    assert of_sentinels.sentinel_tls
+    assert settings_of("redis+sentinel://a/main").sentinel_secret() is None
     assert settings_of("rediss+sentinel://a,b:7/main/3") == RedisSettings(
         seeds=(("a", 26379), ("b", 7)), service="main", db=3, tls=True
     )
@@ -80,6 +88,9 @@ def test_what_a_url_says(tmp_path: Path) -> None:
         ("redis+cluster://a?ca_file=/b", "unknown option 'ca_file'"),
         ("redis+sentinel://a", "name the service behind the sentinels"),
         ("redis+sentinel:///main", "name a server"),
+        ("redis+sentinel://a/main?sentinel_tls=1", "unknown option 'sentinel_tls'"),
+        ("redis+sentinel://a/main?sentinel_password_file=/no/such", "sentinel_password_file '/no/such' cannot be read"),
+        ("redis://a?sentinel_username=b", "unknown option 'sentinel_username'"),
         ("redis+sentinel://a/main/x", "the number of a database, not 'x'"),
         ("redis://cache:port", "no host and port"),
         ("redis://cache:70000", "no host and port"),
@@ -326,6 +337,29 @@ def test_a_table_in_doubt_is_asked_for_again_and_kept_if_nobody_answers() -> Non
     cluster.abort()
     with pytest.raises(StoreFailure, match="closed"):
         cluster.of(b"x")
+
+
+def test_a_node_that_another_one_names_is_used_before_the_table_has_it() -> None:
+    clock, middles = Clock(), [b"m"]
+    cluster = Cluster(lambda known: Halves(middles[0]), lambda place: lone_wire(), FailureLog("a test"), clock)
+    left = cluster.of(b"a")
+    new = cluster.at("new:3", b"a")
+    assert new not in cluster.all()
+    assert cluster.at("left:1", b"z") is left
+    assert cluster.at(":1", b"a") is left  # the same host
+    assert cluster.at("::1:6379", b"a") is cluster.at("::1:6379", b"z")
+    with new.exchange():
+        cluster.doubt()
+        clock.now_s += 1.0
+        cluster.of(b"a")  # the table is asked for again
+        assert new.num_open == 1
+    assert cluster.at("new:3", b"a") is new
+    for address in ("new", "new:", "", "a:b"):
+        with pytest.raises(StoreFailure, match="no address of a node"):
+            cluster.at(address, b"a")
+    cluster.abort()
+    with pytest.raises(StoreFailure, match="closed"):
+        cluster.at("new:3", b"a")
 
 
 def test_while_a_table_is_asked_for_others_use_the_old_one() -> None:

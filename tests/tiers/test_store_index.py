@@ -250,6 +250,7 @@ def test_what_this_process_writes_while_it_is_read_is_not_condemned() -> None:
     with index.watching() as changed:
         index.reserve(key_of(0), 3)
         index.condemn(key_of(0), indexed(3), changed)
+        assert (index.used_bytes, len(index)) == (3, 0)
         index.commit(key_of(0), "ns")
         index.condemn(key_of(0), indexed(3), changed)
         assert index.stored_bytes([key_of(0)]) == [3]

@@ -1,8 +1,7 @@
 """Blocks as values of a server: blocking calls, for threads. A value is a frame (`kvortex.tiers.frame`)."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -11,7 +10,8 @@ from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
 from kvortex.tiers.redis.lookup import BlockWrite, LookUp
-from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
+from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command
+from kvortex.tiers.redis.routes import Routes
 from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.sealing import Framing
@@ -26,7 +26,6 @@ KNOWN_BLOCKS: Final = 1 << 18
 TOUCH_S: Final = 60.0
 """Seconds between two reports of a block's use to the server, at least."""
 LONG_AGO_S: Final = 1.0
-ATTEMPTS: Final = 2
 WRITES_A_LOOK_UP: Final = 32
 """Blocks of a call that are looked up together, before the first of them is written."""
 
@@ -60,7 +59,7 @@ class RedisBlocks:
         self._servers = servers
         self._index = index
         self._counters = counters
-        self._log = log
+        self._routes = Routes(servers, log)
         self._ttl = b"" if settings.ttl_s is None else b"%d" % settings.ttl_s
         self._touch_s = TOUCH_S if settings.ttl_s is None else min(TOUCH_S, settings.ttl_s / 4)
 
@@ -113,7 +112,7 @@ class RedisBlocks:
             wire.send(command(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % SCAN_COUNT))
             reply = wire.reply()
         if isinstance(reply, ReplyError):
-            raise self._failure(reply)
+            raise self._routes.failure(reply)
         cursor, names = reply
         return cursor, list(self._keys_in(names))
 
@@ -142,7 +141,7 @@ class RedisBlocks:
         known = self._index.get(request.key)
         try:
             with self._index.watching() as changed:
-                reply = self._at_its_server(self.name_of(request.key), partial(self._get, request))
+                reply = self._routes.exchange(self.name_of(request.key), partial(self._get, request))
                 outcome, nbytes = (self._refused(reply), 0) if isinstance(reply, ReplyError) else reply
                 if outcome.reason is None:
                     self._index.use(request.key, seen(nbytes), changed, float("inf"), request.used_s)
@@ -201,7 +200,7 @@ class RedisBlocks:
     def _refused(self, reply: ReplyError) -> ReadOutcome:
         if reply.code == "WRONGTYPE":
             return self._framing.flawed(str(reply))
-        raise self._failure(reply)
+        raise self._routes.failure(reply)
 
     def writes(self, requests: Sequence[WriteRequest]) -> list[BlockWrite]:
         """The blocks of a call as `write` takes them."""
@@ -250,9 +249,9 @@ class RedisBlocks:
             wire.send(begin, payload.data, end)
             return wire.reply()
 
-        reply = self._at_its_server(name, send)
+        reply = self._routes.exchange(name, send)
         if isinstance(reply, ReplyError):
-            raise self._failure(reply)
+            raise self._routes.failure(reply)
 
     # -- removing and using ------------------------------------------------------------------------
 
@@ -299,75 +298,7 @@ class RedisBlocks:
     # -- inside ------------------------------------------------------------------------------------
 
     def _numbers(self, name: bytes, keys: Sequence[bytes], *further: bytes) -> list[int]:
-        """The number that a command answers for each key; 0 for a value that is no block.
-
-        Names that have moved to another server are asked for once more. If one server of several fails, the answer is 0
-        for its names.
-
-        Raises:
-            StoreFailure: no server has answered, or one refuses.
-        """
-        names = [self.name_of(key) for key in keys]
-        replies: dict[bytes, int | ReplyError] = {}
-        for _ in range(ATTEMPTS):
-            failure = self._ask_all(name, [each for each in names if each not in replies], replies, *further)
-            if failure is not None and not replies:
-                raise failure
-            if not self._forget_moved(replies):
-                break
-        for reply in replies.values():
-            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
-                raise self._failure(reply)
-        numbers = {each: 0 if isinstance(reply, ReplyError) else reply for each, reply in replies.items()}
-        return [numbers.get(each, 0) for each in names]
-
-    def _ask_all(
-        self, command_name: bytes, names: Sequence[bytes], replies: dict[bytes, int | ReplyError], *further: bytes
-    ) -> StoreFailure | None:
-        """Ask each server for its own names. The failure of one leaves out its names, and is returned."""
-        failure = None
-        for server, of_it in self._servers.split(names).items():
-            try:
-                with self._doubting(), server.exchange() as wire:
-                    wire.send(commands(command_name, of_it, *further))
-                    replies.update(zip(of_it, map(integer_of, wire.lines(len(of_it))), strict=True))
-            except StoreFailure as error:
-                failure = error
-        return failure
-
-    def _forget_moved(self, replies: dict[bytes, int | ReplyError]) -> bool:
-        moved = [name for name, reply in replies.items() if _has_moved(reply)]
-        for name in moved:
-            del replies[name]
-        if moved:
-            self._servers.doubt()
-        return bool(moved)
-
-    def _at_its_server(self, name: bytes, exchange: Callable[[Wire], Reply]) -> Reply:
-        """The reply of the server of a name; if another one has it now, that one is asked."""
-        with self._doubting(), self._servers.of(name).exchange() as wire:
-            reply = exchange(wire)
-        if not _has_moved(reply):
-            return reply
-        self._servers.doubt()
-        with self._doubting(), self._servers.of(name).exchange() as wire:
-            return exchange(wire)
-
-    @contextlib.contextmanager
-    def _doubting(self) -> Iterator[None]:
-        """After a failure another server may have taken the place of this one."""
-        try:
-            yield
-        except StoreFailure:
-            self._servers.doubt()
-            raise
-
-    def _failure(self, reply: ReplyError) -> StoreFailure:
-        failure = StoreFailure(reply)
-        if failure.cause is Cause.READ_ONLY:
-            self._servers.doubt()  # it has become a replica
-        self._log.failed(failure)
-        return failure
+        return self._routes.numbers(name, [self.name_of(key) for key in keys], *further)
 
     def _forget(self) -> None:
         if self._settings.capacity_bytes is None:
@@ -377,7 +308,3 @@ class RedisBlocks:
 def seen(nbytes: int, last_use_s: float = LONG_AGO_S) -> IndexedBlock:
     """The entry of a value of so many bytes."""
     return IndexedBlock("", nbytes, last_use_s)
-
-
-def _has_moved(reply: object) -> bool:
-    return isinstance(reply, ReplyError) and reply.code in ("MOVED", "ASK")
