@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvortex.config.fields import GIB, MIB, changed_fields, conform, require, require_size
+from kvortex.config.redaction import without_passwords
 
 CODECS = ("raw", "fp8", "bf16")
 EVICTION_POLICIES = ("arc", "lru", "s3fifo")
@@ -52,9 +53,9 @@ class Section:
         """Raise `ConfigError` for a value that is out of range."""
 
     def __repr__(self) -> str:
-        """One line that makes the same settings again."""
+        """One line that makes the same settings again, but for passwords, which it does not show."""
         changed = ", ".join(f"{name}={value!r}" for name, value in changed_fields(self).items())
-        return f"{type(self).__name__}({changed})"
+        return without_passwords(f"{type(self).__name__}({changed})")
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
         require(condition, f"{self.section}.{name} must {rule}, not {getattr(self, name)!r}")

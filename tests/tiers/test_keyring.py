@@ -144,8 +144,20 @@ def test_an_unknown_key_is_looked_for_at_once(file: Path) -> None:
     assert ring.of(id_of("other")) == key_of(bytes.fromhex(SECRETS["other"]))
 
 
+def test_a_file_is_read_once_for_each_of_its_versions(file: Path) -> None:
+    clock, made = Clock(), []
+    ring = Keyring(str(file), made.append, clock)
+    for number in range(1, 4):
+        for _ in range(10):
+            clock.now_s += LOOK_S
+            ring.first()
+            ring.of(id_of("nobody"))
+        assert len(made) == 2 * number
+        write_keys(file, "old", "other")
+
+
 def test_a_file_that_has_become_wrong_leaves_the_keys_as_they_were(
-    file: Path, caplog: pytest.LogCaptureFixture
+    file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
     ring = Keyring(str(file), bytes, clock)
@@ -155,15 +167,21 @@ def test_a_file_that_has_become_wrong_leaves_the_keys_as_they_were(
         lambda: file.unlink(),
         lambda: write_keys(file, "other").chmod(0o644),
     ]
+    attempts = []
+    monkeypatch.setattr(
+        "kvortex.tiers.keyring.parse_keys", lambda text, place: attempts.append(text) or parse_keys(text, place)
+    )
     for harm in harms:
         harm()
         caplog.clear()
+        attempts.clear()
         for _ in range(5):
             clock.now_s += LOOK_S
             assert ring.first()[0] == id_of("new")
             assert ring.of(id_of("nobody")) is None
         (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert told.startswith("the keys that were read before stay in use: ")
+        assert len(attempts) <= 1
     file.chmod(0o600)
     clock.now_s += LOOK_S
     assert ring.first()[0] == id_of("other")
