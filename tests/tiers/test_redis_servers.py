@@ -15,6 +15,7 @@ from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, payload_of, read_request, until, write_request
 from kvortex.tiers import Cause, RedisTier
 from kvortex.tiers.frame import SHORT_HEADER_BYTES
+from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, read_one, tier_over, write_one
 
@@ -261,18 +262,23 @@ async def test_what_others_store_is_found_without_being_told(server: RedisServer
         assert {outcome.outcome for outcome in await mine.write([write_request(0)])} == {SaveOutcome.ALREADY_STORED}
 
 
-async def test_the_blocks_of_a_write_are_looked_up_together(server: RedisServer) -> None:
+async def test_the_blocks_of_a_write_are_looked_up_together(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with server.tier() as mine, server.tier() as theirs:
         await theirs.write([write_request(n) for n in range(0, 100, 3)])
         before = server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"]
-        asked = []
-        find = mine._blocks.find
+        asked: list[int] = []
+        sent: list[Wire] = []
+        send, find = Wire.send, mine._blocks.find
+        monkeypatch.setattr(Wire, "send", lambda wire, *parts: sent.append(wire) or send(wire, *parts))
         mine._blocks.find = lambda keys: asked.append(len(keys)) or find(keys)  # type: ignore[method-assign]
         outcomes = await mine.write([write_request(n) for n in range(100)])
         assert [outcome.outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes] == [
             n % 3 == 0 for n in range(100)
         ]
         assert sorted(asked) == [4, 32, 32, 32]
+        assert len(sent) == 4 + 66  # nothing else is asked for
         assert server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"] - before == 100
 
 

@@ -59,6 +59,8 @@ class Routes:
         Raises:
             StoreFailure: no server has answered, or one refuses.
         """
+        if not names:
+            return []
         replies: dict[bytes, int | ReplyError] = {}
         failure = None
         parts = [(server, of_it, False) for server, of_it in self._servers.split(names).items()]
