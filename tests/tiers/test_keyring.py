@@ -53,6 +53,7 @@ def test_secrets_in_all_spellings() -> None:
         (key,) = parse_keys(f"# keys\n\n  a.B-9_  {text} \n", "keys")
         assert (key.id, key.secret) == ("a.B-9_", secret)
         assert text not in repr(key)
+        assert repr(secret) not in repr(key)
     (longer,) = parse_keys(f"id {(secret * 2).hex()}", "keys")
     assert longer.secret == secret * 2
 
@@ -185,6 +186,11 @@ def test_a_file_that_has_become_wrong_leaves_the_keys_as_they_were(
     file.chmod(0o600)
     clock.now_s += LOOK_S
     assert ring.first()[0] == id_of("other")
+    caplog.clear()
+    file.chmod(0o644)
+    clock.now_s += LOOK_S
+    assert ring.first()[0] == id_of("other")
+    assert "open to others" in caplog.text  # the same again is told again
 
 
 def test_keys_are_whole_while_the_file_changes_under_load(file: Path) -> None:
