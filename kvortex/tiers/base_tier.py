@@ -359,6 +359,8 @@ class BaseTier(IndexedTier):
         nbytes = self._framing.header_bytes + as_bytes(request.payload).size
         if self._index.get(request.key) is None:
             await self._find([request.key])  # another process may have stored it
+        if self._index.ignores(request.key):
+            return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
         admission, victims = self._index.reserve(request.key, nbytes, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)

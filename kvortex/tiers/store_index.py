@@ -217,6 +217,7 @@ class StoreIndex:
     def discard(self, key: bytes, block: IndexedBlock | None) -> bool:
         """The file was not there: remove the entry `block`, unless the file has been written since. True if removed."""
         with self._lock:
+            self._ignored.discard(key)
             if block is None or self._blocks.get(key) is not block:
                 return False
             self._pop(key)
@@ -245,6 +246,10 @@ class StoreIndex:
         with self._lock:
             self._ignored.add(key)
             self._pop(key)
+
+    def ignores(self, key: bytes) -> bool:
+        """Whether there is a file that is not ours, as far as is known."""
+        return key in self._ignored
 
     def forget_beyond(self, count: int) -> None:
         """Forget the least recently used blocks if more than `count` are known; their files stay."""

@@ -12,9 +12,18 @@ import pytest
 import trustme
 
 from kvortex.errors import ConfigError
-from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, payload_of, read_request, until, write_request
+from kvortex.testing.tier_conformance import (
+    NAMESPACE,
+    NBYTES,
+    is_right,
+    key_of,
+    payload_of,
+    read_request,
+    until,
+    write_request,
+)
 from kvortex.tiers import Cause, RedisTier
-from kvortex.tiers.frame import SHORT_HEADER_BYTES
+from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, encode_header
 from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, read_one, tier_over, write_one
@@ -221,6 +230,26 @@ async def test_a_value_that_is_too_short_for_a_block_is_none(server: RedisServer
             assert await tier.find([key_of(number)]) == [0]
             assert (await write_one(tier, number)).outcome is SaveOutcome.STORED
             assert (await read_one(tier, number)).reason is None
+
+
+async def test_a_frame_of_a_later_version_is_left_as_it_is(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 3)
+        header = FrameHeader(NAMESPACE, key_of(0), 0, NBYTES, NBYTES, 0)
+        later = encode_header(header, SHORT_HEADER_BYTES) + bytes(NBYTES)
+    async with server.tier() as tier:
+        server.ask("SET", name_of(tier, 0), later)
+        assert (await write_one(tier, 0)).outcome is SaveOutcome.ALREADY_STORED  # nobody has looked into it
+        outcome = await read_one(tier, 0)
+        assert (outcome.reason, outcome.cause) == (MissReason.NEVER_STORED, Cause.UNKNOWN_VERSION)
+        written = await write_one(tier, 0)
+        assert (written.outcome, written.cause) == (SaveOutcome.FAILED, Cause.UNKNOWN_VERSION)
+        assert server.ask("GET", name_of(tier, 0)) == later
+        server.ask("DEL", name_of(tier, 0))
+        assert (await write_one(tier, 0)).outcome is SaveOutcome.STORED
+        assert (await read_one(tier, 0)).reason is None
 
 
 async def test_names_and_the_end_of_blocks(server: RedisServer) -> None:

@@ -222,6 +222,8 @@ class RedisBlocks:
 
     def _write(self, request: WriteRequest) -> WriteOutcome:
         key, payload = request.key, as_bytes(request.payload)
+        if self._index.ignores(key):
+            return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
         admission, victims = self._index.reserve(key, self._framing.header_bytes + payload.size, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)
