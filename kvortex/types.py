@@ -55,6 +55,7 @@ class MissReason(StrEnum):
     EVICTED = "evicted"
     PENDING = "pending"  # its save has not been committed yet
     CORRUPT = "corrupt"  # the digest did not match; the entry is dropped
+    AUTH = "auth"  # a tier has it, but not sealed by a key that is known here
     TRANSFER_FAILED = "transfer_failed"
     TOO_LOSSY = "too_lossy"  # packing would have lost more than allowed
     DEADLINE = "deadline"  # a tier did not deliver it in time

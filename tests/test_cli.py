@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from kvortex.cli.interrupt import ends_on_interrupt
 from kvortex.cli.main import main
 from kvortex.config import EVICTION_POLICIES
 from kvortex.errors import ConfigError
+from kvortex.tiers.keyring import parse_keys
 
 
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
@@ -162,6 +164,19 @@ def test_bad_options(option: list[str]) -> None:
 
 
 # -- traces ------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_seals_is_a_line_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for arguments in ([], ["--id", "fleet-1"], ["--id", "fleet-2"]):
+        assert main(["seal-key", *arguments]) == 0
+        lines.append(capsys.readouterr().out)
+    assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
+    keys = parse_keys("".join(lines), "keys")
+    assert [key.id for key in keys][1:] == ["fleet-1", "fleet-2"]
+    date.fromisoformat(keys[0].id)
+    assert main(["seal-key", "--id", "two words"]) == 2
+    assert "an id has up to 16 letters" in capsys.readouterr().err
 
 
 def test_the_shipped_trace_is_whole() -> None:

@@ -17,6 +17,7 @@ from kvortex.errors import ConfigError
 from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config, wipe
 from tests.owner.owner_support import read_line, spawn
 from tests.tiers.redis_support import RedisServer
+from tests.tiers.seal_support import write_keys
 
 MODEL = ModelIdentity(model="a", weights_revision="1")
 SAVED = range(12)
@@ -140,3 +141,36 @@ def test_the_environment_and_files_name_it(tmp_path: Path) -> None:
     file = tmp_path / "kvortex.toml"
     file.write_text(f'tier = "{url}"\n')
     assert KVortexConfig.from_file(file).tier.urls == (url,)
+
+
+async def test_a_forged_block_is_a_miss_that_says_so_and_is_saved_anew(server: RedisServer, tmp_path: Path) -> None:
+    """Two engines, the second of which changes its keys first; then somebody without a key writes to the server."""
+    files = [write_keys(tmp_path / f"{number}.keys", "old") for number in range(2)]
+    cache = make_cache()
+    hashes, expected = chain(12), contents(cache, SAVED)
+    async with (
+        host(cache, tier=server.url(f"&seal_keys={files[0]}")) as first,
+        host(make_cache(seed=1), tier=server.url(f"&seal_keys={files[1]}")) as second,
+    ):
+        write_keys(files[1], "new", "old")
+        await first.save_blocks(hashes, SAVED)
+        await first.flush()
+        assert (await second.load_blocks(hashes, LOADED)).ok
+        names = sorted(server.ask("KEYS", "*"))
+        assert len(names) == 12
+    for name in names:
+        server.ask("SETRANGE", name, 1000, b"forged")
+    async with host(cache, tier=server.url(f"&seal_keys={files[0]}")) as third:
+        wipe(cache, LOADED)
+        missed = await third.load_blocks(hashes, LOADED)
+        assert set(missed.outcomes) == {MissReason.AUTH}
+        stats = third.get_stats()
+        assert stats.misses[MissReason.AUTH] == 12
+        assert stats.tiering is not None
+        assert stats.tiering.causes["auth"] == 12
+        assert (await third.save_blocks(hashes, SAVED)).ok
+        await third.flush()
+    async with host(cache, tier=server.url(f"&seal_keys={files[0]}")) as fourth:
+        wipe(cache, LOADED)
+        assert (await fourth.load_blocks(hashes, LOADED)).ok
+        assert contents(cache, LOADED) == expected

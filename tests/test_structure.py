@@ -37,6 +37,10 @@ def test_vllm_stays_in_its_folder() -> None:
     assert all(name.startswith("vllm/") for name in modules_importing("vllm"))
 
 
+def test_ciphers_come_through_one_module() -> None:
+    assert modules_importing("cryptography") == {"tiers/xaes.py"}
+
+
 def test_no_pickle_in_a_data_path() -> None:
     assert modules_importing("pickle") == {
         "runtime/jit.py"

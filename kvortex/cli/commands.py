@@ -1,9 +1,10 @@
-"""`kvortex demo`, `kvortex replay` and `kvortex serve`."""
+"""`kvortex demo`, `kvortex replay`, `kvortex serve` and `kvortex seal-key`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         if arguments.command == "serve":
             return _run_serve(arguments)
+        if arguments.command == "seal-key":
+            return _run_seal_key(arguments)
         report = None if arguments.json else _report()
         return _run_demo(arguments, report) if arguments.command == "demo" else _run_replay(arguments, report)
     except (KVortexError, OSError) as error:
@@ -80,6 +83,13 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_seal_key(arguments: argparse.Namespace) -> int:
+    from kvortex.tiers.keyring import new_key_line
+
+    print(new_key_line(arguments.id or f"{datetime.now(UTC):%Y-%m-%d}"))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvortex", description="A KV-cache store for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
@@ -98,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--child-of", type=int, help=argparse.SUPPRESS)  # for engines: settings come as JSON on standard input
     add("--config", type=Path, metavar="FILE", help="settings as TOML, instead of KVORTEX_* of the environment")
     add("--json", action="store_true", help="say where it listens as one JSON document")
+    seal_key = commands.add_parser("seal-key", help="print a new key for the file of a tier's seal_keys")
+    seal_key.add_argument("--id", help="what the key is called, up to 16 characters (default: today's date)")
     return parser
 
 

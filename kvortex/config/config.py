@@ -105,10 +105,10 @@ class KVortexConfig:
         return getattr(getattr(self, place.section), place.name)
 
     def __repr__(self) -> str:
-        """One line that makes the same settings again."""
+        """One line that makes the same settings again, but for passwords, which it does not show."""
         changes = {name: changed_fields(getattr(self, name)) for name in SECTIONS}
         shown = {name: _short(values, SECTIONS[name]) for name, values in changes.items() if values}
-        return f"KVortexConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return without_passwords(f"KVortexConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})")
 
     @property
     def lower_tier(self) -> str:
@@ -197,7 +197,8 @@ def _require_settings(names: Iterable[object]) -> None:
             continue
         guess = nearest(str(name), _MEANT)
         hint = f": did you mean {_MEANT[guess]}?" if guess else ""
-        raise ConfigError(f"unknown setting {name!r}{hint}; the sections are {', '.join(SECTIONS)}")
+        shown = without_passwords(repr(name))
+        raise ConfigError(f"unknown setting {shown}{hint}; the sections are {', '.join(SECTIONS)}")
 
 
 def _require_once(value: Any, kind: type[Section], name: str, old: str) -> None:

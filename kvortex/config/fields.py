@@ -10,6 +10,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from kvortex.config.redaction import without_passwords
 from kvortex.errors import ConfigError
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
@@ -36,7 +37,7 @@ def parse_bytes(text: str) -> int:
             raise ValueError
         return int(nbytes)
     except (ValueError, OverflowError):
-        raise ConfigError(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
+        raise _error(f"{text!r} is no size; write it as 16GiB, 512MiB or a number of bytes") from None
 
 
 def format_bytes(nbytes: float) -> str:
@@ -49,9 +50,9 @@ def format_bytes(nbytes: float) -> str:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises `ConfigError` with the message unless the condition holds."""
+    """Raises `ConfigError` with the message, in which passwords are not shown, unless the condition holds."""
     if not condition:
-        raise ConfigError(message)
+        raise _error(message)
 
 
 def require_size(name: str, nbytes: int, example: str) -> None:
@@ -125,7 +126,7 @@ def require_known(names: Iterable[object], known: Collection[str], owner: str, w
         if name not in known:
             guess = nearest(str(name), known)
             hint = f": did you mean {guess!r}?" if guess else ""
-            raise ConfigError(f"unknown {what} {name!r}{hint}; {owner} knows {', '.join(sorted(known))}")
+            raise _error(f"unknown {what} {name!r}{hint}; {owner} knows {', '.join(sorted(known))}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -197,7 +198,7 @@ def section_fields(name: str, value: Any, kind: Any) -> Mapping[str, Any]:
     if plain and is_plain and value is not True and value is not False:
         return {plain: value}
     ways = f"a mapping of its settings, or its {plain} alone" if plain else "a mapping of its settings"
-    raise ConfigError(f"{name} must be {kind.__name__}, {ways}; not {_shown(value)}")
+    raise _error(f"{name} must be {kind.__name__}, {ways}; not {_shown(value)}")
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -212,7 +213,7 @@ def _whole_number(name: str, value: Any) -> int:
     if is_number and (isinstance(value, Integral) or float(value).is_integer()):
         return int(value)
     example = ', such as "16GiB"' if is_size(name) else ""
-    raise ConfigError(f"{name} must be a whole number (int){example}, not {_shown(value)}")
+    raise _error(f"{name} must be a whole number (int){example}, not {_shown(value)}")
 
 
 def _number(name: str, value: Any) -> float:
@@ -240,3 +241,7 @@ def _path(name: str, value: Any) -> str:
 
 def _shown(value: Any) -> str:
     return f"{type(value).__name__} ({value!r})"
+
+
+def _error(message: str) -> ConfigError:
+    return ConfigError(without_passwords(message))

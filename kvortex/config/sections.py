@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvortex.config.fields import GIB, MIB, changed_fields, conform, require, require_size
+from kvortex.config.redaction import without_passwords
 
 CODECS = ("raw", "fp8", "bf16")
 EVICTION_POLICIES = ("arc", "lru", "s3fifo")
@@ -52,9 +53,9 @@ class Section:
         """Raise `ConfigError` for a value that is out of range."""
 
     def __repr__(self) -> str:
-        """One line that makes the same settings again."""
+        """One line that makes the same settings again, but for passwords, which it does not show."""
         changed = ", ".join(f"{name}={value!r}" for name, value in changed_fields(self).items())
-        return f"{type(self).__name__}({changed})"
+        return without_passwords(f"{type(self).__name__}({changed})")
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
         require(condition, f"{self.section}.{name} must {rule}, not {getattr(self, name)!r}")
@@ -246,11 +247,13 @@ class DiskTierConfig(Section):
         rescan_interval_s: seconds between two scans of the directory, in which other processes write and delete too.
             None scans at start only.
         close_timeout_s: seconds that closing waits for I/O in flight.
+        seal_keys: file with the secrets that seal blocks, for a directory that others can write to, see
+            docs/sealing.md. Empty for plain blocks.
     """
 
     section: ClassVar[str] = "disk"
     plain: ClassVar[str] = "path"
-    paths: ClassVar[tuple[str, ...]] = ("path",)
+    paths: ClassVar[tuple[str, ...]] = ("path", "seal_keys")
 
     path: str | os.PathLike[str] = ""
     capacity_bytes: int = 64 * GIB
@@ -262,6 +265,7 @@ class DiskTierConfig(Section):
     touch_interval_s: float = 60.0
     rescan_interval_s: float | None = 300.0
     close_timeout_s: float = 5.0
+    seal_keys: str | os.PathLike[str] = ""
 
     def _check(self) -> None:
         self._require_positive("read_threads", "write_threads")

@@ -48,6 +48,7 @@ MISS_REASONS = (
     MissReason.NOT_FETCHED,
     MissReason.INVALIDATED,
     MissReason.OWNER_LOST,
+    MissReason.AUTH,
 )
 """The miss reasons; arrays hold positions in this tuple."""
 _NEVER_STORED, _PENDING, _EVICTED = 0, 1, 2

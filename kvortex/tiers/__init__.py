@@ -16,6 +16,7 @@ from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.memory import MemoryTier
 from kvortex.tiers.redis import RedisTier
+from kvortex.tiers.sealing import Framing, framing_of
 from kvortex.tiers.urls import TierUrl, tier_from_url
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Cause",
     "DiskTier",
     "DiskTierConfig",
+    "Framing",
     "IndexedTier",
     "MemoryTier",
     "ReadOutcome",
@@ -35,5 +37,6 @@ __all__ = [
     "TierUrl",
     "WriteOutcome",
     "WriteRequest",
+    "framing_of",
     "tier_from_url",
 ]

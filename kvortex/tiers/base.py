@@ -65,6 +65,8 @@ class Cause(StrEnum):
 
     ABSENT = "absent"
     CORRUPT = "corrupt"
+    AUTH = "auth"  # not sealed by a key that this tier has: forged, exchanged, damaged, plain, or of another key
+    SEALED = "sealed"  # a sealed block, and this tier has no keys
     UNKNOWN_VERSION = "unknown_version"  # a frame of a later format version: it is left as it is
     BUFFER_TOO_SMALL = "buffer_too_small"
     NO_SPACE = "no_space"  # the device is full, or the block does not fit the tier's capacity

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 
-from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
+from kvortex.errors import ConfigError, EngineStateError
 from kvortex.tiers.base import (
     Cause,
     ReadOutcome,
@@ -23,9 +23,9 @@ from kvortex.tiers.base import (
     check_writes,
 )
 from kvortex.tiers.causes import cause_of
-from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, decode_header, encode_header
 from kvortex.tiers.indexed import IndexedTier
-from kvortex.tiers.payload import copy_payload, warm_up
+from kvortex.tiers.payload import warm_up
+from kvortex.tiers.sealing import framing_of
 from kvortex.tiers.store_index import Admission, IndexedBlock
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
@@ -67,9 +67,10 @@ class BaseTier(IndexedTier):
         namespace: digest of the namespace, 32 bytes.
         capacity_bytes: bytes of the objects of this namespace that the tier may use; it evicts the least recently used.
             None leaves that to the store.
+        seal_keys: path of a file with secrets that seal the objects, see docs/sealing.md; empty for plain objects.
 
     Raises:
-        ConfigError: `capacity_bytes` is below 1.
+        ConfigError: `capacity_bytes` is below 1, or the file cannot be used.
         InvalidHashError: `namespace` is not 32 bytes.
     """
 
@@ -81,12 +82,10 @@ class BaseTier(IndexedTier):
     rescan_s: ClassVar[float | None] = 300.0
     """Seconds between two listings: so this process learns what others have stored and deleted. None lists once."""
 
-    def __init__(self, *, namespace: bytes, capacity_bytes: int | None = None) -> None:
+    def __init__(self, *, namespace: bytes, capacity_bytes: int | None = None, seal_keys: str = "") -> None:
         if capacity_bytes is not None and capacity_bytes < 1:
             raise ConfigError(f"capacity_bytes must be at least 1, not {capacity_bytes}")
-        if len(namespace) != BLOCK_HASH_BYTES:
-            raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
-        super().__init__(capacity_bytes)
+        super().__init__(capacity_bytes, framing_of(namespace, seal_keys, f"the {self.name} tier"))
         self.namespace = namespace
         self._places = asyncio.Semaphore(self.concurrency)
         self._moves: dict[_Move, asyncio.Task[None]] = {}
@@ -176,10 +175,10 @@ class BaseTier(IndexedTier):
         for start in range(0, len(keys), FIND_BATCH):
             batch = keys[start : start + FIND_BATCH]
             known = [self._index.get(key) for key in batch]
-            with self._index.watching() as removed:
+            with self._index.watching() as changed:
                 found = list(await self.find_objects([self._name(key) for key in batch]))
                 seen = [(key, _seen(nbytes)) for key, nbytes in zip(batch, found, strict=True) if nbytes]
-                self._index.merge(seen, removed)
+                self._index.merge(seen, changed)
             for key, before, nbytes in zip(batch, known, found, strict=True):
                 if not nbytes:
                     self._index.discard(key, before)
@@ -209,10 +208,10 @@ class BaseTier(IndexedTier):
         count = 0
         self._index.begin_scan()
         try:
-            with self._index.watching() as removed:
+            with self._index.watching() as changed:
                 async for block in self.scan():
                     count += 1
-                    self._index.merge([(block.key, _seen(block.stored_bytes, block.last_use_s))], removed)
+                    self._index.merge([(block.key, _seen(block.stored_bytes, block.last_use_s))], changed)
                     if not self._progress.complete:
                         self._progress = ScanProgress(0, 1, count, complete=False)
             self._index.end_scan()
@@ -314,7 +313,7 @@ class BaseTier(IndexedTier):
     async def _read(self, move: _Move) -> ReadOutcome:
         request = move.request
         known = self._index.get(request.key)
-        with self._index.watching() as removed:
+        with self._index.watching() as changed:
             data = await self.get_object(self._name(request.key))
             if move.outcome is not None:
                 raise asyncio.CancelledError
@@ -323,9 +322,11 @@ class BaseTier(IndexedTier):
                 reason = MissReason.NEVER_STORED if known is None else MissReason.EVICTED
                 return ReadOutcome(reason, cause=Cause.ABSENT)
             outcome = self._decode(request, memoryview(data).cast("B"))
+            seen = _seen(memoryview(data).nbytes)
             if outcome.reason is None:
-                seen = _seen(memoryview(data).nbytes)
-                self._index.use(request.key, seen, removed, float("inf"), request.used_s)
+                self._index.use(request.key, seen, changed, float("inf"), request.used_s)
+            elif outcome.reason is MissReason.AUTH:
+                self._index.condemn(request.key, seen, changed)
         if outcome.cause is Cause.CORRUPT:
             await self._remove_corrupt(request.key)
         elif outcome.cause is Cause.UNKNOWN_VERSION:
@@ -333,18 +334,17 @@ class BaseTier(IndexedTier):
         return outcome
 
     def _decode(self, request: ReadRequest, frame: memoryview) -> ReadOutcome:
-        header = decode_header(frame[:SHORT_HEADER_BYTES], self.namespace, request.key, SHORT_HEADER_BYTES)
-        if header is Cause.UNKNOWN_VERSION:
-            return ReadOutcome(MissReason.NEVER_STORED, cause=header)
-        payload = frame[SHORT_HEADER_BYTES:]
-        if not isinstance(header, FrameHeader) or payload.nbytes != header.payload_bytes:
-            return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT)
+        framing = self._framing
+        header = framing.decode(frame[: framing.header_bytes], request.key)
+        if isinstance(header, ReadOutcome):
+            return header
+        payload = frame[framing.header_bytes :]
+        if payload.nbytes != header.payload_bytes:
+            return framing.flawed("the object's length is not what its header says")
         target = as_bytes(request.buffer)
         if target.size < payload.nbytes:
             return ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.BUFFER_TOO_SMALL)
-        if copy_payload(np.frombuffer(payload, dtype=np.uint8), target[: payload.nbytes]) != header.digest:
-            return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT)
-        return ReadOutcome(None, header.payload_bytes, header.raw_bytes, header.codec, header.digest)
+        return framing.open(header, np.frombuffer(payload, dtype=np.uint8), target[: payload.nbytes])
 
     async def _remove_corrupt(self, key: bytes) -> None:
         if self._index.claim(key):
@@ -356,10 +356,11 @@ class BaseTier(IndexedTier):
 
     async def _write(self, move: _Move) -> WriteOutcome:
         request = move.request
-        payload = as_bytes(request.payload)
-        nbytes = SHORT_HEADER_BYTES + payload.size
+        nbytes = self._framing.header_bytes + as_bytes(request.payload).size
         if self._index.get(request.key) is None:
             await self._find([request.key])  # another process may have stored it
+        if self._index.ignores(request.key):
+            return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
         admission, victims = self._index.reserve(request.key, nbytes, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)
@@ -375,10 +376,8 @@ class BaseTier(IndexedTier):
                     self._index.removed(key)
             if move.outcome is not None:
                 raise asyncio.CancelledError
-            header = FrameHeader(
-                self.namespace, request.key, int(request.codec), payload.size, request.raw_bytes, request.digest
-            )
-            data = encode_header(header, SHORT_HEADER_BYTES) + payload.tobytes()
+            header, payload = self._framing.encode(request)
+            data = header + payload.tobytes()
             await self.put_object(self._name(request.key), data)
         except BaseException:
             self._index.abort(request.key)

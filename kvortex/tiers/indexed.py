@@ -3,12 +3,12 @@
 import asyncio
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Final
+from typing import Final
 
 from kvortex.errors import EngineStateError
 from kvortex.tiers.base import ScanProgress, StoredBlock, Tier, TierStats, check_keys
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.frame import SHORT_HEADER_BYTES
+from kvortex.tiers.sealing import Framing
 from kvortex.tiers.store_index import StoreIndex
 
 UNBOUNDED: Final = 1 << 62
@@ -20,13 +20,13 @@ class IndexedTier(Tier):
 
     Args:
         capacity_bytes: bytes that the blocks may take in the store; None leaves that to the store.
+        framing: how blocks are stored.
     """
 
-    header_bytes: ClassVar[int] = SHORT_HEADER_BYTES
-    """What stands in front of a payload in the store."""
-
-    def __init__(self, capacity_bytes: int | None) -> None:
-        self._index = StoreIndex(UNBOUNDED if capacity_bytes is None else capacity_bytes)
+    def __init__(self, capacity_bytes: int | None, framing: Framing) -> None:
+        self._framing = framing
+        # What is there from a time without keys, or was put there, is no block of a sealed store. Its length may tell.
+        self._index = StoreIndex(UNBOUNDED if capacity_bytes is None else capacity_bytes, one_length=framing.is_sealed)
         self._counters = TierCounters()
         self._progress = ScanProgress(0, 1, 0, complete=False)
         self._scanned = asyncio.Event()
@@ -45,11 +45,11 @@ class IndexedTier(Tier):
 
     def _stored_bytes(self, payload_bytes: int) -> int:
         """Bytes that a payload takes in the store."""
-        return self.header_bytes + payload_bytes
+        return self._framing.header_bytes + payload_bytes
 
     def _rooms_for(self, stored: Sequence[int]) -> list[int]:
         """Bytes of buffers that are large enough for blocks that take so many in the store; 0 where there is none."""
-        return [max(nbytes - self.header_bytes, 0) for nbytes in stored]
+        return [max(nbytes - self._framing.header_bytes, 0) for nbytes in stored]
 
     @property
     def capacity_bytes(self) -> int:

@@ -25,6 +25,7 @@ class IndexedBlock:
     last_use_s: float
     touched_s: float = 0.0  # time of use that the file's own timestamp states
     scan: int = 0  # number of the last scan that saw it
+    is_condemned: bool = False  # it takes room, but is no block: it is not offered, and written over
 
 
 class Admission(Enum):
@@ -55,14 +56,16 @@ class StoreIndex:
     A thread that changes a file owns its key during the change: from `reserve` to `commit` or `abort`; from `claim`, or
     from its choice as a victim, to `removed` or `put_back`. So index and directory agree, as far as this process is
     concerned. A file that was seen in the directory is added to the index a little later, when it may be gone again:
-    `watching` collects the keys that were removed in between.
+    `watching` collects the keys that were changed in between.
 
     Args:
         capacity_bytes: bytes that all files may take together.
+        one_length: a file of another length than a block's own is written over: it cannot be that block.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, *, one_length: bool = False) -> None:
         self.capacity_bytes = capacity_bytes
+        self._one_length = one_length
         self.evicted_blocks = 0
         self._lock = threading.Lock()
         self._blocks: dict[bytes, IndexedBlock] = {}
@@ -94,11 +97,11 @@ class StoreIndex:
         return self._used_bytes
 
     def stored_bytes(self, keys: Sequence[bytes]) -> list[int]:
-        """Length of each key's file in bytes, 0 if none is known."""
+        """Length of each key's file in bytes, 0 if none is known that can be read."""
         if self._blocks.keys().isdisjoint(keys):
             return [0] * len(keys)
-        get = self._blocks.get
-        return [block.stored_bytes if (block := get(key)) is not None else 0 for key in keys]
+        found = map(self._blocks.get, keys)
+        return [0 if block is None or block.is_condemned else block.stored_bytes for block in found]
 
     def coldest(self, nbytes: int) -> list[StoredBlock]:
         """The blocks that have to go before `nbytes` more have room, the least recently used first; all stay.
@@ -132,16 +135,20 @@ class StoreIndex:
         """
         with self._lock:
             used_s = self._uses.at(used_s)
-            if (block := self._blocks.get(key)) is not None:
+            block = self._blocks.get(key)
+            if block is not None and not self._is_written_over(block, nbytes):
                 block.last_use_s = max(block.last_use_s, used_s)
                 return Admission.STORED, []
             if key in self._owned:
                 return Admission.PENDING, []
             if sum(self._owned.values()) + nbytes > self.capacity_bytes:
                 return Admission.NO_SPACE, []
+            self._pop(key)
             excess = self._used_bytes + nbytes - self.capacity_bytes
             victims = self._pop_oldest(excess, used_s)
             if victims is None:
+                if block is not None:
+                    self._put(key, block)
                 return Admission.NO_SPACE, []
             self._owned[key] = nbytes
             self._written_s[key] = used_s
@@ -158,6 +165,7 @@ class StoreIndex:
             nbytes, used_s = self._owned.pop(key), self._written_s.pop(key)
             self._used_bytes -= nbytes
             self._ignored.discard(key)
+            self._tell_watches(key)
             self._put(key, IndexedBlock(namespace, nbytes, used_s, used_s))
 
     def abort(self, key: bytes) -> None:
@@ -189,8 +197,7 @@ class StoreIndex:
         """The file of an owned key is gone, or cannot be relied on."""
         with self._lock:
             del self._owned[key]
-            for removed in self._watches:
-                removed.add(key)
+            self._tell_watches(key)
 
     def put_back(self, key: bytes, block: IndexedBlock, used_s: float | None = None) -> None:
         """A victim stays.
@@ -210,16 +217,39 @@ class StoreIndex:
     def discard(self, key: bytes, block: IndexedBlock | None) -> bool:
         """The file was not there: remove the entry `block`, unless the file has been written since. True if removed."""
         with self._lock:
+            self._ignored.discard(key)
             if block is None or self._blocks.get(key) is not block:
                 return False
             self._pop(key)
             return True
+
+    def condemn(self, key: bytes, seen: IndexedBlock, changed: set[bytes]) -> None:
+        """The file cannot be opened here: do not offer it, and have the next block of this key written over it.
+
+        It stays in the order of eviction, because it takes room.
+
+        Args:
+            key: the block's key.
+            seen: an entry for its file, in case that it is not known yet.
+            changed: the set that `watching` collected around the read.
+        """
+        with self._lock:
+            if key in self._owned or key in changed:
+                return  # what was read is not there any more
+            block = self._blocks.get(key)
+            if block is None or block.stored_bytes != seen.stored_bytes:
+                self._put(key, block := seen)
+            block.is_condemned = True
 
     def ignore(self, key: bytes) -> None:
         """The file is not ours: do not index, count or evict it, even if a scan sees it."""
         with self._lock:
             self._ignored.add(key)
             self._pop(key)
+
+    def ignores(self, key: bytes) -> bool:
+        """Whether there is a file that is not ours, as far as is known."""
+        return key in self._ignored
 
     def forget_beyond(self, count: int) -> None:
         """Forget the least recently used blocks if more than `count` are known; their files stay."""
@@ -234,26 +264,27 @@ class StoreIndex:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[set[bytes]]:
-        """Collect the keys whose files this process removes inside the `with` block; for `use` and `merge`."""
-        removed: set[bytes] = set()
+        """Collect the keys whose files this process writes or removes inside the `with` block; for `use`, `merge` and
+        `condemn`."""
+        changed: set[bytes] = set()
         with self._lock:
-            self._watches.append(removed)
+            self._watches.append(changed)
         try:
-            yield removed
+            yield changed
         finally:
             with self._lock:
                 # Compared by identity: two watches may hold equal sets.
-                self._watches = [watch for watch in self._watches if watch is not removed]
+                self._watches = [watch for watch in self._watches if watch is not changed]
 
     def use(
-        self, key: bytes, seen: IndexedBlock, removed: set[bytes], touch_interval_s: float, used_s: float | None = None
+        self, key: bytes, seen: IndexedBlock, changed: set[bytes], touch_interval_s: float, used_s: float | None = None
     ) -> float | None:
         """A block was read.
 
         Args:
             key: the block's key.
             seen: an entry for its file, in case that it is not known yet.
-            removed: the set that `watching` collected around the read.
+            changed: the set that `watching` collected around the read.
             touch_interval_s: seconds between two updates of the file's timestamp, at least.
             used_s: time at which it counts as used; None for now.
 
@@ -263,8 +294,8 @@ class StoreIndex:
         with self._lock:
             used_s = self._uses.at(used_s)
             block = self._blocks.get(key)
-            if block is None:
-                if key in self._owned or key in removed:
+            if block is None or block.is_condemned:  # another process has written over it
+                if key in self._owned or key in changed:
                     return None
                 block = seen
                 self._put(key, block)
@@ -278,7 +309,9 @@ class StoreIndex:
         with self._lock:
             for key, time_s in zip(keys, used_s, strict=True):
                 block, time_s = self._blocks.get(key), self._uses.at(time_s)
-                if block is not None and (file_s := _touched(block, time_s, touch_interval_s)) is not None:
+                if block is None or block.is_condemned:
+                    continue
+                if (file_s := _touched(block, time_s, touch_interval_s)) is not None:
                     due.append((key, file_s))
         return due
 
@@ -289,8 +322,8 @@ class StoreIndex:
         with self._lock:
             self._scan += 1
 
-    def merge(self, found: Iterable[tuple[bytes, IndexedBlock]], removed: set[bytes]) -> None:
-        """Add files that a scan has found; `removed` is from `watching`, around the look at the directory."""
+    def merge(self, found: Iterable[tuple[bytes, IndexedBlock]], changed: set[bytes]) -> None:
+        """Add files that a scan has found; `changed` is from `watching`, around the look at the directory."""
         with self._lock:
             now_s = self._uses.now()
             for key, seen in found:
@@ -300,7 +333,7 @@ class StoreIndex:
                     block.scan = self._scan
                     # Another process may have used it since.
                     block.last_use_s = max(block.last_use_s, seen.last_use_s)
-                elif key not in self._owned and key not in self._ignored and key not in removed:
+                elif key not in self._owned and key not in self._ignored and key not in changed:
                     self._put(key, seen)
 
     def end_scan(self, unread: Iterable[str] = ()) -> None:
@@ -319,6 +352,13 @@ class StoreIndex:
             self._order_anew()
 
     # -- inside the lock -------------------------------------------------------------------------------
+
+    def _tell_watches(self, key: bytes) -> None:
+        for changed in self._watches:
+            changed.add(key)
+
+    def _is_written_over(self, block: IndexedBlock, nbytes: int) -> bool:
+        return block.is_condemned or (self._one_length and block.stored_bytes != nbytes)
 
     def _put(self, key: bytes, block: IndexedBlock) -> None:
         self._pop(key)

@@ -26,7 +26,7 @@ from kvortex.tiers.redis.settings import OPTIONS, settings_of
 ENTRY_POINTS: Final = "kvortex.tiers"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TierUrl:
     """A URL of a lower tier, in parts.
 
@@ -55,7 +55,8 @@ class TierUrl:
             parts = urlsplit(text)
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         except ValueError as error:
-            raise ConfigError(f"{without_passwords(text)!r} is no URL of a tier: {error}") from error
+            why = "" if "@" in text else f": {error}"  # which may say the password
+            raise ConfigError(f"{without_passwords(text)!r} is no URL of a tier{why}") from None
         if not parts.scheme or parts.fragment:
             raise ConfigError(
                 f"{without_passwords(text)!r} is no URL of a tier; "
@@ -65,6 +66,9 @@ class TierUrl:
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"{without_passwords(text)!r} gives {', '.join(sorted(twice))} twice")
         return cls(text, parts.scheme, parts.netloc, unquote(parts.path), dict(pairs))
+
+    def __repr__(self) -> str:
+        return f"TierUrl({without_passwords(self.text)!r})"
 
     def without(self, name: str) -> tuple["TierUrl", str | None]:
         """The same URL without an option, and that option's text; None if it has none."""
@@ -94,7 +98,8 @@ TierMaker: TypeAlias = Callable[[TierUrl, bytes], Tier]
 
 def _make_disk(url: TierUrl, namespace: bytes) -> Tier:
     if url.host:
-        raise ConfigError(f"{url.text!r} names a host; a directory has three slashes: disk:///{url.host}{url.path}")
+        host = url.host.rpartition("@")[2]
+        raise ConfigError(f"disk: names a host, {host!r}; a directory has three slashes: disk:///{host}{url.path}")
     hints = {name: hint for name, hint in hints_of(DiskTierConfig).items() if name != "path"}
     return DiskTier(DiskTierConfig(path=url.path, **url.values(hints)), namespace=namespace)
 

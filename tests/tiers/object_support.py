@@ -13,8 +13,8 @@ class DictTier(BaseTier):
     name = "dict"
     outlives_process = False
 
-    def __init__(self, objects: dict[str, bytes], *, namespace: bytes, capacity_bytes: int | None = None) -> None:
-        super().__init__(namespace=namespace, capacity_bytes=capacity_bytes)
+    def __init__(self, objects: dict[str, bytes], **named: Any) -> None:
+        super().__init__(**named)
         self.objects = objects
         self.calls: list[str] = []
         self.before: Callable[[str, str], Any] = self._turn

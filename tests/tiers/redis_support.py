@@ -170,6 +170,23 @@ class RedisCluster:
         for node in [*(node for node in self.nodes if node is not target), target]:
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", number)
 
+    @contextlib.contextmanager
+    def behind(self, tls: ssl.SSLContext) -> Iterator[list[int]]:
+        """All servers tell clients to come by TLS, to these ports."""
+        with contextlib.ExitStack() as stack:
+            ports = [stack.enter_context(Proxy(node.socket, tls)).port for node in self.nodes]
+            stack.callback(self._announce, self.ports)
+            self._announce(ports)
+            yield ports
+
+    def _announce(self, ports: list[int]) -> None:
+        for node, port in zip(self.nodes, ports, strict=True):
+            node.ask("CONFIG", "SET", "cluster-announce-port", port)
+        due_s = time.monotonic() + START_S
+        while any(_ports_in(node.ask("CLUSTER", "SLOTS")) != {*ports} for node in self.nodes):
+            assert time.monotonic() < due_s, "the servers do not tell each other their ports"
+            time.sleep(0.01)
+
     def clear(self) -> None:
         """Forget all that the servers hold."""
         for node in self.nodes:
@@ -178,6 +195,10 @@ class RedisCluster:
     def url(self, options: str = "") -> str:
         places = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         return f"redis+cluster://{places}?timeout_s=20{options}"
+
+
+def _ports_in(slots: list[Any]) -> set[int]:
+    return {int(place[1]) for _, _, place, *_ in slots}
 
 
 def free_ports(count: int) -> list[int]:

@@ -172,12 +172,18 @@ async def test_a_frame_of_a_later_version_is_left_as_it_is(
 ) -> None:
     async with DictTier(store, namespace=NAMESPACE) as tier:
         with monkeypatch.context() as patch:
-            patch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 2)
+            patch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 3)
             header = FrameHeader(NAMESPACE, key_of(0), 0, NBYTES, NBYTES, 0)
             store[tier._name(key_of(0))] = encode_header(header, SHORT_HEADER_BYTES) + bytes(NBYTES)
         (outcome,) = await tier.read([read_request(0)])
         assert outcome.cause is Cause.UNKNOWN_VERSION
-        assert keys_in(tier) == {key_of(0)}
+        before = dict(store)
+        (written,) = await tier.write([write_request(0)])
+        assert (written.outcome, written.cause) == (SaveOutcome.FAILED, Cause.UNKNOWN_VERSION)
+        assert store == before
+        store.clear()
+        (written,) = await tier.write([write_request(0)])
+        assert written.outcome is SaveOutcome.STORED
 
 
 async def test_opening(store: dict[str, bytes]) -> None:

@@ -300,7 +300,7 @@ async def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 async def test_a_frame_of_a_later_version_is_ignored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payload = payload_of(key_of(0))
     header = FrameHeader(NAMESPACE, key_of(0), 0, NBYTES, NBYTES, digest_of(payload))
-    monkeypatch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 2)
+    monkeypatch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 3)
     later = encode_header(header) + payload
     monkeypatch.undo()
     file = file_of(tmp_path, key_of(0))

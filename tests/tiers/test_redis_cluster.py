@@ -2,11 +2,15 @@
 
 import asyncio
 import hashlib
+import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, cast
 
 import pytest
+import redis
+import trustme
 
 from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, TierConformance, key_of, write_request
@@ -74,8 +78,8 @@ async def test_blocks_are_spread_over_all_servers(cluster: RedisCluster) -> None
         assert await tier.delete([key_of(n) for n in range(61)]) == [True] * 60 + [False]
 
 
-async def test_a_name_that_has_moved_is_followed(cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvortex.tiers.redis.servers.TABLE_S", 0.0)
+async def test_a_name_that_has_moved_is_followed(cluster: RedisCluster) -> None:
+    """At once: the old node says where it is, whatever the table of slots still says."""
     async with tier_over(cluster.url("&prefix=moved:")) as tier:
         for number, use in enumerate(["write", "find", "read"]):
             name = name_of(tier, key_of(number))
@@ -93,6 +97,60 @@ async def test_a_name_that_has_moved_is_followed(cluster: RedisCluster, monkeypa
             assert (await read_one(tier, number)).reason is None
             assert target.ask("EXISTS", name) == 1
         assert tier.stats().causes[Cause.IO_ERROR] == 0
+
+
+@pytest.mark.parametrize("options", ["", "&ttl_s=1000"])
+async def test_blocks_of_a_slot_that_is_on_its_way_are_served(cluster: RedisCluster, options: str) -> None:
+    """Some have gone to the other node, some have not, and new ones come: all are hits, in no table of slots."""
+    async with tier_over(cluster.url("&prefix={moving}:" + options)) as tier:
+        name = name_of(tier, key_of(0))
+        slot, source = redis.crc.key_slot(name), cluster.node_of(name)
+        target = cluster.nodes[cluster.nodes.index(source) - 1]
+        await tier.write([write_request(n) for n in range(10)])
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
+        place = ("127.0.0.1", cluster.ports[cluster.nodes.index(target)])
+        for number in range(0, 10, 2):
+            source.ask("MIGRATE", *place, name_of(tier, key_of(number)), 0, 20_000)
+        assert (source.ask("DBSIZE"), target.ask("DBSIZE")) == (5, 5)
+        for number in range(10, 14):
+            assert (await write_one(tier, number)).outcome is SaveOutcome.STORED
+            assert (await write_one(tier, number)).outcome is SaveOutcome.ALREADY_STORED
+        assert (source.ask("DBSIZE"), target.ask("DBSIZE")) == (5, 9)
+        keys = [key_of(number) for number in range(15)]
+        assert await tier.find(keys) == [NBYTES] * 14 + [0]
+        for number in range(14):
+            assert (await read_one(tier, number)).reason is None
+        assert (await read_one(tier, 14)).cause is Cause.ABSENT
+        await tier.touch(keys, [time.time() + 1000.0] * 15)
+        assert all(tier.lookup(keys[:14]))
+        assert await tier.delete([key_of(0), key_of(1), key_of(14)]) == [True, True, False]
+        assert (source.ask("DBSIZE"), target.ask("DBSIZE")) == (4, 8)
+        for number in range(3, 10, 2):
+            source.ask("MIGRATE", *place, name_of(tier, key_of(number)), 0, 20_000)
+        cluster.move(name, target)
+        for number in range(2, 14):
+            assert (await read_one(tier, number)).reason is None
+        assert tier.stats().causes[Cause.IO_ERROR] == 0
+
+
+async def test_a_cluster_by_tls(cluster: RedisCluster, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    with cluster.behind(context) as ports:
+        url = f"rediss+cluster://127.0.0.1:{ports[0]}?timeout_s=20&prefix=tls:"
+        async with tier_over(f"{url}&ca_file={tmp_path}/ca.pem") as tier:
+            outcomes = await tier.write([write_request(n) for n in range(30)])
+            assert {outcome.outcome for outcome in outcomes} == {SaveOutcome.STORED}
+            assert await tier.find([key_of(n) for n in range(31)]) == [NBYTES] * 30 + [0]
+            for number in range(30):
+                assert (await read_one(tier, number)).reason is None
+        assert min(node.ask("DBSIZE") for node in cluster.nodes) > 0
+        with pytest.raises(ConfigError, match="refuses: TLS "):
+            await tier_over(f"{url}&ca_file={tmp_path}/other.pem").open()
 
 
 async def test_a_server_that_stands_still_costs_its_own_blocks_only(cluster: RedisCluster) -> None:

@@ -4,6 +4,7 @@ import itertools
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvortex.testing.tier_conformance import NAMESPACE
 from kvortex.tiers import RedisTier, tier_from_url
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.lookup import LookUp
 from kvortex.tiers.redis.resp import LONGEST_LINE, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Cluster, NoNode
 from kvortex.tiers.redis.settings import RedisSettings
@@ -54,6 +56,14 @@ def test_what_a_url_says(tmp_path: Path) -> None:
         seeds=(("a", 6379), ("b", 7), ("::1", 8)), username="me", password="pw"
     )
     assert settings_of("redis+cluster://a,[::1]:8").address == "a:6379,[::1]:8"
+    password = tmp_path / "password"
+    password.write_text("of-sentinel\n")
+    of_sentinels = settings_of(
+        f"rediss+sentinel://a/main?sentinel_username=me&sentinel_password_file={password}&sentinel_tls=true"
+    )
+    assert (of_sentinels.sentinel_username, of_sentinels.sentinel_secret()) == ("me", "of-sentinel")
+    assert of_sentinels.sentinel_tls
+    assert settings_of("redis+sentinel://a/main").sentinel_secret() is None
     assert settings_of("rediss+sentinel://a,b:7/main/3") == RedisSettings(
         seeds=(("a", 26379), ("b", 7)), service="main", db=3, tls=True
     )
@@ -78,6 +88,9 @@ def test_what_a_url_says(tmp_path: Path) -> None:
         ("redis+cluster://a?ca_file=/b", "unknown option 'ca_file'"),
         ("redis+sentinel://a", "name the service behind the sentinels"),
         ("redis+sentinel:///main", "name a server"),
+        ("redis+sentinel://a/main?sentinel_tls=1", "unknown option 'sentinel_tls'"),
+        ("redis+sentinel://a/main?sentinel_password_file=/no/such", "sentinel_password_file '/no/such' cannot be read"),
+        ("redis://a?sentinel_username=b", "unknown option 'sentinel_username'"),
         ("redis+sentinel://a/main/x", "the number of a database, not 'x'"),
         ("redis://cache:port", "no host and port"),
         ("redis://cache:70000", "no host and port"),
@@ -326,6 +339,29 @@ def test_a_table_in_doubt_is_asked_for_again_and_kept_if_nobody_answers() -> Non
         cluster.of(b"x")
 
 
+def test_a_node_that_another_one_names_is_used_before_the_table_has_it() -> None:
+    clock, middles = Clock(), [b"m"]
+    cluster = Cluster(lambda known: Halves(middles[0]), lambda place: lone_wire(), FailureLog("a test"), clock)
+    left = cluster.of(b"a")
+    new = cluster.at("new:3", b"a")
+    assert new not in cluster.all()
+    assert cluster.at("left:1", b"z") is left
+    assert cluster.at(":1", b"a") is left  # the same host
+    assert cluster.at("::1:6379", b"a") is cluster.at("::1:6379", b"z")
+    with new.exchange():
+        cluster.doubt()
+        clock.now_s += 1.0
+        cluster.of(b"a")  # the table is asked for again
+        assert new.num_open == 1
+    assert cluster.at("new:3", b"a") is new
+    for address in ("new", "new:", "", "a:b"):
+        with pytest.raises(StoreFailure, match="no address of a node"):
+            cluster.at(address, b"a")
+    cluster.abort()
+    with pytest.raises(StoreFailure, match="closed"):
+        cluster.at("new:3", b"a")
+
+
 def test_while_a_table_is_asked_for_others_use_the_old_one() -> None:
     clock, asking, answered = Clock(), threading.Event(), threading.Event()
 
@@ -345,3 +381,73 @@ def test_while_a_table_is_asked_for_others_use_the_old_one() -> None:
     assert cluster.of(b"a") is left
     answered.set()
     other.join()
+
+
+# -- blocks that are looked up together ------------------------------------------------------------------
+
+
+def failure_of(text: str) -> StoreFailure:
+    return StoreFailure(ConnectionResetError(text))
+
+
+def test_a_question_is_asked_once_and_again_if_it_has_failed() -> None:
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(len(asked))
+        if len(asked) < 3:
+            raise failure_of(f"attempt {len(asked)}")
+
+    lookup = LookUp(ask)
+    for number in (1, 2):
+        with pytest.raises(StoreFailure, match=f"attempt {number}"):
+            lookup.ensure()
+    for _ in range(3):
+        lookup.ensure()
+    assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_wait_for_the_answer_of_the_first_and_share_its_failure(fails: bool) -> None:
+    """If each asked again, the last of many threads would fail only after as many timeouts."""
+    asking, answered, asked, failed = threading.Event(), threading.Event(), [], []
+
+    def ask() -> None:
+        asked.append(threading.current_thread())
+        asking.set()
+        assert answered.wait(30)
+        if fails:
+            raise failure_of("no answer")
+
+    lookup = LookUp(ask)
+
+    def ensure() -> None:
+        try:
+            lookup.ensure()
+        except StoreFailure as failure:
+            failed.append(str(failure))
+
+    threads = [threading.Thread(target=ensure) for _ in range(5)]
+    threads[0].start()
+    assert asking.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    waiting_for_lock(threads[1:])
+    answered.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert asked == [threads[0]]
+    assert failed == ["no answer"] * (5 * fails)
+
+
+def waiting_for_lock(threads: Iterable[threading.Thread]) -> None:
+    """Return once all of these threads wait inside of `LookUp.ensure`."""
+    due_s = time.monotonic() + 30
+    for thread in threads:
+        while True:
+            frame = sys._current_frames().get(thread.ident or 0)
+            if frame is not None and frame.f_code is LookUp.ensure.__code__ and "before" in frame.f_locals:
+                break
+            assert time.monotonic() < due_s
+            time.sleep(0.001)

@@ -12,8 +12,19 @@ import pytest
 import trustme
 
 from kvortex.errors import ConfigError
-from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, payload_of, read_request, until, write_request
+from kvortex.testing.tier_conformance import (
+    NAMESPACE,
+    NBYTES,
+    is_right,
+    key_of,
+    payload_of,
+    read_request,
+    until,
+    write_request,
+)
 from kvortex.tiers import Cause, RedisTier
+from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, encode_header
+from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, read_one, tier_over, write_one
 
@@ -211,6 +222,36 @@ async def test_a_foreign_value_is_not_found_and_is_written_over(server: RedisSer
         assert (await read_one(tier, 0)).reason is None
 
 
+async def test_a_value_that_is_too_short_for_a_block_is_none(server: RedisServer) -> None:
+    """Nobody would read it, and so find out that it is damaged."""
+    async with server.tier() as tier:
+        for number, nbytes in enumerate([1, SHORT_HEADER_BYTES]):
+            server.ask("SET", name_of(tier, number), bytes(nbytes))
+            assert await tier.find([key_of(number)]) == [0]
+            assert (await write_one(tier, number)).outcome is SaveOutcome.STORED
+            assert (await read_one(tier, number)).reason is None
+
+
+async def test_a_frame_of_a_later_version_is_left_as_it_is(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("kvortex.tiers.frame.FORMAT_VERSION", 3)
+        header = FrameHeader(NAMESPACE, key_of(0), 0, NBYTES, NBYTES, 0)
+        later = encode_header(header, SHORT_HEADER_BYTES) + bytes(NBYTES)
+    async with server.tier() as tier:
+        server.ask("SET", name_of(tier, 0), later)
+        assert (await write_one(tier, 0)).outcome is SaveOutcome.ALREADY_STORED  # nobody has looked into it
+        outcome = await read_one(tier, 0)
+        assert (outcome.reason, outcome.cause) == (MissReason.NEVER_STORED, Cause.UNKNOWN_VERSION)
+        written = await write_one(tier, 0)
+        assert (written.outcome, written.cause) == (SaveOutcome.FAILED, Cause.UNKNOWN_VERSION)
+        assert server.ask("GET", name_of(tier, 0)) == later
+        server.ask("DEL", name_of(tier, 0))
+        assert (await write_one(tier, 0)).outcome is SaveOutcome.STORED
+        assert (await read_one(tier, 0)).reason is None
+
+
 async def test_names_and_the_end_of_blocks(server: RedisServer) -> None:
     """Blocks have names that people can read, and end by themselves; use puts the end off."""
     async with server.tier("&ttl_s=1000") as tier:
@@ -248,6 +289,26 @@ async def test_what_others_store_is_found_without_being_told(server: RedisServer
         assert server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"] - before == 9000
         assert mine.lookup(keys[:20]) == [NBYTES] * 20
         assert {outcome.outcome for outcome in await mine.write([write_request(0)])} == {SaveOutcome.ALREADY_STORED}
+
+
+async def test_the_blocks_of_a_write_are_looked_up_together(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server.tier() as mine, server.tier() as theirs:
+        await theirs.write([write_request(n) for n in range(0, 100, 3)])
+        before = server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"]
+        asked: list[int] = []
+        sent: list[Wire] = []
+        send, find = Wire.send, mine._blocks.find
+        monkeypatch.setattr(Wire, "send", lambda wire, *parts: sent.append(wire) or send(wire, *parts))
+        mine._blocks.find = lambda keys: asked.append(len(keys)) or find(keys)  # type: ignore[method-assign]
+        outcomes = await mine.write([write_request(n) for n in range(100)])
+        assert [outcome.outcome is SaveOutcome.ALREADY_STORED for outcome in outcomes] == [
+            n % 3 == 0 for n in range(100)
+        ]
+        assert sorted(asked) == [4, 32, 32, 32]
+        assert len(sent) == 4 + 66  # nothing else is asked for
+        assert server.ask("INFO", "commandstats")["cmdstat_strlen"]["calls"] - before == 100
 
 
 async def test_a_tier_that_lists_forgets_what_others_have_deleted(

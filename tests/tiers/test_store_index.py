@@ -175,9 +175,9 @@ def test_threads_leave_the_books_balanced(num_threads: int) -> None:
                     files.discard(key)
                     index.removed(key)
             else:
-                with index.watching() as removed:
+                with index.watching() as changed:
                     if key in files:
-                        index.use(key, indexed(), removed, 1e9)
+                        index.use(key, indexed(), changed, 1e9)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(num_threads)]
     for thread in threads:
@@ -202,3 +202,70 @@ def test_what_is_too_much_to_remember_is_forgotten_from_the_least_recently_used(
     assert (index.used_bytes, index.evicted_blocks) == (30, 0)
     index.forget_beyond(0)
     assert len(index) == 0
+
+
+# -- files that cannot be opened -------------------------------------------------------------------------
+
+
+def test_a_condemned_file_is_not_offered_and_is_written_over() -> None:
+    index = StoreIndex(CAPACITY)
+    store(index, key_of(0), 3)
+    index.condemn(key_of(0), indexed(3), set())
+    assert index.stored_bytes([key_of(0)]) == [0]
+    assert (index.used_bytes, len(index)) == (3, 1)
+    assert index.touch([key_of(0)], [time.time() + 1e6], 0.0) == []
+    assert store(index, key_of(0), 4) == []
+    assert index.stored_bytes([key_of(0)]) == [4]
+    assert index.used_bytes == 4
+    assert index.reserve(key_of(0), 4) == (Admission.STORED, [])
+
+
+def test_a_condemned_file_keeps_its_place_if_there_is_no_room_to_write_over_it() -> None:
+    index = StoreIndex(CAPACITY)
+    store(index, key_of(0), 3)
+    store(index, key_of(1), 7)
+    index.condemn(key_of(0), indexed(3), set())
+    assert index.reserve(key_of(0), 4, used_s=1.0) == (Admission.NO_SPACE, [])
+    assert index.used_bytes == CAPACITY
+    assert index.stored_bytes([key_of(0), key_of(1)]) == [0, 7]
+    assert [victim for victim, _ in index.evict(1)] == [key_of(0)]
+
+
+def test_a_file_that_nobody_knew_is_condemned_with_its_length() -> None:
+    index = StoreIndex(CAPACITY)
+    index.condemn(key_of(0), indexed(3), set())
+    assert (index.used_bytes, index.stored_bytes([key_of(0)])) == (3, [0])
+    index.merge([(key_of(0), indexed(3))], set())  # a scan sees it again
+    assert index.stored_bytes([key_of(0)]) == [0]
+    index.merge([(key_of(0), indexed(5))], set())  # another process has written another one
+    assert index.stored_bytes([key_of(0)]) == [5]
+    index.condemn(key_of(0), indexed(3), set())  # and one more
+    assert (index.used_bytes, index.stored_bytes([key_of(0)])) == (3, [0])
+    index.use(key_of(0), indexed(3), set(), 1e9)  # it could be read
+    assert (index.used_bytes, index.stored_bytes([key_of(0)])) == (3, [3])
+
+
+def test_what_this_process_writes_while_it_is_read_is_not_condemned() -> None:
+    index = StoreIndex(CAPACITY)
+    with index.watching() as changed:
+        index.reserve(key_of(0), 3)
+        index.condemn(key_of(0), indexed(3), changed)
+        assert (index.used_bytes, len(index)) == (3, 0)
+        index.commit(key_of(0), "ns")
+        index.condemn(key_of(0), indexed(3), changed)
+        assert index.stored_bytes([key_of(0)]) == [3]
+        index.claim(key_of(0))
+        index.removed(key_of(0))
+        index.condemn(key_of(0), indexed(3), changed)
+    assert (index.used_bytes, len(index)) == (0, 0)
+
+
+@pytest.mark.parametrize("one_length", [False, True])
+def test_where_a_block_has_one_length_a_file_of_another_one_is_written_over(one_length: bool) -> None:
+    index = StoreIndex(CAPACITY, one_length=one_length)
+    index.merge([(key_of(0), indexed(3))], set())
+    admission, _ = index.reserve(key_of(0), 4)
+    assert admission is (Admission.RESERVED if one_length else Admission.STORED)
+    assert index.reserve(key_of(1), 3)[0] is Admission.RESERVED
+    index.commit(key_of(1), "ns")
+    assert index.reserve(key_of(1), 3)[0] is Admission.STORED

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvortex.config import DiskTierConfig
-from kvortex.tiers.base import Cause
+from kvortex.tiers.base import Cause, ReadOutcome
 from kvortex.tiers.causes import cause_of
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.disk.direct import DirectIO, Scratch, read_fully
@@ -20,8 +20,9 @@ from kvortex.tiers.disk.directories import directory
 from kvortex.tiers.disk.layout import DiskLayout, name_of
 from kvortex.tiers.disk.os_calls import OsCalls
 from kvortex.tiers.disk.scan import ScanPart, read_part
-from kvortex.tiers.frame import HEADER_BYTES, FrameHeader, decode_header
+from kvortex.tiers.frame import HEADER_BYTES, FrameHeader
 from kvortex.tiers.payload import address_of
+from kvortex.tiers.sealing import Framing
 from kvortex.tiers.store_index import IndexedBlock, StoreIndex, Victims
 from kvortex.types import BLOCK_HASH_BYTES
 
@@ -36,6 +37,7 @@ class DiskFiles:
     Args:
         layout: the paths.
         config: the settings of the tier.
+        framing: how blocks are stored.
         direct: how files are opened.
         index: the known files.
         counters: the tier's counters.
@@ -45,6 +47,7 @@ class DiskFiles:
 
     layout: DiskLayout
     config: DiskTierConfig
+    framing: Framing
     direct: DirectIO
     index: StoreIndex
     counters: TierCounters
@@ -52,22 +55,23 @@ class DiskFiles:
     scratch: Scratch = field(default_factory=Scratch)
 
     def suits(self, array: NDArray[np.uint8]) -> bool:
-        """True if the alignment of this memory allows to read files into it, and to write them from it."""
-        return address_of(array) % self.direct.memory_alignment == 0
+        """True if payloads are stored as they are, and the alignment of this memory allows to read files into it, and
+        to write them from it."""
+        return not self.framing.is_sealed and address_of(array) % self.direct.memory_alignment == 0
 
     def seen(self, stored_bytes: int, time_s: float) -> IndexedBlock:
         """An index entry for a file of this namespace: its length, and `time_s` of its last use."""
         return IndexedBlock(self.layout.namespace_name, stored_bytes, time_s, time_s)
 
-    def read_header(self, fd: int, key: bytes) -> FrameHeader | Cause:
-        """Read and decode the header only; returns CORRUPT or UNKNOWN_VERSION if it is not valid. Raises `OSError`."""
+    def read_header(self, fd: int, key: bytes) -> FrameHeader | ReadOutcome:
+        """Read and decode the header only; a miss if it is not valid. Raises `OSError`."""
         if read_fully(self.calls, fd, [self.scratch.header]) != HEADER_BYTES:
-            return Cause.CORRUPT
+            return self.framing.flawed("the file is shorter than a header")
         return self.decode(key)
 
-    def decode(self, key: bytes) -> FrameHeader | Cause:
+    def decode(self, key: bytes) -> FrameHeader | ReadOutcome:
         """Decode the header in this thread's scratch memory."""
-        return decode_header(self.scratch.header.data, self.layout.namespace, key)
+        return self.framing.decode(self.scratch.header.data, key)
 
     def count(self, error: OSError) -> None:
         """Count an error of the system, for the statistics."""
@@ -90,7 +94,7 @@ class DiskFiles:
     def look_for(self, key: bytes) -> int:
         """The length of a file in bytes; updates the index. 0 also on an error, which is counted."""
         known = self.index.get(key)
-        with self.index.watching() as removed:
+        with self.index.watching() as changed:
             try:
                 with self.directory_of(key) as fd:
                     status = self.calls.stat(name_of(key), fd)
@@ -100,7 +104,7 @@ class DiskFiles:
                 else:
                     self.counters.record_cause(cause)
                 return 0
-            self.index.merge([(key, self.seen(status.st_size, status.st_mtime))], removed)
+            self.index.merge([(key, self.seen(status.st_size, status.st_mtime))], changed)
             return int(status.st_size)
 
     def delete(self, key: bytes) -> bool:
@@ -188,7 +192,7 @@ class DiskFiles:
         """Add the blocks of one directory to the index; returns their number. Raises `OSError`."""
         # Blocks of other namespaces take capacity and can be evicted, but a look-up must not find them.
         prefix = b"" if part.namespace == self.layout.namespace_name else bytes.fromhex(part.namespace)
-        with self.index.watching() as removed:
+        with self.index.watching() as changed:
             found = read_part(part, self.calls, self.count)
-            self.index.merge([(prefix + key, block) for key, block in found], removed)
+            self.index.merge([(prefix + key, block) for key, block in found], changed)
         return len(found)

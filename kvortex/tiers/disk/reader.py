@@ -10,7 +10,6 @@ from kvortex.tiers.causes import cause_of
 from kvortex.tiers.disk.direct import read_fully
 from kvortex.tiers.disk.files import DiskFiles
 from kvortex.tiers.frame import ALIGNMENT_BYTES, HEADER_BYTES, FrameHeader, frame_bytes, padded
-from kvortex.tiers.payload import copy_payload, payload_digest
 from kvortex.tiers.store_index import IndexedBlock
 from kvortex.types import MissReason
 
@@ -47,16 +46,19 @@ class DiskReader:
 
     def _read(self, key: bytes, target: NDArray[np.uint8], used_s: float | None) -> ReadOutcome:
         files = self._files
-        with files.index.watching() as removed:
+        with files.index.watching() as changed:
             fd = files.open(key)
             try:
                 outcome = self._read_frame(fd, key, target)
                 if outcome.reason is None:
                     stored_bytes = frame_bytes(outcome.payload_bytes)
                     seen = IndexedBlock(files.layout.namespace_name, stored_bytes, time.time())
-                    due_s = files.index.use(key, seen, removed, files.config.touch_interval_s, used_s)
+                    due_s = files.index.use(key, seen, changed, files.config.touch_interval_s, used_s)
                     if due_s is not None:
                         files.touch(fd, due_s)
+                elif outcome.reason is MissReason.AUTH:
+                    seen = files.seen(files.calls.file_bytes(fd), time.time())
+                    files.index.condemn(key, seen, changed)
                 return outcome
             finally:
                 files.calls.close(fd)
@@ -64,7 +66,7 @@ class DiskReader:
     def _read_frame(self, fd: int, key: bytes, target: NDArray[np.uint8]) -> ReadOutcome:
         room = self._files.calls.file_bytes(fd) - HEADER_BYTES
         if room <= 0 or room % ALIGNMENT_BYTES:
-            return _corrupt("the file's length is not that of a frame")
+            return self._files.framing.flawed("the file's length is not that of a frame")
         if room - ALIGNMENT_BYTES >= target.size:  # even the shortest payload of a file of this length is longer
             return self._too_small(fd, key, target.size)
         if not self._files.suits(target):
@@ -74,18 +76,18 @@ class DiskReader:
             body = target[:room] if target.size >= room else target[: room - ALIGNMENT_BYTES]
             pieces = [body] if body.size == room else [body, self._files.scratch.tail]
         header = self._fill(fd, key, pieces, room)
-        if not isinstance(header, FrameHeader):
-            return _flawed(header)
+        if isinstance(header, ReadOutcome):
+            return header
         if header.payload_bytes > target.size:
             return _buffer_too_small(header.payload_bytes, target.size)
         return self._finish(header, target, pieces)
 
-    def _fill(self, fd: int, key: bytes, pieces: list[NDArray[np.uint8]], room: int) -> FrameHeader | Cause:
+    def _fill(self, fd: int, key: bytes, pieces: list[NDArray[np.uint8]], room: int) -> FrameHeader | ReadOutcome:
         if read_fully(self._files.calls, fd, [self._files.scratch.header, *pieces]) != HEADER_BYTES + room:
-            return Cause.CORRUPT
+            return self._files.framing.flawed("the file became shorter while it was read")
         header = self._files.decode(key)
         if isinstance(header, FrameHeader) and padded(header.payload_bytes) != room:
-            return Cause.CORRUPT
+            return self._files.framing.flawed("the file's length is not what its header says")
         return header
 
     def _finish(self, header: FrameHeader, target: NDArray[np.uint8], pieces: list[NDArray[np.uint8]]) -> ReadOutcome:
@@ -94,41 +96,22 @@ class DiskReader:
         first, last = pieces[0], pieces[-1]
         end = header.payload_bytes - (first.size if last is not first else 0)  # of the payload in the last piece
         if last[end:].any():
-            return _corrupt("the padding is not zero")
-        if not self._files.suits(target):
-            digest = copy_payload(first[:end], payload)
-        else:
+            return self._files.framing.flawed("the padding is not zero")
+        stored = first[:end]
+        if self._files.suits(target):
             if last is not first:
                 payload[first.size :] = last[:end]
-            digest = payload_digest(payload) if self._files.config.verify else header.digest
-        if self._files.config.verify and digest != header.digest:
-            return _corrupt("the payload's digest differs")
-        return ReadOutcome(
-            None,
-            payload_bytes=header.payload_bytes,
-            raw_bytes=header.raw_bytes,
-            codec=header.codec,
-            digest=header.digest,
-        )
+            stored = payload
+        return self._files.framing.open(header, stored, payload, verify=self._files.config.verify)
 
     def _too_small(self, fd: int, key: bytes, nbytes: int) -> ReadOutcome:
         """The file is too long for the buffer: it holds a larger block, or is damaged."""
         header = self._files.read_header(fd, key)
-        if not isinstance(header, FrameHeader):
-            return _flawed(header)
+        if isinstance(header, ReadOutcome):
+            return header
         if frame_bytes(header.payload_bytes) != self._files.calls.file_bytes(fd):
-            return _corrupt("the file's length is not what its header says")
+            return self._files.framing.flawed("the file's length is not what its header says")
         return _buffer_too_small(header.payload_bytes, nbytes)
-
-
-def _corrupt(detail: str) -> ReadOutcome:
-    return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT, detail=detail)
-
-
-def _flawed(cause: Cause) -> ReadOutcome:
-    if cause is Cause.CORRUPT:
-        return _corrupt("the header is damaged, another block's, or does not fit the file's length")
-    return ReadOutcome(MissReason.NEVER_STORED, cause=cause)
 
 
 def _buffer_too_small(payload_bytes: int, nbytes: int) -> ReadOutcome:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -31,10 +32,11 @@ from kvortex.tiers.disk.reader import DiskReader
 from kvortex.tiers.disk.scan import list_parts, read_part
 from kvortex.tiers.disk.temp_space import TempSpace
 from kvortex.tiers.disk.writer import DiskWriter
-from kvortex.tiers.frame import HEADER_BYTES, frame_bytes
+from kvortex.tiers.frame import frame_bytes
 from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.runner import BatchRunner
+from kvortex.tiers.sealing import framing_of
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,14 @@ class DiskTier(IndexedTier):
     """
 
     name = "disk"
-    header_bytes = HEADER_BYTES
 
     def __init__(self, config: DiskTierConfig, *, namespace: bytes, calls: OsCalls | None = None) -> None:
         if not config.path:
             raise ConfigError("disk.path must name a directory")
-        super().__init__(config.capacity_bytes)
+        store = f"the disk tier in {config.path}"
+        super().__init__(
+            config.capacity_bytes, framing_of(namespace, os.fspath(config.seal_keys), store, in_files=True)
+        )
         self._config = config
         self._calls = calls or OsCalls()
         self._layout = DiskLayout(config.path, namespace)
@@ -94,7 +98,9 @@ class DiskTier(IndexedTier):
         except OSError as error:
             self._temp.close()
             raise ConfigError(f"cannot keep blocks in {self._layout.root}: {error}") from error
-        files = DiskFiles(self._layout, self._config, self._direct, self._index, self._counters, self._calls)
+        files = DiskFiles(
+            self._layout, self._config, self._framing, self._direct, self._index, self._counters, self._calls
+        )
         self._files = files
         self._reads = BatchRunner(
             "kvortex-disk-read", self._config.read_threads, DiskReader(files).read, _unread, ReadRequest.settle

@@ -9,14 +9,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.tiers.base import Cause, WriteOutcome, WriteRequest, as_bytes
+from kvortex.tiers.base import Cause, ReadOutcome, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.causes import cause_of
 from kvortex.tiers.disk.direct import write_fully
 from kvortex.tiers.disk.directories import directory, make_directories
 from kvortex.tiers.disk.files import DiskFiles
 from kvortex.tiers.disk.temp_space import TempSpace
-from kvortex.tiers.frame import ALIGNMENT_BYTES, FrameHeader, encode_header, frame_bytes, padded
-from kvortex.tiers.payload import copy_payload
+from kvortex.tiers.frame import ALIGNMENT_BYTES, frame_bytes, padded
 from kvortex.tiers.store_index import Admission, Victims
 from kvortex.types import SaveOutcome
 
@@ -70,7 +69,7 @@ class DiskWriter:
     def _existing(self, request: WriteRequest) -> WriteOutcome | None:
         """The outcome if a file is there that the index does not know yet; None if the block has to be written."""
         files, key = self._files, request.key
-        with files.index.watching() as removed:
+        with files.index.watching() as changed:
             try:
                 fd = files.open(key)
             except FileNotFoundError:
@@ -80,27 +79,24 @@ class DiskWriter:
                 header = files.read_header(fd, key)
             finally:
                 files.calls.close(fd)
-            if header is Cause.UNKNOWN_VERSION:
+            if isinstance(header, ReadOutcome) and header.cause is Cause.UNKNOWN_VERSION:
                 files.index.ignore(key)
                 return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
-            if not isinstance(header, FrameHeader) or frame_bytes(header.payload_bytes) != stored_bytes:
+            if isinstance(header, ReadOutcome) or frame_bytes(header.payload_bytes) != stored_bytes:
                 return None
             seen = files.seen(stored_bytes, time.time())
-            due_s = files.index.use(key, seen, removed, files.config.touch_interval_s, request.used_s)
+            due_s = files.index.use(key, seen, changed, files.config.touch_interval_s, request.used_s)
             if due_s is not None:
                 files.touch(files.layout.path(key), due_s)
             return _ALREADY_STORED
 
     def _frame(self, request: WriteRequest, source: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         """The pieces of the frame, in memory that is aligned for the write."""
-        header = FrameHeader(
-            self._files.layout.namespace, request.key, request.codec, source.size, request.raw_bytes, request.digest
-        )
         head = self._files.scratch.header
-        head[:] = np.frombuffer(encode_header(header), dtype=np.uint8)
-        if not self._files.suits(source):
-            body = self._files.scratch.bounce(padded(source.size))
-            copy_payload(source, body[: source.size])
+        body = None if self._files.suits(source) else self._files.scratch.bounce(padded(source.size))
+        header, _ = self._files.framing.encode(request, None if body is None else body[: source.size])
+        head[:] = np.frombuffer(header, dtype=np.uint8)
+        if body is not None:
             body[source.size :] = 0
             return [head, body]
         whole = source.size // ALIGNMENT_BYTES * ALIGNMENT_BYTES

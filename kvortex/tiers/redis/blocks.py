@@ -1,20 +1,20 @@
 """Blocks as values of a server: blocking calls, for threads. A value is a frame (`kvortex.tiers.frame`)."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, decode_header, encode_header
-from kvortex.tiers.payload import payload_digest
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
-from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
+from kvortex.tiers.redis.lookup import BlockWrite, LookUp
+from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command
+from kvortex.tiers.redis.routes import Routes
 from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
+from kvortex.tiers.sealing import Framing
 from kvortex.tiers.store_index import Admission, IndexedBlock, StoreIndex
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
@@ -26,7 +26,8 @@ KNOWN_BLOCKS: Final = 1 << 18
 TOUCH_S: Final = 60.0
 """Seconds between two reports of a block's use to the server, at least."""
 LONG_AGO_S: Final = 1.0
-ATTEMPTS: Final = 2
+WRITES_A_LOOK_UP: Final = 32
+"""Blocks of a call that are looked up together, before the first of them is written."""
 
 Reply = TypeVar("Reply")
 
@@ -36,7 +37,7 @@ class RedisBlocks:
 
     Args:
         settings: of the server.
-        namespace: digest of the namespace, 32 bytes.
+        framing: how blocks are stored.
         servers: have the connections.
         index: remembers what is there.
         counters: count what was removed.
@@ -46,19 +47,19 @@ class RedisBlocks:
     def __init__(
         self,
         settings: RedisSettings,
-        namespace: bytes,
+        framing: Framing,
         servers: Servers,
         index: StoreIndex,
         counters: TierCounters,
         log: FailureLog,
     ) -> None:
         self._settings = settings
-        self._namespace = namespace
-        self._prefix = f"{settings.prefix}{namespace.hex()}:".encode()
+        self._framing = framing
+        self._prefix = f"{settings.prefix}{framing.namespace.hex()}:".encode()
         self._servers = servers
         self._index = index
         self._counters = counters
-        self._log = log
+        self._routes = Routes(servers, log)
         self._ttl = b"" if settings.ttl_s is None else b"%d" % settings.ttl_s
         self._touch_s = TOUCH_S if settings.ttl_s is None else min(TOUCH_S, settings.ttl_s / 4)
 
@@ -78,15 +79,19 @@ class RedisBlocks:
         for start in range(0, len(keys), KEYS_AT_A_TIME):
             batch = keys[start : start + KEYS_AT_A_TIME]
             known = [self._index.get(key) for key in batch]
-            with self._index.watching() as removed:
-                found = self._numbers(b"STRLEN", batch)
-                self._index.merge([(key, seen(size)) for key, size in zip(batch, found, strict=True) if size], removed)
+            with self._index.watching() as changed:
+                found = [self._if_block(size) for size in self._numbers(b"STRLEN", batch)]
+                self._index.merge([(key, seen(size)) for key, size in zip(batch, found, strict=True) if size], changed)
             for key, before, size in zip(batch, known, found, strict=True):
                 if not size:
                     self._index.discard(key, before)
             sizes += found
         self._forget()
         return sizes
+
+    def _if_block(self, nbytes: int) -> int:
+        """The same, or 0 for a value that is too short for a block, and so is none."""
+        return nbytes if nbytes > self._framing.header_bytes else 0
 
     def servers(self) -> list[Connections]:
         """The servers that `scan` takes.
@@ -107,7 +112,7 @@ class RedisBlocks:
             wire.send(command(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % SCAN_COUNT))
             reply = wire.reply()
         if isinstance(reply, ReplyError):
-            raise self._failure(reply)
+            raise self._routes.failure(reply)
         cursor, names = reply
         return cursor, list(self._keys_in(names))
 
@@ -135,12 +140,13 @@ class RedisBlocks:
         """Read one block straight into its buffer. Every failure becomes an outcome."""
         known = self._index.get(request.key)
         try:
-            with self._index.watching() as removed:
-                reply = self._at_its_server(self.name_of(request.key), partial(self._get, request))
-                outcome = reply if isinstance(reply, ReadOutcome) else self._refused(reply)
+            with self._index.watching() as changed:
+                reply = self._routes.exchange(self.name_of(request.key), partial(self._get, request))
+                outcome, nbytes = (self._refused(reply), 0) if isinstance(reply, ReplyError) else reply
                 if outcome.reason is None:
-                    entry = seen(SHORT_HEADER_BYTES + outcome.payload_bytes)
-                    self._index.use(request.key, entry, removed, float("inf"), request.used_s)
+                    self._index.use(request.key, seen(nbytes), changed, float("inf"), request.used_s)
+                elif outcome.reason is MissReason.AUTH and nbytes:
+                    self._index.condemn(request.key, seen(nbytes), changed)
             if outcome.cause is Cause.CORRUPT:
                 self._remove_corrupt(request.key)
         except StoreFailure as failure:
@@ -153,61 +159,72 @@ class RedisBlocks:
             self._index.ignore(request.key)
         return outcome
 
-    def _get(self, request: ReadRequest, wire: Wire) -> ReadOutcome | ReplyError:
+    def _get(self, request: ReadRequest, wire: Wire) -> tuple[ReadOutcome, int] | ReplyError:
+        """The outcome, and the bytes of the value; or why the server gives none."""
         target = as_bytes(request.buffer)
         name = self.name_of(request.key)
         renewal = command(b"EXPIRE", name, self._ttl) if self._ttl else b""
         wire.send(command(b"GET", name) + renewal)
         # Normally the payload fills the buffer: then the first bytes are taken without any of the payload.
-        nbytes = wire.bulk_bytes(len(b"$%d\r\n" % (SHORT_HEADER_BYTES + target.size)) + SHORT_HEADER_BYTES)
-        outcome: ReadOutcome | ReplyError
+        head_bytes = self._framing.header_bytes
+        nbytes = wire.bulk_bytes(len(b"$%d\r\n" % (head_bytes + target.size)) + head_bytes)
+        reply: tuple[ReadOutcome, int] | ReplyError
         if nbytes is None:
-            outcome = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT)
+            reply = ReadOutcome(MissReason.NEVER_STORED, cause=Cause.ABSENT), 0
         elif isinstance(nbytes, ReplyError):
-            outcome = nbytes
+            reply = nbytes
         else:
-            outcome = self._receive(wire, request.key, nbytes, target)
+            reply = self._receive(wire, request.key, nbytes, target), nbytes
         if renewal and not wire.is_spoiled:
             wire.reply()  # a user that may only read renews nothing
-        return outcome
+        return reply
 
     def _receive(self, wire: Wire, key: bytes, nbytes: int, target: Any) -> ReadOutcome:
+        framing = self._framing
         wire.is_spoiled = True  # until all of the value was received
-        if nbytes < SHORT_HEADER_BYTES:
-            return _corrupt("the value is shorter than a header")
-        header = decode_header(wire.take(SHORT_HEADER_BYTES), self._namespace, key, SHORT_HEADER_BYTES)
-        if header is Cause.UNKNOWN_VERSION:
-            return ReadOutcome(MissReason.NEVER_STORED, cause=header)
-        if not isinstance(header, FrameHeader) or header.payload_bytes != nbytes - SHORT_HEADER_BYTES:
-            return _corrupt("the header is damaged, another block's, or does not fit the value's length")
+        header = framing.decode(wire.take(min(framing.header_bytes, nbytes)), key)
+        if isinstance(header, ReadOutcome):
+            return header
+        if header.payload_bytes != nbytes - framing.header_bytes:
+            return framing.flawed("the value's length is not what its header says")
         if header.payload_bytes > target.size:
             detail = f"a payload of {header.payload_bytes} bytes does not fit a buffer of {target.size}"
             return ReadOutcome(MissReason.TRANSFER_FAILED, cause=Cause.BUFFER_TOO_SMALL, detail=detail)
         payload = target[: header.payload_bytes]
+        stored = framing.landing(payload)
         end = bytearray(len(CRLF))
-        wire.fill(payload.data, memoryview(end))
+        wire.fill(stored.data, memoryview(end))
         wire.is_spoiled = end != CRLF
-        if payload_digest(payload) != header.digest:
-            return _corrupt("the payload's digest differs")
-        return ReadOutcome(None, header.payload_bytes, header.raw_bytes, header.codec, header.digest)
+        return framing.open(header, stored, payload)
 
     def _refused(self, reply: ReplyError) -> ReadOutcome:
         if reply.code == "WRONGTYPE":
-            return _corrupt(str(reply))
-        raise self._failure(reply)
+            return self._framing.flawed(str(reply))
+        raise self._routes.failure(reply)
 
-    def write(self, request: WriteRequest) -> WriteOutcome:
+    def writes(self, requests: Sequence[WriteRequest]) -> list[BlockWrite]:
+        """The blocks of a call as `write` takes them."""
+        writes = []
+        for start in range(0, len(requests), WRITES_A_LOOK_UP):
+            part = requests[start : start + WRITES_A_LOOK_UP]
+            lookup = LookUp(partial(self.find, [request.key for request in part]))
+            writes += [BlockWrite(request, lookup) for request in part]
+        return writes
+
+    def write(self, write: BlockWrite) -> WriteOutcome:
         """Write one block straight from its payload. Every failure becomes an outcome."""
         try:
-            return self._write(request)
+            write.lookup.ensure()  # another host may have stored it, and the server may have evicted it
+            return self._write(write.request)
         except StoreFailure as failure:
             outcome = SaveOutcome.NO_SPACE if failure.cause is Cause.NO_SPACE else SaveOutcome.FAILED
             return WriteOutcome(outcome, cause=failure.cause, detail=str(failure))
 
     def _write(self, request: WriteRequest) -> WriteOutcome:
         key, payload = request.key, as_bytes(request.payload)
-        self.find([key])  # another host may have stored it, and the server may have evicted it
-        admission, victims = self._index.reserve(key, SHORT_HEADER_BYTES + payload.size, request.used_s)
+        if self._index.ignores(key):
+            return WriteOutcome(SaveOutcome.FAILED, cause=Cause.UNKNOWN_VERSION)
+        admission, victims = self._index.reserve(key, self._framing.header_bytes + payload.size, request.used_s)
         if admission is Admission.NO_SPACE:
             return WriteOutcome(SaveOutcome.NO_SPACE, cause=Cause.NO_SPACE)
         if admission is not Admission.RESERVED:
@@ -215,7 +232,7 @@ class RedisBlocks:
             return WriteOutcome(SaveOutcome.ALREADY_STORED if is_stored else SaveOutcome.PENDING)
         try:
             self._remove_victims([victim for victim, _ in victims])
-            self._set(request, payload)
+            self._set(request)
         except BaseException:
             self._index.abort(key)
             raise
@@ -223,21 +240,20 @@ class RedisBlocks:
         self._forget()
         return WriteOutcome(SaveOutcome.STORED)
 
-    def _set(self, request: WriteRequest, payload: Any) -> None:
-        fields = (int(request.codec), payload.size, request.raw_bytes, request.digest)
-        header = encode_header(FrameHeader(self._namespace, request.key, *fields), SHORT_HEADER_BYTES)
+    def _set(self, request: WriteRequest) -> None:
+        header, payload = self._framing.encode(request)
         name, expiry = self.name_of(request.key), (b"EX", self._ttl) if self._ttl else ()
         begin = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n" % (3 + len(expiry), len(name), name)
-        begin += b"$%d\r\n%b" % (SHORT_HEADER_BYTES + payload.size, header)
+        begin += b"$%d\r\n%b" % (len(header) + payload.size, header)
         end = CRLF + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in expiry)
 
         def send(wire: Wire) -> Any:
             wire.send(begin, payload.data, end)
             return wire.reply()
 
-        reply = self._at_its_server(name, send)
+        reply = self._routes.exchange(name, send)
         if isinstance(reply, ReplyError):
-            raise self._failure(reply)
+            raise self._routes.failure(reply)
 
     # -- removing and using ------------------------------------------------------------------------
 
@@ -284,75 +300,7 @@ class RedisBlocks:
     # -- inside ------------------------------------------------------------------------------------
 
     def _numbers(self, name: bytes, keys: Sequence[bytes], *further: bytes) -> list[int]:
-        """The number that a command answers for each key; 0 for a value that is no block.
-
-        Names that have moved to another server are asked for once more. If one server of several fails, the answer is 0
-        for its names.
-
-        Raises:
-            StoreFailure: no server has answered, or one refuses.
-        """
-        names = [self.name_of(key) for key in keys]
-        replies: dict[bytes, int | ReplyError] = {}
-        for _ in range(ATTEMPTS):
-            failure = self._ask_all(name, [each for each in names if each not in replies], replies, *further)
-            if failure is not None and not replies:
-                raise failure
-            if not self._forget_moved(replies):
-                break
-        for reply in replies.values():
-            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
-                raise self._failure(reply)
-        numbers = {each: 0 if isinstance(reply, ReplyError) else reply for each, reply in replies.items()}
-        return [numbers.get(each, 0) for each in names]
-
-    def _ask_all(
-        self, command_name: bytes, names: Sequence[bytes], replies: dict[bytes, int | ReplyError], *further: bytes
-    ) -> StoreFailure | None:
-        """Ask each server for its own names. The failure of one leaves out its names, and is returned."""
-        failure = None
-        for server, of_it in self._servers.split(names).items():
-            try:
-                with self._doubting(), server.exchange() as wire:
-                    wire.send(commands(command_name, of_it, *further))
-                    replies.update(zip(of_it, map(integer_of, wire.lines(len(of_it))), strict=True))
-            except StoreFailure as error:
-                failure = error
-        return failure
-
-    def _forget_moved(self, replies: dict[bytes, int | ReplyError]) -> bool:
-        moved = [name for name, reply in replies.items() if _has_moved(reply)]
-        for name in moved:
-            del replies[name]
-        if moved:
-            self._servers.doubt()
-        return bool(moved)
-
-    def _at_its_server(self, name: bytes, exchange: Callable[[Wire], Reply]) -> Reply:
-        """The reply of the server of a name; if another one has it now, that one is asked."""
-        with self._doubting(), self._servers.of(name).exchange() as wire:
-            reply = exchange(wire)
-        if not _has_moved(reply):
-            return reply
-        self._servers.doubt()
-        with self._doubting(), self._servers.of(name).exchange() as wire:
-            return exchange(wire)
-
-    @contextlib.contextmanager
-    def _doubting(self) -> Iterator[None]:
-        """After a failure another server may have taken the place of this one."""
-        try:
-            yield
-        except StoreFailure:
-            self._servers.doubt()
-            raise
-
-    def _failure(self, reply: ReplyError) -> StoreFailure:
-        failure = StoreFailure(reply)
-        if failure.cause is Cause.READ_ONLY:
-            self._servers.doubt()  # it has become a replica
-        self._log.failed(failure)
-        return failure
+        return self._routes.numbers(name, [self.name_of(key) for key in keys], *further)
 
     def _forget(self) -> None:
         if self._settings.capacity_bytes is None:
@@ -362,11 +310,3 @@ class RedisBlocks:
 def seen(nbytes: int, last_use_s: float = LONG_AGO_S) -> IndexedBlock:
     """The entry of a value of so many bytes."""
     return IndexedBlock("", nbytes, last_use_s)
-
-
-def _has_moved(reply: object) -> bool:
-    return isinstance(reply, ReplyError) and reply.code in ("MOVED", "ASK")
-
-
-def _corrupt(detail: str) -> ReadOutcome:
-    return ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT, detail=detail)

@@ -106,7 +106,15 @@ def _place_of(settings: RedisSettings) -> Place:
     """Where the server is now; sentinels are asked, who may have put another one in its place."""
     if not settings.service:
         return settings.host, settings.port
-    sentinel = Sentinel(settings.seeds, sentinel_kwargs=_limits(settings))
+    sentinel = Sentinel(
+        settings.seeds,
+        sentinel_kwargs={
+            "username": settings.sentinel_username,
+            "password": settings.sentinel_secret(),
+            **({"ssl": True, **_of_tls(settings)} if settings.sentinel_tls else {}),
+            **_limits(settings),
+        },
+    )
     try:
         host, port = sentinel.discover_master(settings.service)
     finally:

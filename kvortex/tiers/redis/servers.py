@@ -43,6 +43,14 @@ class Servers(ABC):
         """
 
     @abstractmethod
+    def at(self, address: str, name: bytes) -> Connections:
+        """The connections to the server that another one has named for a name, as `host:port`.
+
+        Raises:
+            StoreFailure: there is no such server.
+        """
+
+    @abstractmethod
     def split(self, names: Sequence[bytes]) -> dict[Connections, Sequence[bytes]]:
         """Names by their servers; those that no server has are left out.
 
@@ -80,6 +88,9 @@ class OneServer(Servers):
 
     def of(self, name: bytes) -> Connections:
         return self._connections
+
+    def at(self, address: str, name: bytes) -> Connections:
+        return self._connections  # it is no cluster for us
 
     def split(self, names: Sequence[bytes]) -> dict[Connections, Sequence[bytes]]:
         return {self._connections: names}
@@ -126,12 +137,25 @@ class Cluster(Servers):
         self._asked_s = 0.0
         self._is_doubted = self._is_closed = False
         self._of_node: dict[Place, Connections] = {}
+        self._named: set[Place] = set()  # by other nodes; they are kept although the table may not have them yet
 
     def of(self, name: bytes) -> Connections:
         try:
             return self._node(self._current().node_of(name))
         except (OSError, ReplyError) as error:
             self.doubt()
+            raise self._failure(error) from error
+
+    def at(self, address: str, name: bytes) -> Connections:
+        host, _, port = address.rpartition(":")
+        try:
+            place = host or self._current().node_of(name)[0], int(port)  # without a host it is that of the node itself
+            with self._lock:
+                self._named.add(place)
+            return self._node(place)
+        except ValueError:
+            raise self._failure(ConnectionError(f"no address of a node: {address[:80]!r}")) from None
+        except (OSError, ReplyError) as error:
             raise self._failure(error) from error
 
     def split(self, names: Sequence[bytes]) -> dict[Connections, Sequence[bytes]]:
@@ -194,7 +218,8 @@ class Cluster(Servers):
             self._log.works_again()
         with self._lock:
             self._table, self._is_doubted, self._asked_s = table, False, self._clock()
-            gone = [self._of_node.pop(place) for place in set(self._of_node) - set(table.nodes)]
+            self._named.difference_update(table.nodes)
+            gone = [self._of_node.pop(place) for place in set(self._of_node) - set(table.nodes) - self._named]
         for connections in gone:
             connections.abort()
         return table

@@ -20,16 +20,18 @@ _EVERYWHERE: Final[Mapping[str, Any]] = {
     "capacity_bytes": int,
     "prefix": str,
     "password_file": str,
+    "seal_keys": str,
 }
 _WITH_TLS: Final[Mapping[str, Any]] = {**_EVERYWHERE, "ca_file": str, "cert_file": str, "key_file": str}
+_WITH_SENTINELS: Final[Mapping[str, Any]] = {"sentinel_username": str, "sentinel_password_file": str}
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "redis": _EVERYWHERE,
     "rediss": _WITH_TLS,
     "unix": {**_EVERYWHERE, "db": int},
     "redis+cluster": _EVERYWHERE,
     "rediss+cluster": _WITH_TLS,
-    "redis+sentinel": _EVERYWHERE,
-    "rediss+sentinel": _WITH_TLS,
+    "redis+sentinel": {**_EVERYWHERE, **_WITH_SENTINELS},
+    "rediss+sentinel": {**_WITH_TLS, **_WITH_SENTINELS, "sentinel_tls": bool},
 }
 """The schemes of URLs, and the type of each option that they take."""
 
@@ -44,6 +46,9 @@ class RedisSettings:
         path: its Unix socket; empty for TCP.
         seeds: nodes of a cluster, or sentinels, each with its port; empty for one server.
         service: name by which the sentinels know the server; empty for a cluster.
+        sentinel_username: user of the sentinels' access control list; None for their default user.
+        sentinel_password_file: file with this user's password, read each time; None if they ask for none.
+        sentinel_tls: whether the connections to the sentinels are encrypted, too, with the same certificates.
         username: user of the server's access control list; None for the default user.
         password: of this user; None if it needs none.
         password_file: file with the password, read for each connection, so that it may change; None if there is none.
@@ -58,6 +63,7 @@ class RedisSettings:
         capacity_bytes: bytes of this namespace's values, which this tier evicts itself then; None leaves that to the
             server.
         prefix: begin of all names in the server.
+        seal_keys: file with the secrets that seal blocks; empty for plain blocks.
     """
 
     host: str = ""
@@ -65,6 +71,9 @@ class RedisSettings:
     path: str = ""
     seeds: tuple[tuple[str, int], ...] = ()
     service: str = ""
+    sentinel_username: str | None = None
+    sentinel_password_file: str | None = None
+    sentinel_tls: bool = False
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     password_file: str | None = None
@@ -78,6 +87,7 @@ class RedisSettings:
     ttl_s: int | None = None
     capacity_bytes: int | None = None
     prefix: str = "kvortex:"
+    seal_keys: str = ""
 
     def __post_init__(self) -> None:
         if [bool(self.host), bool(self.path), bool(self.seeds)].count(True) != 1:
@@ -95,7 +105,7 @@ class RedisSettings:
             raise ConfigError(f"redis: prefix must be printable ASCII without spaces, not {self.prefix!r}")
         if self.password is not None and self.password_file is not None:
             raise ConfigError("redis: give the password in the URL or as password_file, not both")
-        for name in ("password_file", "ca_file", "cert_file", "key_file"):
+        for name in ("password_file", "sentinel_password_file", "ca_file", "cert_file", "key_file"):
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"redis: {name} {path!r} cannot be read")
@@ -116,10 +126,20 @@ class RedisSettings:
         Raises:
             OSError: its file cannot be read.
         """
-        if self.password_file is None:
-            return self.password
-        with open(self.password_file, encoding="utf-8") as file:
-            return file.read().strip()
+        return self.password if self.password_file is None else _read_secret(self.password_file)
+
+    def sentinel_secret(self) -> str | None:
+        """The sentinels' password of this moment.
+
+        Raises:
+            OSError: its file cannot be read.
+        """
+        return None if self.sentinel_password_file is None else _read_secret(self.sentinel_password_file)
+
+
+def _read_secret(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
 
 
 def settings_of(scheme: str, host: str, path: str, options: Mapping[str, Any]) -> RedisSettings:

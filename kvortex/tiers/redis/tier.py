@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
-from kvortex.errors import ConfigError, EngineStateError, InvalidHashError
+from kvortex.errors import ConfigError, EngineStateError
 from kvortex.runtime.blocking import interpreter_ends, run_blocking, submit_or_run
 from kvortex.tiers.base import (
     Cause,
@@ -25,9 +25,11 @@ from kvortex.tiers.payload import warm_up
 from kvortex.tiers.redis.blocks import LONG_AGO_S, RedisBlocks
 from kvortex.tiers.redis.connections import Connections
 from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.lookup import BlockWrite
 from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
 from kvortex.tiers.runner import BatchRunner
+from kvortex.tiers.sealing import framing_of
 from kvortex.types import BLOCK_HASH_BYTES, MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class RedisTier(IndexedTier):
         namespace: digest of the namespace, 32 bytes.
 
     Raises:
-        ConfigError: redis-py is not installed.
+        ConfigError: redis-py is not installed, or the keys that seal blocks cannot be used.
         InvalidHashError: `namespace` is not 32 bytes.
     """
 
@@ -61,13 +63,12 @@ class RedisTier(IndexedTier):
     finds_more = True
 
     def __init__(self, settings: RedisSettings, *, namespace: bytes) -> None:
-        if len(namespace) != BLOCK_HASH_BYTES:
-            raise InvalidHashError(f"a namespace digest is {BLOCK_HASH_BYTES} bytes, not {namespace!r}")
-        super().__init__(settings.capacity_bytes)
+        store = f"the redis tier at {settings.address}"
+        super().__init__(settings.capacity_bytes, framing_of(namespace, settings.seal_keys, store))
         self._settings = settings
-        log = FailureLog(f"the redis tier at {settings.address}")
+        log = FailureLog(store)
         self._servers = _servers_of(settings, log)
-        self._blocks = RedisBlocks(settings, namespace, self._servers, self._index, self._counters, log)
+        self._blocks = RedisBlocks(settings, self._framing, self._servers, self._index, self._counters, log)
         self._scan_task: asyncio.Task[None] | None = None
 
     # -- life ------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class RedisTier(IndexedTier):
         threads = self._settings.connections
         self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kvortex-redis-ask")
         self._reads = BatchRunner("kvortex-redis-read", threads, self._blocks.read, _unread, ReadRequest.settle)
-        self._writes = BatchRunner("kvortex-redis-write", threads, self._blocks.write, _unwritten, WriteRequest.settle)
+        self._writes = BatchRunner("kvortex-redis-write", threads, self._blocks.write, _unwritten, _settle_write)
         self._is_open = True
         if self._settings.capacity_bytes is not None:
             self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-redis-scan")
@@ -193,7 +194,7 @@ class RedisTier(IndexedTier):
     async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
         self._check(())
         sizes = check_writes(requests)
-        outcomes = await self._writes.run(requests, deadline_s)
+        outcomes = await self._writes.run(self._blocks.writes(requests), deadline_s)
         self._counters.record_writes(outcomes, sizes)
         return outcomes
 
@@ -260,6 +261,10 @@ def _never_evicts(info: dict[str, str], *, has_ttl: bool) -> str:
 def _unread(cause: Cause, settled: bool) -> ReadOutcome:
     reason = MissReason.DEADLINE if cause is Cause.DEADLINE else MissReason.TRANSFER_FAILED
     return ReadOutcome(reason, cause=cause, settled=settled)
+
+
+def _settle_write(write: BlockWrite, outcome: WriteOutcome) -> None:
+    write.request.settle(outcome)
 
 
 def _unwritten(cause: Cause, settled: bool) -> WriteOutcome:
