@@ -8,10 +8,11 @@ from typing import Any, Final, TypeVar
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.counters import TierCounters
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, decode_header, encode_header
 from kvortex.tiers.payload import payload_digest
 from kvortex.tiers.redis.connections import Connections
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Servers
 from kvortex.tiers.redis.settings import RedisSettings
