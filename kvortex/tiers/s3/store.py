@@ -1,6 +1,7 @@
 """Objects of one bucket, by obstore: requests with a time limit, and errors as ours."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -23,7 +24,8 @@ from kvortex.tiers.s3.settings import CONNECT_S, S3Settings
 
 MOST_RETRIES: Final = 3
 FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
+LONGEST_PAUSE_S: Final = 5.0
+"""Of the pauses between attempts at one request, and of those after a request without an answer."""
 LISTED_AT_A_TIME: Final = 1000
 
 
@@ -43,7 +45,8 @@ class ObjectStore:
         self._folder = folder
         self._timeout_s = settings.timeout_s
         self._log = log
-        self._is_failing = False
+        self._failure: StoreFailure | None = None  # of the last request that had no answer
+        self._pause_s = self._retry_at_s = 0.0
         self._store = _make_store(settings)
 
     async def put(self, name: str, data: NDArray[np.uint8] | bytes) -> None:
@@ -80,6 +83,9 @@ class ObjectStore:
 
     @asynccontextmanager
     async def _call(self) -> AsyncIterator[None]:
+        """One request. For a while after one that had no answer nobody tries: all fail at once."""
+        if self._failure is not None and time.monotonic() < self._retry_at_s:
+            raise StoreFailure(self._failure.kind, str(self._failure))
         try:
             async with asyncio.timeout(self._timeout_s):
                 yield
@@ -91,12 +97,20 @@ class ObjectStore:
             if not isinstance(error, TimeoutError):
                 failure = failure_of(error)
             if not failure.is_absent and not failure.is_damaged:
-                self._is_failing = True
                 self._log.failed(failure)
+            if failure.status is None:
+                self._pause_after(failure)
             raise failure from error
-        if self._is_failing:
-            self._is_failing = False
+        if self._failure is not None:
+            self._failure, self._pause_s = None, 0.0
             self._log.works_again()
+
+    def _pause_after(self, failure: StoreFailure) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._retry_at_s:  # else other requests have just failed, too
+            self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+            self._retry_at_s = now_s + self._pause_s
+        self._failure = failure
 
 
 def _make_store(settings: S3Settings) -> S3Store:

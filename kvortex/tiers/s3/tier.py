@@ -29,7 +29,7 @@ from kvortex.tiers.s3.failures import StoreFailure
 from kvortex.tiers.s3.reader import FRESH_S, Reader
 from kvortex.tiers.s3.segment import BLOCK_BYTES, FIXED_BYTES, aligned
 from kvortex.tiers.s3.settings import S3Settings
-from kvortex.tiers.s3.writer import Writer
+from kvortex.tiers.s3.writer import UPLOAD_BYTES, Writer
 from kvortex.types import BLOCK_HASH_BYTES
 
 Result = TypeVar("Result")
@@ -70,6 +70,7 @@ class S3Tier(IndexedTier):
                 f"tiers over S3 need obstore, which is not installed: pip install 'kvortex[s3]' ({error})"
             ) from error
         self._settings = settings
+        self.write_bytes = max(UPLOAD_BYTES, settings.segment_bytes)
         log = FailureLog(f"the s3 tier in {settings.address}")
         store = ObjectStore(settings, f"{settings.prefix}/{namespace.hex()}", log)
         self._catalogue = Catalogue(settings, namespace, store, self._index, self._counters)
