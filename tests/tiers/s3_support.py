@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -190,12 +191,44 @@ class Rclone(S3Server):
 
 
 class HttpProxy(Proxy):
-    """rclone answers requests for ranges with the status of whole objects, which clients refuse."""
+    """Makes up for rclone, which answers requests for ranges with the status of whole objects, and notes all requests.
+
+    Attributes:
+        asked: method and path of each request, in order.
+        answers: instead of the server's next answers, for requests that begin with these words.
+    """
+
+    def __init__(self, target: Path, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(target, tls)
+        self.asked: list[str] = []
+        self.answers: list[tuple[str, bytes]] = []
 
     def passed(self, way: Way, data: bytes) -> bytes:
-        if way is Way.ANSWERED and data.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nContent-Range: " in data:
-            return data.replace(b"200 OK", b"206 Partial Content", 1)
+        if way is Way.ASKED:
+            self.asked += [match[1].decode() for match in REQUEST.finditer(data)]
+        elif data.startswith(b"HTTP/1.1 "):
+            if self.answers and self.asked[-1].startswith(self.answers[0][0]):
+                return self.answers.pop(0)[1]
+            if data.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nContent-Range: " in data:
+                return data.replace(b"200 OK", b"206 Partial Content", 1)
         return data
+
+    def count(self, words: str) -> int:
+        """Requests that begin with these words."""
+        return sum(each.startswith(words) for each in self.asked)
+
+
+REQUEST = re.compile(rb"(?:^|\n)((?:GET|PUT|POST|DELETE|HEAD) [^ \r\n]+) HTTP/1\.1\r\n")
+LIST = f"GET /{BUCKET}?"
+GET = f"GET /{BUCKET}/"
+PUT = f"PUT /{BUCKET}/"
+DELETE = f"POST /{BUCKET}?delete"
+
+
+def refusal(status: int, code: str, message: str = "no") -> bytes:
+    """An answer with an error."""
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    return b"HTTP/1.1 %d No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body)
 
 
 def tier_over(url: str, namespace: bytes = NAMESPACE) -> S3Tier:

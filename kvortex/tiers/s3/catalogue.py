@@ -116,6 +116,7 @@ class Catalogue:
                 if not is_there:
                     self.blocks.drop(segment.id)
             self.blocks.forget_gone(there, before_ms=began_ms - self._margin_ms)
+            self._forget_coldest()
             self._ignored &= there
             self._listed_ms = max(self._listed_ms, began_ms)
             self.progress = ScanProgress(len(listed), len(listed), len(self.blocks), complete=True)
@@ -168,7 +169,7 @@ class Catalogue:
         async def read_some() -> None:
             nonlocal done
             for number, nbytes in left:
-                is_new = has_room_for is None or number.written_ms > newest_ms
+                is_new = has_room_for is None or 0 < newest_ms < number.written_ms
                 if is_new or len(self.blocks) < _ROOM_LEFT * (has_room_for or 0):
                     await self._read_footer(number, nbytes)
                 done += 1

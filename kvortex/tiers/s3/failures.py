@@ -59,9 +59,9 @@ class StoreFailure(Exception):
     @property
     def cause(self) -> Cause:
         """Why a block could not be moved."""
-        if self.status in (401, 403):
-            return Cause.PERMISSION
-        return Cause.NO_SPACE if self.status == 507 or self.kind in _NO_SPACE else Cause.IO_ERROR
+        if self.status == 507 or self.kind in _NO_SPACE:
+            return Cause.NO_SPACE
+        return Cause.PERMISSION if self.status in (401, 403) else Cause.IO_ERROR
 
     @property
     def is_lasting(self) -> bool:
