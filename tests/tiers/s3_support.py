@@ -77,6 +77,9 @@ class S3Server(ABC):
         """Have it stand still, with all its connections."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        while any(" T " not in (task / "stat").read_text() for task in tasks.iterdir()):  # it takes a moment
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         """Let it run again."""

@@ -192,13 +192,21 @@ async def test_writes_that_come_together_are_one_object_in_their_order(server: R
         assert [entry.offset for entry in footer.blocks] == [NBYTES * n for n in range(12)]
 
 
+async def test_what_fills_an_object_waits_for_nothing(server: Rclone) -> None:
+    url = server.url("&segment_bytes=64KiB").replace("linger_s=0", "linger_s=10")
+    async with tier_over(url) as tier, asyncio.timeout(8):
+        await tier.write([write_request(n, 1 << 14) for n in range(4)])
+        await tier.write([write_request(n, 1 << 14) for n in range(10, 16)])
+        assert sorted(len(footer.blocks) for footer in server.footers("kvortex").values()) == [2, 4, 4]
+
+
 async def test_a_long_write_is_cut_into_objects_of_the_stated_size(server: Rclone) -> None:
     async with server.tier("&segment_bytes=64KiB") as tier:
         requests = [write_request(n) for n in range(23)] + [write_request(50, 200_000)]
         assert {one.outcome for one in await tier.write(requests)} == {SaveOutcome.STORED}
         footers = server.footers("kvortex")
-        counts = [len(footer.blocks) for _, footer in sorted(footers.items())]
-        assert counts == [5, 5, 5, 5, 3, 1]  # 12 KiB each, and one that is larger than an object should be
+        counts = sorted(len(footer.blocks) for footer in footers.values())
+        assert counts == [1, 3, 5, 5, 5, 5]  # 12 KiB each, and one that is larger than an object should be
         assert all(len(server.get(name)) <= 1 << 16 for name, footer in footers.items() if len(footer.blocks) > 1)
         reads = [read_request(n) for n in range(23)]
         assert all(map(is_right, reads, await tier.read(reads)))

@@ -14,7 +14,7 @@ from kvortex.tiers.s3.segment import MAX_FOOTER_BYTES, Footer, Removal, SegmentI
 from kvortex.tiers.s3.settings import S3Settings
 from kvortex.tiers.store_index import IndexedBlock, StoreIndex, Victims
 
-FOOTERS_AT_A_TIME: Final = 32
+FOOTERS_AT_A_TIME: Final = 64
 KNOWN_BLOCKS: Final = 1 << 19
 """Blocks that are remembered, some 300 bytes each; then the segments are forgotten that nobody has used for longest."""
 SKEW_S: Final = 20.0

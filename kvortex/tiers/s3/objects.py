@@ -34,3 +34,7 @@ class Objects(Protocol):
     async def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are not there are no error."""
         ...
+
+    def close(self) -> None:
+        """Close the connections; nothing may be asked any more."""
+        ...

@@ -19,7 +19,7 @@ from kvortex.tiers.s3.objects import Objects
 from kvortex.tiers.s3.payloads import take_payload
 from kvortex.types import MissReason
 
-RANGE_BYTES: Final = 8 << 20
+RANGE_BYTES: Final = 4 << 20
 """Bytes of a request, at most; a larger block is read by one request all the same."""
 GAP_BYTES: Final = 64 << 10
 """Bytes between two blocks that are read, and thrown away, rather than that there is another request."""

@@ -56,8 +56,8 @@ class S3Settings:
             the system.
         connections: requests for payloads at a time in each direction.
         timeout_s: seconds that one request may take, with all attempts.
-        segment_bytes: bytes of an object that is written, at most; a larger block has an object of its own.
-        linger_s: seconds that blocks wait for others which go into the same object.
+        segment_bytes: bytes of payloads in an object, at most; a larger block has an object of its own.
+        linger_s: seconds that blocks wait for others which go into the same object, if a write does not fill one.
         rescan_s: seconds between two listings of all objects.
         ttl_s: seconds after which an object is deleted; None for never.
         capacity_bytes: bytes of the objects of this namespace, which this tier evicts itself then; None leaves that to
@@ -76,7 +76,7 @@ class S3Settings:
     connections: int = 16
     timeout_s: float = 10.0
     segment_bytes: int = 32 << 20
-    linger_s: float = 0.05
+    linger_s: float = 0.5
     rescan_s: float = 300.0
     ttl_s: int | None = None
     capacity_bytes: int | None = None

@@ -76,6 +76,9 @@ class ObjectStore:
         async with self._call():
             await obstore.delete_async(self._store, [self._path(name) for name in names])
 
+    def close(self) -> None:
+        del self._store  # it has no other way to close its connections
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> str:

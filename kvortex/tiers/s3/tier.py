@@ -72,10 +72,10 @@ class S3Tier(IndexedTier):
         self._settings = settings
         self.write_bytes = max(UPLOAD_BYTES, settings.segment_bytes)
         log = FailureLog(f"the s3 tier in {settings.address}")
-        store = ObjectStore(settings, f"{settings.prefix}/{namespace.hex()}", log)
-        self._catalogue = Catalogue(settings, namespace, store, self._index, self._counters)
-        self._reader = Reader(store, self._catalogue, settings.connections)
-        self._writer = Writer(settings, store, self._catalogue, self._index)
+        self._store = ObjectStore(settings, f"{settings.prefix}/{namespace.hex()}", log)
+        self._catalogue = Catalogue(settings, namespace, self._store, self._index, self._counters)
+        self._reader = Reader(self._store, self._catalogue, settings.connections)
+        self._writer = Writer(settings, self._store, self._catalogue, self._index)
         self._reads, self._writes = Calls(), Calls()
         self._scan_task: asyncio.Task[None] | None = None
 
@@ -92,6 +92,7 @@ class S3Tier(IndexedTier):
                 await self._catalogue.check()
             except StoreFailure as failure:
                 if failure.is_lasting:
+                    self._store.close()
                     raise ConfigError(f"{self._settings.address} cannot be used: {failure}") from failure
             self._is_open = True
             self._scan_task = asyncio.create_task(self._keep_scanning(), name="kvortex-s3-scan")
@@ -101,6 +102,7 @@ class S3Tier(IndexedTier):
             return
         self._is_closed = True
         if not self._is_open:
+            self._store.close()
             return
         if self._scan_task is not None:
             self._scan_task.cancel()
@@ -109,6 +111,7 @@ class S3Tier(IndexedTier):
         await self._writer.aclose(CLOSE_GRACE_S)
         await self._catalogue.close()
         self._scanned.set()
+        self._store.close()
 
     async def _keep_scanning(self) -> None:
         await self._counted(self._catalogue.refresh(0.0))

@@ -17,7 +17,6 @@ from kvortex.tiers.s3.failures import StoreFailure
 from kvortex.tiers.s3.objects import Objects
 from kvortex.tiers.s3.payloads import put_payload, stored_bytes
 from kvortex.tiers.s3.segment import (
-    BLOCK_BYTES,
     MAX_BLOCKS,
     Footer,
     SegmentId,
@@ -60,6 +59,7 @@ class Writer:
         self._moving: set[bytes] = set()
         self._waiting: list[Move] = []  # they go into the next segment
         self._waiting_bytes = 0
+        self._num_sealed = 0
         self._timer: asyncio.TimerHandle | None = None
         self._uploads: set[asyncio.Task[None]] = set()
 
@@ -72,8 +72,11 @@ class Writer:
             except StoreFailure as failure:
                 _fail(moves, failure)
                 return
+        num_sealed = self._num_sealed
         for move in moves:
             self._admit(move)
+        if self._waiting and self._num_sealed != num_sealed:
+            self._seal()  # where so much comes at a time there is nothing to wait for
         pending = [move.ended for move in moves if move.outcome is None]
         if pending:
             await asyncio.wait(pending)
@@ -107,7 +110,7 @@ class Writer:
         self._moving.discard(move.request.key)
 
     def _gather(self, move: Move) -> None:
-        nbytes = aligned(stored_bytes(move.request)) + BLOCK_BYTES
+        nbytes = aligned(stored_bytes(move.request))
         if self._waiting and self._waiting_bytes + nbytes > self._most_bytes:
             self._seal()
         self._waiting.append(move)
@@ -122,6 +125,7 @@ class Writer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._num_sealed += 1
         moves, self._waiting, self._waiting_bytes = self._waiting, [], 0
         task = asyncio.create_task(self._upload(moves), name="kvortex-s3-upload")
         self._uploads.add(task)
