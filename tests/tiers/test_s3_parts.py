@@ -15,10 +15,11 @@ from obstore.exceptions import GenericError
 
 from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NAMESPACE, OTHER_NAMESPACE, key_of
-from kvortex.tiers import Cause, ReadRequest, tier_from_url
+from kvortex.tiers import Cause, ReadRequest, WriteRequest, tier_from_url
 from kvortex.tiers.s3.block_map import BlockMap
 from kvortex.tiers.s3.calls import Move
 from kvortex.tiers.s3.failures import StoreFailure, failure_of
+from kvortex.tiers.s3.payloads import put_payload
 from kvortex.tiers.s3.profiles import ProfileKeys
 from kvortex.tiers.s3.reader import GAP_BYTES, RANGE_BYTES, plan_spans
 from kvortex.tiers.s3.segment import (
@@ -26,6 +27,7 @@ from kvortex.tiers.s3.segment import (
     Removal,
     SegmentId,
     StoredEntry,
+    aligned,
     decode_footer,
     encode_footer,
     segment_bytes,
@@ -100,6 +102,18 @@ def test_names_are_in_the_order_of_time_and_others_are_no_names() -> None:
     assert names == sorted(names)
     for name in ("", "x", names[0].upper(), names[0] + "0", names[0][:-1], "a/" + names[0]):
         assert SegmentId.of_name(name) is None or name == names[0].lower()
+
+
+@pytest.mark.parametrize("nbytes", [1, 7, 8, 9, 4095])
+def test_nothing_of_the_process_is_in_the_padding(nbytes: int) -> None:
+    segment = np.full(5000, 0xAA, dtype=np.uint8)
+    entry = put_payload(WriteRequest(key_of(0), b"\x55" * nbytes, 7, 8), segment, 16)
+    assert entry == StoredEntry(key_of(0), 16, nbytes, 8, 7, 0)
+    end = 16 + aligned(nbytes)
+    assert (segment[:16] == 0xAA).all()
+    assert (segment[16 : 16 + nbytes] == 0x55).all()
+    assert (segment[16 + nbytes : end] == 0).all()
+    assert (segment[end:] == 0xAA).all()
 
 
 # -- which blocks are where ------------------------------------------------------------------------------
@@ -312,6 +326,13 @@ def answer(status: int, body: str = "") -> StoreFailure:
         (answer(429), "429", Cause.IO_ERROR, False, "429"),
         (answer(507, "<Code>XMinioStorageFull</Code>"), "XMinioStorageFull", Cause.NO_SPACE, False, "507"),
         (answer(403, "<Code>QuotaExceeded</Code>"), "QuotaExceeded", Cause.NO_SPACE, True, "Quota"),
+        (
+            failure_of(GenericError("DeleteObjects request failed for key a/b: Access Denied (code: AccessDenied)")),
+            "AccessDenied",
+            Cause.PERMISSION,
+            True,
+            "s3:DeleteObject",
+        ),
         (failure_of(GenericError("dns error")), "Dns", Cause.IO_ERROR, False, "endpoint"),
         (failure_of(GenericError("x\nInvalidCertificate(UnknownIssuer)")), "TLS", Cause.IO_ERROR, True, "ca_file"),
         (failure_of(GenericError("PUT http://169.254.169.254/latest")), "NoKeys", Cause.IO_ERROR, True, "AWS_ACCESS"),

@@ -1,8 +1,11 @@
 """A bucket that several processes share: what they learn of each other, by how many requests, and what they remove."""
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from kvortex.tiers.s3.objects import Listed
 from kvortex.tiers.s3.segment import Footer, Removal, SegmentId, decode_footer, encode_footer
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.s3_support import (
+    BUCKET,
     DELETE,
     GET,
     LIST,
@@ -350,12 +354,12 @@ async def test_what_a_lifecycle_rule_deletes_is_a_miss_and_forgotten(server: Rcl
 
 async def test_lifecycle_rules_of_a_server_are_its_own_business() -> None:
     """The rule of docs/s3-tier.md is one that a server takes."""
+    page = (Path(__file__).parents[2] / "docs" / "s3-tier.md").read_text()
+    (rules,) = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if "Rules" in text]
     with keys_in_environment(), Moto() as moto:
-        rule = {"ID": "kvortex", "Status": "Enabled", "Filter": {"Prefix": "kvortex/"}, "Expiration": {"Days": 3}}
-        rule["AbortIncompleteMultipartUpload"] = {"DaysAfterInitiation": 1}
         client = moto.boto()
-        client.put_bucket_lifecycle_configuration(Bucket="blocks", LifecycleConfiguration={"Rules": [rule]})
-        assert client.get_bucket_lifecycle_configuration(Bucket="blocks")["Rules"] == [rule]
+        client.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=rules)
+        assert client.get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"] == rules["Rules"]
 
 
 async def test_objects_whose_time_is_over_are_deleted(server: Rclone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ MOST_CHARACTERS: Final = 300
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>\s*(\w{1,64})\s*</Code>")
+_OF_ONE_KEY = re.compile(r"DeleteObjects request failed for key .*: (.*) \(code: (\w+)\)")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
 _NO_SPACE = ("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "EntityTooLarge")
 _NO_KEYS = "there are no keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a profile"
@@ -77,17 +78,18 @@ def failure_of(error: Exception) -> StoreFailure:
         if words in text:
             return StoreFailure(kind, said)
     if (status := _STATUS.search(text)) is not None:
-        return _answered(int(status[1]), text)
+        code, message = _CODE.search(text), _MESSAGE.search(text)
+        return _answered(int(status[1]), code[1] if code else status[1], message[1] if message else "")
+    if (refused := _OF_ONE_KEY.search(text)) is not None:  # one of several objects that are deleted together
+        return _answered(403 if refused[2] == "AccessDenied" else 500, refused[2], refused[1])
     first, _, _ = text.partition("\n")
     return StoreFailure(type(error).__name__, first or type(error).__name__)
 
 
-def _answered(status: int, text: str) -> StoreFailure:
-    code, message = _CODE.search(text), _MESSAGE.search(text)
-    kind = code[1] if code else str(status)
-    said = f"status {status}, {kind}" if code else f"status {status}"
+def _answered(status: int, code: str, message: str) -> StoreFailure:
+    said = f"status {status}" if code == str(status) else f"status {status}, {code}"
     if message:
-        said += f": {message[1].strip()}"
-    if fix := _FIXES.get(kind, _FIXES["AccessDenied"] if status == 403 else ""):
+        said += f": {message.strip()}"
+    if fix := _FIXES.get(code, _FIXES["AccessDenied"] if status == 403 else ""):
         said += f" ({fix})"
-    return StoreFailure(kind, said, status)
+    return StoreFailure(code, said, status)
