@@ -335,6 +335,31 @@ async def test_rights_to_read_alone_are_enough_to_read(server: Rclone) -> None:
         assert tier.stats().removed_corrupt == 0
 
 
+async def test_a_footer_that_cannot_be_read_is_not_taken_for_a_damaged_one(server: Rclone) -> None:
+    async with server.tier() as one, server.tier() as two:
+        await two.scanned()
+        await write_one(one, 0)
+        server.proxy.answers = [(GET, refusal(403, "AccessDenied"))]
+        assert await two.find([key_of(0)]) == [0]
+        assert (two.stats().causes[Cause.PERMISSION], two.stats().causes[Cause.CORRUPT]) == (1, 0)
+        assert len(server.names()) == 1
+        assert await two.find([key_of(0)]) == [NBYTES]
+
+
+async def test_an_answer_with_too_few_bytes_is_not_taken_for_damage(server: Rclone) -> None:
+    async with server.tier() as tier:
+        await write_one(tier, 0)
+        (name,) = server.names()
+        nbytes = len(server.get(name))
+        lines = ["HTTP/1.1 206 Partial Content", "Content-Length: 100", f"Content-Range: bytes 0-99/{nbytes}"]
+        lines += ['ETag: "1"', "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT", "", ""]
+        server.proxy.answers = [(GET, "\r\n".join(lines).encode() + bytes(100))]
+        outcome = await read_one(tier, 0)
+        assert (outcome.reason, outcome.cause) == (MissReason.TRANSFER_FAILED, Cause.IO_ERROR)
+        assert server.names() == [name]
+        await until_read(tier, 0)
+
+
 async def test_a_listing_without_rights_does_not_stop_what_is_known(server: Rclone) -> None:
     async with server.tier() as tier:
         await write_one(tier, 0)

@@ -1,10 +1,14 @@
 """Which block is in which segment, as far as this process knows."""
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from kvortex.tiers.s3.segment import Footer, SegmentId, StoredEntry
+from kvortex.tiers.s3.segment import MAX_BLOCKS, Footer, SegmentId, StoredEntry
+
+POSITION_BITS: Final = MAX_BLOCKS.bit_length()
+POSITION_MASK: Final = (1 << POSITION_BITS) - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +18,7 @@ class Segment:
     Attributes:
         id: its number.
         nbytes: bytes of its object.
+        serial: its number in this process.
         entries: its blocks.
         refers_to: the segments of whose blocks it says that they are gone.
         gone: positions of its own blocks that are gone.
@@ -21,6 +26,7 @@ class Segment:
 
     id: SegmentId
     nbytes: int
+    serial: int
     entries: Sequence[StoredEntry]
     refers_to: frozenset[SegmentId] = frozenset()
     gone: set[int] = field(default_factory=set)
@@ -48,12 +54,16 @@ class BlockMap:
 
     Two processes that write a block at the same time store it twice: then it has two places. A removal may be known
     before the segment that it is about, or without it.
+
+    A place is kept as one number, so that a million of them is no work for the garbage collector.
     """
 
     def __init__(self) -> None:
-        self._places: dict[bytes, Place] = {}
-        self._further: dict[bytes, list[Place]] = {}  # of blocks that are stored more than once
+        self._places: dict[bytes, int] = {}
+        self._further: dict[bytes, list[int]] = {}  # of blocks that are stored more than once
         self._segments: dict[SegmentId, Segment] = {}
+        self._by_serial: dict[int, Segment] = {}
+        self._serials = itertools.count()
         self._gone: dict[SegmentId, set[int]] = {}  # blocks that are gone, of segments which are not known
 
     def __len__(self) -> int:
@@ -72,18 +82,25 @@ class BlockMap:
 
     def get(self, key: bytes) -> Place | None:
         """Where a block is."""
-        return self._places.get(key)
+        return None if (code := self._places.get(key)) is None else self._place(code)
 
     def payload_bytes(self, keys: Sequence[bytes]) -> list[int]:
         """Bytes of each block's payload; 0 where none is known."""
         if self._places.keys().isdisjoint(keys):
             return [0] * len(keys)
-        get = self._places.get
-        return [place.entry.payload_bytes if (place := get(key)) is not None else 0 for key in keys]
+        return [self._payload_bytes(key) for key in keys]
+
+    def _payload_bytes(self, key: bytes) -> int:
+        code = self._places.get(key)
+        segment = None if code is None else self._by_serial.get(code >> POSITION_BITS)
+        if code is None or segment is None:  # another thread may just have dropped it
+            return 0
+        return segment.entries[code & POSITION_MASK].payload_bytes
 
     def places(self, keys: Iterable[bytes]) -> list[list[Place]]:
         """All places of each block."""
-        return [[self._places[key], *self._further.get(key, ())] if key in self._places else [] for key in keys]
+        found = ([self._places[key], *self._further.get(key, ())] if key in self._places else [] for key in keys)
+        return [[self._place(code) for code in codes] for codes in found]
 
     def live(self, segment: Segment) -> list[StoredEntry]:
         """The blocks of a segment that are not gone."""
@@ -94,11 +111,12 @@ class BlockMap:
     def add(self, number: SegmentId, nbytes: int, footer: Footer) -> Segment:
         """A segment is in the store."""
         refers_to = frozenset(removal.segment for removal in footer.removals)
-        segment = Segment(number, nbytes, footer.blocks, refers_to, self._gone.pop(number, set()))
-        self._segments[number] = segment
+        serial = next(self._serials)
+        segment = Segment(number, nbytes, serial, footer.blocks, refers_to, self._gone.pop(number, set()))
+        self._segments[number] = self._by_serial[serial] = segment
         for position, entry in enumerate(footer.blocks):
             if position not in segment.gone:
-                self._put(entry.key, Place(segment, position))
+                self._put(entry.key, _code(segment, position))
         for removal in footer.removals:
             self.bury(removal.segment, removal.position)
         return segment
@@ -111,7 +129,8 @@ class BlockMap:
             self._gone[number] = segment.gone  # it may come back
         for position, entry in enumerate(segment.entries):
             if position not in segment.gone:
-                self._take(entry.key, Place(segment, position))
+                self._take(entry.key, _code(segment, position))
+        del self._by_serial[segment.serial]
 
     def bury(self, number: SegmentId, position: int) -> None:
         """A block of a segment is gone."""
@@ -119,7 +138,7 @@ class BlockMap:
             self._gone.setdefault(number, set()).add(position)
         elif position < len(segment.entries) and position not in segment.gone:
             segment.gone.add(position)
-            self._take(segment.entries[position].key, Place(segment, position))
+            self._take(segment.entries[position].key, _code(segment, position))
 
     def forget_gone(self, there: Collection[SegmentId], before_ms: int) -> None:
         """Forget what is gone of segments that are not in the store, and were written before this time."""
@@ -129,16 +148,23 @@ class BlockMap:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _put(self, key: bytes, place: Place) -> None:
-        if self._places.setdefault(key, place) is not place:
-            self._further.setdefault(key, []).append(place)
+    def _place(self, code: int) -> Place:
+        return Place(self._by_serial[code >> POSITION_BITS], code & POSITION_MASK)
 
-    def _take(self, key: bytes, place: Place) -> None:
+    def _put(self, key: bytes, code: int) -> None:
+        if self._places.setdefault(key, code) != code:
+            self._further.setdefault(key, []).append(code)
+
+    def _take(self, key: bytes, code: int) -> None:
         further = self._further.pop(key, [])
-        remaining = [each for each in (self._places[key], *further) if each != place]
+        remaining = [each for each in (self._places[key], *further) if each != code]
         if not remaining:
             del self._places[key]
             return
         self._places[key] = remaining[0]
         if remaining[1:]:
             self._further[key] = remaining[1:]
+
+
+def _code(segment: Segment, position: int) -> int:
+    return segment.serial << POSITION_BITS | position

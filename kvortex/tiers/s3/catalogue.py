@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kvortex.tiers.base import Cause, ScanProgress
 from kvortex.tiers.counters import TierCounters
@@ -21,6 +21,18 @@ SKEW_S: Final = 20.0
 """Seconds by which the clocks of hosts may differ, beside the time that an upload may take."""
 
 _ROOM_LEFT = 15 / 16  # share of `KNOWN_BLOCKS` that stays when some are forgotten
+
+
+class Seen(NamedTuple):
+    """An object of a listing that is named as ours are."""
+
+    number: SegmentId
+    nbytes: int
+
+    @property
+    def is_bare(self) -> bool:
+        """True for an object that only says which blocks of others are gone. The index does not have it."""
+        return self.nbytes == self.number.footer_bytes
 
 
 class Catalogue:
@@ -84,8 +96,7 @@ class Catalogue:
         try:
             if after_ms > 0:
                 with self._index.watching() as removed:
-                    listed = [one async for page in self._store.pages(f"{after_ms:012x}") for one in page]
-                    await self._take_in(listed, removed)
+                    await self._learn(await self._list(removed, f"{after_ms:012x}"))
                 self._listed_ms = began_ms
                 self._forget_coldest()
             else:
@@ -107,19 +118,21 @@ class Catalogue:
             began_ms = _now_ms()
             self._index.begin_scan()
             with self._index.watching() as removed:
-                listed = [one async for page in self._store.pages() for one in page]
-                await self._take_in(listed, removed, has_room_for=KNOWN_BLOCKS)
+                seen = await self._list(removed)
+                await self._learn(seen, has_room_for=KNOWN_BLOCKS)
             self._index.end_scan()
-            there = {number for one in listed if (number := _number_of(one)) is not None}
+            await asyncio.sleep(0)  # others have their turn between the parts, each of which takes a while
+            there = {one.number for one in seen}
             for segment in self.blocks.segments():
                 is_there = segment.id in there if _is_bare(segment) else self._index.get(segment.id.key) is not None
                 if not is_there:
                     self.blocks.drop(segment.id)
             self.blocks.forget_gone(there, before_ms=began_ms - self._margin_ms)
             self._forget_coldest()
+            await asyncio.sleep(0)
             self._ignored &= there
             self._listed_ms = max(self._listed_ms, began_ms)
-            self.progress = ScanProgress(len(listed), len(listed), len(self.blocks), complete=True)
+            self.progress = ScanProgress(len(seen), len(seen), len(self.blocks), complete=True)
             await self._delete_useless(there)
 
     async def close(self) -> None:
@@ -145,33 +158,51 @@ class Catalogue:
         """
         with self._index.watching() as removed:
             async for page in self._store.pages():
-                await self._take_in(page, removed)
-                found = (self.blocks.segment(number) for one in page if (number := _number_of(one)) is not None)
-                yield [segment for segment in found if segment is not None and not _is_bare(segment)]
+                seen = self._see(page, removed)
+                await self._learn(seen)
+                found = (self.blocks.segment(one.number) for one in seen if not one.is_bare)
+                yield [segment for segment in found if segment is not None]
         self._forget_coldest()
 
-    async def _take_in(self, listed: Sequence[Listed], removed: set[bytes], has_room_for: int | None = None) -> None:
+    async def _list(self, removed: set[bytes], after: str = "") -> list[Seen]:
+        """The objects whose names come after this one; the index knows those that have blocks then.
+
+        Args:
+            removed: what this process deletes meanwhile, from `StoreIndex.watching`.
+            after: a name.
+        """
+        return [one async for page in self._store.pages(after) for one in self._see(page, removed)]
+
+    def _see(self, page: Sequence[Listed], removed: set[bytes]) -> list[Seen]:
+        numbered = [Seen(number, one.nbytes) for one in page if (number := _number_of(one)) is not None]
+        self._index.merge(
+            [
+                (one.number.key, IndexedBlock("", one.nbytes, one.number.written_ms / 1000))
+                for one in numbered
+                if not one.is_bare
+            ],
+            removed,
+        )
+        return numbered
+
+    async def _learn(self, seen: Sequence[Seen], has_room_for: int | None = None) -> None:
         """Read the footers of objects that are not known yet, the newest first.
 
         Args:
-            listed: the objects.
-            removed: what was deleted since they were listed, from `StoreIndex.watching`.
+            seen: the objects.
             has_room_for: do not learn of older segments than are known, once so many blocks are.
         """
-        numbered = [(number, one.nbytes) for one in listed if (number := _number_of(one)) is not None]
         newest_ms = self._newest_ms
-        self._newest_ms = max([newest_ms, *(number.written_ms for number, _ in numbered)])
-        seen = [(each.key, _seen(each, nbytes)) for each, nbytes in numbered if nbytes > each.footer_bytes]
-        self._index.merge(seen, removed)
-        new = [each for each in numbered if each[0] not in self.blocks and each[0] not in self._ignored]
+        self._newest_ms = max([newest_ms, *(one.number.written_ms for one in seen)])
+        new = [one for one in seen if one.number not in self.blocks and one.number not in self._ignored]
         left, done = iter(sorted(new, reverse=True)), 0
 
         async def read_some() -> None:
             nonlocal done
-            for number, nbytes in left:
-                is_new = has_room_for is None or 0 < newest_ms < number.written_ms
+            for one in left:
+                is_new = has_room_for is None or 0 < newest_ms < one.number.written_ms
                 if is_new or len(self.blocks) < _ROOM_LEFT * (has_room_for or 0):
-                    await self._read_footer(number, nbytes)
+                    await self._read_footer(one.number, one.nbytes)
                 done += 1
                 if not self.progress.complete:
                     self.progress = ScanProgress(done, len(new), len(self.blocks), complete=False)
@@ -312,8 +343,7 @@ class Catalogue:
 
 
 def _is_bare(segment: Segment) -> bool:
-    """True for an object that only says which blocks of others are gone. The index does not have it."""
-    return segment.nbytes == segment.id.footer_bytes
+    return Seen(segment.id, segment.nbytes).is_bare
 
 
 def _number_of(listed: Listed) -> SegmentId | None:
@@ -322,10 +352,6 @@ def _number_of(listed: Listed) -> SegmentId | None:
     if number is None or number.footer_bytes > min(listed.nbytes, MAX_FOOTER_BYTES):
         return None
     return number
-
-
-def _seen(number: SegmentId, nbytes: int) -> IndexedBlock:
-    return IndexedBlock("", nbytes, number.written_ms / 1000)
 
 
 def _now_ms() -> int:

@@ -81,7 +81,7 @@ class Reader:
             except StoreFailure as failure:
                 await self._failed(span, failure)
                 return
-            if whole != segment.nbytes or data.size != span.stop - span.start:
+            if whole != segment.nbytes:
                 await self._damaged(span)
                 return
             outcomes = await run_to_its_end(partial(_take_all, span, data), _drop)

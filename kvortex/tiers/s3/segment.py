@@ -28,7 +28,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, overload
+from typing import Final, NamedTuple, overload
 
 from kvortex.tiers.base import Cause
 
@@ -52,8 +52,7 @@ _NAME = re.compile(r"([0-9a-f]{12})-([0-9a-f]{16})-([0-9a-f]{8})")
 _ID = struct.Struct("<QQQ8x")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SegmentId:
+class SegmentId(NamedTuple):
     """What a segment's name says: time in milliseconds since the epoch, checksum and bytes of its footer."""
 
     written_ms: int
