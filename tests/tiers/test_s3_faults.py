@@ -206,11 +206,11 @@ async def test_a_write_that_waits_for_others_is_dropped_at_its_deadline(server: 
 
 
 async def test_look_ups_end_at_their_deadline(own_server: Rclone) -> None:
-    async with own_server.tier() as tier:
+    async with impatient(own_server, 600) as tier:
         await tier.scanned()
         await write_one(tier, 0)
         own_server.stop()
-        async with asyncio.timeout(15):  # the tier's own limit is 20 s
+        async with asyncio.timeout(PATIENCE_S):
             assert await tier.find([key_of(0), key_of(1)], deadline_s=0.01) == [NBYTES, 0]
             assert await tier.delete([key_of(0)], deadline_s=0.01) == [False]
         assert tier.stats().causes[Cause.DEADLINE] == 2
@@ -222,10 +222,10 @@ async def test_a_store_without_an_answer_fails_in_the_stated_time(own_server: Rc
         await tier.scanned()
         await until_written(tier, 0)
         own_server.stop()
-        outcome = await asyncio.wait_for(read_one(tier, 0), 15)
+        outcome = await asyncio.wait_for(read_one(tier, 0), PATIENCE_S)
         assert (outcome.reason, outcome.cause) == (MissReason.TRANSFER_FAILED, Cause.IO_ERROR)
         assert outcome.detail == "no answer in 0.3 s"
-        written = await asyncio.wait_for(write_one(tier, 5), 15)
+        written = await asyncio.wait_for(write_one(tier, 5), PATIENCE_S)
         assert (written.outcome, written.cause, written.settled) == (SaveOutcome.FAILED, Cause.IO_ERROR, True)
         own_server.go_on()
         await until_read(tier, 0)
@@ -427,7 +427,7 @@ async def test_tls_needs_an_authority_that_is_trusted(server: Rclone, tmp_path: 
 
 
 async def test_closing_ends_what_a_server_that_stands_still_would_keep(own_server: Rclone) -> None:
-    tier = own_server.tier()
+    tier = impatient(own_server, 600)
     await tier.open()
     await tier.scanned()
     await write_one(tier, 0)
@@ -439,8 +439,8 @@ async def test_closing_ends_what_a_server_that_stands_still_would_keep(own_serve
     )
     writing = asyncio.create_task(tier.write([write_request(n, on_settled=writes.append) for n in range(1, 4)]))
     finding = [asyncio.create_task(tier.find([key_of(50 + n)])) for n in range(4)]
-    await asyncio.sleep(0.05)
-    async with asyncio.timeout(15):
+    await until(lambda: tier._catalogue._listing is not None, PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
         await tier.aclose()
         assert {outcome.cause for outcome in await reading} <= {Cause.CLOSED, Cause.IO_ERROR}
         assert {outcome.cause for outcome in await writing} <= {Cause.CLOSED, Cause.IO_ERROR}
