@@ -251,6 +251,23 @@ def test_an_endpoint_of_the_environment_is_used_and_checked(monkeypatch: pytest.
         tier_from_url("s3://bucket", NAMESPACE)
 
 
+@pytest.mark.parametrize(
+    ("options", "endpoint", "is_virtual"),
+    [
+        ("", None, "true"),
+        ("&path_style=true", None, "false"),
+        ("&endpoint=https://store:9000", "https://store:9000", "false"),
+        ("&endpoint=https://store:9000&path_style=false", "https://blocks.store:9000", "true"),
+    ],
+)
+def test_how_a_bucket_is_named_in_requests(options: str, endpoint: str | None, is_virtual: str) -> None:
+    with keys_in_environment():
+        config = tier_over(f"s3://blocks?region=eu-west-1{options}")._store._store.config
+    assert config.get("endpoint") == endpoint
+    assert config.get("virtual_hosted_style_request") == is_virtual
+    assert (config["region"], config["unsigned_payload"]) == ("eu-west-1", "true")
+
+
 def test_where_obstore_is_not_installed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "kvortex.tiers.s3.store", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)

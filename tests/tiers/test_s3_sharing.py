@@ -182,6 +182,10 @@ async def test_look_ups_do_not_wait_for_a_long_first_listing(server: Rclone, mon
     async with tier:
         assert await tier.find([key_of(0)]) == [0]
         assert not tier.stats().scan.complete
+        monkeypatch.setattr("kvortex.tiers.s3.tier.FIRST_LISTING_S", 3600.0)
+        tier._catalogue._listing = (float("-inf"), tier._catalogue._listing[1])  # type: ignore[index]
+        async with asyncio.timeout(PATIENCE_S):  # many look-ups do not wait one after the other
+            assert await tier.find([key_of(0)]) == [0]
         may_go_on.set()
         await tier.scanned()
         assert tier.lookup([key_of(0)]) == [NBYTES]

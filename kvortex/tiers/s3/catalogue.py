@@ -90,6 +90,11 @@ class Catalogue:
             if failure is not None and began_s >= due_s:
                 raise failure
 
+    @property
+    def listing_for_s(self) -> float:
+        """Seconds since the listing in progress has begun."""
+        return 0.0 if self._listing is None else asyncio.get_running_loop().time() - self._listing[0]
+
     async def _list_new(self) -> StoreFailure | None:
         began_s, began_ms = asyncio.get_running_loop().time(), _now_ms()
         after_ms = min(self._listed_ms, self._newest_ms) - self._margin_ms

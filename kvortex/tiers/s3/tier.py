@@ -35,7 +35,7 @@ from kvortex.types import BLOCK_HASH_BYTES
 Result = TypeVar("Result")
 
 FIRST_LISTING_S: Final = 1.0
-"""Seconds that a look-up waits for the first listing. Then it answers what is known already."""
+"""Seconds from its begin that look-ups wait for the first listing. Then they answer what is known already."""
 CLOSE_GRACE_S: Final = 2.0
 """Seconds that closing gives to uploads in progress."""
 
@@ -132,14 +132,12 @@ class S3Tier(IndexedTier):
         return self.lookup(keys)
 
     async def _learn(self) -> None:
-        if self._catalogue.progress.complete:
-            await self._catalogue.refresh(FRESH_S)
-            return
+        is_first = not self._catalogue.progress.complete
         try:
-            async with asyncio.timeout(FIRST_LISTING_S):
+            async with asyncio.timeout(max(FIRST_LISTING_S - self._catalogue.listing_for_s, 0.0) if is_first else None):
                 await self._catalogue.refresh(FRESH_S)
         except TimeoutError:
-            return  # it goes on
+            return  # the listing goes on
 
     async def scan(self) -> AsyncIterator[StoredBlock]:
         self._check(())
