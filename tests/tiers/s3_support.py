@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
+import boto3
 import obstore
 from obstore.store import S3Store
 
@@ -157,19 +158,17 @@ class Moto(S3Server):
         return [sys.executable, "-c", MOTO_BY_SOCKET, str(self.socket)]
 
     def _make_bucket(self) -> None:
-        self.boto().create_bucket(Bucket=BUCKET)
+        with self.boto() as client:
+            client.create_bucket(Bucket=BUCKET)
 
-    def boto(self) -> Any:
+    @contextlib.contextmanager
+    def boto(self) -> Iterator[Any]:
         """boto3's client, for what obstore does not do."""
-        import boto3
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-            region_name="us-east-1",
-        )
+        keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+        with contextlib.closing(
+            boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
+        ) as client:
+            yield client
 
 
 MOTO_BY_SOCKET = """

@@ -363,8 +363,7 @@ async def test_lifecycle_rules_of_a_server_are_its_own_business() -> None:
     """The rule of docs/s3-tier.md is one that a server takes."""
     page = (Path(__file__).parents[2] / "docs" / "s3-tier.md").read_text()
     (rules,) = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if "Rules" in text]
-    with keys_in_environment(), Moto() as moto:
-        client = moto.boto()
+    with keys_in_environment(), Moto() as moto, moto.boto() as client:
         client.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=rules)
         assert client.get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"] == rules["Rules"]
 

@@ -26,7 +26,8 @@ MOST_RETRIES: Final = 3
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
 """Of the pauses between attempts at one request, and of those after a request without an answer."""
-LISTED_AT_A_TIME: Final = 1000
+AT_A_TIME: Final = 1000
+"""Objects that one request lists or deletes."""
 
 
 class ObjectStore:
@@ -61,7 +62,7 @@ class ObjectStore:
 
     async def pages(self, after: str = "") -> AsyncIterator[list[Listed]]:
         offset = self._path(after) if after else None
-        stream = obstore.list(self._store, self._path(""), offset=offset, chunk_size=LISTED_AT_A_TIME)
+        stream = obstore.list(self._store, self._path(""), offset=offset, chunk_size=AT_A_TIME)
         while True:
             async with self._call():
                 page = await anext(stream, None)
@@ -71,10 +72,10 @@ class ObjectStore:
             yield [Listed(name, nbytes) for name, nbytes in names if "/" not in name]
 
     async def delete(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        async with self._call():
-            await obstore.delete_async(self._store, [self._path(name) for name in names])
+        paths = [self._path(name) for name in names]
+        for start in range(0, len(paths), AT_A_TIME):
+            async with self._call():
+                await obstore.delete_async(self._store, paths[start : start + AT_A_TIME])
 
     def close(self) -> None:
         del self._store  # it has no other way to close its connections
@@ -92,10 +93,7 @@ class ObjectStore:
         try:
             async with asyncio.timeout(self._timeout_s):
                 yield
-        except (
-            BaseError,
-            OSError,
-        ) as error:  # an object that is not there is a FileNotFoundError, a timeout an OSError
+        except (BaseError, OSError) as error:  # a FileNotFoundError for an object that is not there
             failure = StoreFailure("Timeout", f"no answer in {self._timeout_s:g} s")
             if not isinstance(error, TimeoutError):
                 failure = failure_of(error)

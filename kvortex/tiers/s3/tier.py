@@ -21,11 +21,11 @@ from kvortex.tiers.base import (
 )
 from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.indexed import IndexedTier
-from kvortex.tiers.payload import warm_up
 from kvortex.tiers.s3.block_map import Segment
 from kvortex.tiers.s3.calls import Calls, Move
 from kvortex.tiers.s3.catalogue import Catalogue
 from kvortex.tiers.s3.failures import StoreFailure
+from kvortex.tiers.s3.payloads import warm_up
 from kvortex.tiers.s3.reader import FRESH_S, Reader
 from kvortex.tiers.s3.segment import BLOCK_BYTES, FIXED_BYTES, aligned
 from kvortex.tiers.s3.settings import S3Settings
