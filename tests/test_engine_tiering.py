@@ -16,6 +16,7 @@ from kvortex.hashing import Namespace
 from kvortex.owner.tiers import MakeTier
 from kvortex.sched.executor import TransferExecutor
 from kvortex.testing import FaultInjectingTier, TierFault
+from kvortex.testing.tier_conformance import until
 from kvortex.tiers import DiskTier, MemoryTier, ReadOutcome, ReadRequest, Tier, WriteOutcome, WriteRequest
 from kvortex.types import Direction
 from tests.engine_support import (
@@ -250,6 +251,43 @@ async def test_second_touch_spares_what_is_never_asked_for(bench: Bench) -> None
         await engine.save_blocks(hashes[3:5], ids[3:5])  # saved again: asked for again
         await engine.flush()
         assert engine.get_stats().tiering.written_blocks == 5
+
+
+class GatheringTier(MemoryTier):
+    """Notes how many blocks each write brings; the first write waits."""
+
+    def __init__(self, namespace: bytes, write_bytes: int) -> None:
+        super().__init__(TIER_BYTES, namespace=namespace)
+        self.write_bytes = write_bytes
+        self.counts: list[int] = []
+        self.may_go_on = asyncio.Event()
+
+    async def write(self, requests: Sequence[WriteRequest], *, deadline_s: float | None = None) -> list[WriteOutcome]:
+        self.counts.append(len(requests))
+        await self.may_go_on.wait()
+        return await super().write(requests, deadline_s=deadline_s)
+
+
+@pytest.mark.parametrize(("write_bytes", "most"), [(0, 16), (BLOCK_NBYTES, 16), (24 * BLOCK_NBYTES, 24), (1 << 40, 40)])
+async def test_a_tier_gets_as_many_bytes_at_a_time_as_it_asks_for(write_bytes: int, most: int) -> None:
+    """But never more than a tenth of the pool."""
+    tiers: list[GatheringTier] = []
+
+    def make_tier(namespace: Namespace) -> Tier:
+        tiers.append(GatheringTier(namespace.digest, write_bytes))
+        return tiers[0]
+
+    config = small_config(pool={"bytes": 400 * BLOCK_NBYTES, "pin_piece_bytes": 8 * 4096})
+    async with KVortexEngine.create(config, Parts(make_tier=make_tier)) as engine:
+        engine.register_kv_caches(make_cache(), BLOCK_SIZE)
+        assert await engine.wait_tier()
+        for start in range(0, 96, 48):
+            assert (await engine.save_blocks(chain(96)[start : start + 48], range(48))).ok
+        await until(lambda: bool(tiers[0].counts), 60)
+        tiers[0].may_go_on.set()
+        await engine.flush()
+        assert sum(tiers[0].counts) == 96
+        assert max(tiers[0].counts) == most
 
 
 async def test_exclusive_blocks_are_in_one_place(bench: Bench) -> None:

@@ -55,6 +55,7 @@ class FaultInjectingTier(Tier):
         self.name = inner.name
         self.outlives_process = inner.outlives_process
         self.finds_more = inner.finds_more
+        self.write_bytes = inner.write_bytes
         self._inner = inner
         self._fault_of = fault_of
         self._delay_s = delay_s

@@ -53,6 +53,7 @@ class ChainTier(Tier):
         self.name = "+".join(tier.name for tier, _ in tiers)
         self.outlives_process = any(tier.outlives_process for tier, _ in tiers)
         self.finds_more = any(tier.finds_more for tier, _ in tiers)
+        self.write_bytes = max(tier.write_bytes for tier, _ in tiers)
         self._copies_forward = copies_forward
         self._counters = TierCounters()
         self._opening = asyncio.Lock()

@@ -20,6 +20,7 @@ from kvortex.tiers import Cause, WriteOutcome, WriteRequest
 from kvortex.types import Direction, SaveOutcome
 
 WRITE_BATCH: Final = 16
+"""Blocks of a write, unless the tier asks for more bytes at a time."""
 DEMOTED_SHARE: Final = 0.1
 """Share of the pool that demoted blocks may hold: blocks that were evicted and wait for their write."""
 
@@ -69,6 +70,8 @@ class WriteBehind:
         self._demoted: deque[_Demoted] = deque()
         self._demoted_bytes = 0
         self._demoted_limit = int(DEMOTED_SHARE * backing.pool.bytes.size)
+        wanted_bytes = min(backing.tier.write_bytes, self._demoted_limit)
+        self._batch = max(WRITE_BATCH, wanted_bytes // max(backing.encodings.payloads))
         self._moving: dict[bytes, _Moving] = {}  # by block hash
         self._bars: list[_Bar] = []
         self._has_work = asyncio.Event()
@@ -206,7 +209,7 @@ class WriteBehind:
             await self._has_work.wait()
             self._has_work.clear()
             while self._queue or self._demoted:
-                admitted = self._backing.guard.writes.admit(WRITE_BATCH)
+                admitted = self._backing.guard.writes.admit(self._batch)
                 if not admitted:
                     self.shed_all()
                     break

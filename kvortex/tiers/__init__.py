@@ -16,6 +16,7 @@ from kvortex.tiers.disk import DiskTier, DiskTierConfig
 from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.memory import MemoryTier
 from kvortex.tiers.redis import RedisTier
+from kvortex.tiers.s3 import S3Tier
 from kvortex.tiers.sealing import Framing, framing_of
 from kvortex.tiers.urls import TierUrl, tier_from_url
 
@@ -30,6 +31,7 @@ __all__ = [
     "ReadOutcome",
     "ReadRequest",
     "RedisTier",
+    "S3Tier",
     "ScanProgress",
     "StoredBlock",
     "Tier",

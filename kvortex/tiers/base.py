@@ -238,6 +238,9 @@ class Tier(ABC):
     """True if others write to the store all the time: `find` may know blocks that `lookup` does not, even after the
     scan. Loads ask it then."""
 
+    write_bytes: int = 0
+    """Bytes of payloads that one write should bring, if so many wait to be written; 0 if that makes no difference."""
+
     # -- life ------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -21,12 +21,14 @@ class IndexedTier(Tier):
     Args:
         capacity_bytes: bytes that the blocks may take in the store; None leaves that to the store.
         framing: how blocks are stored.
+        one_length: see `StoreIndex`; by default of sealed blocks. What is there from a time without keys, or was put
+            there, is no block of a sealed store, and its length may tell.
     """
 
-    def __init__(self, capacity_bytes: int | None, framing: Framing) -> None:
+    def __init__(self, capacity_bytes: int | None, framing: Framing, *, one_length: bool | None = None) -> None:
         self._framing = framing
-        # What is there from a time without keys, or was put there, is no block of a sealed store. Its length may tell.
-        self._index = StoreIndex(UNBOUNDED if capacity_bytes is None else capacity_bytes, one_length=framing.is_sealed)
+        one_length = framing.is_sealed if one_length is None else one_length
+        self._index = StoreIndex(UNBOUNDED if capacity_bytes is None else capacity_bytes, one_length=one_length)
         self._counters = TierCounters()
         self._progress = ScanProgress(0, 1, 0, complete=False)
         self._scanned = asyncio.Event()

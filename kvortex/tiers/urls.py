@@ -1,4 +1,4 @@
-"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB` or `redis://host:6379`.
+"""Lower tiers by URL, such as `disk:///var/cache/kvortex?capacity_bytes=500GiB`, `redis://host:6379` or `s3://bucket`.
 
 Another package adds a scheme by an entry point of the group `kvortex.tiers`, whose name is the scheme:
 
@@ -22,6 +22,10 @@ from kvortex.tiers.base import Tier
 from kvortex.tiers.disk import DiskTier
 from kvortex.tiers.redis import RedisTier
 from kvortex.tiers.redis.settings import OPTIONS, settings_of
+from kvortex.tiers.s3 import S3Tier
+from kvortex.tiers.s3.settings import OPTIONS as S3_OPTIONS
+from kvortex.tiers.s3.settings import SCHEME as S3_SCHEME
+from kvortex.tiers.s3.settings import settings_of as s3_settings_of
 
 ENTRY_POINTS: Final = "kvortex.tiers"
 
@@ -109,7 +113,15 @@ def _make_redis(url: TierUrl, namespace: bytes) -> Tier:
     return RedisTier(settings, namespace=namespace)
 
 
-OWN: Final[Mapping[str, TierMaker]] = {"disk": _make_disk, **dict.fromkeys(OPTIONS, _make_redis)}
+def _make_s3(url: TierUrl, namespace: bytes) -> Tier:
+    return S3Tier(s3_settings_of(url.host, url.path, url.values(S3_OPTIONS)), namespace=namespace)
+
+
+OWN: Final[Mapping[str, TierMaker]] = {
+    "disk": _make_disk,
+    **dict.fromkeys(OPTIONS, _make_redis),
+    S3_SCHEME: _make_s3,
+}
 """The schemes of this package."""
 
 

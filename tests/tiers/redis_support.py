@@ -314,10 +314,15 @@ class Proxy:
             for each in writers:
                 each.close()
 
+    def passed(self, way: Way, data: bytes) -> bytes:
+        """What the other side gets of it; for subclasses."""
+        return data
+
     async def _pump(
         self, way: Way, reader: asyncio.StreamReader, target: asyncio.StreamWriter, client: asyncio.StreamWriter
     ) -> None:
         while data := await reader.read(1 << 16):
+            data = self.passed(way, data)
             fault = self.fault
             if fault is not None and fault.way is way and len(data) > fault.after_bytes:
                 self.fault = None

@@ -15,8 +15,9 @@ from kvortex import KVortexConfig
 from kvortex.errors import ConfigError, InvalidHashError
 from kvortex.testing.tier_conformance import NAMESPACE
 from kvortex.tiers import RedisTier, tier_from_url
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.redis.connections import Connections
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.lookup import LookUp
 from kvortex.tiers.redis.resp import LONGEST_LINE, ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Cluster, NoNode

@@ -1,4 +1,4 @@
-"""Tiers that seal keep the contract: over Redis, over files, and over a store of objects."""
+"""Tiers that seal keep the contract: over Redis, over S3, over files, and over a store of objects."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from kvortex.tiers import DiskTier, DiskTierConfig, Tier
-from tests.tiers import test_base_tier, test_disk_tier, test_redis_tier
+from tests.tiers import test_base_tier, test_disk_tier, test_redis_tier, test_s3_tier
 from tests.tiers.object_support import DictTier
 from tests.tiers.seal_support import write_keys
 
@@ -26,6 +26,13 @@ class WithKeys:
 class TestSealedRedisTier(WithKeys, test_redis_tier.TestRedisTier):
     def url(self) -> str:
         return self.server.url(f"&seal_keys={self.keys}")
+
+
+class TestSealedS3Tier(WithKeys, test_s3_tier.TestS3Tier):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def with_option(cls, with_keys: None) -> None:
+        cls.options = f"&seal_keys={cls.keys}"
 
 
 class TestSealedBaseTier(WithKeys, test_base_tier.TestBaseTier):

@@ -7,8 +7,9 @@ from typing import Any, Final, TypeVar
 
 from kvortex.tiers.base import Cause, ReadOutcome, ReadRequest, WriteOutcome, WriteRequest, as_bytes
 from kvortex.tiers.counters import TierCounters
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.redis.connections import Connections
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.lookup import BlockWrite, LookUp
 from kvortex.tiers.redis.resp import CRLF, ReplyError, Wire, command
 from kvortex.tiers.redis.routes import Routes

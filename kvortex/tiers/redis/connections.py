@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.failure_log import FailureLog
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.resp import ReplyError, Wire
 
 FIRST_PAUSE_S: Final = 0.1

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from kvortex.tiers.base import Cause
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.redis.connections import Connections
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.resp import ReplyError, Wire, command, commands, integer_of
 from kvortex.tiers.redis.servers import Servers
 

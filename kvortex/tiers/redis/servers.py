@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.redis.connections import Connections, Pauses
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.resp import ReplyError, Wire
 
 Place: TypeAlias = tuple[str, int]

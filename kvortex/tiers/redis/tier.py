@@ -20,11 +20,12 @@ from kvortex.tiers.base import (
     check_reads,
     check_writes,
 )
+from kvortex.tiers.failure_log import FailureLog
 from kvortex.tiers.indexed import IndexedTier
 from kvortex.tiers.payload import warm_up
 from kvortex.tiers.redis.blocks import LONG_AGO_S, RedisBlocks
 from kvortex.tiers.redis.connections import Connections
-from kvortex.tiers.redis.failures import FailureLog, StoreFailure
+from kvortex.tiers.redis.failures import StoreFailure
 from kvortex.tiers.redis.lookup import BlockWrite
 from kvortex.tiers.redis.servers import Cluster, OneServer, Servers
 from kvortex.tiers.redis.settings import RedisSettings
