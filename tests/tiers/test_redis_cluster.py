@@ -15,6 +15,7 @@ import trustme
 from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, TierConformance, key_of, write_request
 from kvortex.tiers import Cause, RedisTier, Tier
+from kvortex.tiers.redis.servers import Cluster
 from kvortex.types import SaveOutcome
 from tests.tiers.redis_support import RedisCluster, read_one, tier_over, write_one
 
@@ -96,6 +97,10 @@ async def test_a_name_that_has_moved_is_followed(cluster: RedisCluster) -> None:
                     assert await tier.find([key_of(number), key_of(99)]) == [NBYTES, 0]
             assert (await read_one(tier, number)).reason is None
             assert target.ask("EXISTS", name) == 1
+            place = ("127.0.0.1", cluster.ports[cluster.nodes.index(target)])
+            async with asyncio.timeout(PATIENCE_S):  # the table of slots is asked for again
+                while cast(Cluster, tier._servers)._current().node_of(name) != place:
+                    await asyncio.sleep(0.01)
         assert tier.stats().causes[Cause.IO_ERROR] == 0
 
 

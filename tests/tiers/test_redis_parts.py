@@ -341,8 +341,14 @@ def test_a_table_in_doubt_is_asked_for_again_and_kept_if_nobody_answers() -> Non
 
 
 def test_a_node_that_another_one_names_is_used_before_the_table_has_it() -> None:
-    clock, middles = Clock(), [b"m"]
-    cluster = Cluster(lambda known: Halves(middles[0]), lambda place: lone_wire(), FailureLog("a test"), clock)
+    clock, tables = Clock(), [[("left", 1), ("right", 2)]]
+
+    def open_table(known: Iterable[tuple[str, int]]) -> Halves:
+        table = Halves(b"m")
+        table.nodes = tables[-1]
+        return table
+
+    cluster = Cluster(open_table, lambda place: lone_wire(), FailureLog("a test"), clock)
     left = cluster.of(b"a")
     new = cluster.at("new:3", b"a")
     assert new not in cluster.all()
@@ -355,6 +361,13 @@ def test_a_node_that_another_one_names_is_used_before_the_table_has_it() -> None
         cluster.of(b"a")  # the table is asked for again
         assert new.num_open == 1
     assert cluster.at("new:3", b"a") is new
+    nodes = [("left", 1), ("right", 2), ("new", 3)]
+    for known in (nodes, nodes[:2]):  # it comes into the table, and leaves it
+        tables.append(known)
+        cluster.doubt()
+        clock.now_s += 1.0
+        cluster.of(b"a")
+    assert cluster.at("new:3", b"a") is not new
     for address in ("new", "new:", "", "a:b"):
         with pytest.raises(StoreFailure, match="no address of a node"):
             cluster.at(address, b"a")
