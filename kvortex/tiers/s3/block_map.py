@@ -109,7 +109,9 @@ class BlockMap:
     # -- changes -----------------------------------------------------------------------------------
 
     def add(self, number: SegmentId, nbytes: int, footer: Footer) -> Segment:
-        """A segment is in the store."""
+        """A segment is in the store. What is known already stays: a listing may see what was just written."""
+        if (known := self._segments.get(number)) is not None:
+            return known
         refers_to = frozenset(removal.segment for removal in footer.removals)
         serial = next(self._serials)
         segment = Segment(number, nbytes, serial, footer.blocks, refers_to, self._gone.pop(number, set()))
