@@ -142,6 +142,18 @@ def test_a_block_that_is_stored_twice_is_there_until_both_are_gone() -> None:
     assert len(blocks) == 1
 
 
+def test_a_segment_that_is_seen_twice_is_one_segment() -> None:
+    """Its writer and a listing that was on its way both tell of it."""
+    blocks = BlockMap()
+    first = blocks.add(numbered(1), 5000, Footer(entries(1, 2), ()))
+    assert blocks.add(numbered(1), 5000, Footer(entries(1, 2), ())) is first
+    assert [len(places) for places in blocks.places([key_of(1), key_of(2)])] == [1, 1]
+    blocks.bury(numbered(1), 0)
+    assert blocks.payload_bytes([key_of(1), key_of(2)]) == [0, 12]
+    blocks.drop(numbered(1))
+    assert len(blocks) == 0
+
+
 def test_a_removal_holds_whatever_is_known_first_and_however_often() -> None:
     for order in ([1, 2], [2, 1]):
         blocks = BlockMap()
