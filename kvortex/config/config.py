@@ -91,6 +91,10 @@ class KVortexConfig:
             not (self.owner.socket and self.lower_tier),
             f"lower tiers are set where the owner ({self.owner.socket}) is started: leave {self.lower_tier} out here",
         )
+        require(
+            not (self.owner.socket and self.tier.canonical_layout),
+            f"lower tiers are set where the owner ({self.owner.socket}) is started: leave tier.canonical_layout out here",
+        )
         _require_settings(renamed)
         for old, value in renamed.items():
             section, name = RENAMED[old]
