@@ -8,7 +8,6 @@ from engine_support import BLOCK_SIZE, running, settle_disk
 from ranks_support import PROMPT_BLOCKS, run_program
 from tiny_model import make_tiny_model
 
-from kvortex.errors import ConfigError
 from kvortex.vllm.versions import IS_NEWER
 
 FIRST, SECOND = ([3 + step * i % 900 for i in range(200)] for step in (7, 11))
