@@ -46,8 +46,8 @@ def canonical_of(
     """
     if config.identity.tp_size > 1:
         return (
-            f"this engine has the blocks of one of {config.identity.tp_size} tensor-parallel ranks: one engine needs to "
-            "have those of all, as in vLLM; or leave tier.canonical_layout out"
+            f"this engine has the blocks of one of {config.identity.tp_size} tensor-parallel ranks, and one needs those "
+            "of all, as in vLLM: leave tier.canonical_layout out"
         )
     if why := why_not_canonical(cache.groups, packs=packs):
         return why

@@ -112,7 +112,7 @@ def _relay(kernel: Any, runs: BlockRuns, payload: NDArray[np.uint8], canonical: 
 
 
 def warm_up() -> None:
-    """Compile both directions, or load them from numba's cache. The first time on a machine this takes about a second."""
+    """Compile both directions, or load them from numba's cache."""
     table = np.array([[0, 0, 1, 1]], dtype=np.int64)
     runs = BlockRuns(WORD_BYTES, WORD_BYTES, ((0, 1, table),), None)
     payload, canonical = np.zeros(WORD_BYTES, dtype=np.uint8), np.zeros(WORD_BYTES, dtype=np.uint8)

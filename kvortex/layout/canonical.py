@@ -1,14 +1,14 @@
 """The canonical layout: one order of a block's bytes for every number of tensor-parallel ranks.
 
-A rank holds a shard of each tensor of a paged cache: some of its KV heads, or all of it where every rank holds the same.
+A rank holds a shard of each tensor of a paged cache: some of its KV heads, or all of it where all ranks hold the same.
 The canonical payload of a block has, one behind the other,
 
 - the tensors, sorted by name;
 - in a tensor its KV heads, each once, in the order of the whole model;
 - in a head the other dimensions of one block in the logical order of the tensor's shape, whatever its strides are.
 
-So it depends neither on how many ranks there are, nor on whether heads or tokens come first in memory (NHD, HND). What lies
-inside a head is not looked at: backends whose tensors have other shapes have other canonical layouts.
+So it depends neither on how many ranks there are, nor on whether heads or tokens come first in memory (NHD, HND). What
+lies inside a head is not looked at: backends whose tensors have other shapes have other canonical layouts.
 """
 
 import hashlib
@@ -246,7 +246,7 @@ class BlockRuns:
         parts: for each part the word at which it begins in the payload, its words, and its runs, `int64 [n, 4]`: first
             word in the payload, first word in the canonical payload, number of words, and 1 if these are the words that
             are stored, 0 if an earlier part has the same. Together the runs of a part are the part.
-        digests_at: for blocks of several parts, the word in the payload at which their digests stand; None for one part.
+        digests_at: the word in the payload at which the digests of several parts stand; None for one part.
     """
 
     payload_nbytes: int
@@ -263,8 +263,8 @@ def runs_of(parts: Sequence[BlockShard], payload_nbytes: int) -> BlockRuns:
         payload_nbytes: bytes of the payload in the pool.
 
     Raises:
-        LayoutError: parts overlap or are not within the payload, do not hold the same tensors, a head is missing, or runs
-            are not whole words.
+        LayoutError: parts overlap or are not within the payload, their tensors differ, a head is missing, or runs are
+            not whole words.
     """
     end = payload_nbytes - (WORD_BYTES * len(parts) if len(parts) > 1 else 0)
     _refuse_misplaced(parts, end, payload_nbytes)

@@ -3,8 +3,8 @@
     write   payload in the pool ──re-laid──> scratch ──> tier
     read    tier ──> scratch ──re-laid──> payload in the pool
 
-On each way a block is checked twice, as the pool has it and as the tier has it. So a block that was damaged in either never
-gets a digest that fits.
+On each way a block is checked twice, as the pool has it and as the tier has it. So what was damaged in either never gets
+a digest that fits.
 """
 
 import asyncio
@@ -105,8 +105,8 @@ def why_not_canonical(groups: GroupSet, *, packs: bool) -> str:
         return "its blocks are packed: set codec to 'raw', or leave tier.canonical_layout out"
     if states := [group.name for group in groups.groups if group.kind is KVKind.STATE]:
         return (
-            f"group {states[0]!r} has states, which ranks do not divide by KV heads: leave tier.canonical_layout out for "
-            "this model"
+            f"group {states[0]!r} has states, which ranks do not divide by KV heads: leave tier.canonical_layout out "
+            "for this model"
         )
     return ""
 
@@ -179,8 +179,8 @@ class _Move:
 class CanonicalTier(Tier):
     """Another tier, with canonical blocks. Its keys, order of eviction and capacity are those of the other.
 
-    The other tier has scratch memory only, and a buffer of that serves another block once the other tier has settled it.
-    Where every buffer is in use, blocks wait, each as long as its call does.
+    The other tier gets scratch memory only, and a buffer of that serves another block once the other tier has settled
+    it. Where every buffer is in use, blocks wait, each as long as its call does.
 
     Args:
         inner: the other tier, not opened. Its namespace is that of the canonical blocks.

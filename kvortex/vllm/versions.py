@@ -340,8 +340,8 @@ def watch_sleep(
 def heads_dim(layer: Any, spec: Any) -> int | None:
     """The dimension of a layer's cache tensor that counts KV heads; None if there is none.
 
-    Later versions have tensors `[blocks, heads, tokens, content]`. Earlier ones have a shape for each backend: the dimension
-    that changes with the number of heads is asked for.
+    Later versions have tensors `[blocks, heads, tokens, content]`. Earlier ones have a shape for each backend, which is
+    asked for the dimension that changes with the number of heads.
 
     Args:
         layer: the layer; None if vLLM does not name it.

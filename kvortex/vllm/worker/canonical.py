@@ -1,4 +1,4 @@
-"""The canonical layout of what one rank registers: which KV heads of the model it has, and where its tensors have them."""
+"""The canonical layout of what one rank registers: which KV heads it has, and where its tensors have them."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -23,7 +23,7 @@ _SCALES_OF_TENSORS: Final = 1
 
 
 class Ranks(NamedTuple):
-    """Number of a rank among those of its pipeline stage that have different parts of a block, and how many these are."""
+    """Number of a rank's part of a block among those of its pipeline stage, and how many these are."""
 
     rank: int
     size: int
@@ -89,30 +89,29 @@ def _heads_of(vllm_config: "VllmConfig", name: str, spec: Any, tensor: torch.Ten
     Raises:
         LayoutError: it is not known.
     """
-    is_latent = isinstance(spec, MLAAttentionSpec)
+    if isinstance(spec, MLAAttentionSpec):
+        return Heads()
     count = int(spec.num_kv_heads)
-    if int(getattr(spec, "kv_quant_mode", 0)) > _SCALES_OF_TENSORS and not is_latent:
+    if int(getattr(spec, "kv_quant_mode", 0)) > _SCALES_OF_TENSORS:
         raise LayoutError(f"layer {name!r} has pages of quantised KV, whose bytes are not told by KV heads")
     axis = heads_dim(vllm_config.compilation_config.static_forward_context.get(name), spec)
-    if is_latent and axis is None:
-        return Heads()
     if axis is None or axis >= tensor.dim() or tensor.shape[axis] != count:
         raise LayoutError(
             f"layer {name!r} has a cache of shape {tuple(tensor.shape)}, in which {count} KV heads are not found"
         )
-    shards = _num_shards(vllm_config, spec, count, ranks, is_latent=is_latent)
+    shards = _num_shards(vllm_config, spec, count, ranks)
     if ranks.size % shards:
         raise LayoutError(f"layer {name!r}: {shards} shards of its KV heads are not those of {ranks.size} ranks")
     return Heads(axis, ranks.rank // (ranks.size // shards) * count, shards * count)
 
 
-def _num_shards(vllm_config: "VllmConfig", spec: Any, count: int, ranks: Ranks, *, is_latent: bool) -> int:
+def _num_shards(vllm_config: "VllmConfig", spec: Any, count: int, ranks: Ranks) -> int:
     """How many different shards of a layer's KV heads the ranks have; further ranks have copies of these.
 
-    A rank with a single head may be one of several that have it, if there are more ranks than heads. That they have the same
-    bytes is checked whenever a block is written.
+    With more ranks than heads a rank has a single head, which others have too. That they have the same bytes is checked
+    whenever a block is written.
     """
-    known = 1 if is_latent else getattr(spec, "max_tp_shards", None)
+    known = getattr(spec, "max_tp_shards", None)
     if known is None and count == 1:
         known = int(vllm_config.model_config.get_total_num_kv_heads())
     return ranks.size if known is None else min(int(known), ranks.size)
