@@ -148,6 +148,11 @@ def test_what_means_something_else_has_another_namespace(other: TensorShard) -> 
     assert canonical_digest(GROUPS, [[SHARD]]) != canonical_digest(GROUPS, [[other]])
 
 
+def test_the_dimension_of_the_heads_is_in_the_namespace() -> None:
+    square = replace(SHARD, shape=(4, 4, 64))
+    assert canonical_digest(GROUPS, [[square]]) != canonical_digest(GROUPS, [[replace(square, heads=Heads(0, 0, 4))]])
+
+
 def test_strides_and_ranks_are_not_in_the_namespace() -> None:
     half = replace(SHARD, shape=(16, 2, 64), order=(1, 0, 2), heads=Heads(1, 2, 4))
     assert canonical_digest(GROUPS, [[SHARD]]) == canonical_digest(GROUPS, [[half]])

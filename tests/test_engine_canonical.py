@@ -1,7 +1,7 @@
 """Engines with all KV heads and the ranks of another one over the same store: each finds what the other has saved."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,11 @@ async def engine_over(
 
 @contextlib.asynccontextmanager
 async def ranks_over(
-    store: Store, folder: Path, cache: Mapping[str, torch.Tensor], size: int, model: str = "a"
+    store: Store, folder: Path, cache: Mapping[str, torch.Tensor], size: int, codec: str = "raw"
 ) -> AsyncIterator[tuple[RanksOfOneEngine, list[dict[str, torch.Tensor]]]]:
     tensors = shards(cache, size, HEADS_DIM)
     with local_owner(folder / f"{size}.sock", {"bytes": 8 * MIB, "pin_piece_bytes": MIB}, **store.tier) as owner:
-        async with RanksOfOneEngine(owner.path, tensors, HEADS_DIM, model) as ranks:
+        async with RanksOfOneEngine(owner.path, tensors, HEADS_DIM, codec) as ranks:
             yield ranks, tensors
 
 
@@ -137,6 +137,56 @@ async def test_two_and_four_ranks_find_what_the_others_have_saved(disk: Store, t
     async with ranks_over(disk, tmp_path, last, 2) as (ranks, tensors):
         assert await ranks.load(chain(COUNT, 1), moved) == [None] * COUNT
         assert contents(together(tensors, HEADS_DIM), moved) == contents(saved, SAVED)
+
+
+def rounded(num_heads: int, seed: int = 0, heads_first: bool = False) -> dict[str, torch.Tensor]:
+    """Rows of 128 elements that FP8 keeps exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 32, BLOCK_SIZE, num_heads, 128)
+    values = torch.randint(-8, 9, (2, *shape), generator=generator) * 2.0 ** torch.randint(
+        -6, 7, (2, *shape[:-1], 1), generator=generator
+    )
+    cache = {f"layers.{i}": values[i].to(torch.bfloat16) for i in range(2)}
+    if heads_first:
+        return {name: tensor.transpose(2, 3).contiguous().transpose(2, 3) for name, tensor in cache.items()}
+    return cache
+
+
+def bits(cache: Mapping[str, torch.Tensor], block_ids: Sequence[int]) -> list[bytes]:
+    return contents({name: tensor.view(torch.int16) for name, tensor in cache.items()}, block_ids)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+async def test_packed_blocks_too(disk: Store, tmp_path: Path, size: int) -> None:
+    saved, cache, loaded = rounded(4, heads_first=True), rounded(4, seed=1), range(20, 20 + COUNT)
+    async with ranks_over(disk, tmp_path, saved, size, "fp8") as (ranks, _):
+        assert set(await ranks.save(chain(COUNT), SAVED)) == {SaveOutcome.STORED}
+    sizes = {path.stat().st_size for path in (tmp_path / "disk").rglob("*.kv1")}
+    assert max(sizes) < 0.55 * saved["layers.0"][:, 0].nbytes * 2 + 8192
+    async with engine_over(disk, cache, codec="fp8", pool={"bytes": 8 * MIB, "pin_piece_bytes": MIB}) as engine:
+        assert (await engine.load_blocks(chain(COUNT), loaded)).ok
+        assert bits(cache, loaded) == bits(saved, SAVED)
+        assert (await engine.save_blocks(chain(COUNT, 1), SAVED)).ok
+        await engine.flush()
+    last = rounded(4, seed=2)
+    async with ranks_over(disk, tmp_path, last, size, "fp8") as (ranks, tensors):
+        assert await ranks.load(chain(COUNT, 1), loaded) == [None] * COUNT
+        assert bits(together(tensors, HEADS_DIM), loaded) == bits(cache, SAVED)
+    async with engine_over(disk, rounded(4, seed=3)) as engine:
+        assert list((await engine.load_blocks(chain(COUNT), loaded)).outcomes) == ABSENT, "another codec"
+
+
+async def test_blocks_that_are_kept_as_they_are(disk: Store) -> None:
+    """Packing would lose too much of one block, so it is stored raw."""
+    saved, cache, loaded = rounded(4), rounded(4, seed=1, heads_first=True), range(20, 20 + COUNT)
+    saved["layers.1"][0, 3, 5, 2, 7] = float("inf")
+    changes: dict[str, Any] = {"codec": "fp8", "pool": {"bytes": 8 * MIB, "pin_piece_bytes": MIB}}
+    async with engine_over(disk, saved, **changes) as engine:
+        await save(engine)
+        assert engine.get_stats().kept_as_is_blocks == 1
+    async with engine_over(disk, cache, **changes) as engine:
+        assert (await engine.load_blocks(chain(COUNT), loaded)).ok
+        assert bits(cache, loaded) == bits(saved, SAVED)
 
 
 async def test_what_is_damaged_in_the_pool_of_ranks_is_not_written(disk: Store, tmp_path: Path) -> None:
@@ -236,7 +286,7 @@ async def test_latents_and_heads_and_several_groups(disk: Store) -> None:
 
 REFUSED = {
     "no dimension": ({}, None, "pass heads_dim= to register_kv_caches"),
-    "packed": ({"codec": "fp8"}, HEADS_DIM, "set codec to 'raw'"),
+    "groups of several heads": ({"codec": "fp8"}, HEADS_DIM, "are not made of groups of 128: set codec to 'raw'"),
     "one of two ranks": ({"identity": {"tp_size": 2}}, HEADS_DIM, "one of 2 tensor-parallel ranks"),
 }
 

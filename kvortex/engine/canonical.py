@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kvortex.codecs import Encodings
+from kvortex.codecs import Encodings, Pages
 from kvortex.config import KVortexConfig
 from kvortex.engine.parts import EngineParts
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
 from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, canonical_digest, shards_of
-from kvortex.tiering.canonical import CanonicalTier, canonical_blocks, why_not_canonical
+from kvortex.tiering.canonical import CanonicalTier, canonical_blocks, shards_by_form, why_not_canonical
 from kvortex.tiers import Tier
 
 
@@ -24,21 +24,20 @@ class Canonical(NamedTuple):
 def canonical_of(
     config: KVortexConfig,
     cache: PagedCache,
+    pages: Sequence[Pages],
     shapes: Mapping[str, Sequence[int]],
     heads_dim: int | Mapping[str, int] | None,
     namespace: Namespace,
-    *,
-    packs: bool,
 ) -> "Canonical | str":
     """How the blocks of an engine that has all KV heads become canonical, or why they do not.
 
     Args:
         config: the engine's settings.
         cache: the groups of layers, with their layouts.
+        pages: how the blocks of each group are packed.
         shapes: the shape of each tensor, by name.
         heads_dim: the dimension of the tensors that counts KV heads; a tensor that a mapping leaves out has none.
         namespace: that of the engine's blocks.
-        packs: whether blocks are packed.
 
     Raises:
         LayoutError: a tensor has no such dimension.
@@ -46,10 +45,10 @@ def canonical_of(
     """
     if config.identity.tp_size > 1:
         return (
-            f"this engine has the blocks of one of {config.identity.tp_size} tensor-parallel ranks, and one needs those "
+            f"this engine has the blocks of one of {config.identity.tp_size} tensor-parallel ranks, and it takes those "
             "of all, as in vLLM: leave tier.canonical_layout out"
         )
-    if why := why_not_canonical(cache.groups, packs=packs):
+    if why := why_not_canonical(cache.groups):
         return why
     if heads_dim is None:
         return "nothing says where its tensors have their KV heads: pass heads_dim= to register_kv_caches"
@@ -58,7 +57,12 @@ def canonical_of(
     heads = {name: _heads_of(shape, name, heads_dim) for name, shape in shapes.items()}
     shards = [shards_of(layout, shapes, heads) for layout in cache.layouts]
     in_tier = namespace.canonical(canonical_digest(cache.groups, shards))
-    return Canonical(in_tier, CanonicalCache(in_tier.digest, tuple((BlockShard(0, of_group),) for of_group in shards)))
+    try:
+        by_form = [form for of_group in zip(pages, shards, strict=True) for form in shards_by_form(*of_group)]
+    except LayoutError as error:
+        return str(error)
+    parts = tuple((BlockShard(0, of_form),) if of_form else () for of_form in by_form)
+    return Canonical(in_tier, CanonicalCache(in_tier.digest, parts))
 
 
 def _heads_of(shape: Sequence[int], name: str, heads_dim: int | Mapping[str, int]) -> Heads:

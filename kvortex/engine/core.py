@@ -143,7 +143,7 @@ class EngineCore:
             undo.callback(self._unregister)
             self._namespace = self._data.namespace(self.config.identity)
             shapes = {name: tensor.shape for name, tensor in kv_caches.items()}
-            canonical = canonical_of(self.config, cache, shapes, heads_dim, self._namespace, packs=self._data.packs)
+            canonical = canonical_of(self.config, cache, self._data.pages, shapes, heads_dim, self._namespace)
             if owner is not None:
                 owner.tell(Kind.SCRATCH_DONE)
                 namespace = self._namespace.digest

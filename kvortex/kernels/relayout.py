@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kvortex.kernels.digest import LENGTH, MASK
 from kvortex.kernels.host import mix
-from kvortex.layout.canonical import WORD_BYTES, BlockRuns
+from kvortex.layout.canonical import WORD_BYTES, BlockRuns, PartRuns
 from kvortex.runtime.jit import njit
 
 _ONE = np.uint64(1)
@@ -66,6 +66,36 @@ def _from_canonical(payload: Any, canonical: Any, runs: Any, start: Any) -> Any:
     return of_part, of_all, np.uint64(0)
 
 
+@njit(nogil=True, cache=True)
+def _bytes_to_canonical(payload: Any, canonical: Any, runs: Any) -> Any:
+    differing = np.uint8(0)
+    for r in range(runs.shape[0]):
+        here, there, count, is_first = runs[r, 0], runs[r, 1], runs[r, 2], runs[r, 3]
+        for i in range(count):
+            if is_first:
+                canonical[there + i] = payload[here + i]
+            else:
+                differing |= payload[here + i] ^ canonical[there + i]
+    return differing
+
+
+@njit(nogil=True, cache=True)
+def _bytes_from_canonical(payload: Any, canonical: Any, runs: Any) -> Any:
+    for r in range(runs.shape[0]):
+        here, there, count = runs[r, 0], runs[r, 1], runs[r, 2]
+        for i in range(count):
+            payload[here + i] = canonical[there + i]
+    return np.uint8(0)
+
+
+@njit(nogil=True, cache=True)
+def _sum(words: Any, first: Any, count: Any, position: Any) -> Any:
+    total = np.uint64(0)
+    for i in range(count):
+        total += mix(words[first + i], np.uint64(position + i) + _ONE)
+    return total
+
+
 def to_canonical(runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArray[np.uint8]) -> Relaid:
     """Lay a block of the pool out canonically.
 
@@ -77,7 +107,7 @@ def to_canonical(runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArray
     Raises:
         ValueError: an array has another length.
     """
-    return _relay(_to_canonical, runs, payload, canonical)
+    return _relay(_to_canonical, _bytes_to_canonical, runs, payload, canonical)
 
 
 def from_canonical(runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArray[np.uint8]) -> Relaid:
@@ -85,7 +115,7 @@ def from_canonical(runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArr
 
     Arguments and errors are those of `to_canonical`. What lies between parts is left as it is.
     """
-    relaid = _relay(_from_canonical, runs, payload, canonical)
+    relaid = _relay(_from_canonical, _bytes_from_canonical, runs, payload, canonical)
     if runs.digests_at is not None:
         payload[runs.digests_at * WORD_BYTES :].view(np.uint64)[:] = relaid.parts
     return relaid
@@ -96,25 +126,30 @@ def digests_behind_parts(runs: BlockRuns, payload: NDArray[np.uint8]) -> NDArray
     return None if runs.digests_at is None else payload[runs.digests_at * WORD_BYTES :].view(np.uint64)
 
 
-def _relay(kernel: Any, runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArray[np.uint8]) -> Relaid:
+def _relay(
+    kernel: Any, of_bytes: Any, runs: BlockRuns, payload: NDArray[np.uint8], canonical: NDArray[np.uint8]
+) -> Relaid:
     if (payload.size, canonical.size) != (runs.payload_nbytes, runs.nbytes):
         raise ValueError(
             f"payloads of {payload.size} and {canonical.size} bytes instead of {runs.payload_nbytes} and {runs.nbytes}"
         )
     words, ordered = payload.view(np.uint64), canonical.view(np.uint64)
     digests, total, differing = [], runs.nbytes // WORD_BYTES * LENGTH, 0
-    for start, count, table in runs.parts:
-        of_part, of_all, differs = kernel(words, ordered, table, start)
-        digests.append((int(of_part) + count * LENGTH) & MASK)
+    for part in runs.parts:
+        of_part, of_all, differs = kernel(words, ordered, part.words, part.start)
+        differing |= int(differs) | int(of_bytes(payload, canonical, part.bytes))
+        in_bytes = sum(int(_sum(words, first, count, first - part.start)) for first, count in part.of_bytes)
+        digests.append((int(of_part) + in_bytes + part.num_words * LENGTH) & MASK)
         total += int(of_all)
-        differing |= int(differs)
+    total += sum(int(_sum(ordered, first, count, first)) for first, count in runs.of_bytes)
     return Relaid(np.array(digests, dtype=np.uint64), total & MASK, not differing)
 
 
 def warm_up() -> None:
     """Compile both directions, or load them from numba's cache."""
-    table = np.array([[0, 0, 1, 1]], dtype=np.int64)
-    runs = BlockRuns(WORD_BYTES, WORD_BYTES, ((0, 1, table),), None)
-    payload, canonical = np.zeros(WORD_BYTES, dtype=np.uint8), np.zeros(WORD_BYTES, dtype=np.uint8)
+    word, byte = (np.array([[start, start, 1, 1]], dtype=np.int64) for start in (0, WORD_BYTES))
+    part = PartRuns(0, 2, word, byte, ((1, 1),))
+    runs = BlockRuns(2 * WORD_BYTES, 2 * WORD_BYTES, (part,), ((1, 1),), None)
+    payload, canonical = np.zeros(2 * WORD_BYTES, dtype=np.uint8), np.zeros(2 * WORD_BYTES, dtype=np.uint8)
     to_canonical(runs, payload, canonical)
     from_canonical(runs, payload, canonical)

@@ -29,6 +29,9 @@ from kvortex.layout.layout import KVLayout
 CANONICAL_VERSION: Final = 1
 """Incremented when the order of the bytes changes: then older blocks are never found."""
 
+SCALES: Final = "scales"
+"""The dtype of shards that may move byte by byte: there is one byte for many elements."""
+
 WORD_BYTES: Final = 8
 MAX_BLOCK_BYTES: Final = 1 << 32
 
@@ -106,7 +109,7 @@ class TensorShard:
 
 @dataclass(frozen=True, slots=True)
 class BlockShard:
-    """One rank's part of the blocks of one group of layers.
+    """One rank's part of the blocks of one form.
 
     Args:
         offset: bytes from the beginning of a block's payload to the part.
@@ -128,7 +131,8 @@ class CanonicalCache:
 
     Args:
         namespace: digest of all that must agree before canonical bytes may be reused, 32 bytes.
-        parts: for each group of layers the part of each rank, in the order of the parts.
+        parts: for each form of blocks the part of each rank, in the order of the parts; none for a form that there is
+            not.
     """
 
     namespace: bytes
@@ -136,7 +140,7 @@ class CanonicalCache:
 
     def as_plain(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
-        parts = [[[part.offset, [_plain(tensor) for tensor in part.tensors]] for part in group] for group in self.parts]
+        parts = [[[part.offset, [_plain(tensor) for tensor in part.tensors]] for part in form] for form in self.parts]
         return {"namespace": self.namespace.hex(), "parts": parts}
 
     @classmethod
@@ -149,8 +153,8 @@ class CanonicalCache:
         try:
             namespace = bytes.fromhex(plain["namespace"])
             parts = tuple(
-                tuple(BlockShard(int(offset), tuple(map(_shard, tensors))) for offset, tensors in group)
-                for group in plain["parts"]
+                tuple(BlockShard(int(offset), tuple(map(_shard, tensors))) for offset, tensors in form)
+                for form in plain["parts"]
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LayoutError(f"the canonical layout of a cache is not described as it should be: {error}") from error
@@ -237,21 +241,41 @@ def canonical_digest(groups: GroupSet, shards: Iterable[Sequence[TensorShard]]) 
 
 
 @dataclass(frozen=True)
+class PartRuns:
+    """The runs of which one part of a block consists, each `int64 [n, 4]`: where it begins in the payload and in the
+    canonical payload, its length, and 1 if it is stored, 0 if an earlier part has the same.
+
+    Args:
+        start: word at which the part begins in the payload.
+        num_words: words of the part.
+        words: runs of 64-bit words.
+        bytes: runs of bytes, for scales.
+        of_bytes: the words of the payload that consist of such runs: first word and number, for each tensor.
+    """
+
+    start: int
+    num_words: int
+    words: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+    of_bytes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class BlockRuns:
-    """The runs of 64-bit words of which the blocks of one group consist.
+    """The runs of which the blocks of one form consist.
 
     Args:
         payload_nbytes: bytes of the payload in the pool.
         nbytes: bytes of the canonical payload.
-        parts: for each part the word at which it begins in the payload, its words, and its runs, `int64 [n, 4]`: first
-            word in the payload, first word in the canonical payload, number of words, and 1 if these are the words that
-            are stored, 0 if an earlier part has the same. Together the runs of a part are the part.
+        parts: those of each part.
+        of_bytes: the words of the canonical payload that consist of runs of bytes.
         digests_at: the word in the payload at which the digests of several parts stand; None for one part.
     """
 
     payload_nbytes: int
     nbytes: int
-    parts: tuple[tuple[int, int, NDArray[np.int64]], ...]
+    parts: tuple[PartRuns, ...]
+    of_bytes: tuple[tuple[int, int], ...]
     digests_at: int | None
 
 
@@ -269,30 +293,54 @@ def runs_of(parts: Sequence[BlockShard], payload_nbytes: int) -> BlockRuns:
     end = payload_nbytes - (WORD_BYTES * len(parts) if len(parts) > 1 else 0)
     _refuse_misplaced(parts, end, payload_nbytes)
     tensors = {shard.name: shard for part in parts for shard in part.tensors}
-    names = sorted(tensors)
-    starts = list(accumulate((tensors[name].canonical_nbytes for name in names), initial=0))
-    start_of = dict(zip(names, starts, strict=False))
-    held: dict[str, set[int]] = {name: set() for name in names}
-    tables = []
+    starts = list(accumulate((tensors[name].canonical_nbytes for name in sorted(tensors)), initial=0))
+    start_of = dict(zip(sorted(tensors), starts, strict=False))
+    held: dict[str, set[int]] = {name: set() for name in tensors}
+    runs = []
     for part in parts:
-        table, offset = [np.empty((0, 4), dtype=np.int64)], part.offset
+        words, in_bytes, of_bytes, offset = [_NO_RUNS], [_NO_RUNS], list[tuple[int, int]](), part.offset
         for shard in part.tensors:
             if shard.geometry != tensors[shard.name].geometry:
                 raise LayoutError(f"tensor {shard.name!r} has one shape on one rank and another on the next")
-            table.append(_runs_of_shard(shard, offset, start_of[shard.name], held[shard.name]))
+            found = _runs_of_shard(shard, offset, start_of[shard.name], held[shard.name])
+            if shard.dtype == SCALES:
+                in_bytes.append(found)
+                of_bytes.append((offset // WORD_BYTES, shard.nbytes // WORD_BYTES))
+            else:
+                words.append(_in_words(shard, found))
             held[shard.name].update(_head_numbers(shard))
             offset += shard.nbytes
-        tables.append((part.offset // WORD_BYTES, part.nbytes // WORD_BYTES, np.concatenate(table)))
+        start, count = part.offset // WORD_BYTES, part.nbytes // WORD_BYTES
+        runs.append(PartRuns(start, count, np.concatenate(words), np.concatenate(in_bytes), tuple(of_bytes)))
     for name, heads in held.items():
         if len(heads) < tensors[name].heads.total:
             raise LayoutError(f"tensor {name!r}: no rank has some of its {tensors[name].heads.total} KV heads")
-    return BlockRuns(payload_nbytes, starts[-1], tuple(tables), end // WORD_BYTES if len(parts) > 1 else None)
+    scales = tuple(
+        (start_of[name] // WORD_BYTES, shard.canonical_nbytes // WORD_BYTES)
+        for name, shard in sorted(tensors.items())
+        if shard.dtype == SCALES
+    )
+    return BlockRuns(payload_nbytes, starts[-1], tuple(runs), scales, end // WORD_BYTES if len(parts) > 1 else None)
+
+
+_NO_RUNS: Final = np.empty((0, 4), dtype=np.int64)
+
+
+def _in_words(shard: TensorShard, runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Runs of words from runs of bytes."""
+    if (runs[:, :3] % WORD_BYTES).any():
+        raise LayoutError(
+            f"tensor {shard.name!r}: in memory only {runs[:, 2].max()} bytes of a KV head lie together, and "
+            f"{WORD_BYTES} or a multiple are needed to lay it out canonically: leave tier.canonical_layout out"
+        )
+    words: NDArray[np.int64] = runs // np.array([WORD_BYTES, WORD_BYTES, WORD_BYTES, 1])
+    return words
 
 
 def _refuse_misplaced(parts: Sequence[BlockShard], end: int, payload_nbytes: int) -> None:
     reached = 0
     for part in sorted((part for part in parts if part.tensors), key=lambda part: part.offset):
-        if part.offset < reached or part.offset % WORD_BYTES or part.nbytes % WORD_BYTES:
+        if part.offset < reached or part.offset % WORD_BYTES or any(t.nbytes % WORD_BYTES for t in part.tensors):
             raise LayoutError(f"a part of {part.nbytes} bytes at {part.offset} overlaps another, or is no whole words")
         names = [shard.name for shard in part.tensors]
         if len(set(names)) < len(names):
@@ -307,18 +355,13 @@ def _head_numbers(shard: TensorShard) -> range:
 
 
 def _runs_of_shard(shard: TensorShard, offset: int, canonical: int, held: set[int]) -> NDArray[np.int64]:
-    """Runs of one shard, `int64 [n, 4]`; `offset` and `canonical` are bytes at which it and its tensor begin."""
+    """Runs of bytes of one shard, `int64 [n, 4]`; `offset` and `canonical` are where it and its tensor begin."""
     strides = _canonical_strides(shard)
     run, outer = 1, list(shard.order)
     while (
         outer and (strides[outer[-1]] == run or shard.shape[outer[-1]] == 1) and not _is_divided(shard, outer[-1], held)
     ):
         run *= shard.shape[outer.pop()]
-    if run * shard.itemsize % WORD_BYTES:
-        raise LayoutError(
-            f"tensor {shard.name!r}: in memory only {run * shard.itemsize} bytes of a KV head lie together, and "
-            f"{WORD_BYTES} or a multiple are needed to lay it out canonically: leave tier.canonical_layout out"
-        )
     starts, is_first = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
     for axis in outer:
         steps = np.arange(shard.shape[axis], dtype=np.int64)
@@ -329,9 +372,9 @@ def _runs_of_shard(shard: TensorShard, offset: int, canonical: int, held: set[in
         is_first *= held.isdisjoint(_head_numbers(shard))
     head = shard.nbytes // shard.num_heads
     rows = np.empty((starts.size, 4), dtype=np.int64)
-    rows[:, 0] = (offset + np.arange(starts.size, dtype=np.int64) * run * shard.itemsize) // WORD_BYTES
-    rows[:, 1] = (canonical + shard.heads.first * head + starts * shard.itemsize) // WORD_BYTES
-    rows[:, 2] = run * shard.itemsize // WORD_BYTES
+    rows[:, 0] = offset + np.arange(starts.size, dtype=np.int64) * run * shard.itemsize
+    rows[:, 1] = canonical + shard.heads.first * head + starts * shard.itemsize
+    rows[:, 2] = run * shard.itemsize
     rows[:, 3] = is_first
     return rows
 

@@ -3,8 +3,8 @@
     write   payload in the pool ──re-laid──> scratch ──> tier
     read    tier ──> scratch ──re-laid──> payload in the pool
 
-On each way a block is checked twice, as the pool has it and as the tier has it. So what was damaged in either never gets
-a digest that fits.
+On each way a block is checked twice, as the pool has it and as the tier has it. So what was damaged in either never
+gets a digest that fits.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Encodings
+from kvortex.codecs import Encodings, Pages, packed_shards
 from kvortex.errors import EngineStateError, KVortexError, LayoutError
 from kvortex.groups import GroupSet, KVKind
 from kvortex.kernels.relayout import digests_behind_parts, from_canonical, to_canonical, warm_up
-from kvortex.layout.canonical import BlockRuns, CanonicalCache, runs_of
+from kvortex.layout.canonical import BlockRuns, CanonicalCache, TensorShard, runs_of
 from kvortex.tiering.chain_parts import unread
 from kvortex.tiering.scratch import MIN_BUFFERS, Scratch
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, StoredBlock, Tier, TierStats, WriteOutcome, WriteRequest
 from kvortex.tiers.base import as_bytes, check_keys, check_reads, check_writes
 from kvortex.tiers.counters import TierCounters
 from kvortex.tiers.payload import payload_digest
-from kvortex.types import MissReason, SaveOutcome, form_of
+from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,17 @@ class CanonicalBlock:
 
     Args:
         runs: of which they consist.
+        raw_nbytes: bytes of a canonical payload of the same group that is not packed; None if these are such blocks.
     """
 
-    def __init__(self, runs: BlockRuns) -> None:
+    def __init__(self, runs: BlockRuns, raw_nbytes: int | None = None) -> None:
         self._runs = runs
         self.payload_nbytes = runs.payload_nbytes
         """Bytes of the payload in the pool."""
-        self.nbytes = self.raw_nbytes = runs.nbytes
-        """Bytes of the canonical payload, as it is stored and decoded."""
+        self.nbytes = runs.nbytes
+        """Bytes of the canonical payload."""
+        self.raw_nbytes = runs.nbytes if raw_nbytes is None else raw_nbytes
+        """Bytes of it when it is decoded."""
 
     def down(self, payload: NDArray[np.uint8], canonical: NDArray[np.uint8], digest: int) -> int | str:
         """Lay a block out canonically.
@@ -94,15 +97,8 @@ class CanonicalBlock:
         return int(relaid.parts[0]) if self._runs.digests_at is None else payload_digest(payload)
 
 
-def why_not_canonical(groups: GroupSet, *, packs: bool) -> str:
-    """Why the blocks of these groups have no canonical layout, and what to do; empty if they can have one.
-
-    Args:
-        groups: the groups of a cache.
-        packs: whether blocks of some of them are packed.
-    """
-    if packs:
-        return "its blocks are packed: set codec to 'raw', or leave tier.canonical_layout out"
+def why_not_canonical(groups: GroupSet) -> str:
+    """Why the blocks of these groups have no canonical layout, and what to do; empty if they can have one."""
     if states := [group.name for group in groups.groups if group.kind is KVKind.STATE]:
         return (
             f"group {states[0]!r} has states, which ranks do not divide by KV heads: leave tier.canonical_layout out "
@@ -111,26 +107,43 @@ def why_not_canonical(groups: GroupSet, *, packs: bool) -> str:
     return ""
 
 
+def shards_by_form(pages: Pages, shards: tuple[TensorShard, ...]) -> tuple[tuple[TensorShard, ...], ...]:
+    """The shards of the raw and of the packed blocks of one group; none of these if they are not packed.
+
+    Args:
+        pages: the blocks of the group.
+        shards: those of raw blocks.
+
+    Raises:
+        LayoutError: packed blocks have no canonical layout.
+    """
+    return shards, packed_shards(pages.layout, shards, pages.packing) if pages.packing else ()
+
+
 def canonical_blocks(cache: CanonicalCache, encodings: Encodings, num_parts: int) -> list[CanonicalBlock | None]:
     """What re-lays the blocks of a cache, by their forms.
 
     Args:
         cache: how blocks become canonical.
-        encodings: how they are encoded in the pool; no group packs.
+        encodings: how they are encoded in the pool.
         num_parts: how many parts a block has.
 
     Raises:
         LayoutError: the parts of a block are not those of its payload.
     """
-    counts = {len(parts) for parts in cache.parts}
-    if (len(cache.parts), counts, encodings.pack_any) != (len(encodings.packs), {num_parts}, False):
+    there = [form % 2 == 0 or encodings.packs[form // 2] for form in range(len(encodings.payloads))]
+    if [len(parts) for parts in cache.parts] != [num_parts * has_form for has_form in there]:
         raise LayoutError(
-            f"canonical layouts of {len(cache.parts)} groups of layers and {sorted(counts)} parts, for blocks of "
-            f"{len(encodings.packs)} groups and {num_parts} parts, {'packed' if encodings.pack_any else 'not packed'}"
+            f"canonical layouts of {[len(parts) for parts in cache.parts]} parts, for blocks of {num_parts} parts in "
+            f"{there.count(True)} of {len(there)} forms"
         )
     blocks: list[CanonicalBlock | None] = []
-    for group, parts in enumerate(cache.parts):
-        blocks += [CanonicalBlock(runs_of(parts, encodings.payloads[form_of(group, False)])), None]
+    for form, parts in enumerate(cache.parts):
+        if not parts:
+            blocks.append(None)
+            continue
+        raw = blocks[form - 1] if form % 2 else None
+        blocks.append(CanonicalBlock(runs_of(parts, encodings.payloads[form]), raw.nbytes if raw else None))
     return blocks
 
 

@@ -138,7 +138,7 @@ class OwnedHandshake:
         part, num_parts: number of its part of a block, and how many there are.
         writer: the name under which it writes to the pool.
         payloads, codecs: bytes of a payload and number of the codec of a whole block, by form.
-        canonical: for each group its part of a block, from which the canonical layout follows; or why there is none.
+        canonical: its part of a block by form, None for forms that there are not; or why there is no canonical layout.
         canonical_namespace: the namespace of canonical blocks; None if there is none.
     """
 
@@ -150,7 +150,7 @@ class OwnedHandshake:
     writer: str
     payloads: tuple[int, ...]
     codecs: tuple[int, ...]
-    canonical: tuple[BlockShard, ...] | str
+    canonical: tuple[BlockShard | None, ...] | str
     canonical_namespace: Namespace | None
 
 

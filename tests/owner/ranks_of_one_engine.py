@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvortex.codecs import PageEncodings
+from kvortex.codecs import PageEncodings, Pages
 from kvortex.hashing import Namespace, namespace_of_parts
 from kvortex.index import pack_keys
-from kvortex.kernels import HostKernels
+from kvortex.kernels import HostKernels, HostPackKernels
 from kvortex.kernels.digest import digests_of_rows
 from kvortex.layout import PagedCache
 from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, canonical_digest, shards_of
 from kvortex.owner import OwnerClient, RemoteControl, RemoteTiering
 from kvortex.planes.data import pages_of
+from kvortex.tiering.canonical import shards_by_form
 from kvortex.types import BlockHash, MissReason, SaveOutcome
 from kvortex.vllm.worker.parts import WORD_BYTES, BlockParts, PartSizes
 from tests.engine_support import BLOCK_SIZE
@@ -30,21 +32,22 @@ class RanksOfOneEngine:
         path: the owner's socket.
         tensors: those of each rank.
         heads_dim: the dimension that counts KV heads.
-        model: name of the model.
+        codec: name of the codec.
     """
 
     def __init__(
-        self, path: Path, tensors: Sequence[Mapping[str, torch.Tensor]], heads_dim: int, model: str = "a"
+        self, path: Path, tensors: Sequence[Mapping[str, torch.Tensor]], heads_dim: int, codec: str = "raw"
     ) -> None:
         self._client = OwnerClient(path, DEADLINE_S)
         self._bytes = np.frombuffer(self._client.memory.map(0, self._client.pool_bytes), np.uint8)
         self._tensors = tensors
         caches = [PagedCache.from_tensors(of_rank, BLOCK_SIZE) for of_rank in tensors]
-        pages = [pages_of(cache, "raw") for cache in caches]
+        pages = [pages_of(cache, codec) for cache in caches]
         sizes = [PartSizes.of_groups(PageEncodings(p), [p[0].sizes], [0], 1) for p in pages]
         count, groups = len(tensors), caches[0].groups
         self._parts = [BlockParts(sizes, own) for own in range(count)]
-        self._kernels = [HostKernels(cache.layouts[0], self._bytes) for cache in caches]
+        self._form = int(codec != "raw")
+        self._kernels = [kernels_of(of_rank[0], self._bytes) for of_rank in pages]
         namespaces, of_ranks = [], []
         for rank, (of_rank, cache) in enumerate(zip(tensors, caches, strict=True)):
             heads = {
@@ -52,11 +55,24 @@ class RanksOfOneEngine:
                 for name, tensor in of_rank.items()
             }
             shards = shards_of(cache.layouts[0], {name: tensor.shape for name, tensor in of_rank.items()}, heads)
-            of_ranks.append(BlockShard(self._parts[rank].offset(0), shards))
-            namespaces.append(
-                Namespace(model, "1", "/".join(cache.dtypes), cache.digest, BLOCK_SIZE, tp_rank=rank, tp_size=count)
+            by_form = shards_by_form(pages[rank][0], shards)
+            of_ranks.append(
+                [BlockShard(self._parts[rank].offset(form), of_form) for form, of_form in enumerate(by_form)]
             )
-        in_tier = namespaces[0].canonical(canonical_digest(groups, [of_ranks[0].tensors]))
+            namespaces.append(
+                Namespace(
+                    "a",
+                    "1",
+                    "/".join(cache.dtypes),
+                    cache.digest,
+                    BLOCK_SIZE,
+                    tp_rank=rank,
+                    tp_size=count,
+                    codec="raw" if codec == "raw" else f"{codec} within 0.05",
+                )
+            )
+        in_tier = namespaces[0].canonical(canonical_digest(groups, [of_ranks[0][0].tensors]))
+        parts = tuple(tuple(of_form) if of_form[0].tensors else () for of_form in zip(*of_ranks, strict=True))
         self.control = RemoteControl(
             self._client,
             namespace_of_parts(namespaces),
@@ -64,7 +80,7 @@ class RanksOfOneEngine:
             self._parts[0].encodings,
             groups,
             num_parts=count,
-            canonical=CanonicalCache(in_tier.digest, (tuple(of_ranks),)),
+            canonical=CanonicalCache(in_tier.digest, parts),
         )
         self.tiering = RemoteTiering(self.control)
 
@@ -82,8 +98,10 @@ class RanksOfOneEngine:
         transfer, words = plan.transfer, self._bytes.view(np.uint64)
         for parts, kernels in zip(self._parts, self._kernels, strict=True):
             digests = kernels.gather(transfer.block_ids, parts.place(transfer).offsets)
+            digests = digests[0] if isinstance(digests, tuple) else digests
             parts.write_digests(words, transfer, digests)
-        tails = (transfer.offsets + self._parts[0].encodings.payloads[0]) // WORD_BYTES - len(self._parts)
+        payload = self._parts[0].encodings.payloads[self._form]
+        tails = (transfer.offsets + payload) // WORD_BYTES - len(self._parts)
         rows = words[tails[:, None] + np.arange(len(self._parts))]
         outcomes = self.control.finish_save(plan, digests_of_rows(rows))
         await self.tiering.flush()
@@ -99,6 +117,13 @@ class RanksOfOneEngine:
             digests = kernels.scatter(transfer.block_ids, parts.place(transfer).offsets)
             intact &= parts.are_intact(self._bytes.view(np.uint64), transfer, plan.pins.digests, digests)
         return list(self.control.finish_load(plan, intact))
+
+
+def kernels_of(pages: Pages, pool: NDArray[np.uint8]) -> HostKernels | HostPackKernels:
+    """What moves the blocks of a rank in the form in which they are usually stored."""
+    if pages.packing is None:
+        return HostKernels(pages.layout, pool)
+    return HostPackKernels(pages.layout, pages.packing, pool)
 
 
 def shards(cache: Mapping[str, torch.Tensor], size: int, heads_dim: int) -> list[dict[str, torch.Tensor]]:

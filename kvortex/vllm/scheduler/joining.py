@@ -82,12 +82,13 @@ def canonical_of(members: Sequence[OwnedHandshake]) -> CanonicalCache | str:
     Args:
         members: one for each part of a block, in the order of the parts.
     """
-    of_groups, namespaces = [], []
+    of_members, namespaces = [], []
     for member in members:
         if isinstance(member.canonical, str) or member.canonical_namespace is None:
             return str(member.canonical)
-        of_groups.append(member.canonical)
+        of_members.append(member.canonical)
         namespaces.append(member.canonical_namespace)
     # The ranks of a pipeline stage have one namespace.
     in_tier = namespace_of_parts(list(dict.fromkeys(namespaces)))
-    return CanonicalCache(in_tier, tuple(zip(*of_groups, strict=True)))
+    parts = (tuple(part for part in of_form if part is not None) for of_form in zip(*of_members, strict=True))
+    return CanonicalCache(in_tier, tuple(parts))

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from vllm.v1.kv_cache_interface import MLAAttentionSpec, UniformTypeKVCacheSpecs
 
+from kvortex.codecs import Pages
 from kvortex.errors import LayoutError
 from kvortex.layout import PagedCache
-from kvortex.layout.canonical import BlockShard, Heads, canonical_digest, shards_of
-from kvortex.tiering.canonical import why_not_canonical
+from kvortex.layout.canonical import BlockShard, Heads, TensorShard, canonical_digest, shards_of
+from kvortex.tiering.canonical import shards_by_form, why_not_canonical
 from kvortex.types import form_of
 from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.versions import heads_dim
@@ -18,6 +19,7 @@ from kvortex.vllm.worker.parts import BlockParts
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+_WAY_OUT: Final = "leave tier.canonical_layout out for this model"
 _SCALES_OF_TENSORS: Final = 1
 """The last of vLLM's modes of quantisation whose elements lie in a tensor as those of a model's own dtype do."""
 
@@ -34,11 +36,11 @@ class Canonical(NamedTuple):
 
     Attributes:
         layout: digest of the canonical layout, the same on all ranks of a pipeline stage.
-        parts: for each group the rank's part of a block.
+        parts: for each form the rank's part of a block; None for a form that there is not.
     """
 
     layout: bytes
-    parts: tuple[BlockShard, ...]
+    parts: tuple[BlockShard | None, ...]
 
 
 def canonical_of(
@@ -49,7 +51,7 @@ def canonical_of(
     here: Sequence[int],
     ranks: Ranks,
     parts: BlockParts,
-    packs: bool,
+    pages: Sequence[Pages],
 ) -> Canonical | str:
     """The canonical layout of what this rank has registered, or why there is none.
 
@@ -61,21 +63,24 @@ def canonical_of(
         here: the number of each of these groups.
         ranks: which of the ranks of its stage this one is.
         parts: where its part of a block is.
-        packs: whether blocks are packed.
+        pages: how the blocks of the groups that are here are packed.
     """
-    if why := why_not_canonical(groups.set, packs=packs):
+    if why := why_not_canonical(groups.set):
         return why
     try:
-        shards = {}
-        for number, layout in zip(here, cache.layouts, strict=True):
+        shards, by_form = dict[int, tuple[TensorShard, ...]](), dict[int, tuple[TensorShard, ...]]()
+        for number, layout, of_group in zip(here, cache.layouts, pages, strict=True):
             specs = _specs_of(groups.of_vllm[number].kv_cache_spec, [fmt.name for fmt in layout.formats])
             heads = {name: _heads_of(vllm_config, name, spec, tensors[name], ranks) for name, spec in specs.items()}
             shards[number] = shards_of(layout, {name: tensors[name].shape for name in specs}, heads)
+            raw, packed = shards_by_form(of_group, shards[number])
+            by_form |= {form_of(number, False): raw, form_of(number, True): packed}
     except LayoutError as error:
-        return f"{error}: leave tier.canonical_layout out for this model"
-    count = len(groups.set)
-    of_groups = [BlockShard(parts.offset(form_of(n, False)), shards.get(n, ())) for n in range(count)]
-    return Canonical(canonical_digest(groups.set, [part.tensors for part in of_groups]), tuple(of_groups))
+        return str(error)
+    layout_digest = canonical_digest(groups.set, [shards.get(number, ()) for number in range(len(groups.set))])
+    forms = [form for form in range(2 * len(groups.set)) if form % 2 == 0 or parts.encodings.packs[form // 2]]
+    of_forms = {form: BlockShard(parts.offset(form), by_form.get(form, ())) for form in forms}
+    return Canonical(layout_digest, tuple(of_forms.get(form) for form in range(2 * len(groups.set))))
 
 
 def _specs_of(spec: Any, layers: Sequence[str]) -> dict[str, Any]:
@@ -93,15 +98,18 @@ def _heads_of(vllm_config: "VllmConfig", name: str, spec: Any, tensor: torch.Ten
         return Heads()
     count = int(spec.num_kv_heads)
     if int(getattr(spec, "kv_quant_mode", 0)) > _SCALES_OF_TENSORS:
-        raise LayoutError(f"layer {name!r} has pages of quantised KV, whose bytes are not told by KV heads")
+        raise LayoutError(f"layer {name!r} has pages of quantised KV, whose bytes are not told by KV heads: {_WAY_OUT}")
     axis = heads_dim(vllm_config.compilation_config.static_forward_context.get(name), spec)
     if axis is None or axis >= tensor.dim() or tensor.shape[axis] != count:
         raise LayoutError(
-            f"layer {name!r} has a cache of shape {tuple(tensor.shape)}, in which {count} KV heads are not found"
+            f"layer {name!r} has a cache of shape {tuple(tensor.shape)}, in which {count} KV heads are not found: "
+            f"{_WAY_OUT}"
         )
     shards = _num_shards(vllm_config, spec, count, ranks)
     if ranks.size % shards:
-        raise LayoutError(f"layer {name!r}: {shards} shards of its KV heads are not those of {ranks.size} ranks")
+        raise LayoutError(
+            f"layer {name!r}: {shards} shards of its KV heads are not those of {ranks.size} ranks: {_WAY_OUT}"
+        )
     return Heads(axis, ranks.rank // (ranks.size // shards) * count, shards * count)
 
 

@@ -172,7 +172,7 @@ class WorkerHalf:
         tensors, cache, here = self._caches
         assert self._namespace is not None
         ranks = Ranks(share.shard, share.num_shards)
-        canonical = canonical_of(self._vllm_config, self._groups, cache, tensors, here, ranks, share.parts, data.packs)
+        canonical = canonical_of(self._vllm_config, self._groups, cache, tensors, here, ranks, share.parts, data.pages)
         if isinstance(canonical, str) and self._options.engine.tier.canonical_layout:
             raise ConfigError(f"blocks have no canonical layout: {canonical}")
         return canonical
