@@ -186,7 +186,7 @@ def test_other_descriptions_are_refused(plain: object) -> None:
         CanonicalCache.from_plain(plain)
 
 
-HALF, REST = (replace(SHARD, shape=(16, 2, 64), heads=Heads(1, first, 4)) for first in (0, 2))
+HALF, MIDDLE, REST = (replace(SHARD, shape=(16, 2, 64), heads=Heads(1, first, 4)) for first in (0, 1, 2))
 NBYTES = HALF.nbytes
 
 
@@ -199,11 +199,23 @@ NBYTES = HALF.nbytes
         ([BlockShard(0, (HALF,)), BlockShard(NBYTES + 4, (REST,))], 2 * NBYTES + 24),
         ([BlockShard(0, (HALF,)), BlockShard(NBYTES, (HALF,))], 2 * NBYTES + 16),
         ([BlockShard(0, (HALF,)), BlockShard(NBYTES, (replace(REST, dtype="float16"),))], 2 * NBYTES + 16),
+        ([BlockShard(0, (HALF,)), BlockShard(NBYTES, (MIDDLE,)), BlockShard(2 * NBYTES, (REST,))], 3 * NBYTES + 24),
         ([BlockShard(0, (SHARD, SHARD))], 2 * SHARD.nbytes),
         ([BlockShard(0, (SHARD,))], SHARD.nbytes - 8),
         ([BlockShard(0, ())], 64),
     ],
-    ids=["overlap", "no room", "before", "no words", "head missing", "dtypes", "twice", "too long", "nothing"],
+    ids=[
+        "overlap",
+        "no room",
+        "before",
+        "no words",
+        "head missing",
+        "dtypes",
+        "half held",
+        "twice",
+        "too long",
+        "nothing",
+    ],
 )
 def test_parts_that_are_none_are_refused(parts: list[BlockShard], nbytes: int) -> None:
     with pytest.raises(LayoutError):

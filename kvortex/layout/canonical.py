@@ -356,33 +356,22 @@ def _head_numbers(shard: TensorShard) -> range:
 
 def _runs_of_shard(shard: TensorShard, offset: int, canonical: int, held: set[int]) -> NDArray[np.int64]:
     """Runs of bytes of one shard, `int64 [n, 4]`; `offset` and `canonical` are where it and its tensor begin."""
+    heads = set(_head_numbers(shard))
+    if not held.isdisjoint(heads) and not held >= heads:
+        raise LayoutError(f"tensor {shard.name!r}: a rank has some of the KV heads of another, and others beside")
     strides = _canonical_strides(shard)
     run, outer = 1, list(shard.order)
-    while (
-        outer and (strides[outer[-1]] == run or shard.shape[outer[-1]] == 1) and not _is_divided(shard, outer[-1], held)
-    ):
+    while outer and (strides[outer[-1]] == run or shard.shape[outer[-1]] == 1):
         run *= shard.shape[outer.pop()]
-    starts, is_first = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    starts = np.zeros(1, dtype=np.int64)
     for axis in outer:
-        steps = np.arange(shard.shape[axis], dtype=np.int64)
-        starts = np.add.outer(starts, steps * strides[axis]).ravel()
-        new = np.array([number not in held for number in _head_numbers(shard)], dtype=np.int64)
-        is_first = np.multiply.outer(is_first, new if axis == shard.heads.axis else np.ones_like(steps)).ravel()
-    if shard.heads.axis not in outer:  # all of its heads are new, or none is
-        is_first *= held.isdisjoint(_head_numbers(shard))
-    head = shard.nbytes // shard.num_heads
+        starts = np.add.outer(starts, np.arange(shard.shape[axis], dtype=np.int64) * strides[axis]).ravel()
     rows = np.empty((starts.size, 4), dtype=np.int64)
     rows[:, 0] = offset + np.arange(starts.size, dtype=np.int64) * run * shard.itemsize
-    rows[:, 1] = canonical + shard.heads.first * head + starts * shard.itemsize
+    rows[:, 1] = canonical + shard.heads.first * (shard.nbytes // shard.num_heads) + starts * shard.itemsize
     rows[:, 2] = run * shard.itemsize
-    rows[:, 3] = is_first
+    rows[:, 3] = held.isdisjoint(heads)
     return rows
-
-
-def _is_divided(shard: TensorShard, axis: int, held: set[int]) -> bool:
-    """True for the axis of heads of which some are held by an earlier part and some are not."""
-    heads = set(_head_numbers(shard))
-    return axis == shard.heads.axis and not (held >= heads or held.isdisjoint(heads))
 
 
 def _canonical_strides(shard: TensorShard) -> dict[int, int]:

@@ -56,9 +56,8 @@ class RanksOfOneEngine:
             }
             shards = shards_of(cache.layouts[0], {name: tensor.shape for name, tensor in of_rank.items()}, heads)
             by_form = shards_by_form(pages[rank][0], shards)
-            of_ranks.append(
-                [BlockShard(self._parts[rank].offset(form), of_form) for form, of_form in enumerate(by_form)]
-            )
+            offset = self._parts[rank].offset
+            of_ranks.append([BlockShard(offset(form), of_form) for form, of_form in enumerate(by_form)])
             namespaces.append(
                 Namespace(
                     "a",

@@ -89,11 +89,14 @@ def test_one_rank_and_two_find_what_the_other_has_written(
         assert engine.loaded_blocks == PROMPT_BLOCKS // BLOCK_SIZE
 
 
-def test_what_has_no_canonical_layout_stops_the_engine_at_the_start(tmp_path: Path, model: str) -> None:
-    options = {**over(tmp_path / "disk"), "codec": "fp8"}
+def test_what_has_no_canonical_layout_stops_the_engine_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiny_model.HEAD_DIM", 32)
+    model, options = make_tiny_model(tmp_path / "model", "qwen3"), {**over(tmp_path / "disk"), "codec": "fp8"}
     with (
-        pytest.raises(ConfigError, match="no canonical layout: .* set codec to 'raw'"),
-        running(model, options=options),
+        pytest.raises(ConfigError, match=r"no canonical layout: .*128: set codec to 'raw'"),
+        running(str(model), options=options),
     ):
         pass
 
