@@ -1,7 +1,7 @@
 """The shards of packed payloads, for their canonical layout: codes lie as the elements do, and so do scales.
 
 A scale belongs to a group of consecutive elements of a segment. Blocks have a canonical layout if each group lies in
-one row of the last dimension, and so in one KV head, and if the scales of each segment are whole words. Then these are a
+one row of the last dimension, so in one KV head, and if the scales of each segment are whole words. Then these are a
 tensor whose last dimension is shorter by the size of a group.
 """
 

@@ -246,18 +246,14 @@ class PartRuns:
     canonical payload, its length, and 1 if it is stored, 0 if an earlier part has the same.
 
     Args:
-        start: word at which the part begins in the payload.
-        num_words: words of the part.
+        place: the bytes of the payload that are the part.
         words: runs of 64-bit words.
         bytes: runs of bytes, for scales.
-        of_bytes: the words of the payload that consist of such runs: first word and number, for each tensor.
     """
 
-    start: int
-    num_words: int
+    place: slice
     words: NDArray[np.int64]
     bytes: NDArray[np.int64]
-    of_bytes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -268,15 +264,13 @@ class BlockRuns:
         payload_nbytes: bytes of the payload in the pool.
         nbytes: bytes of the canonical payload.
         parts: those of each part.
-        of_bytes: the words of the canonical payload that consist of runs of bytes.
-        digests_at: the word in the payload at which the digests of several parts stand; None for one part.
+        digests: the bytes of the payload that are the digests of several parts; None for one part.
     """
 
     payload_nbytes: int
     nbytes: int
     parts: tuple[PartRuns, ...]
-    of_bytes: tuple[tuple[int, int], ...]
-    digests_at: int | None
+    digests: slice | None
 
 
 def runs_of(parts: Sequence[BlockShard], payload_nbytes: int) -> BlockRuns:
@@ -298,29 +292,22 @@ def runs_of(parts: Sequence[BlockShard], payload_nbytes: int) -> BlockRuns:
     held: dict[str, set[int]] = {name: set() for name in tensors}
     runs = []
     for part in parts:
-        words, in_bytes, of_bytes, offset = [_NO_RUNS], [_NO_RUNS], list[tuple[int, int]](), part.offset
+        words, in_bytes, offset = [_NO_RUNS], [_NO_RUNS], part.offset
         for shard in part.tensors:
             if shard.geometry != tensors[shard.name].geometry:
                 raise LayoutError(f"tensor {shard.name!r} has one shape on one rank and another on the next")
             found = _runs_of_shard(shard, offset, start_of[shard.name], held[shard.name])
             if shard.dtype == SCALES:
                 in_bytes.append(found)
-                of_bytes.append((offset // WORD_BYTES, shard.nbytes // WORD_BYTES))
             else:
                 words.append(_in_words(shard, found))
             held[shard.name].update(_head_numbers(shard))
             offset += shard.nbytes
-        start, count = part.offset // WORD_BYTES, part.nbytes // WORD_BYTES
-        runs.append(PartRuns(start, count, np.concatenate(words), np.concatenate(in_bytes), tuple(of_bytes)))
+        runs.append(PartRuns(slice(part.offset, offset), np.concatenate(words), np.concatenate(in_bytes)))
     for name, heads in held.items():
         if len(heads) < tensors[name].heads.total:
             raise LayoutError(f"tensor {name!r}: no rank has some of its {tensors[name].heads.total} KV heads")
-    scales = tuple(
-        (start_of[name] // WORD_BYTES, shard.canonical_nbytes // WORD_BYTES)
-        for name, shard in sorted(tensors.items())
-        if shard.dtype == SCALES
-    )
-    return BlockRuns(payload_nbytes, starts[-1], tuple(runs), scales, end // WORD_BYTES if len(parts) > 1 else None)
+    return BlockRuns(payload_nbytes, starts[-1], tuple(runs), slice(end, payload_nbytes) if len(parts) > 1 else None)
 
 
 _NO_RUNS: Final = np.empty((0, 4), dtype=np.int64)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kvortex.codecs import Encodings, Pages, packed_shards
 from kvortex.errors import EngineStateError, KVortexError, LayoutError
 from kvortex.groups import GroupSet, KVKind
-from kvortex.kernels.relayout import digests_behind_parts, from_canonical, to_canonical, warm_up
+from kvortex.kernels.relayout import from_canonical, to_canonical, warm_up
 from kvortex.layout.canonical import BlockRuns, CanonicalCache, TensorShard, runs_of
 from kvortex.tiering.chain_parts import unread
 from kvortex.tiering.scratch import MIN_BUFFERS, Scratch
@@ -74,11 +74,13 @@ class CanonicalBlock:
         Returns:
             The digest of the canonical payload, or why the block must not be stored.
         """
-        relaid, of_parts = to_canonical(self._runs, payload, canonical), digests_behind_parts(self._runs, payload)
-        expected = np.array([digest], dtype=np.uint64) if of_parts is None else of_parts
-        if (relaid.parts != expected).any():
+        agrees = to_canonical(self._runs, payload, canonical)
+        behind = self._runs.digests
+        expected = [digest] if behind is None else payload[behind].view(np.uint64).tolist()
+        # Checked after it was read: so nothing that is damaged meanwhile passes.
+        if self._digests(payload) != expected:
             return "the block is damaged in the pool"
-        return relaid.canonical if relaid.agrees else "ranks that should hold the same KV do not"
+        return payload_digest(canonical) if agrees else "ranks that should hold the same KV do not"
 
     def up(self, canonical: NDArray[np.uint8], payload: NDArray[np.uint8], digest: int) -> int | None:
         """Lay a canonical payload out as the pool has it.
@@ -91,10 +93,17 @@ class CanonicalBlock:
         Returns:
             The digest of the payload; None if the canonical payload is damaged.
         """
-        relaid = from_canonical(self._runs, payload, canonical)
-        if relaid.canonical != digest:
+        from_canonical(self._runs, payload, canonical)
+        if payload_digest(canonical) != digest:
             return None
-        return int(relaid.parts[0]) if self._runs.digests_at is None else payload_digest(payload)
+        digests = self._digests(payload)
+        if self._runs.digests is None:
+            return digests[0]
+        payload[self._runs.digests].view(np.uint64)[:] = digests
+        return payload_digest(payload)
+
+    def _digests(self, payload: NDArray[np.uint8]) -> list[int]:
+        return [payload_digest(payload[part.place]) for part in self._runs.parts]
 
 
 def why_not_canonical(groups: GroupSet) -> str:
