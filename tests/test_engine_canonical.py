@@ -1,6 +1,7 @@
 """Engines with all KV heads and the ranks of another one over the same store: each finds what the other has saved."""
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvortex.groups import KVGroup
 from kvortex.tiering import tier_of
 from kvortex.types import SaveOutcome
 from tests.engine_support import BLOCK_SIZE, Parts, chain, contents, small_config, wipe
-from tests.owner.owner_support import local_owner
+from tests.owner.owner_support import local_owner, read_line, spawn
 from tests.owner.ranks_of_one_engine import RanksOfOneEngine, shards, together
 from tests.tiers.redis_support import RedisServer
 
@@ -369,5 +370,21 @@ async def test_clients_of_one_owner_may_say_more_and_less_of_a_cache(disk: Store
             wipe(cache, LOADED)
             assert await load(first) == [None] * COUNT
             assert contents(cache, LOADED) == contents(cache, SAVED)
+    async with engine_over(disk, make_cache(seed=1)) as engine:
+        assert await load(engine) == [None] * COUNT
+
+
+async def test_the_command_that_holds_a_pool_takes_the_option(disk: Store, tmp_path: Path) -> None:
+    options = ["--pool", "16MiB", "--disk", str(tmp_path / "disk"), "--canonical-layout", "--json"]
+    cache, path = make_cache(), tmp_path / "kv.sock"
+    process = spawn(["-m", "kvortex", "serve", "--socket", str(path), *options])
+    try:
+        assert json.loads(read_line(process))["socket"] == str(path)
+        async with KVortexEngine.create(small_config(identity=MODEL, owner=str(path))) as engine:
+            engine.register_kv_caches(cache, BLOCK_SIZE, heads_dim=HEADS_DIM)
+            await save(engine)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
     async with engine_over(disk, make_cache(seed=1)) as engine:
         assert await load(engine) == [None] * COUNT

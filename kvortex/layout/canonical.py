@@ -307,6 +307,8 @@ def runs_of(parts: Sequence[BlockShard], payload_nbytes: int) -> BlockRuns:
     for name, heads in held.items():
         if len(heads) < tensors[name].heads.total:
             raise LayoutError(f"tensor {name!r}: no rank has some of its {tensors[name].heads.total} KV heads")
+    if starts[-1] % WORD_BYTES:
+        raise LayoutError(f"a canonical payload of {starts[-1]} bytes is no whole words")
     return BlockRuns(payload_nbytes, starts[-1], tuple(runs), slice(end, payload_nbytes) if len(parts) > 1 else None)
 
 
@@ -327,8 +329,8 @@ def _in_words(shard: TensorShard, runs: NDArray[np.int64]) -> NDArray[np.int64]:
 def _refuse_misplaced(parts: Sequence[BlockShard], end: int, payload_nbytes: int) -> None:
     reached = 0
     for part in sorted((part for part in parts if part.tensors), key=lambda part: part.offset):
-        if part.offset < reached or part.offset % WORD_BYTES or any(t.nbytes % WORD_BYTES for t in part.tensors):
-            raise LayoutError(f"a part of {part.nbytes} bytes at {part.offset} overlaps another, or is no whole words")
+        if part.offset < reached:
+            raise LayoutError(f"a part of {part.nbytes} bytes at {part.offset} overlaps another")
         names = [shard.name for shard in part.tensors]
         if len(set(names)) < len(names):
             raise LayoutError("a part has two tensors of one name")

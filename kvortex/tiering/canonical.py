@@ -233,8 +233,7 @@ class CanonicalTier(Tier):
             if self._is_closed:
                 raise EngineStateError(f"the {self.name} tier was closed; make a new one")
             if not self._is_open:
-                await asyncio.to_thread(warm_up)
-                await self.inner.open()
+                await asyncio.gather(self.inner.open(), asyncio.to_thread(warm_up))
                 self._is_open = True
 
     async def aclose(self) -> None:

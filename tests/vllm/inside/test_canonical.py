@@ -1,7 +1,7 @@
 """Engines of one and of two ranks over one lower tier: each finds what the other has written."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_support import BLOCK_SIZE, running, settle_disk
+from owner_support import serving
 from ranks_support import PROMPT_BLOCKS, run_program
 from tiny_model import make_tiny_model
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -24,9 +25,12 @@ from vllm.v1.kv_cache_interface import (
 
 from kvortex.codecs import PageEncodings
 from kvortex.errors import ConfigError
-from kvortex.layout.canonical import TensorShard
+from kvortex.hashing import Namespace
+from kvortex.layout.canonical import BlockShard, CanonicalCache, TensorShard, runs_of
 from kvortex.planes.data import pages_of
 from kvortex.vllm.model import ServedGroups
+from kvortex.vllm.plans import OwnedHandshake
+from kvortex.vllm.scheduler.joining import canonical_of as joined
 from kvortex.vllm.versions import IS_NEWER, heads_dim
 from kvortex.vllm.worker.caches import register
 from kvortex.vllm.worker.canonical import Canonical, Ranks, canonical_of
@@ -64,6 +68,10 @@ if __name__ == "__main__":
 """
 
 
+PATIENT = {"pending_wait_s": 60.0}
+"""The first request may come before the tier is open."""
+
+
 def over(directory: Path, **tier: Any) -> dict[str, Any]:
     return {"disk": str(directory), "tier": {"canonical_layout": True, **tier}}
 
@@ -75,7 +83,7 @@ def test_one_rank_and_two_find_what_the_other_has_written(
 ) -> None:
     """With a single KV head both ranks have it, and it is stored once."""
     monkeypatch.setattr("tiny_model.NUM_KV_HEADS", num_heads)
-    model, options = make_tiny_model(tmp_path / "model", "qwen3"), over(tmp_path / "disk")
+    model, options = make_tiny_model(tmp_path / "model", "qwen3"), {**over(tmp_path / "disk"), **PATIENT}
     with running(str(model), connector=False) as engine:
         expected = engine.generate([FIRST]) + engine.generate([SECOND])
     with running(str(model), options=options) as engine:
@@ -84,7 +92,11 @@ def test_one_rank_and_two_find_what_the_other_has_written(
     two_ranks = run_program(tmp_path, model, PROGRAM, extra=options)
     assert two_ranks["cached"][:2] == [PROMPT_BLOCKS, 0]
     assert two_ranks["answers"][:2] == expected
-    with running(str(model), options=options) as engine:
+    # The owner of the machine knows which layout its tiers keep.
+    with (
+        serving(tmp_path / "kv.sock", **over(tmp_path / "disk")) as owner,
+        running(str(model), options={"owner": str(owner.path), **PATIENT}) as engine,
+    ):
         assert engine.generate([SECOND]) == expected[1:]
         assert engine.loaded_blocks == PROMPT_BLOCKS // BLOCK_SIZE
 
@@ -232,6 +244,44 @@ def test_what_cannot_be_described_says_why() -> None:
     if "kv_quant_mode" in {field.name for field in fields(FullAttentionSpec)}:
         quantised = spec(kv_quant_mode=2, dtype=torch.int8)
         assert "has pages of quantised KV" in str(canonical([("layer", quantised)]))
+
+
+def member(stage: int, stages: int, rank: int, ranks: int) -> OwnedHandshake:
+    """What a worker says: a stage has one layer of its own."""
+    found = canonical([(f"layer{stage}", spec(heads=4 // ranks))], Ranks(rank, ranks), 4)
+    assert isinstance(found, Canonical)
+    part = stage * ranks + rank
+    raw = found.parts[0]
+    assert raw is not None
+    identity = {"tp_rank": rank, "tp_size": ranks, "pp_rank": stage, "pp_size": stages}
+    namespace = Namespace("a", "1", "float32", b"layout", TOKENS, **identity)
+    placed = (BlockShard(part * raw.nbytes, raw.tensors), None)
+    return OwnedHandshake(
+        "socket", "pool", namespace, part, stages * ranks, str(part), (), (), placed, namespace.canonical(found.layout)
+    )
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_stages_of_one_rank_and_of_two_share_a_namespace_and_an_order(stages: int) -> None:
+    found = []
+    for ranks in (1, 2):
+        members = [member(stage, stages, rank, ranks) for stage in range(stages) for rank in range(ranks)]
+        cache = joined(members)
+        assert isinstance(cache, CanonicalCache)
+        (parts, packed) = cache.parts
+        payload = sum(part.nbytes for part in parts)
+        runs = runs_of(parts, payload + (8 * len(parts) if len(parts) > 1 else 0))
+        found.append((cache.namespace, runs.nbytes, len(packed)))
+    assert found[0] == found[1]
+    other = joined([member(stage, 3 - stages, 0, 1) for stage in range(3 - stages)])
+    assert isinstance(other, CanonicalCache)
+    assert other.namespace != found[0][0]
+
+
+def test_one_rank_without_a_canonical_layout_says_why_for_all() -> None:
+    members = [member(0, 1, rank, 2) for rank in range(2)]
+    members[1] = replace(members[1], canonical="because", canonical_namespace=None)
+    assert joined(members) == "because"
 
 
 def test_states_have_no_canonical_layout() -> None:
