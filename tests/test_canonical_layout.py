@@ -12,7 +12,15 @@ from kvortex.errors import LayoutError
 from kvortex.groups import GroupSet, KVGroup
 from kvortex.kernels.digest import digest_reference
 from kvortex.kernels.relayout import from_canonical, to_canonical
-from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, TensorShard, canonical_digest, runs_of
+from kvortex.layout.canonical import (
+    SCALES,
+    BlockShard,
+    CanonicalCache,
+    Heads,
+    TensorShard,
+    canonical_digest,
+    runs_of,
+)
 from kvortex.tiering.canonical import CanonicalBlock
 from tests.canonical_support import NUM_BLOCKS, Layer, RankedBlock
 
@@ -210,6 +218,7 @@ NBYTES = HALF.nbytes
         ([BlockShard(0, (SHARD, SHARD))], 2 * SHARD.nbytes),
         ([BlockShard(0, (SHARD,))], SHARD.nbytes - 8),
         ([BlockShard(0, ())], 64),
+        ([BlockShard(0, (SHARD, replace(SHARD, name="s", dtype=SCALES, itemsize=1, shape=(1, 4, 1))))], NBYTES * 2 + 8),
     ],
     ids=[
         "overlap",
@@ -222,6 +231,7 @@ NBYTES = HALF.nbytes
         "twice",
         "too long",
         "nothing",
+        "odd scales",
     ],
 )
 def test_parts_that_are_none_are_refused(parts: list[BlockShard], nbytes: int) -> None:
