@@ -23,7 +23,7 @@ from kvortex.config.config import EXTENT_ALIGNMENT_BYTES
 from kvortex.kernels.relayout import warm_up
 from kvortex.layout import KVLayout
 from kvortex.layout.canonical import BlockRuns, BlockShard, Heads, runs_of, shards_of
-from kvortex.tiering.canonical import CanonicalBlock, shards_by_form
+from kvortex.tiering.canonical_blocks import CanonicalBlock, shards_by_form
 from kvortex.tiers.payload import copy_payload, payload_digest
 
 BLOCKS_A_PASS = 16

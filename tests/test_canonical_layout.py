@@ -21,7 +21,7 @@ from kvortex.layout.canonical import (
     canonical_digest,
     runs_of,
 )
-from kvortex.tiering.canonical import CanonicalBlock
+from kvortex.tiering.canonical_blocks import CanonicalBlock
 from tests.canonical_support import NUM_BLOCKS, Layer, RankedBlock
 
 RANKS = (1, 2, 4, 8)

@@ -10,7 +10,8 @@ from kvortex.errors import ConfigError, LayoutError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
 from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, canonical_digest, shards_of
-from kvortex.tiering.canonical import CanonicalTier, canonical_blocks, shards_by_form, why_not_canonical
+from kvortex.tiering.canonical import CanonicalTier
+from kvortex.tiering.canonical_blocks import canonical_blocks, shards_by_form, why_not_canonical
 from kvortex.tiers import Tier
 
 

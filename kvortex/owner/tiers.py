@@ -18,7 +18,8 @@ from kvortex.planes.control import ControlPlane, OnEvicted
 from kvortex.planes.plans import FetchPlan, HeldBlocks
 from kvortex.stats import EngineStats
 from kvortex.tiering import BackingTier, TieredPool, Tiering, tier_of
-from kvortex.tiering.canonical import CanonicalBlock, CanonicalTier, canonical_blocks
+from kvortex.tiering.canonical import CanonicalTier
+from kvortex.tiering.canonical_blocks import CanonicalBlock, canonical_blocks
 from kvortex.tiers import Tier
 from kvortex.types import MissReason
 

@@ -19,17 +19,14 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.codecs import Encodings, Pages, packed_shards
-from kvortex.errors import EngineStateError, KVortexError, LayoutError
-from kvortex.groups import GroupSet, KVKind
-from kvortex.kernels.relayout import from_canonical, to_canonical, warm_up
-from kvortex.layout.canonical import BlockRuns, CanonicalCache, TensorShard, runs_of
+from kvortex.errors import EngineStateError, KVortexError
+from kvortex.kernels.relayout import warm_up
+from kvortex.tiering.canonical_blocks import CanonicalBlock
 from kvortex.tiering.chain_parts import unread
 from kvortex.tiering.scratch import MIN_BUFFERS, Scratch
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, StoredBlock, Tier, TierStats, WriteOutcome, WriteRequest
 from kvortex.tiers.base import as_bytes, check_keys, check_reads, check_writes
 from kvortex.tiers.counters import TierCounters
-from kvortex.tiers.payload import payload_digest
 from kvortex.types import MissReason, SaveOutcome
 
 logger = logging.getLogger(__name__)
@@ -44,116 +41,6 @@ CLOSE_TIMEOUT_S: Final = 5.0
 assert BATCH <= MIN_BUFFERS
 
 Result = TypeVar("Result")
-
-
-class CanonicalBlock:
-    """Re-lays the blocks of one form.
-
-    Args:
-        runs: of which they consist.
-        raw_nbytes: bytes of a canonical payload of the same group that is not packed; None if these are such blocks.
-    """
-
-    def __init__(self, runs: BlockRuns, raw_nbytes: int | None = None) -> None:
-        self._runs = runs
-        self.payload_nbytes = runs.payload_nbytes
-        """Bytes of the payload in the pool."""
-        self.nbytes = runs.nbytes
-        """Bytes of the canonical payload."""
-        self.raw_nbytes = runs.nbytes if raw_nbytes is None else raw_nbytes
-        """Bytes of it when it is decoded."""
-
-    def down(self, payload: NDArray[np.uint8], canonical: NDArray[np.uint8], digest: int) -> int | str:
-        """Lay a block out canonically.
-
-        Args:
-            payload: the block in the pool, `uint8 [payload_nbytes]`.
-            canonical: takes it, `uint8 [nbytes]`.
-            digest: of the payload; where it has several parts, their own digests, which stand in it, count.
-
-        Returns:
-            The digest of the canonical payload, or why the block must not be stored.
-        """
-        agrees = to_canonical(self._runs, payload, canonical)
-        behind = self._runs.digests
-        expected = [digest] if behind is None else payload[behind].view(np.uint64).tolist()
-        # Checked after it was read: so nothing that is damaged meanwhile passes.
-        if self._digests(payload) != expected:
-            return "the block is damaged in the pool"
-        return payload_digest(canonical) if agrees else "ranks that should hold the same KV do not"
-
-    def up(self, canonical: NDArray[np.uint8], payload: NDArray[np.uint8], digest: int) -> int | None:
-        """Lay a canonical payload out as the pool has it.
-
-        Args:
-            canonical: what the tier has, `uint8 [nbytes]`.
-            payload: takes the block, `uint8 [payload_nbytes]`.
-            digest: of the canonical payload.
-
-        Returns:
-            The digest of the payload; None if the canonical payload is damaged.
-        """
-        from_canonical(self._runs, payload, canonical)
-        if payload_digest(canonical) != digest:
-            return None
-        digests = self._digests(payload)
-        if self._runs.digests is None:
-            return digests[0]
-        payload[self._runs.digests].view(np.uint64)[:] = digests
-        return payload_digest(payload)
-
-    def _digests(self, payload: NDArray[np.uint8]) -> list[int]:
-        return [payload_digest(payload[part.place]) for part in self._runs.parts]
-
-
-def why_not_canonical(groups: GroupSet) -> str:
-    """Why the blocks of these groups have no canonical layout, and what to do; empty if they can have one."""
-    if states := [group.name for group in groups.groups if group.kind is KVKind.STATE]:
-        return (
-            f"group {states[0]!r} has states, which ranks do not divide by KV heads: leave tier.canonical_layout out "
-            "for this model"
-        )
-    return ""
-
-
-def shards_by_form(pages: Pages, shards: tuple[TensorShard, ...]) -> tuple[tuple[TensorShard, ...], ...]:
-    """The shards of the raw and of the packed blocks of one group; none of these if they are not packed.
-
-    Args:
-        pages: the blocks of the group.
-        shards: those of raw blocks.
-
-    Raises:
-        LayoutError: packed blocks have no canonical layout.
-    """
-    return shards, packed_shards(pages.layout, shards, pages.packing) if pages.packing else ()
-
-
-def canonical_blocks(cache: CanonicalCache, encodings: Encodings, num_parts: int) -> list[CanonicalBlock | None]:
-    """What re-lays the blocks of a cache, by their forms.
-
-    Args:
-        cache: how blocks become canonical.
-        encodings: how they are encoded in the pool.
-        num_parts: how many parts a block has.
-
-    Raises:
-        LayoutError: the parts of a block are not those of its payload.
-    """
-    there = [form % 2 == 0 or encodings.packs[form // 2] for form in range(len(encodings.payloads))]
-    if [len(parts) for parts in cache.parts] != [num_parts * has_form for has_form in there]:
-        raise LayoutError(
-            f"canonical layouts of {[len(parts) for parts in cache.parts]} parts, for blocks of {num_parts} parts in "
-            f"{there.count(True)} of {len(there)} forms"
-        )
-    blocks: list[CanonicalBlock | None] = []
-    for form, parts in enumerate(cache.parts):
-        if not parts:
-            blocks.append(None)
-            continue
-        raw = blocks[form - 1] if form % 2 else None
-        blocks.append(CanonicalBlock(runs_of(parts, encodings.payloads[form]), raw.nbytes if raw else None))
-    return blocks
 
 
 class _Call:
@@ -173,6 +60,7 @@ class _Move:
         self.request = request
         self.block = block
         self.scratch: NDArray[np.uint8] | None = None
+        self.is_inside = False  # the other tier owns the scratch memory
         self.ended_by: Cause | None = None  # why the call does not wait for it any more
         self.outcome: Any = None
         self._call = call
@@ -366,6 +254,7 @@ class CanonicalTier(Tier):
     def _end(self, move: _Move, outcome: Any) -> None:
         """Nothing touches the memory of a block any more."""
         scratch, move.scratch = move.scratch, None
+        move.is_inside = False
         self._moves.discard(move)
         move.end(outcome)
         if scratch is not None:
@@ -373,18 +262,26 @@ class CanonicalTier(Tier):
 
     async def _pass_on(self, moves: Sequence[_Move], call: Awaitable[object]) -> None:
         """A call of the other tier, which settles each of these blocks."""
+        for move in moves:
+            move.is_inside = True
         try:
             await call
         except (KVortexError, ValueError) as error:  # misuse, or closed in the meantime: nothing has been started
             logger.warning("the %s tier refuses a call: %s", self.name, error)
-            for move in [move for move in moves if move.scratch is not None]:
+            for move in [move for move in moves if move.is_inside]:
                 self._end(move, move.unfinished(Cause.CLOSED if self._is_closed else Cause.IO_ERROR, str(error)))
         except Exception as error:  # tiers can be third-party code
             logger.exception("the %s tier failed unexpectedly", self.name)
-            for move in [move for move in moves if move.scratch is not None]:
+            for move in [move for move in moves if move.is_inside]:
                 move.scratch = None  # it may still be written to
                 self._end(move, move.unfinished(Cause.IO_ERROR, f"{type(error).__name__}: {error}"))
                 self._scratch.abandon()
+
+    @staticmethod
+    def _comes_back(move: _Move) -> bool:
+        """The other tier settles a block; False if the call that it belongs to has raised before."""
+        was_inside, move.is_inside = move.is_inside, False
+        return was_inside
 
     def _left_s(self, due_s: float | None) -> float | None:
         return None if due_s is None else max(due_s - asyncio.get_running_loop().time(), 0.0)
@@ -401,7 +298,7 @@ class CanonicalTier(Tier):
         await self._pass_on(wanted, self.inner.read(requests, deadline_s=self._left_s(due_s)))
 
     def _arrived(self, move: _Move, outcome: ReadOutcome) -> None:
-        if move.scratch is None:  # the call that it belongs to has raised before
+        if not self._comes_back(move):
             return
         if outcome.reason is None:
             self._spawn(self._lift(move, outcome))
@@ -468,7 +365,7 @@ class CanonicalTier(Tier):
         )
 
     def _written(self, move: _Move, outcome: WriteOutcome) -> None:
-        if move.scratch is not None:  # else the call that it belongs to has raised before
+        if self._comes_back(move):
             self._end(move, outcome)
 
     def _lowered_in_vain(self, moves: Sequence[_Move], _: object) -> None:

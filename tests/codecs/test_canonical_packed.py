@@ -15,7 +15,7 @@ from kvortex.kernels import HostPackKernels
 from kvortex.kernels.digest import digest_reference
 from kvortex.layout import KVLayout
 from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, runs_of, shards_of
-from kvortex.tiering.canonical import CanonicalBlock, canonical_blocks, shards_by_form
+from kvortex.tiering.canonical_blocks import CanonicalBlock, canonical_blocks, shards_by_form
 
 HEADS, TOKENS, BLOCKS = 4, 16, 2
 NHD, HND = (0, 1, 2, 3, 4), (0, 1, 3, 2, 4)

@@ -17,7 +17,7 @@ from kvortex.layout import PagedCache
 from kvortex.layout.canonical import BlockShard, CanonicalCache, Heads, canonical_digest, shards_of
 from kvortex.owner import OwnerClient, RemoteControl, RemoteTiering
 from kvortex.planes.data import pages_of
-from kvortex.tiering.canonical import shards_by_form
+from kvortex.tiering.canonical_blocks import shards_by_form
 from kvortex.types import BlockHash, MissReason, SaveOutcome
 from kvortex.vllm.worker.parts import WORD_BYTES, BlockParts, PartSizes
 from tests.engine_support import BLOCK_SIZE

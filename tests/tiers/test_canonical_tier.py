@@ -27,7 +27,8 @@ from kvortex.testing.tier_conformance import (
     until,
     write_request,
 )
-from kvortex.tiering.canonical import BATCH, CanonicalBlock, CanonicalTier
+from kvortex.tiering.canonical import BATCH, CanonicalTier
+from kvortex.tiering.canonical_blocks import CanonicalBlock
 from kvortex.tiering.scratch import MAX_BUFFERS, MIN_BUFFERS, SCRATCH_BYTES, Scratch
 from kvortex.tiers import (
     Cause,
@@ -311,6 +312,33 @@ async def test_memory_of_a_call_that_has_raised_is_never_used_again() -> None:
         assert not any(np.shares_memory(np.frombuffer(one, np.uint8), as_bytes(read.buffer)) for one in given)
         reads = [read_request(n) for n in range(4 * BATCH)]
         assert all(map(is_right, reads, await tier.read(reads)))
+
+
+class RaisesLate(MemoryTier):
+    """Settles what it has read, and raises then."""
+
+    async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        await super().read(requests, deadline_s=deadline_s)
+        raise RuntimeError("a defect")
+
+
+async def test_what_has_come_before_a_call_raises_is_a_hit() -> None:
+    block = SlowBlock()
+    async with CanonicalTier(RaisesLate(ROOMY_BYTES, namespace=NAMESPACE), [block]) as tier:
+        block.allowed.set()
+        await tier.write([write_request(0)])
+        block.begun.acquire(blocking=False)
+        block.allowed.clear()
+        settled: list[ReadOutcome] = []
+        request = ReadRequest(key_of(0), bytearray(NBYTES), settled.append)
+        reading = asyncio.create_task(tier.read([request]))
+        await asyncio.to_thread(block.begun.acquire)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert settled == [], "it is still being re-laid"
+        block.allowed.set()
+        assert [is_right(request, outcome) for outcome in await reading] == [True]
+        assert len(settled) == 1
 
 
 async def test_a_call_that_is_refused_gives_everything_back() -> None:

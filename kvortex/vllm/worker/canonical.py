@@ -10,7 +10,7 @@ from kvortex.codecs import Pages
 from kvortex.errors import LayoutError
 from kvortex.layout import PagedCache
 from kvortex.layout.canonical import BlockShard, Heads, TensorShard, canonical_digest, shards_of
-from kvortex.tiering.canonical import shards_by_form, why_not_canonical
+from kvortex.tiering.canonical_blocks import shards_by_form, why_not_canonical
 from kvortex.types import form_of
 from kvortex.vllm.model import ServedGroups
 from kvortex.vllm.versions import heads_dim
