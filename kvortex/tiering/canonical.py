@@ -320,13 +320,16 @@ class CanonicalTier(Tier):
         if digest is not None:
             self._end(move, replace(outcome, payload_bytes=block.payload_nbytes, digest=digest))
             return
-        self._counters.record_removed_corrupt()
-        self._spawn(self._remove(move.request.key))
+        await self._remove(move.request.key)
         self._end(move, ReadOutcome(MissReason.CORRUPT, cause=Cause.CORRUPT))
 
     async def _remove(self, key: bytes) -> None:
-        if not self._is_closed:
+        """Remove a damaged block that the other tier has taken for a good one."""
+        try:
             await self.inner.delete([key], deadline_s=CLOSE_TIMEOUT_S)
+            self._counters.record_removed_corrupt()
+        except Exception:  # tiers can be third-party code, and this one may be closed by now
+            logger.exception("a damaged block cannot be removed from the %s tier", self.name)
 
     # -- writing ---------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -376,6 +377,39 @@ async def test_a_block_of_another_length_is_a_miss_and_not_re_laid() -> None:
         (outcome,) = await tier.read([request])
         assert (outcome.reason, outcome.cause) == (MissReason.TRANSFER_FAILED, Cause.CORRUPT)
         assert (as_bytes(request.buffer) == 0xAA).all()
+
+
+class Trusting(MemoryTier):
+    """Does not look at digests, and may not be able to delete."""
+
+    cannot_delete = False
+
+    async def read(self, requests: Sequence[ReadRequest], *, deadline_s: float | None = None) -> list[ReadOutcome]:
+        outcomes = await super().read([replace(request, on_settled=None) for request in requests])
+        for request, outcome in zip(requests, outcomes, strict=True):
+            as_bytes(request.buffer)[100] ^= 1
+            request.settle(outcome)
+        return outcomes
+
+    async def delete(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> list[bool]:
+        if self.cannot_delete:
+            raise RuntimeError("a defect")
+        await asyncio.sleep(0.05)
+        return await super().delete(keys, deadline_s=deadline_s)
+
+
+@pytest.mark.parametrize("cannot_delete", [False, True])
+async def test_damage_that_the_other_tier_does_not_see_is_a_miss_and_removed_before_it_is_told(
+    cannot_delete: bool,
+) -> None:
+    inner = Trusting(ROOMY_BYTES, namespace=NAMESPACE)
+    inner.cannot_delete = cannot_delete
+    async with over(inner) as tier:
+        await tier.write([write_request(0)])
+        (outcome,) = await tier.read([read_request(0)])
+        assert (outcome.reason, outcome.cause) == (MissReason.CORRUPT, Cause.CORRUPT)
+        assert bool(tier.lookup([key_of(0)])[0]) == cannot_delete
+        assert tier.stats().removed_corrupt == (not cannot_delete)
 
 
 async def test_what_is_no_block_of_a_form_is_misuse() -> None:
