@@ -296,8 +296,9 @@ class Broken(MemoryTier):
 async def test_memory_of_a_call_that_has_raised_is_never_used_again() -> None:
     inner = Broken(RuntimeError("a defect"))
     async with over(inner) as tier:
-        assert [o.cause for o in await tier.write([write_request(0)])] == [Cause.IO_ERROR]
-        request = read_request(0)
+        settled: list[object] = []
+        assert [o.cause for o in await tier.write([write_request(0, on_settled=settled.append)])] == [Cause.IO_ERROR]
+        request = ReadRequest(key_of(0), np.full(NBYTES, 0xAA, np.uint8), settled.append)
         assert [(o.reason, o.settled) for o in await tier.read([request])] == [(MissReason.TRANSFER_FAILED, True)]
         write, read = inner.given
         inner.error = None
@@ -309,6 +310,7 @@ async def test_memory_of_a_call_that_has_raised_is_never_used_again() -> None:
         write.settle(WriteOutcome(SaveOutcome.STORED))
         read.settle(ReadOutcome(None, NBYTES, NBYTES, 0, 1))
         assert (as_bytes(request.buffer) == 0xAA).all()
+        assert len(settled) == 2, "once each"
         assert before[0] == as_bytes(write.payload).tobytes()
         assert not any(np.shares_memory(np.frombuffer(one, np.uint8), as_bytes(read.buffer)) for one in given)
         reads = [read_request(n) for n in range(4 * BATCH)]
