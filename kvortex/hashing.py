@@ -16,7 +16,7 @@ Private: it may change in any release; docs/api.md lists what is public.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -148,6 +148,14 @@ class Namespace:
         """Identifies the namespace, 32 bytes: SHA-256 of a version string and of all fields with their names."""
         named = [item for field in fields(self) for item in (field.name, getattr(self, field.name))]
         return hashlib.sha256(_encode_keys(["kvortex.namespace.v1", *named])).digest()
+
+    def canonical(self, layout: bytes) -> "Namespace":
+        """That of canonical blocks, the same for any rank and any number of tensor-parallel ranks.
+
+        Args:
+            layout: digest of the canonical layout, see `kvortex.layout.canonical.canonical_digest`.
+        """
+        return replace(self, layout=layout, tp_rank=0, tp_size=1)
 
 
 def namespace_of_parts(parts: Sequence[Namespace]) -> bytes:

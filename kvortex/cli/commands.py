@@ -78,6 +78,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         config = config.replace(disk=arguments.disk)
     if arguments.tier is not None:
         config = config.replace(tier={"urls": tuple(arguments.tier)})
+    if arguments.canonical_layout:
+        config = config.replace(tier={"canonical_layout": True})
     path = Path(arguments.socket or config.owner.socket or serve.default_socket())
     serve.run(config, path, as_json=arguments.json, parent=arguments.child_of)
     return 0
@@ -105,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eviction", choices=EVICTION_POLICIES, help="eviction policy (default lru)")
     add("--disk", metavar="DIRECTORY", help="keep blocks in this directory, too, also for later runs")
     add("--tier", action="append", metavar="URL", help="a lower tier, e.g. disk:///var/cache/kv; repeat for a chain")
+    add("--canonical-layout", action="store_true", help="lower tiers serve engines of all tensor-parallel sizes alike")
     add("--child-of", type=int, help=argparse.SUPPRESS)  # for engines: settings come as JSON on standard input
     add("--config", type=Path, metavar="FILE", help="settings as TOML, instead of KVORTEX_* of the environment")
     add("--json", action="store_true", help="say where it listens as one JSON document")

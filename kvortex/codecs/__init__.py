@@ -3,6 +3,7 @@
 Private: it may change in any release; docs/api.md lists what is public.
 """
 
+from kvortex.codecs.canonical import packed_shards
 from kvortex.codecs.packing import (
     RAW,
     Codec,
@@ -26,6 +27,7 @@ __all__ = [
     "block_sizes",
     "pack_reference",
     "packed_nbytes",
+    "packed_shards",
     "packing_for",
     "too_lossy",
     "unpack_reference",

@@ -87,9 +87,10 @@ class KVortexConfig:
             not (self.tier.urls and self.disk.path),
             f"give lower tiers as tier.urls ({self.lower_tier}) or as disk.path ({self.disk.path}), not both",
         )
+        of_owner = self.lower_tier or ("tier.canonical_layout" if self.tier.canonical_layout else "")
         require(
-            not (self.owner.socket and self.lower_tier),
-            f"lower tiers are set where the owner ({self.owner.socket}) is started: leave {self.lower_tier} out here",
+            not (self.owner.socket and of_owner),
+            f"lower tiers are set where the owner ({self.owner.socket}) is started: leave {of_owner} out here",
         )
         _require_settings(renamed)
         for old, value in renamed.items():

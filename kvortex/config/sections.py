@@ -202,6 +202,8 @@ class TierConfig(Section):
         timeout_s: seconds after which a read or write of the lower tier counts as failed.
         load_deadline_s: seconds that a load waits for the lower tier. Later blocks are misses, and in the pool for the
             next load. 0 does not wait; None, the default, waits without limit.
+        canonical_layout: keep blocks in an order of bytes that does not depend on the number of tensor-parallel ranks:
+            engines of different sizes find each other's blocks then. They are re-laid on both ways.
     """
 
     section: ClassVar[str] = "tier"
@@ -215,6 +217,7 @@ class TierConfig(Section):
     fetch_blocks: int = 64
     timeout_s: float = 10.0
     load_deadline_s: float | None = None
+    canonical_layout: bool = False
 
     def _check(self) -> None:
         self._require_choice("inclusion", TIER_INCLUSIONS)

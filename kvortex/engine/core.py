@@ -18,6 +18,7 @@ from kvortex.config import KVortexConfig, format_bytes
 from kvortex.config.sections import require_named_model
 from kvortex.engine.arguments import BlockHashes, BlockTables, NamedBlocks, named_blocks
 from kvortex.engine.calls import CallQueue, TransferCall
+from kvortex.engine.canonical import Canonical, canonical_of, lower_tier
 from kvortex.engine.leases import Lease, Leases, leading_in_pool
 from kvortex.engine.parts import EngineParts
 from kvortex.errors import ConfigError, EngineStateError
@@ -78,6 +79,7 @@ class EngineCore:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout: ...
 
     @overload
@@ -89,6 +91,7 @@ class EngineCore:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
         groups: Sequence[KVGroup] | None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout | PagedCache: ...
 
     def register_kv_caches(
@@ -99,6 +102,7 @@ class EngineCore:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
         groups: Sequence[KVGroup] | None = None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout | PagedCache:
         """Register the paged cache: derive its layout, allocate memory, write a test pattern and read it back.
 
@@ -110,6 +114,8 @@ class EngineCore:
                 if the shape is ambiguous.
             groups: for a model that mixes kinds of KV, its groups of layers; together they name every layer once. By
                 default all layers have full attention.
+            heads_dim: index of the tensor dimension that counts KV heads, one for all layers or per layer name; needed
+                for `tier.canonical_layout`. A layer that a mapping leaves out has no such dimension (latents).
 
         Returns:
             The layout of the cache; with `groups`, all groups with the layout of each.
@@ -136,6 +142,8 @@ class EngineCore:
             undo.callback(self._data.close)
             undo.callback(self._unregister)
             self._namespace = self._data.namespace(self.config.identity)
+            shapes = {name: tensor.shape for name, tensor in kv_caches.items()}
+            canonical = canonical_of(self.config, cache, self._data.pages, shapes, heads_dim, self._namespace)
             if owner is not None:
                 owner.tell(Kind.SCRATCH_DONE)
                 namespace = self._namespace.digest
@@ -146,6 +154,7 @@ class EngineCore:
                     self._data.sizes,
                     self._data.encodings,
                     cache.groups,
+                    canonical=canonical if isinstance(canonical, str) else canonical.cache,
                     priority=settings.priority,
                     quota_bytes=settings.quota,
                 )
@@ -154,7 +163,7 @@ class EngineCore:
                     self.config, self._data.pool.capacity_bytes, self._data.sizes, cache.groups
                 )
             self._leases = Leases(self._control, cache.groups, self.config.pool.lease_share)
-            self._tiering = self._make_tiering(self._control, self._data, self._namespace)
+            self._tiering = self._make_tiering(self._control, self._data, self._namespace, canonical)
             if isinstance(self._control, RemoteControl):
                 deadline_s, end_leases = self.config.owner.deadline_s, self._leases.end_all
                 self._follower = OwnerFollower(self._control, self._data, deadline_s, end_leases)
@@ -183,8 +192,10 @@ class EngineCore:
             self.config.replace(pool=pool), kv_caches, cache, memory=owner.memory, scratch=partial(scratch_of, owner)
         )
 
-    def _make_tiering(self, control: Control, data: DataPlane, namespace: Namespace) -> Tiering | RemoteTiering | None:
-        tier = self._parts.make_tier(self.config, namespace)
+    def _make_tiering(
+        self, control: Control, data: DataPlane, namespace: Namespace, canonical: Canonical | str
+    ) -> Tiering | RemoteTiering | None:
+        tier = lower_tier(self._parts, self.config, data.encodings, namespace, canonical)
         if isinstance(control, RemoteControl):
             if tier is not None:
                 raise ConfigError("lower tiers are set where the owner is started, as in `kvortex serve --disk PATH`")

@@ -70,6 +70,7 @@ class SyncEngine:
         *,
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout: ...
 
     @overload
@@ -81,6 +82,7 @@ class SyncEngine:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
         groups: Sequence[KVGroup] | None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout | PagedCache: ...
 
     def register_kv_caches(
@@ -91,12 +93,13 @@ class SyncEngine:
         num_blocks: int | None = None,
         block_dim: int | Mapping[str, int] | None = None,
         groups: Sequence[KVGroup] | None = None,
+        heads_dim: int | Mapping[str, int] | None = None,
     ) -> KVLayout | PagedCache:
         """As `KVortexEngine.register_kv_caches`."""
 
         def register() -> KVLayout | PagedCache:
             return self._engine.register_kv_caches(
-                kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim, groups=groups
+                kv_caches, block_size, num_blocks=num_blocks, block_dim=block_dim, groups=groups, heads_dim=heads_dim
             )
 
         return self._wait(_on_loop(register), None)

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from kvortex.codecs import Codec, Encodings
 from kvortex.config import format_bytes
 from kvortex.errors import ConfigError, KVortexError, OwnerError
 from kvortex.groups import GroupSet, KVGroup
+from kvortex.layout.canonical import CanonicalCache
 from kvortex.owner.events import Watcher
 from kvortex.owner.tiers import OpenTier, OwnerTiers, account_of
 from kvortex.planes.control import ControlPlane
@@ -32,7 +33,7 @@ class Cache:
         namespace: digest of all that must agree before bytes may be reused, `uint64 [4]`; keys are XORed with it.
         first: number of its first group in the pool.
         forms: sizes and codecs of its blocks, see `describe_forms`.
-        described: its groups, see `describe_groups`.
+        described: its groups and the parts of a block.
         tier: its lower tier; None without one.
         num_clears: how often it was cleared; what was reserved before is not seen.
         watchers: events for its clients that publish them.
@@ -110,11 +111,12 @@ class Caches:
         Raises:
             ConfigError: it has other sizes or groups, its blocks do not fit the pool, or there are too many groups.
         """
+        groups = groups_from(described)
         known = self._caches.get(namespace.tobytes())
         if known is None:
-            known = self._add(namespace.copy(), forms, described)
+            known = self._add(namespace.copy(), forms, groups)
             self._caches[namespace.tobytes()] = known
-        if (known.forms, known.described) != (forms.tobytes(), described):
+        if (known.forms, known.described) != (forms.tobytes(), groups.without_canonical):
             raise ConfigError("the pool has blocks of this namespace with other sizes: are the engines of one version?")
         return known
 
@@ -139,14 +141,17 @@ class Caches:
             for watcher in cache.watchers:
                 watcher.add_removed(offsets)
 
-    def _add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: str) -> Cache:
+    def _add(self, namespace: NDArray[np.uint64], forms: NDArray[np.int64], described: "DescribedGroups") -> Cache:
         sizes, encodings = forms_from(forms)
-        groups, num_parts = groups_from(described)
+        groups, num_parts, canonical = described
         if len(groups) != len(sizes):
             raise OwnerError(f"a cache has {len(groups)} groups of layers, and sizes of {len(sizes)}")
-        cache = Cache(namespace, self.control.add_cache(sizes, groups), forms.tobytes(), described, len(sizes))
         if self._tiers is not None:
-            cache.tier = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts)
+            self._tiers.check(canonical, encodings, num_parts)
+        first = self.control.add_cache(sizes, groups)
+        cache = Cache(namespace, first, forms.tobytes(), described.without_canonical, len(sizes))
+        if self._tiers is not None:
+            cache.tier = self._tiers.open(namespace, cache.first, cache.num_groups, encodings, num_parts, canonical)
             if cache.tiering is not None:
                 cache.tiering.backing.on_written, cache.tiering.backing.on_lost = cache.written, cache.lost
         return cache
@@ -184,15 +189,38 @@ def forms_from(field: NDArray[np.int64]) -> tuple[tuple[BlockSizes, ...], Encodi
     return sizes, Encodings(payloads.tolist(), map(Codec, codecs.tolist()))
 
 
-def describe_groups(groups: GroupSet, num_parts: int = 1) -> str:
-    """The groups of a cache as JSON: all that decides which of their blocks belong together; and the parts of one."""
+class DescribedGroups(NamedTuple):
+    """What a client says of its cache.
+
+    Attributes:
+        groups: all that decides which blocks belong together.
+        num_parts: how many parts a block has.
+        canonical: how blocks become canonical, or why they do not.
+    """
+
+    groups: GroupSet
+    num_parts: int
+    canonical: CanonicalCache | str
+
+    @property
+    def without_canonical(self) -> str:
+        """What all clients of one namespace say alike."""
+        return json.dumps(_plain(self.groups, self.num_parts))
+
+
+def describe_groups(groups: GroupSet, num_parts: int = 1, canonical: CanonicalCache | str = "") -> str:
+    """The groups of a cache as JSON, see `DescribedGroups`."""
+    told = canonical if isinstance(canonical, str) else canonical.as_plain()
+    return json.dumps({**_plain(groups, num_parts), "canonical": told}, separators=(",", ":"))
+
+
+def _plain(groups: GroupSet, num_parts: int) -> dict[str, Any]:
     of_groups = [[g.name, list(g.layers), g.block_size, g.kind.value, g.reach, g.exact] for g in groups.groups]
-    described = {"hash_block_size": groups.hash_block_size, "groups": of_groups, "parts": num_parts}
-    return json.dumps(described, separators=(",", ":"))
+    return {"hash_block_size": groups.hash_block_size, "groups": of_groups, "parts": num_parts}
 
 
-def groups_from(described: str) -> tuple[GroupSet, int]:
-    """The groups that `describe_groups` has described, and the parts of a block.
+def groups_from(described: str) -> DescribedGroups:
+    """What `describe_groups` has described.
 
     Raises:
         OwnerError: this is no such description.
@@ -203,6 +231,7 @@ def groups_from(described: str) -> tuple[GroupSet, int]:
         num_parts = int(document["parts"])
         if not 1 <= num_parts <= MAX_PARTS:
             raise ValueError(f"a block of {num_parts} parts")
-        return groups, num_parts
+        told = document.get("canonical", "the engine has not said how: it is of an earlier version")
+        return DescribedGroups(groups, num_parts, told if isinstance(told, str) else CanonicalCache.from_plain(told))
     except (KVortexError, ValueError, TypeError, KeyError) as error:
         raise OwnerError(f"the groups of a cache are not described as they should be: {error}") from error

@@ -19,6 +19,7 @@ from kvortex.errors import OwnerError
 from kvortex.groups import GroupSet
 from kvortex.index import MISS_REASONS, Pins
 from kvortex.index.table import PIN_DIGESTS, PIN_FORMS, PIN_HITS, PIN_NBYTES, PIN_OFFSETS, PIN_REASONS, PIN_SLOTS
+from kvortex.layout.canonical import CanonicalCache
 from kvortex.owner.caches import describe_forms, describe_groups
 from kvortex.owner.client import OwnerClient, OwnerLost, Question
 from kvortex.owner.protocol import Arrays, Field, Kind, PoolNumbers, as_flags, numbers, text_of
@@ -68,6 +69,7 @@ class RemoteControl:
         encodings: how blocks are encoded, by form.
         groups: the groups of the cache.
         num_parts: how many parts a block has, of which the digests stand at the end of its payload.
+        canonical: how its blocks become canonical, for lower tiers that keep them so; or why they do not.
         writers: names of other processes that write to what it reserves.
         priority: of the blocks of this namespace; None to leave it as it is.
         quota_bytes: what they may take of the pool; None to leave it as it is.
@@ -90,6 +92,7 @@ class RemoteControl:
         groups: GroupSet,
         *,
         num_parts: int = 1,
+        canonical: CanonicalCache | str = "",
         writers: Sequence[str] = (),
         priority: int | None = None,
         quota_bytes: int | None = None,
@@ -111,7 +114,7 @@ class RemoteControl:
         self._forms = describe_forms(self.extents.tolist(), encodings)
         self.tier = ""
         self.on_removed: Callable[[NDArray[np.int64]], None] | None = None
-        self._described = describe_groups(groups, num_parts).encode()
+        self._described = describe_groups(groups, num_parts, canonical).encode()
         self._lock = threading.Lock()
         self._saving: Counter[int] = Counter()  # saves in flight, by the connection that planned them
         self.tier = self._add_cache(client, client.start_deadline_s)

@@ -10,12 +10,16 @@ from numpy.typing import NDArray
 
 from kvortex.codecs import Encodings
 from kvortex.config import KVortexConfig
+from kvortex.errors import ConfigError, LayoutError
 from kvortex.index import CacheIndex, Evicted
+from kvortex.layout.canonical import CanonicalCache
 from kvortex.memory import SharedMemory
 from kvortex.planes.control import ControlPlane, OnEvicted
 from kvortex.planes.plans import FetchPlan, HeldBlocks
 from kvortex.stats import EngineStats
 from kvortex.tiering import BackingTier, TieredPool, Tiering, tier_of
+from kvortex.tiering.canonical import CanonicalTier
+from kvortex.tiering.canonical_blocks import CanonicalBlock, canonical_blocks
 from kvortex.tiers import Tier
 from kvortex.types import MissReason
 
@@ -162,8 +166,32 @@ class OwnerTiers:
         self._views: list[CacheView] = []
         self._open: list[Tiering] = []
 
+    def check(self, canonical: CanonicalCache | str, encodings: Encodings, num_parts: int) -> None:
+        """Refuse a cache that the settings of the tiers do not fit; arguments as in `open`.
+
+        Raises:
+            ConfigError: its blocks have no canonical layout, and the tiers keep that.
+        """
+        if self._config.tier.canonical_layout:
+            _canonical_blocks(canonical, encodings, num_parts)
+
+    def _tier_of(
+        self, namespace: bytes, encodings: Encodings, num_parts: int, canonical: CanonicalCache | str
+    ) -> Tier | None:
+        if not self._config.tier.canonical_layout:
+            return self._make_tier(self._config, namespace)
+        cache, blocks = _canonical_blocks(canonical, encodings, num_parts)
+        tier = self._make_tier(self._config, cache.namespace)
+        return None if tier is None else CanonicalTier(tier, blocks)
+
     def open(
-        self, namespace: NDArray[np.uint64], first: int, num_groups: int, encodings: Encodings, num_parts: int
+        self,
+        namespace: NDArray[np.uint64],
+        first: int,
+        num_groups: int,
+        encodings: Encodings,
+        num_parts: int,
+        canonical: CanonicalCache | str = "",
     ) -> OpenTier | None:
         """Open the tiers of a cache, without waiting for them; None if the settings name none.
 
@@ -173,11 +201,12 @@ class OwnerTiers:
             num_groups: how many it has.
             encodings: how its blocks are encoded, by its own forms.
             num_parts: how many parts a block has.
+            canonical: how blocks become canonical, or why they do not.
 
         Raises:
-            ConfigError: the settings of a tier are invalid.
+            ConfigError: the settings of a tier are invalid, or the cache does not fit them.
         """
-        tier = self._make_tier(self._config, namespace.tobytes())
+        tier = self._tier_of(namespace.tobytes(), encodings, num_parts, canonical)
         if tier is None:
             return None
         view = CacheView(self, self._control, namespace, first, num_groups)
@@ -209,6 +238,17 @@ class OwnerTiers:
         """Close all tiers; what waits to be written is dropped."""
         await close_all(self._open)
         self._pool = None
+
+
+def _canonical_blocks(
+    canonical: CanonicalCache | str, encodings: Encodings, num_parts: int
+) -> tuple[CanonicalCache, list[CanonicalBlock | None]]:
+    if isinstance(canonical, str):
+        raise ConfigError(f"the lower tier keeps the canonical layout, and this cache has none: {canonical}")
+    try:
+        return canonical, canonical_blocks(canonical, encodings, num_parts)
+    except LayoutError as error:
+        raise ConfigError(f"the lower tier keeps the canonical layout, and this cache has none: {error}") from error
 
 
 async def close_all(open_tiers: Iterable[Tiering]) -> None:

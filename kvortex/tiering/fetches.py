@@ -275,6 +275,7 @@ class Fetches:
             backing.pool.payload(offset, form),
             partial(self._arrived, wanted, slot, offset, form),
             used_s=float(call.used_s[call.pending[wanted.key]]),
+            form=form,
         )
 
     async def _read(self, requests: Sequence[ReadRequest], begun: asyncio.Event) -> None:

@@ -18,6 +18,7 @@ from kvortex.config.sections import TIER_ADMISSIONS, TIER_INCLUSIONS
 from kvortex.errors import ConfigError, KVortexError
 from kvortex.stats import LinkFigures, TieringFigures
 from kvortex.tiering.backing import NOT_KNOWN, BackingTier
+from kvortex.tiering.canonical import CanonicalTier
 from kvortex.tiering.chain import ChainTier
 from kvortex.tiering.chain_parts import Takes
 from kvortex.tiering.fetches import Fetch, Fetches
@@ -137,6 +138,7 @@ class Tiering:
 
     def _links(self) -> tuple[LinkFigures, ...]:
         tier = self.backing.tier
+        tier = tier.inner if isinstance(tier, CanonicalTier) else tier
         return tuple(link.figures() for link in tier.links) if isinstance(tier, ChainTier) else ()
 
     # -- blocks --------------------------------------------------------------------------------
@@ -344,8 +346,10 @@ def tier_of(config: KVortexConfig, namespace: bytes) -> Tier | None:
         namespace: digest of the blocks' namespace, 32 bytes.
 
     Raises:
-        ConfigError: the settings of a tier are invalid.
+        ConfigError: the settings of a tier are invalid, or say how blocks lie in a tier that there is not.
     """
+    if config.tier.canonical_layout and not config.lower_tier:
+        raise ConfigError("tier.canonical_layout is about a lower tier, and there is none: give tier.urls or disk.path")
     if not config.tier.urls:
         return DiskTier(config.disk, namespace=namespace) if config.disk.path else None
     tiers = []

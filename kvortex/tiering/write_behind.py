@@ -279,7 +279,8 @@ class WriteBehind:
         self._moving.setdefault(key, _Moving()).count += 1
         raw_nbytes, codec = backing.encodings.raw_nbytes(form), backing.encodings.codecs[form]
         tier_key = backing.key_of(key, form)
-        return WriteRequest(tier_key, backing.pool.payload(offset, form), digest, raw_nbytes, codec, done, used_s)
+        payload = backing.pool.payload(offset, form)
+        return WriteRequest(tier_key, payload, digest, raw_nbytes, codec, done, used_s, form)
 
     def _queued_done(self, key: bytes, slot: int, outcome: WriteOutcome) -> None:
         self._backing.control.release(np.array([slot]))

@@ -131,12 +131,14 @@ class ReadRequest:
         buffer: takes the payload at its start.
         on_settled: called once with the final outcome, see the module's docstring.
         used_s: time at which the block counts as used, in seconds since the epoch; None for the time of the read.
+        form: how the block lies in the pool (`kvortex.types.Forms`); for what stands between the pool and a tier.
     """
 
     key: bytes
     buffer: Buffer
     on_settled: Callable[[ReadOutcome], None] | None = None
     used_s: float | None = None
+    form: int = 0
 
     def settle(self, outcome: ReadOutcome) -> None:
         """For tiers: give the buffer back to the caller."""
@@ -157,6 +159,7 @@ class WriteRequest:
         on_settled: called once with the final outcome, see the module's docstring.
         used_s: time at which the block counts as used, in seconds since the epoch; None for the time of the write. A
             block never evicts blocks that were used after this time: the outcome is NO_SPACE then.
+        form: how the block lies in the pool (`kvortex.types.Forms`); for what stands between the pool and a tier.
     """
 
     key: bytes
@@ -166,6 +169,7 @@ class WriteRequest:
     codec: int = Codec.RAW
     on_settled: Callable[[WriteOutcome], None] | None = None
     used_s: float | None = None
+    form: int = 0
 
     def settle(self, outcome: WriteOutcome) -> None:
         """For tiers: give the payload back to the caller."""

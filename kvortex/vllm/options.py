@@ -67,6 +67,10 @@ class ConnectorOptions:
         engine = KVortexConfig.from_mapping({name: value for name, value in extra.items() if name not in own})
         if "transfer.max_batch_bytes" not in given:
             engine = engine.replace(transfer={"max_batch_bytes": STAGING_BYTES})
+        require(
+            bool(engine.lower_tier) or not engine.tier.canonical_layout,
+            "tier.canonical_layout is about a lower tier, and there is none: give tier.urls or disk.path",
+        )
         return cls(engine=engine, **{name: extra[name] for name in extra if name in own})
 
 

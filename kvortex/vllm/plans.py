@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from kvortex.hashing import Namespace
+from kvortex.layout.canonical import BlockShard
 from kvortex.types import BlockSizes, TransferPlan
 
 
@@ -140,6 +141,8 @@ class OwnedHandshake:
         part, num_parts: number of its part of a block, and how many there are.
         writer: the name under which it writes to the pool.
         payloads, codecs: bytes of a payload and number of the codec of a whole block, by form.
+        canonical: its part of a block by form, None for forms that there are not; or why there is no canonical layout.
+        canonical_namespace: the namespace of canonical blocks; None if there is none.
     """
 
     socket: str
@@ -150,6 +153,8 @@ class OwnedHandshake:
     writer: str
     payloads: tuple[int, ...]
     codecs: tuple[int, ...]
+    canonical: tuple[BlockShard | None, ...] | str
+    canonical_namespace: Namespace | None
 
 
 @dataclass

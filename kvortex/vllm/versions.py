@@ -337,6 +337,29 @@ def watch_sleep(
     return end
 
 
+def heads_dim(layer: Any, spec: Any) -> int | None:
+    """The dimension of a layer's cache tensor that counts KV heads; None if there is none.
+
+    Later versions have tensors `[blocks, heads, tokens, content]`. Earlier ones have a shape for each backend, which is
+    asked for the dimension that changes with the number of heads.
+
+    Args:
+        layer: the layer; None if vLLM does not name it.
+        spec: of the layer's cache.
+    """
+    if hasattr(kv_cache_interface, "compute_layer_kv_cache_shape_bytes"):
+        return 1
+    if layer is None:
+        return None
+    shape_of = layer.get_attn_backend().get_kv_cache_shape
+    try:
+        one, two = (shape_of(2, int(spec.block_size), heads, int(spec.head_size)) for heads in (3, 5))
+    except (NotImplementedError, TypeError, ValueError):  # a backend with rules of its own
+        return None
+    differing = [dim for dim, (few, many) in enumerate(zip(one, two, strict=True)) if few != many]
+    return differing[0] if len(differing) == 1 and one[differing[0]] == 3 else None
+
+
 def hash_root_is_random(hash_algorithm: str) -> bool:
     """True if vLLM's block hashes start from a root that differs in every process.
 

@@ -145,7 +145,9 @@ class S3Server(ABC):
             number = SegmentId.of_name(name.rpartition("/")[2])
             data = self.get(name)
             assert number is not None
-            footer = decode_footer(data[-number.footer_bytes :], namespace, number, 1 << 40)  # whatever is in front of it
+            footer = decode_footer(
+                data[-number.footer_bytes :], namespace, number, 1 << 40
+            )  # whatever is in front of it
             if isinstance(footer, Footer):
                 found[name] = footer
         return found

@@ -40,6 +40,7 @@ LONGEST_FIRST = tuple(
             "models",
             "benchmark",
             "uneven",
+            "canonical",
             "progress",
             "examples",
             "chat",

@@ -6,6 +6,7 @@ from kvortex.codecs import Codec, Encodings
 from kvortex.config import OwnerConfig
 from kvortex.groups import GroupSet
 from kvortex.hashing import namespace_of_parts
+from kvortex.layout.canonical import CanonicalCache
 from kvortex.owner import OwnerClient, RemoteControl
 from kvortex.types import BlockSizes
 from kvortex.vllm.plans import OwnedHandshake, WorkerHandshake
@@ -57,6 +58,7 @@ class Members:
                 encodings,
                 groups,
                 num_parts=first.num_parts,
+                canonical=canonical_of([of_parts[part] for part in range(first.num_parts)]),
                 writers=list(self._owned),
                 priority=owner.priority,
                 quota_bytes=owner.quota,
@@ -72,3 +74,21 @@ class Members:
             OwnerError, ConfigError: there is no owner, or it refuses this process.
         """
         return OwnerClient(first.socket, self._owner.deadline_s)
+
+
+def canonical_of(members: Sequence[OwnedHandshake]) -> CanonicalCache | str:
+    """How blocks that these ranks fill together become canonical, or why they do not.
+
+    Args:
+        members: one for each part of a block, in the order of the parts.
+    """
+    of_members, namespaces = [], []
+    for member in members:
+        if isinstance(member.canonical, str) or member.canonical_namespace is None:
+            return str(member.canonical)
+        of_members.append(member.canonical)
+        namespaces.append(member.canonical_namespace)
+    # The ranks of a pipeline stage have one namespace.
+    in_tier = namespace_of_parts(list(dict.fromkeys(namespaces)))
+    parts = (tuple(part for part in of_form if part is not None) for of_form in zip(*of_members, strict=True))
+    return CanonicalCache(in_tier, tuple(parts))

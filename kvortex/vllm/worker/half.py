@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvortex.codecs import RAW, PageEncodings
-from kvortex.errors import EngineStateError, KVortexError
+from kvortex.errors import ConfigError, EngineStateError, KVortexError
 from kvortex.hashing import Namespace
 from kvortex.layout import PagedCache
 from kvortex.owner.control import scratch_of
@@ -25,6 +25,7 @@ from kvortex.vllm.options import ConnectorOptions
 from kvortex.vllm.plans import ConnectorPlan, OwnedHandshake, PoolShrunk, SaveJob, WeightsChanged, WorkerHandshake
 from kvortex.vllm.versions import WorkerReports
 from kvortex.vllm.worker.caches import LayerCache, register
+from kvortex.vllm.worker.canonical import Canonical, Ranks, canonical_of
 from kvortex.vllm.worker.digests import Digests, OwnersDigests, WorkersDigests
 from kvortex.vllm.worker.jobs import JobRunner, RankJob
 from kvortex.vllm.worker.owned import OwnedPool, join_as_writer, join_owner, uses_owner
@@ -82,6 +83,7 @@ class WorkerHalf:
         self._share: PoolShare | OwnedPool = PoolShare(options.engine, np.empty(0, dtype=np.uint64), 1)
         self._places: Places | BlockParts = Places(1, (BlockSizes(1, 1),), (BlockSizes(1, 1),))
         self._namespace: Namespace | None = None
+        self._canonical: Canonical | str = ""
         self._plan = ConnectorPlan()
         self._asleep = False
         self._caches: tuple[dict[str, Any], PagedCache, list[int]]
@@ -155,6 +157,7 @@ class WorkerHalf:
             identity = self._options.engine.identity
             described = identity_of(self._vllm_config, self._groups.is_latent, self._rank, identity)
             self._namespace = data.namespace(described)
+            self._canonical = self._describe_canonical(share, data)
             digests, part, pool = OwnersDigests(share.parts, data.pool.bytes), share.parts.number, share.client.label
             join_as_writer(share)
         else:
@@ -164,6 +167,15 @@ class WorkerHalf:
         self._share, self._data = share, data
         self._jobs = JobRunner(data, thread.loop, digests, placed, part, self._reports, pool=pool)
         self._jobs.num_weights = num_weights
+
+    def _describe_canonical(self, share: OwnedPool, data: DataPlane) -> "Canonical | str":
+        tensors, cache, here = self._caches
+        assert self._namespace is not None
+        ranks = Ranks(share.shard, share.num_shards)
+        canonical = canonical_of(self._vllm_config, self._groups, cache, tensors, here, ranks, share.parts, data.pages)
+        if isinstance(canonical, str) and self._options.engine.tier.canonical_layout:
+            raise ConfigError(f"blocks have no canonical layout: {canonical}")
+        return canonical
 
     def _follow_owner(self) -> None:
         """Join the owner again if it was started anew: then it has another pool."""
@@ -252,6 +264,10 @@ class WorkerHalf:
             writer=share.writer,
             payloads=encodings.payloads,
             codecs=tuple(map(int, encodings.codecs)),
+            canonical=self._canonical if isinstance(self._canonical, str) else self._canonical.parts,
+            canonical_namespace=None
+            if isinstance(self._canonical, str)
+            else self._namespace.canonical(self._canonical.layout),
         )
 
     def shutdown(self) -> None:

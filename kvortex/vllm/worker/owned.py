@@ -41,6 +41,7 @@ class OwnedPool:
         client: the connection to the owner.
         parts: this rank's part of the blocks.
         rank, size: number of this rank among those that hold the same KV; each saves some of the blocks.
+        shard, num_shards: number of this rank's part among those of its pipeline stage.
         child: the owner's process, if this rank has started it.
     """
 
@@ -49,6 +50,8 @@ class OwnedPool:
     parts: BlockParts
     rank: int = 0
     size: int = 1
+    shard: int = 0
+    num_shards: int = 1
     child: OwnerProcess | None = None
     writer: str = field(default_factory=lambda: secrets.token_hex(_NAME_BYTES))
 
@@ -102,7 +105,8 @@ def join_owner(vllm_config: "VllmConfig", config: KVortexConfig, peers: Peers, m
     """
     if int(getattr(vllm_config.parallel_config, "nnodes", 1)) > 1:
         raise ConfigError("lower tiers and owners serve engines whose workers are all on one machine: leave them out")
-    parts = _parts_of(vllm_config, peers, mine)
+    shard, num_shards = _shard_of(vllm_config, peers)
+    parts = _parts_of(peers, mine, shard, num_shards)
     replicas = peers.replicas
     rank, size = (replicas.rank, replicas.size) if replicas is not None else (0, 1)
     socket, child = config.owner.socket, None
@@ -116,18 +120,21 @@ def join_owner(vllm_config: "VllmConfig", config: KVortexConfig, peers: Peers, m
             child.close()
         raise
     pool = {"bytes": client.pool_bytes, "pin_piece_bytes": client.piece_bytes}
-    own = {"owner": socket, "tier": {"urls": ()}, "disk": ""}
-    return OwnedPool(config.replace(pool=pool, **own), client, parts, rank, size, child)
+    own = {"owner": socket, "tier": {"urls": (), "canonical_layout": False}, "disk": ""}
+    return OwnedPool(config.replace(pool=pool, **own), client, parts, rank, size, shard, num_shards, child)
 
 
-def _parts_of(vllm_config: "VllmConfig", peers: Peers, mine: PartSizes) -> BlockParts:
+def _shard_of(vllm_config: "VllmConfig", peers: Peers) -> tuple[int, int]:
+    """Number of a rank's part among those of its pipeline stage, and how many these are."""
     parallel = vllm_config.parallel_config
     tensor_ranks = int(parallel.tensor_parallel_size)
-    a_stage = 1 if peers.replicas is not None else tensor_ranks
+    return (0, 1) if peers.replicas is not None else (int(parallel.rank) % tensor_ranks, tensor_ranks)
+
+
+def _parts_of(peers: Peers, mine: PartSizes, shard: int, num_shards: int) -> BlockParts:
     of_stages: Sequence[PartSizes] = peers.stages.exchange(mine) if peers.stages is not None else [mine]
     stage = peers.stages.rank if peers.stages is not None else 0
-    own = stage * a_stage + (int(parallel.rank) % tensor_ranks if a_stage > 1 else 0)
-    return BlockParts([part for part in of_stages for _ in range(a_stage)], own)
+    return BlockParts([part for part in of_stages for _ in range(num_shards)], stage * num_shards + shard)
 
 
 def _childs_socket(vllm_config: "VllmConfig") -> Path:

@@ -91,6 +91,10 @@ class BlockParts:
         """The sizes that the scheduler half plans with."""
         return self.sizes
 
+    def offset(self, form: int) -> int:
+        """Bytes from the beginning of a block's payload to this rank's part."""
+        return int(self._starts[form])
+
     @property
     def smallest(self) -> int:
         """Bytes of the smallest extent."""
