@@ -35,6 +35,7 @@ from kvortex.memory import ExtentAllocator
 from tests.engine_support import BLOCK_SIZE, chain, small_config
 from tests.owner.owner_support import read_line, spawn
 from tests.tiers.redis_support import RedisServer
+from tests.tiers.s3_support import Rclone, S3Server, keys_in_environment
 
 PROMPTS, PROMPT_BLOCKS, CLIENTS = 60, 12, 4
 ELEMENTS = 2 * BLOCK_SIZE * 2 * 16  # of a block in one layer
@@ -258,22 +259,22 @@ class Fleet:
 
     Args:
         directory: for disks and sockets.
-        redis: the server that all hosts share.
+        redis, bucket: the servers that all hosts share.
         seconds: of the load.
         seed: of all dice.
     """
 
-    def __init__(self, directory: Path, redis: RedisServer, seconds: float, seed: int) -> None:
+    def __init__(self, directory: Path, redis: RedisServer, bucket: S3Server, seconds: float, seed: int) -> None:
         self._exits = contextlib.ExitStack()
-        url = redis.url("&connections=2").replace("timeout_s=20", "timeout_s=2")
+        url, behind = (text.replace("timeout_s=20", "timeout_s=2") for text in (redis.url(), bucket.url()))
         socket = directory / "kv.sock"
         disks = [f"disk://{directory / name}?capacity_bytes=4MiB" for name in "ab"]
         owner = ["-m", "kvortex", "serve", "--pool", "4MiB", "--socket", str(socket), "--json"]
-        self.owner = self._spawn([*owner, "--tier", disks[0], "--tier", url])
+        self.owner = self._spawn([*owner, "--tier", disks[0], "--tier", url, "--tier", behind])
         read_line(self.owner)
         configs: list[dict[str, Any]] = [
-            {"tier": url},
-            {"tier": [disks[1], url]},
+            {"tier": [url, behind]},
+            {"tier": [disks[1], behind]},
             {"owner": {"socket": str(socket), "deadline_s": CALL_S}},
             {"owner": {"socket": str(socket), "deadline_s": CALL_S}},
         ]
@@ -325,7 +326,9 @@ def running(seconds: float, seed: int) -> Iterator[tuple[Fleet, list[Server]]]:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvortex-soak-")))
         redis = stack.enter_context(RedisServer("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-lru"))
-        yield stack.enter_context(Fleet(directory, redis, seconds, seed)), [redis]
+        stack.enter_context(keys_in_environment())
+        bucket = stack.enter_context(Rclone())
+        yield stack.enter_context(Fleet(directory, redis, bucket, seconds, seed)), [redis, bucket]
 
 
 def soak(seconds: float, restart_s: float, seed: int) -> dict[str, Any]:

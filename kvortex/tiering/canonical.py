@@ -102,6 +102,7 @@ class CanonicalTier(Tier):
         self.name = inner.name
         self.outlives_process = inner.outlives_process
         self.finds_more = inner.finds_more
+        self.write_bytes = inner.write_bytes
         self._blocks = tuple(blocks)
         there = [block for block in blocks if block is not None]
         self._room = max(block.payload_nbytes for block in there)
