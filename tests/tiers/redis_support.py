@@ -292,7 +292,8 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)
+        for _ in range(3):  # transports close their sockets a turn later
+            await asyncio.sleep(0)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_accepted += 1
@@ -310,6 +311,10 @@ class Proxy:
                 await asyncio.gather(*tasks, return_exceptions=True)
         except OSError:
             return
+        except asyncio.CancelledError:
+            for each in writers:
+                each.transport.abort()  # what waits to be sent must not keep a socket open
+            raise
         finally:
             for each in writers:
                 each.close()

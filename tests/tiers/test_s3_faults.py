@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, read_request, until, write_request
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, S3Tier, WriteOutcome
 from kvortex.tiers.s3.failures import StoreFailure
+from kvortex.tiers.s3.payloads import take_payload
 from kvortex.tiers.s3.store import ObjectStore
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Way
@@ -474,6 +477,37 @@ async def test_nothing_is_left_open(server: Rclone) -> None:
             await tier.delete([key_of(n) for n in range(8)])
         tiers.append(tier)  # it is closed, although somebody still knows it
     await until(lambda: num_files() <= before, PATIENCE_S)
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_buffer_is_not_given_back_while_it_is_written_to(
+    server: Rclone, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow_take(*arguments: Any) -> ReadOutcome:
+        begun.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return take_payload(*arguments)
+
+    monkeypatch.setattr("kvortex.tiers.s3.reader.take_payload", slow_take)
+    async with server.tier() as tier:
+        await write_one(tier, 0)
+        settled: list[ReadOutcome] = []
+        request = ReadRequest(key_of(0), np.zeros(NBYTES, dtype=np.uint8), settled.append)
+        reading = asyncio.create_task(tier.read([request], deadline_s=None if is_cancelled else 0.5))
+        await until(begun.is_set, PATIENCE_S)
+        if is_cancelled:
+            reading.cancel()
+            await asyncio.wait([reading])
+        else:
+            await asyncio.sleep(0.6)  # the deadline passes, whenever that is noticed
+        assert settled == []
+        may_go_on.set()
+        await until(lambda: bool(settled), PATIENCE_S)
+        await asyncio.wait([reading])
+        assert settled[0].cause in (Cause.CANCELLED, Cause.DEADLINE)
+        assert tier.stats().unsettled == 0
 
 
 async def test_cancelling_under_way_harms_nobody_else(server: Rclone) -> None:

@@ -197,6 +197,15 @@ def test_every_wanted_block_is_in_one_range_that_is_not_too_long(layout: list[tu
     assert sum(span.stop - span.start for span in spans) <= useful + GAP_BYTES * len(set(wanted))
 
 
+def test_a_long_run_of_blocks_is_several_ranges() -> None:
+    blocks, nbytes = BlockMap(), RANGE_BYTES // 4
+    made = [StoredEntry(key_of(n), n * nbytes, nbytes, nbytes, 0, 0) for n in range(10)]
+    blocks.add(numbered(1), 11 * nbytes, Footer(made, ()))
+    moves: list[Move] = [_FakeMove(ReadRequest(key_of(n), np.empty(nbytes, dtype=np.uint8))) for n in range(10)]
+    spans = plan_spans(moves, blocks)
+    assert [(span.start // nbytes, span.stop // nbytes) for span in spans] == [(0, 4), (4, 8), (8, 10)]
+
+
 class _FakeMove(Move):
     """Without a loop."""
 
