@@ -1,4 +1,4 @@
-"""Servers that share a Redis: what one has computed another loads, and one goes on with the prompts of another."""
+"""Servers that share a Redis or a bucket: what one has computed another loads; one goes on with another's prompts."""
 
 import contextlib
 import threading
@@ -13,6 +13,7 @@ from model_shapes import engine_options, make_shape
 
 from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 from tests.tiers.redis_support import RedisServer
+from tests.tiers.s3_support import Rclone, keys_in_environment
 
 WHOLE = ["whole blocks", "ends inside a block", "one token over", "long"]
 TOKENS = PROMPTS["long"]
@@ -68,7 +69,20 @@ def held_back(redis: RedisServer, interval_s: float) -> Iterator[None]:
         thread.join()
 
 
-def test_a_server_loads_what_another_has_computed(model: str, expected: dict[str, list[list[int]]], tier: str) -> None:
+@pytest.fixture(params=["redis", "s3"])
+def any_tier(request: pytest.FixtureRequest, tier: str) -> Iterator[str]:
+    """A tier over either kind of server."""
+    if request.param == "redis":
+        yield tier
+        return
+    with keys_in_environment(), Rclone() as bucket:
+        yield bucket.url()
+
+
+def test_a_server_loads_what_another_has_computed(
+    model: str, expected: dict[str, list[list[int]]], any_tier: str
+) -> None:
+    tier = any_tier
     for first in (True, False):
         with running(model, options={"tier": tier}) as engine:
             for name in WHOLE:
