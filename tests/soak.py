@@ -44,6 +44,8 @@ CALL_S = 60.0
 MEET_S = 120.0
 """Seconds in which each host has to find what the others have saved, once the servers are left alone."""
 GROWTH_BYTES, GROWTH_DESCRIPTORS = 64 << 20, 8
+THINK_S = 0.04
+"""Seconds between two calls of a client, at most: so that a short soak is no load for whatever runs beside it."""
 STILL_S = 3.0
 """Seconds that a server stands still, or is not there."""
 START_S = 120.0
@@ -130,6 +132,7 @@ class Host:
                 await kind(prompt, self._prompts[prompt][:length], first_id)
             self.tally.calls[kind.__name__.strip("_")] += 1
             self.tally.longest_s = max(self.tally.longest_s, time.monotonic() - began_s)
+            await asyncio.sleep(dice.random() * THINK_S)
 
     async def _answer(self, prompt: int, hashes: Sequence[BlockHash], first_id: int) -> None:
         """Load what is there, compute and save the rest: what a server does with a prompt."""

@@ -38,5 +38,7 @@ def test_every_example_is_tested() -> None:
     names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
     assert {name for name in names if not name.startswith("vllm_")} == set(PROMISES)
     checks = Path(__file__).parent / "vllm" / "inside"
-    inside = "".join((checks / name).read_text() for name in ("test_examples.py", "test_chat.py"))
+    inside = "".join(
+        (checks / name).read_text() for name in ("test_examples.py", "test_chat.py", "test_prefill_decode.py")
+    )
     assert all(name in inside for name in names if name.startswith("vllm_"))

@@ -17,7 +17,7 @@ from kvortex.errors import ConfigError
 from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, read_request, until, write_request
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, S3Tier, WriteOutcome
 from kvortex.tiers.s3.failures import StoreFailure
-from kvortex.tiers.s3.payloads import take_payload
+from kvortex.tiers.s3.payloads import Payloads
 from kvortex.tiers.s3.store import ObjectStore
 from kvortex.types import MissReason, SaveOutcome
 from tests.tiers.redis_support import Fault, Harm, Way
@@ -483,14 +483,14 @@ async def test_nothing_is_left_open(server: Rclone) -> None:
 async def test_a_buffer_is_not_given_back_while_it_is_written_to(
     server: Rclone, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
 ) -> None:
-    begun, may_go_on = threading.Event(), threading.Event()
+    begun, may_go_on, take = threading.Event(), threading.Event(), Payloads.take
 
     def slow_take(*arguments: Any) -> ReadOutcome:
         begun.set()
         assert may_go_on.wait(PATIENCE_S)
-        return take_payload(*arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr("kvortex.tiers.s3.reader.take_payload", slow_take)
+    monkeypatch.setattr(Payloads, "take", slow_take)
     async with server.tier() as tier:
         await write_one(tier, 0)
         settled: list[ReadOutcome] = []
