@@ -11,7 +11,7 @@ from engine_support import BLOCK_SIZE, Engine, prompt, running, settle_disk
 from inside_fixtures import PROMPTS
 from model_shapes import engine_options, make_shape
 
-from kvortex.vllm.versions import REPORTS_FAILED_LOADS
+from kvortex.vllm.versions import IS_NEWER, REPORTS_FAILED_LOADS
 from tests.tiers.redis_support import RedisServer
 from tests.tiers.s3_support import Rclone, keys_in_environment
 
@@ -20,6 +20,8 @@ TOKENS = PROMPTS["long"]
 NUM_BLOCKS = len(TOKENS) // BLOCK_SIZE
 WANTED = {"do_remote_decode": True}
 PATIENCE_S = 60.0
+
+newer = pytest.mark.skipif(not IS_NEWER, reason="once is enough: the same for each version")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@newer
 def test_what_another_model_computes_is_never_loaded(model: str, redis: RedisServer, tier: str) -> None:
     stored = 0
     for number, other in enumerate(({}, *OTHERS.values()), 1):
@@ -113,6 +116,7 @@ def test_what_another_model_computes_is_never_loaded(model: str, redis: RedisSer
         assert redis.ask("DBSIZE") == number * stored >= number * NUM_BLOCKS, other
 
 
+@newer
 def test_a_prompt_with_another_salt_is_another_prompt(
     model: str, expected: dict[str, list[list[int]]], tier: str
 ) -> None:
@@ -126,6 +130,7 @@ def test_a_prompt_with_another_salt_is_another_prompt(
             assert engine.loaded_blocks == (NUM_BLOCKS if hits else 0)
 
 
+@newer
 def test_routers_are_told_in_which_tier_blocks_are(model: str, tier: str) -> None:
     told: list[Any] = []
     publishing = vllm.config.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
@@ -184,6 +189,7 @@ def test_blocks_that_were_promised_are_waited_for(
         assert redis.ask("DBSIZE") == stored, "it saves nothing"
 
 
+@newer
 def test_promises_that_are_broken_cost_time_and_nothing_else(
     model: str, expected: dict[str, list[list[int]]], redis: RedisServer, tier: str
 ) -> None:
@@ -197,6 +203,7 @@ def test_promises_that_are_broken_cost_time_and_nothing_else(
         assert engine.loaded_blocks == 0
 
 
+@newer
 def test_part_of_what_was_promised_is_used(
     model: str, expected: dict[str, list[list[int]]], redis: RedisServer, tier: str
 ) -> None:
@@ -208,6 +215,7 @@ def test_part_of_what_was_promised_is_used(
         assert engine.loaded_blocks == 4
 
 
+@newer
 def test_nothing_is_promised_that_nobody_else_can_find(model: str, tier: str) -> None:
     for options in ({}, {"tier": {"urls": tier, "admission": "second_touch"}}):
         with running(model, options=options) as engine:

@@ -20,10 +20,10 @@ from kvortex.vllm.versions import REPORTS_FAILED_LOADS
 
 pytestmark = pytest.mark.skipif(not REPORTS_FAILED_LOADS, reason="this version serves full attention alone here")
 
-IN_EACH_VERSION = ("gemma3", "gpt_oss", "llama4", "exaone_mtp", "qwen3_next", "granite4_tails")
+IN_THE_NEWEST = ("gemma3", "gpt_oss", "llama4", "exaone_mtp", "qwen3_next", "granite4_tails")
 """One of each kind. The other shapes run in the version from which `model_shapes` has its stand-ins."""
-EVERYWHERE = SHAPES if vllm.__version__.startswith("0.32") else IN_EACH_VERSION
-MOST = os.environ["KVORTEX_SHAPES"].split(",") if os.environ.get("KVORTEX_SHAPES") else list(EVERYWHERE)
+HERE = [shape for shape in SHAPES if (shape in IN_THE_NEWEST) != vllm.__version__.startswith("0.32")]
+MOST = os.environ["KVORTEX_SHAPES"].split(",") if os.environ.get("KVORTEX_SHAPES") else HERE
 OLD, LONG, SHORT, LATER = prompt(321, 1), prompt(320, 2), prompt(97, 3), prompt(45, 4)
 FIRST_TURN = 70
 CROWD = [prompt(130 + 17 * n, 20 + n) for n in range(6)]
