@@ -199,7 +199,18 @@ def hello_to_owner(half: SchedulerHalf, num_blocks: int, socket: str = "", pool:
     """The handshake of one worker that has joined an owner, with the sizes that the scheduler half expects."""
     extents = [nbytes for sizes in half._sizes for nbytes in (sizes.raw, sizes.packed)]
     codecs = [codec for sizes in half._sizes for codec in (0, 2 if sizes.packs else 0)]
-    owned = OwnedHandshake(socket, pool, namespace_of(half), 0, 1, "writer", tuple(extents), tuple(codecs))
+    owned = OwnedHandshake(
+        socket=socket,
+        pool=pool,
+        namespace=namespace_of(half),
+        part=0,
+        num_parts=1,
+        writer="writer",
+        payloads=tuple(extents),
+        codecs=tuple(codecs),
+        canonical="its worker is played",
+        canonical_namespace=None,
+    )
     return WorkerHandshake(b"layout", half._sizes, num_blocks, half._options.engine.pool.bytes, owned)
 
 
