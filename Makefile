@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-# Processes of tests without vLLM; those inside vLLM are two always.
+# Processes of tests without vLLM; those inside vLLM are three always.
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist worksteal
 

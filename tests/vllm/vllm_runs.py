@@ -31,8 +31,8 @@ NEWEST_FILES = tuple(
 )
 NEWEST_ONLY = ("test_vllms_own.py",)
 """vLLM's own tests are those of this version."""
-AT_A_TIME = 2
-"""Files. Most of what each takes is one core's."""
+AT_A_TIME = 3
+"""Files. Most of what each takes is one core's, and a quarter of its time it waits for something."""
 LONGEST_FIRST = tuple(
     f"test_{name}.py"
     for name in (
@@ -200,7 +200,7 @@ def cases_in(lines: str) -> dict[str, list[Case]]:
 
 
 class Runs:
-    """The runs of one session: two files at a time, the longest first."""
+    """The runs of one session: some files at a time, the longest first."""
 
     def __init__(self, work: Path, wanted: dict[tuple[str, Path], list[str]]) -> None:
         self._work = work

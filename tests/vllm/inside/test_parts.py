@@ -186,10 +186,11 @@ def test_options() -> None:
 
 def test_plans_and_outcomes_cross_a_process_border() -> None:
     transfer = TransferPlan(Direction.SAVE, np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int64) * 128)
-    plan = ConnectorPlan([SaveJob(1, transfer)], [LoadJob(2, "r", transfer, (9,))], {4, 5})
+    plan = ConnectorPlan([SaveJob(3, transfer)], [SaveJob(1, transfer)], [LoadJob(2, "r", transfer, (9,))], {4, 5})
     copy = pickle.loads(pickle.dumps(plan))
     assert copy.fresh_block_ids == {4, 5}
     assert copy.loads[0].missing_block_ids == (9,)
+    assert [copy.early_saves[0].job_id, copy.saves[0].job_id] == [3, 1]
     assert (copy.saves[0].transfer.offsets == transfer.offsets).all()
     message = pickle.loads(pickle.dumps(WorkerReports([JobOutcome(1), JobOutcome(2, (0,), (1,))])))
     assert message.reports[1] == JobOutcome(2, (0,), (1,))
