@@ -43,8 +43,7 @@ CALL_S = 60.0
 """Seconds that no call may take."""
 MEET_S = 120.0
 """Seconds in which each host has to find what the others have saved, once the servers are left alone."""
-GROWTH_BYTES, GROWTH_DESCRIPTORS = 64 << 20, 64
-"""The client of a bucket has threads and connections of its own, some of which are left when its tier is closed."""
+GROWTH_BYTES, GROWTH_DESCRIPTORS = 64 << 20, 8
 THINK_S = 0.04
 """Seconds between two calls of a client, at most: so that a short soak is no load for whatever runs beside it."""
 STILL_S = 3.0

@@ -40,7 +40,7 @@ class Pauses:
         if self._clock() >= self._retry_at_s:  # else other threads have just failed, too
             self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
             self._retry_at_s = self._clock() + self._pause_s
-        self._failure = error
+        self._failure = type(error)(*error.args)  # without a traceback, whose frames know connections
 
     def worked(self) -> bool:
         """An attempt has worked; True if the one before it had not."""

@@ -95,7 +95,7 @@ class Catalogue:
                 raise StoreFailure("Closed", "the tier was closed")
             failure = listing.result()
             if failure is not None and began_s >= due_s:
-                raise failure
+                raise StoreFailure(failure.kind, str(failure), failure.status)  # others get the same from this listing
 
     @property
     def listing_for_s(self) -> float:

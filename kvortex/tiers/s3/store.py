@@ -94,24 +94,29 @@ class ObjectStore:
             async with asyncio.timeout(self._timeout_s):
                 yield
         except (BaseError, OSError) as error:  # a FileNotFoundError for an object that is not there
-            failure = StoreFailure("Timeout", f"no answer in {self._timeout_s:g} s")
-            if not isinstance(error, TimeoutError):
-                failure = failure_of(error)
-            if not failure.is_absent and not failure.is_damaged:
-                self._log.failed(failure)
-            if failure.status is None:
-                self._pause_after(failure)
-            raise failure from error
+            raise self._failed(error) from error  # held by no frame of its own traceback, see `_pause_after`
         if self._failure is not None:
             self._failure, self._pause_s = None, 0.0
             self._log.works_again()
+
+    def _failed(self, error: BaseError | OSError) -> StoreFailure:
+        if isinstance(error, TimeoutError):
+            failure = StoreFailure("Timeout", f"no answer in {self._timeout_s:g} s")
+        else:
+            failure = failure_of(error)
+        if not failure.is_absent and not failure.is_damaged:
+            self._log.failed(failure)
+        if failure.status is None:
+            self._pause_after(failure)
+        return failure
 
     def _pause_after(self, failure: StoreFailure) -> None:
         now_s = time.monotonic()
         if now_s >= self._retry_at_s:  # else other requests have just failed, too
             self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
             self._retry_at_s = now_s + self._pause_s
-        self._failure = failure
+        # Without its traceback, whose frames know this object: connections would stay until the garbage is collected.
+        self._failure = StoreFailure(failure.kind, str(failure))
 
 
 def _make_store(settings: S3Settings) -> S3Store:
