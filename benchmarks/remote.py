@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import redis
 from numpy.typing import NDArray
+from tier_client import TierClient
 
 from kvortex.config import format_bytes, parse_bytes
-from kvortex.tiers import ReadRequest, RedisTier, WriteRequest, tier_from_url
+from kvortex.tiers import tier_from_url
 from kvortex.tiers.keyring import new_key_line
-from kvortex.tiers.payload import payload_digest, warm_up
-from kvortex.types import SaveOutcome
+from kvortex.tiers.payload import warm_up
 
 NAMESPACE = bytes(32)
 WARM_PASSES = 1
@@ -180,7 +180,7 @@ class Library:
         self._client.close()
 
 
-class OfTier:
+class OfTier(TierClient):
     """The tier; its blocks are sealed if there is a file with keys."""
 
     def __init__(
@@ -188,26 +188,11 @@ class OfTier:
     ) -> None:
         place = f"redis://127.0.0.1:{server.port}" if tcp else f"unix://{server.path}"
         url = f"{place}?connections={connections}&timeout_s=60&seal_keys={seal_keys}"
-        self._tier = tier_from_url(url, NAMESPACE)
-        assert isinstance(self._tier, RedisTier)
-        self._views = views
-        self._keys = [number.to_bytes(32, "little") for number in range(len(views))]
-        self._digests = [payload_digest(view) for view in views]
+        super().__init__(tier_from_url(url, NAMESPACE), views)
 
     async def set(self) -> None:
-        await self._tier.open()
-        blocks = zip(self._keys, self._views, self._digests, strict=True)
-        outcomes = await self._tier.write([WriteRequest(key, view, digest, view.size) for key, view, digest in blocks])
-        if any(outcome.outcome is not SaveOutcome.STORED for outcome in outcomes):
-            raise SystemExit(f"a write was refused: {outcomes[0]}")
-
-    async def get(self) -> None:
-        outcomes = await self._tier.read([ReadRequest(*block) for block in zip(self._keys, self._views, strict=True)])
-        if any(outcome.reason is not None for outcome in outcomes):
-            raise SystemExit(f"a read missed: {outcomes[0]}")
-
-    async def aclose(self) -> None:
-        await self._tier.aclose()
+        await self.tier.open()
+        await self.put()
 
 
 async def measure(server: Server, size: int, connections: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -29,13 +29,13 @@ import numpy as np
 import obstore
 from numpy.typing import NDArray
 from obstore.store import S3Store
+from tier_client import TierClient
 
 from kvortex.config import format_bytes, parse_bytes
-from kvortex.tiers import ReadRequest, S3Tier, WriteRequest, tier_from_url
-from kvortex.tiers.payload import payload_digest, warm_up
+from kvortex.tiers import tier_from_url
+from kvortex.tiers.payload import warm_up
 from kvortex.tiers.s3.reader import RANGE_BYTES
 from kvortex.tiers.s3.segment import Footer, StoredEntry, encode_footer
-from kvortex.types import SaveOutcome
 
 NAMESPACE = bytes(32)
 WARM_PASSES = 1
@@ -147,34 +147,17 @@ class ObjectEach:
         return
 
 
-class OfTier:
+class OfTier(TierClient):
     """The tier, in calls of all blocks."""
 
     def __init__(self, server: Server, connections: int, memory: NDArray[np.uint8], size: int) -> None:
         url = f"s3://bench/{time.time_ns():x}?endpoint=http://127.0.0.1:{server.port}&region=us-east-1"
-        self._tier = tier_from_url(f"{url}&connections={connections}&timeout_s=60&linger_s=0", NAMESPACE)
-        assert isinstance(self._tier, S3Tier)
-        self._views = [memory[at : at + size] for at in range(0, memory.size, size)]
-        self._keys = [number.to_bytes(32, "little") for number in range(len(self._views))]
-        self._digests = [payload_digest(view) for view in self._views]
+        tier = tier_from_url(f"{url}&connections={connections}&timeout_s=60&linger_s=0", NAMESPACE)
+        super().__init__(tier, [memory[at : at + size] for at in range(0, memory.size, size)])
 
     async def open(self) -> None:
-        await self._tier.open()
-        await self._tier.scanned()
-
-    async def put(self) -> None:
-        blocks = zip(self._keys, self._views, self._digests, strict=True)
-        outcomes = await self._tier.write([WriteRequest(key, view, digest, view.size) for key, view, digest in blocks])
-        if any(outcome.outcome is not SaveOutcome.STORED for outcome in outcomes):
-            raise SystemExit(f"a write was refused: {outcomes[0]}")
-
-    async def get(self) -> None:
-        outcomes = await self._tier.read([ReadRequest(*block) for block in zip(self._keys, self._views, strict=True)])
-        if any(outcome.reason is not None for outcome in outcomes):
-            raise SystemExit(f"a read missed: {outcomes[0]}")
-
-    async def aclose(self) -> None:
-        await self._tier.aclose()
+        await self.tier.open()
+        await self.tier.scanned()
 
 
 async def measure(size: int, connections: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,54 +1,27 @@
 """Hosts that share a Redis: what one engine has saved the others load, also behind a disk and behind an owner."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.errors import ConfigError
 from tests.engine_support import BLOCK_SIZE, chain, contents, make_cache, small_config, wipe
+from tests.fleet_support import LOADED, SAVED, check_loads, host, save
 from tests.owner.owner_support import read_line, spawn
 from tests.tiers.redis_support import RedisServer
 from tests.tiers.seal_support import write_keys
-
-MODEL = ModelIdentity(model="a", weights_revision="1")
-SAVED = range(12)
-LOADED = range(20, 32)
 
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
     with RedisServer("--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru") as running:
         yield running
-
-
-@contextlib.asynccontextmanager
-async def host(
-    cache: dict[str, torch.Tensor], model: ModelIdentity = MODEL, **changes: Any
-) -> AsyncIterator[KVortexEngine]:
-    async with KVortexEngine.create(small_config(identity=model, **changes)) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE)
-        assert await engine.wait_tier()
-        yield engine
-
-
-async def save(engine: KVortexEngine) -> None:
-    assert (await engine.save_blocks(chain(12), SAVED)).ok
-    await engine.flush()
-
-
-async def check_loads(engine: KVortexEngine, cache: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
-    wipe(cache, LOADED)
-    assert (await engine.load_blocks(chain(12), LOADED)).ok
-    assert contents(cache, LOADED) == contents(saved, SAVED)
 
 
 async def test_what_one_host_saves_another_loads(server: RedisServer) -> None:

@@ -1,13 +1,11 @@
 """Hosts that share a bucket: what one engine has saved the others load, also behind a disk and behind an owner."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,13 +13,13 @@ import torch
 from kvortex import KVortexConfig, KVortexEngine, MissReason, ModelIdentity
 from kvortex.index import pack_keys
 from kvortex.testing.tier_conformance import until
-from tests.engine_support import BLOCK_NBYTES, BLOCK_SIZE, chain, contents, make_cache, small_config, wipe
+from tests.engine_support import BLOCK_NBYTES, chain, contents, make_cache
+from tests.fleet_support import LOADED, SAVED, check_loads, host, save
 from tests.owner.owner_support import read_line, spawn
 from tests.tiers.s3_support import Rclone, keys_in_environment
 
-MODEL = ModelIdentity(model="a", weights_revision="1")
-SAVED = range(12)
-LOADED = range(20, 32)
+PATIENCE_S = 30.0
+"""A first listing may still be on its way, and older than what is to be found."""
 
 
 @pytest.fixture
@@ -30,40 +28,16 @@ def server() -> Iterator[Rclone]:
         yield running
 
 
-@contextlib.asynccontextmanager
-async def host(
-    cache: dict[str, torch.Tensor], model: ModelIdentity = MODEL, **changes: Any
-) -> AsyncIterator[KVortexEngine]:
-    async with KVortexEngine.create(small_config(identity=model, **changes)) as engine:
-        engine.register_kv_caches(cache, BLOCK_SIZE)
-        assert await engine.wait_tier()
-        yield engine
-
-
-async def save(engine: KVortexEngine) -> None:
-    assert (await engine.save_blocks(chain(12), SAVED)).ok
-    await engine.flush()
-
-
-async def check_loads(engine: KVortexEngine, cache: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
-    async with asyncio.timeout(30):  # its first listing may still be on its way, and older than what it is to find
-        while True:
-            wipe(cache, LOADED)
-            if (await engine.load_blocks(chain(12), LOADED)).ok:
-                break
-    assert contents(cache, LOADED) == contents(saved, SAVED)
-
-
 async def test_what_one_host_saves_another_loads(server: Rclone) -> None:
     cache, theirs = make_cache(), make_cache(seed=1)
     async with host(theirs, tier=server.url()) as second, host(cache, tier=server.url()) as first:
         await save(first)
         assert second.match_prefix(chain(12)) == 0  # nobody has told it
-        await check_loads(second, theirs, cache)
+        await check_loads(second, theirs, cache, PATIENCE_S)
         figures = second.get_stats().tiering
         assert (figures.tier, figures.fetched_blocks) == ("s3", 12)
     async with host(theirs, tier=server.url()) as third:
-        await check_loads(third, theirs, cache)
+        await check_loads(third, theirs, cache, PATIENCE_S)
     assert len(server.names()) == 1
 
 
@@ -97,14 +71,14 @@ async def test_behind_the_disks_of_two_hosts(server: Rclone, tmp_path: Path) -> 
         await save(first)
         assert [link.num_blocks for link in first.get_stats().tiering.links] == [12, 12]
     async with host(theirs, tier=tiers[1]) as second:
-        await check_loads(second, theirs, cache)
+        await check_loads(second, theirs, cache, PATIENCE_S)
         await second.flush()
         async with asyncio.timeout(30):
             while [link.num_blocks for link in second.get_stats().tiering.links] != [12, 12]:
                 await asyncio.sleep(0.01)
     server.kill()
     async with host(theirs, tier=tiers[1]) as again:
-        await check_loads(again, theirs, cache)
+        await check_loads(again, theirs, cache, PATIENCE_S)
 
 
 async def test_blocks_that_are_given_back_one_by_one_leave_their_neighbours(server: Rclone) -> None:
@@ -139,7 +113,7 @@ async def test_a_host_without_its_store_serves_from_the_pool(server: Rclone) -> 
     server.kill()
     async with host(cache, tier=server.url()) as engine:
         await save(engine)
-        await check_loads(engine, cache, cache)
+        await check_loads(engine, cache, cache, PATIENCE_S)
         assert engine.get_stats().tiering.failed_writes > 0
         assert (await engine.load_blocks(chain(4, 1), range(4))).num_loaded == 0
 
@@ -167,7 +141,7 @@ async def test_behind_the_owner_of_a_machine(server: Rclone, tmp_path: Path) -> 
         said = await asyncio.to_thread(read_line, owner)
         assert json.loads(said)["lower_tier"] == url
         async with host(theirs, owner={"socket": path, "deadline_s": 60.0}) as engine:
-            await check_loads(engine, theirs, cache)
+            await check_loads(engine, theirs, cache, PATIENCE_S)
     finally:
         os.kill(owner.pid, signal.SIGTERM)
         owner.communicate(timeout=60)
