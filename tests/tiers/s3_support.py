@@ -19,8 +19,8 @@ from unittest import mock
 import obstore
 from obstore.store import S3Store
 
-from kvortex.testing.tier_conformance import NAMESPACE, NBYTES, is_right, read_request, write_request
-from kvortex.tiers import ReadOutcome, S3Tier, WriteOutcome, tier_from_url
+from kvortex.testing.tier_conformance import NAMESPACE
+from kvortex.tiers import S3Tier, tier_from_url
 from kvortex.tiers.s3.segment import Footer, SegmentId, decode_footer
 from tests.tiers.redis_support import Proxy, Way
 
@@ -249,17 +249,3 @@ def keys_in_environment() -> Iterator[None]:
     keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
     with mock.patch.dict(os.environ, others | keys, clear=True):
         yield
-
-
-async def read_one(tier: S3Tier, number: int, nbytes: int = NBYTES, **arguments: Any) -> ReadOutcome:
-    """Read a test block; its bytes are right if it is a hit."""
-    request = read_request(number, nbytes)
-    (outcome,) = await tier.read([request], **arguments)
-    assert outcome.reason is not None or is_right(request, outcome)
-    return outcome
-
-
-async def write_one(tier: S3Tier, number: int, nbytes: int = NBYTES, **arguments: Any) -> WriteOutcome:
-    """Write a test block."""
-    (outcome,) = await tier.write([write_request(number, nbytes)], **arguments)
-    return outcome

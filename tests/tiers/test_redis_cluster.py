@@ -17,7 +17,8 @@ from kvortex.testing.tier_conformance import NBYTES, TierConformance, key_of, wr
 from kvortex.tiers import Cause, RedisTier, Tier
 from kvortex.tiers.redis.servers import Cluster
 from kvortex.types import SaveOutcome
-from tests.tiers.redis_support import RedisCluster, read_one, tier_over, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.redis_support import RedisCluster, tier_over
 
 PATIENCE_S = 30.0
 

@@ -14,7 +14,8 @@ from kvortex.testing.tier_conformance import NBYTES, is_right, key_of, read_requ
 from kvortex.tiers import Cause, ReadOutcome, ReadRequest, RedisTier
 from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
-from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, proxied, read_one, tier_over, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, proxied, tier_over
 
 PATIENCE_S = 30.0
 LATER_S = 1000.0

@@ -20,7 +20,8 @@ from kvortex.testing.tier_conformance import (
 from kvortex.tiers import Cause, RedisTier
 from kvortex.tiers.frame import SEALED_HEADER_BYTES, SHORT_HEADER_BYTES
 from kvortex.types import MissReason, SaveOutcome
-from tests.tiers.redis_support import RedisServer, read_one, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.redis_support import RedisServer
 from tests.tiers.seal_support import SECRETS, write_keys
 
 

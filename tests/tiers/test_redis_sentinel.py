@@ -12,7 +12,8 @@ import trustme
 from kvortex.testing.tier_conformance import until, write_request
 from kvortex.tiers import Cause
 from kvortex.types import SaveOutcome
-from tests.tiers.redis_support import Proxy, RedisServer, free_ports, read_one, tier_over, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.redis_support import Proxy, RedisServer, free_ports, tier_over
 
 PATIENCE_S = 60.0
 LOCAL = ("--bind", "127.0.0.1")

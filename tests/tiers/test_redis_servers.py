@@ -26,7 +26,8 @@ from kvortex.tiers import Cause, RedisTier
 from kvortex.tiers.frame import SHORT_HEADER_BYTES, FrameHeader, encode_header
 from kvortex.tiers.redis.resp import Wire
 from kvortex.types import MissReason, SaveOutcome
-from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, read_one, tier_over, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.redis_support import Fault, Harm, Proxy, RedisServer, Way, tier_over
 
 PATIENCE_S = 30.0
 LATER_S = 1000.0

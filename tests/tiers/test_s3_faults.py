@@ -20,20 +20,9 @@ from kvortex.tiers.s3.failures import StoreFailure
 from kvortex.tiers.s3.payloads import Payloads
 from kvortex.tiers.s3.store import ObjectStore
 from kvortex.types import MissReason, SaveOutcome
+from tests.tiers.one_block import read_one, write_one
 from tests.tiers.redis_support import Fault, Harm, Way
-from tests.tiers.s3_support import (
-    BUCKET,
-    GET,
-    LIST,
-    PUT,
-    HttpProxy,
-    Rclone,
-    keys_in_environment,
-    read_one,
-    refusal,
-    tier_over,
-    write_one,
-)
+from tests.tiers.s3_support import BUCKET, GET, LIST, PUT, HttpProxy, Rclone, keys_in_environment, refusal, tier_over
 
 PATIENCE_S = 60.0
 

@@ -10,7 +10,8 @@ from kvortex.testing.tier_conformance import read_request as read_request_of
 from kvortex.tiers import Cause, S3Tier
 from kvortex.tiers.frame import SEALED_HEADER_BYTES
 from kvortex.types import MissReason, SaveOutcome
-from tests.tiers.s3_support import Moto, S3Server, keys_in_environment, read_one, write_one
+from tests.tiers.one_block import read_one, write_one
+from tests.tiers.s3_support import Moto, S3Server, keys_in_environment
 from tests.tiers.seal_support import write_keys
 
 

@@ -27,6 +27,7 @@ from kvortex.tiers.s3.catalogue import SKEW_S
 from kvortex.tiers.s3.objects import Listed
 from kvortex.tiers.s3.segment import Footer, Removal, SegmentId, decode_footer, encode_footer
 from kvortex.types import MissReason, SaveOutcome
+from tests.tiers.one_block import read_one, write_one
 from tests.tiers.s3_support import (
     BUCKET,
     DELETE,
@@ -37,9 +38,7 @@ from tests.tiers.s3_support import (
     Rclone,
     S3Server,
     keys_in_environment,
-    read_one,
     tier_over,
-    write_one,
 )
 
 PATIENCE_S = 60.0
